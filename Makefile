@@ -1,0 +1,62 @@
+# `make` lists what there is. Every target installs what it needs first.
+#
+#   make PYTHON=python3.12 demo       build .venv from another Python (3.11 or newer)
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+#                                     on Linux without a GPU: torch's small CPU build
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUN    := $(BIN)/python run.py
+STAMP  := $(VENV)/.installed
+
+# What `make weights` runs, one conf/experiment/<name>.yaml each.
+WEIGHTS := pretrain_pocket_attention pretrain_pocket_ratplus
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint table3 table3-cells weights clean
+
+help: ## list these targets
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP) ## create .venv and install the pinned versions into it
+	@echo "Installed in $(VENV)."
+
+demo: $(STAMP) ## the main job: Quest at budget 1/16 on the pocket model
+	$(RUN)
+
+test: $(STAMP) ## the fast tests, on a CPU
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP) ## the slow tests, on a CPU
+	$(BIN)/python -m pytest -q -m 'slow and not gpu' --timeout=1800
+
+lint: $(STAMP) ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+table3: $(STAMP) ## Table 3 from the cells that are there
+	$(RUN) stage=report
+
+table3-cells: $(STAMP) ## run the cells of Table 3 on the pocket pair (finished ones are kept)
+	$(RUN) -m model=pocket_attention,pocket_ratplus method=dense
+	$(RUN) -m model=pocket_attention,pocket_ratplus method=quest,moba,snapkv budget=1/4,1/8,1/16
+
+weights: $(STAMP) ## train the pocket pair again
+	set -e; for name in $(WEIGHTS); do $(RUN) stage=pretrain +experiment=$$name; done
+
+clean: ## remove caches and build products; .venv and outputs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/pip || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "$(PYTHON) is not Python 3.11 or newer; name one: make install PYTHON=python3.11" >&2; \
+	    exit 1; }; \
+	  echo "Creating $(VENV)"; \
+	  $(PYTHON) -m venv $(VENV); }
+	@echo "Installing into $(VENV) (torch is the large one; this takes a few minutes)"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@

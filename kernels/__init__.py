@@ -1,0 +1,8 @@
+"""Tensors in, tensors out: the operations that the paper's methods are made of.
+
+Each name here is defined by its torch form, which is tested against a float64 loop.
+"""
+
+from kernels.memory_scan import memory_scan, memory_step
+
+__all__ = ["memory_scan", "memory_step"]

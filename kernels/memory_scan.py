@@ -1,0 +1,82 @@
+"""Eq. 1 of P1: the exponentially decaying memory over keys and values, as one linear scan.
+
+    k̃_t = g_t ⊙ k̃_{t-1} + (1 − g_t) ⊙ k_t        ṽ_t = g_t ⊙ ṽ_{t-1} + (1 − g_t) ⊙ v_t
+
+with g_t = sigmoid(z_t). The torch form below is the definition. It walks over tokens, all batches,
+heads and channels of K and V in one operation a token: on a CPU this beats log-depth and chunked
+scans, because it touches each number once and needs no product of gates (so a long run of small
+gates underflows to the right answer, zero, instead of to 0/0).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def memory_scan(
+    z: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run Eq. 1 over a sequence.
+
+    Args:
+        z: gate logits, (B, T, H, D), any strides. One gate a channel, shared by K and V.
+        k, v: keys (before RoPE) and values, (B, T, H, D).
+        initial_state: (2, B, H, D) fp32, k̃ and ṽ of the token before the first; zeros if None.
+
+    Returns:
+        k̃ and ṽ, (B, T, H, D) in the dtype of k and v, and the final state (2, B, H, D) in fp32.
+        The recurrence itself runs in fp32 (fp64 for fp64 inputs).
+    """
+    if not z.shape == k.shape == v.shape:
+        raise ValueError(
+            f"memory_scan needs z, k and v of one shape (B, T, H, D); got {tuple(z.shape)}, "
+            f"{tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    batch, length, heads, dim = z.shape
+    if initial_state is None:
+        initial_state = z.new_zeros(2, batch, heads, dim, dtype=dtype)
+    kv = torch.stack((k, v)).to(dtype)  # (2, B, T, H, D)
+    memory = _Scan.apply(z.to(dtype), kv, initial_state.to(dtype))  # (2, B, T, H, D)
+    final_state = memory[:, :, -1] if length else initial_state
+    return memory[0].to(k.dtype), memory[1].to(v.dtype), final_state
+
+
+def memory_step(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One token of Eq. 1, for decoding: z, k, v (B, H, D), state (2, B, H, D) fp32.
+
+    Returns k̃ and ṽ (B, H, D) in the dtype of k and v, and the new state.
+    """
+    k_out, v_out, state = memory_scan(z[:, None], k[:, None], v[:, None], state)
+    return k_out[:, 0], v_out[:, 0], state
+
+
+class _Scan(torch.autograd.Function):
+    """h_t = g_t h_{t-1} + (1 − g_t) x_t, time-major inside so that each step is contiguous."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, x: Tensor, initial: Tensor) -> Tensor:
+        z = z.movedim(1, 0)  # (T, B, H, D)
+        x = x.movedim(2, 0)  # (T, 2, B, H, D)
+        gate = torch.sigmoid(z).contiguous()
+        # 1 − g as sigmoid(−z): exact where g rounds to 1.
+        states = torch.mul(x, torch.sigmoid(-z).unsqueeze(1)).contiguous()
+        h = initial
+        for g_t, h_t in zip(gate.unbind(0), states.unbind(0), strict=True):
+            h = h_t.addcmul_(g_t, h)  # h_t held (1 − g_t) x_t
+        ctx.save_for_backward(z, x, gate, states, initial)
+        return states.movedim(0, 2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        z, x, gate, states, initial = ctx.saved_tensors
+        # D_t = dh_t + g_{t+1} D_{t+1}: the same recurrence, walked backwards, in place.
+        d = grad.movedim(2, 0).clone(memory_format=torch.contiguous_format)
+        gates, steps = gate.unbind(0), d.unbind(0)
+        for t in range(len(steps) - 2, -1, -1):
+            steps[t].addcmul_(gates[t + 1], steps[t + 1])
+        previous = torch.cat((initial.unsqueeze(0), states[:-1]))  # h_{t-1}
+        dx = d * torch.sigmoid(-z).unsqueeze(1)
+        dz = (d * (previous - x)).sum(1) * gate * torch.sigmoid(-z)
+        return dz.movedim(0, 1), dx.movedim(0, 2), gate[0] * d[0]

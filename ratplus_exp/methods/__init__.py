@@ -1,0 +1,25 @@
+"""Query-aware sparse methods: one file each, on one engine (Eq. 3 and 4 of P1)."""
+
+from ratplus_exp.methods.base import BlockMethod, Dense, Method
+from ratplus_exp.methods.dilated import Dilated
+from ratplus_exp.methods.engine import Engine, Usage
+from ratplus_exp.methods.moba import MoBA
+from ratplus_exp.methods.quest import Quest
+from ratplus_exp.methods.selectors import Oracle, Random, Selector, TopK
+from ratplus_exp.methods.snapkv import SnapKV
+
+__all__ = [
+    "BlockMethod",
+    "Dense",
+    "Dilated",
+    "Engine",
+    "Method",
+    "MoBA",
+    "Oracle",
+    "Quest",
+    "Random",
+    "Selector",
+    "SnapKV",
+    "TopK",
+    "Usage",
+]

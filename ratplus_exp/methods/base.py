@@ -1,0 +1,89 @@
+"""What a sparse method is (Eq. 3): when it selects, what it selects, and how it scores.
+
+Shapes: B batch, H query heads, G query heads a KV head, K = H / G KV heads, Q queries, T tokens,
+N candidates (blocks or tokens), D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+Unit = Literal["block", "token"]
+Phase = Literal["decode", "prefill", "once"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to attend. The base class is dense attention: it selects nothing.
+
+    Class attributes say what a method is; the engine branches on them alone.
+
+    unit: what a candidate is, a block of `block_size` tokens or one token.
+    phase: when the selection is made: "decode", at every decoding step; "prefill", for every
+        prompt token; "once", after the prompt, and what is not selected leaves the cache; None,
+        never.
+    """
+
+    unit: ClassVar[Unit] = "token"
+    phase: ClassVar[Phase | None] = None
+
+    block_size: int = 1
+    top_k: int = 0
+
+    def represent(self, keys: Tensor) -> Tensor:
+        """Candidates' representations r_i of Eq. 3.
+
+        Block methods get keys (B, K, N, block_size, D) of complete blocks, token methods
+        (B, K, N, D); the result is (B, K, N, *) and goes to `score` as it is.
+        """
+        raise TypeError(f"{type(self).__name__} selects nothing, so it represents nothing")
+
+    def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
+        """s(q, r_i) of Eq. 3: queries (B, K, G, Q, D), result (B, K, G, Q, N); higher is better."""
+        raise TypeError(f"{type(self).__name__} selects nothing, so it scores nothing")
+
+    def pattern(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """A fixed pattern: which key positions a query position may see, or None for all.
+
+        Both are integer tensors that broadcast against each other.
+        """
+        return None
+
+    @property
+    def forced(self) -> int:
+        """Candidates that are always selected and count within top_k."""
+        return 0
+
+    def validate(self) -> None:
+        """Refuse sizes that cannot work, with a ValueError that names the remedy."""
+        if self.phase and self.top_k < max(self.forced, 1):
+            raise ValueError(
+                f"{type(self).__name__} always keeps {self.forced} {self.unit}s, but its budget "
+                f"gives only {self.top_k}: raise the budget or the context length"
+            )
+
+
+@dataclass(frozen=True)
+class Dense(Method):
+    """Attention over all states: the upper end of every table."""
+
+
+@dataclass(frozen=True)
+class BlockMethod(Method):
+    """Selects blocks of the context; the first and the query's own block are always among them.
+
+    P1: "Quest and MoBA always include the first block and the local (current) block". They count
+    within top_k, as in both methods' own code.
+    """
+
+    unit: ClassVar[Unit] = "block"
+
+    block_size: int = 64
+    top_k: int = 16
+
+    @property
+    def forced(self) -> int:
+        return 2

@@ -1,0 +1,197 @@
+"""One engine for every method: selection (Eq. 3) and attention over what was selected (Eq. 4).
+
+Rows of a batch are aligned at their first token (the model turns left padding into right padding),
+so block i of every row is its own tokens [i · block_size, (i + 1) · block_size), and padding lies
+behind every row's last token, out of every real query's causal sight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ratplus_exp.methods.base import Dense, Method
+from ratplus_exp.methods.selectors import Selector, TopK
+
+QUERY_CHUNK = 512  # prompt queries whose selection is in memory at a time
+
+
+@dataclass
+class Usage:
+    """What was really attended to, summed over layers, heads and queries of the sparse phase."""
+
+    attended: float = 0.0
+    available: float = 0.0
+
+    @property
+    def fraction(self) -> float:
+        """The measured budget; 1 when nothing was sparse."""
+        return self.attended / self.available if self.available else 1.0
+
+    def add(self, attended: Tensor, available: Tensor) -> None:
+        """attended: mean over heads of tokens attended, available: tokens a dense query would."""
+        self.attended += float(attended.sum())
+        self.available += float(available.sum())
+
+
+@dataclass
+class Engine:
+    """A method with its selector, as it runs over one batch.
+
+    recorder: called with (layer, positions (B, Q), selected (B, K, G, Q, N) bool) on every
+    selection; H1 counts its hits there.
+    """
+
+    method: Method = field(default_factory=Dense)
+    selector: Selector = field(default_factory=TopK)
+    recorder: object = None
+    usage: Usage = field(default_factory=Usage)
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, layer: int) -> Tensor:
+        """Attention of a whole prompt to itself.
+
+        q (B, H, T, D), k and v (B, K, T, D), lengths (B,) real tokens of each row (None: all T).
+        Returns (B, H, T, D); what it holds behind a row's length is meaningless.
+        """
+        if self.method.phase == "prefill":
+            return self._sparse_prefill(q, k, v, lengths, layer)
+        length = q.shape[2]
+        position = torch.arange(length, device=q.device)
+        seen = self.method.pattern(position[:, None], position)
+        if seen is None:
+            return _attend(q, k, v, causal=True)
+        seen = seen & (position <= position[:, None])
+        return _attend(q, k, v, seen[None, None])
+
+    def _sparse_prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, layer: int
+    ) -> Tensor:
+        size, length = self.method.block_size, q.shape[2]
+        representatives = self.block_representatives(k)
+        key = torch.arange(length, device=q.device)
+        out = []
+        for start in range(0, length, QUERY_CHUNK):
+            queries = q[:, :, start : start + QUERY_CHUNK]
+            position = key[start : start + QUERY_CHUNK]
+            blocks = self.select_blocks(queries, representatives, position[None], layer)
+            seen = blocks.repeat_interleave(size, dim=-1)[..., :length].flatten(1, 2)
+            seen = seen & (key <= position[:, None])
+            out.append(_attend(queries, k, v, seen))
+            real = torch.ones_like(position[None], dtype=torch.bool)
+            if lengths is not None:
+                real = position < lengths[:, None]
+            count = seen.sum(-1).float().mean(1)
+            self.usage.add(count * real, (position + 1) * real.expand(len(q), -1))
+        return torch.cat(out, dim=2)
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        representatives: Tensor | None,
+        layer: int,
+    ) -> Tensor:
+        """Attention of new tokens to a cache that already holds them.
+
+        q (B, H, Q, D); k, v (B, K, T, D); slots (B, Q), where in the cache each query's own token
+        lies; positions (B, Q), which token of its row it is (ahead of the slot after eviction);
+        representatives (B, K, N, *) of the blocks, for methods that select while decoding.
+        """
+        method = self.method
+        slot = torch.arange(k.shape[2], device=q.device)
+        seen = (slot <= slots[..., None])[:, None]  # (B, 1, Q, T)
+        if method.phase == "decode":
+            assert representatives is not None
+            blocks = self.select_blocks(q, representatives, positions, layer)
+            chosen = blocks.repeat_interleave(method.block_size, dim=-1)[..., : k.shape[2]]
+            seen = seen & chosen.flatten(1, 2)
+        pattern = method.pattern(slots[..., None], slot)
+        if pattern is not None:
+            seen = seen & pattern[:, None]
+        if method.phase in ("decode", "once") or pattern is not None:
+            self.usage.add(seen.sum(-1).float().mean(1), positions + 1)
+        return _attend(q, k, v, seen)
+
+    def select_blocks(
+        self, q: Tensor, representatives: Tensor, positions: Tensor, layer: int
+    ) -> Tensor:
+        """Which blocks each query attends to: (B, K, G, Q, N) bool, at most top_k true a query.
+
+        q (B, H, Q, D), representatives (B, K, N, *), positions (B or 1, Q). The first block and
+        the query's own are forced; blocks behind the query are never selected.
+        """
+        method = self.method
+        block = torch.arange(representatives.shape[2], device=q.device)
+        own = (positions // method.block_size)[:, None, None, :, None]  # (B, 1, 1, Q, 1)
+        scores = method.score(_grouped(q, representatives.shape[1]), representatives)
+        scores = self.selector(
+            scores, layer=layer, positions=positions, block_size=method.block_size
+        )
+        selected = select(scores, method.top_k, allowed=block <= own, forced=(block == 0) | (block == own))
+        if self.recorder is not None:
+            self.recorder(layer, positions, selected)
+        return selected
+
+    def block_representatives(self, k: Tensor) -> Tensor:
+        """Representatives of all blocks of k (B, K, T, D): (B, K, N, *).
+
+        A partial last block is filled up with zeros: it can only be a query's own block, which is
+        forced, so what its representative says is never read.
+        """
+        size = self.method.block_size
+        k = F.pad(k, (0, 0, 0, -k.shape[2] % size))
+        return self.method.represent(k.unflatten(2, (-1, size)))
+
+    def kept_after_prefill(self, q: Tensor, k: Tensor, layer: int) -> Tensor | None:
+        """For methods that select once: the cache slots to keep, ascending, (B, K, kept).
+
+        All rows have T tokens here: q (B, H, T, D), k (B, K, T, D). None: keep everything.
+        """
+        method = self.method
+        length = k.shape[2]
+        if method.phase != "once" or length <= method.top_k:
+            return None
+        window = min(method.forced, length)
+        scores = method.score(_grouped(q[:, :, -window:], k.shape[1]), method.represent(k))
+        positions = torch.full((len(q), 1), length - 1, device=q.device)
+        scores = self.selector(scores, layer=layer, positions=positions, block_size=1)
+        token = torch.arange(length, device=q.device)
+        selected = select(
+            scores, method.top_k, allowed=token < length, forced=token >= length - window
+        )
+        if self.recorder is not None:
+            self.recorder(layer, positions, selected)
+        order = selected[:, :, 0, 0].int().argsort(dim=-1, descending=True, stable=True)
+        return order[..., : method.top_k]
+
+
+def select(scores: Tensor, k: int, *, allowed: Tensor, forced: Tensor) -> Tensor:
+    """The k best candidates (Eq. 3) as a mask: forced first, then by score, ties to the lowest.
+
+    scores (..., N); allowed and forced broadcast to it. Fewer than k are selected where fewer are
+    allowed.
+    """
+    ranked = scores.masked_fill(forced, torch.inf).masked_fill(~allowed, -torch.inf)
+    # A stable sort, since topk leaves open which of two equal candidates it takes.
+    best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    selected = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    return selected.scatter_(-1, best, True) & allowed
+
+
+def _grouped(q: Tensor, kv_heads: int) -> Tensor:
+    """(B, H, Q, D) -> (B, K, G, Q, D)."""
+    return q.unflatten(1, (kv_heads, -1))
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )

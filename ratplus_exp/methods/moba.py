@@ -1,0 +1,24 @@
+"""MoBA (Lu et al., 2025), training-free: every prompt token attends to the blocks of its choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ratplus_exp.methods.base import BlockMethod, Phase
+
+
+@dataclass(frozen=True)
+class MoBA(BlockMethod):
+    """r_i: the mean of the block's keys; s(q, r_i) = q · r_i. Sparse prefill, dense decoding."""
+
+    phase: ClassVar[Phase | None] = "prefill"
+
+    def represent(self, keys: Tensor) -> Tensor:
+        """(B, K, N, block_size, D) -> (B, K, N, D)."""
+        return keys.mean(3)
+
+    def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
+        return queries @ representatives.unsqueeze(2).transpose(-1, -2)

@@ -1,0 +1,30 @@
+"""Quest (Tang et al., 2024): at every decoding step, the blocks whose keys could score highest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ratplus_exp.methods.base import BlockMethod, Phase
+
+
+@dataclass(frozen=True)
+class Quest(BlockMethod):
+    """r_i: per-channel minimum and maximum of the block's keys.
+
+    s(q, r_i) = Σ_d max(q_d · min_d, q_d · max_d), an upper bound of q · k over the block.
+    """
+
+    phase: ClassVar[Phase | None] = "decode"
+
+    def represent(self, keys: Tensor) -> Tensor:
+        """(B, K, N, block_size, D) -> (B, K, N, 2 D): minima, then maxima."""
+        return torch.cat((keys.amin(3), keys.amax(3)), dim=-1)
+
+    def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
+        """max(q·min, q·max) is q·max where q > 0 and q·min elsewhere, so two matmuls suffice."""
+        halves = torch.cat((queries.clamp(max=0), queries.clamp(min=0)), dim=-1)
+        return halves @ representatives.unsqueeze(2).transpose(-1, -2)

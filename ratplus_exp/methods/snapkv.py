@@ -1,0 +1,64 @@
+"""SnapKV (Li et al., 2024): after the prompt, keep the tokens that its end attends to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ratplus_exp.methods.base import Method, Phase
+
+
+@dataclass(frozen=True)
+class SnapKV(Method):
+    """Scores tokens by the attention mass that the last `window` prompt queries give them.
+
+    The mass is smoothed over neighbouring positions ("avg" with kernel 5 or "max" with kernel 7 in
+    the original). The window itself is always kept and counts within top_k. Under GQA the masses
+    of a group's query heads are added up, since they share what is kept.
+    """
+
+    phase: ClassVar[Phase | None] = "once"
+
+    top_k: int = 1024
+    window: int = 64
+    pooling: Literal["avg", "max", "none"] = "avg"
+    kernel: int = 5
+
+    @property
+    def forced(self) -> int:
+        return self.window
+
+    def represent(self, keys: Tensor) -> Tensor:
+        return keys
+
+    def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
+        """Queries of the window (B, K, G, window, D) and keys (B, K, N, D), which end with it.
+
+        Returns (B, K, 1, 1, N).
+        """
+        length, window = representatives.shape[2], queries.shape[3]
+        logits = queries @ representatives.unsqueeze(2).transpose(-1, -2)
+        position = torch.arange(length, device=queries.device)
+        future = position > position[-window:, None]
+        logits = (logits / math.sqrt(queries.shape[-1])).masked_fill(future, -torch.inf)
+        mass = logits.float().softmax(-1).sum(3).sum(2)  # (B, K, N)
+        mass[..., : length - window] = self._smooth(mass[..., : length - window])
+        return mass[:, :, None, None]
+
+    def _smooth(self, mass: Tensor) -> Tensor:
+        """Pools over positions, zeros beyond the ends; the window is not part of `mass`."""
+        pool = {"avg": F.avg_pool1d, "max": F.max_pool1d}.get(self.pooling)
+        if pool is None or not mass.shape[-1]:
+            return mass
+        return pool(mass, self.kernel, stride=1, padding=self.kernel // 2)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.kernel % 2 == 0:
+            raise ValueError(f"SnapKV's pooling kernel must be odd, got {self.kernel}")
+

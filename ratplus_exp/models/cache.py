@@ -1,0 +1,187 @@
+"""The state that decoding carries: keys and values, the memory's last state, block representatives.
+
+Rows are aligned at their first token. A row's new token goes to slot `stored` of that row, which is
+also its position until a method evicts; RoPE and block arithmetic always use the position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ratplus_exp.methods import Engine
+
+_ROOM = 64  # slots allocated ahead of need
+
+
+class SparseLayer(DynamicLayer):
+    """One layer's share: keys and values (B, K, slots, D), memory state (2, B, K, D) in fp32, and
+    block representatives (B, K, N, *) for methods that select while decoding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.memory_state: Tensor | None = None
+        self.representatives: Tensor | None = None
+
+    def map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
+        """Replace every tensor by function(tensor, its batch dimension)."""
+        for name in ("keys", "values", "representatives"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, function(tensor, 0))
+        if self.memory_state is not None:
+            self.memory_state = function(self.memory_state, 1)
+
+
+@dataclass
+class Step:
+    """Where the tokens of one forward pass stand in their rows.
+
+    positions: (B or 1, T) positions of the tokens, from 0 at each row's first token.
+    lengths: (B,) real tokens a row; None if all T are real. Only a prompt can have fewer.
+    """
+
+    positions: Tensor
+    lengths: Tensor | None = None
+
+
+class SparseCache(Cache):
+    """Cache of a RAT+ or attention model that decodes with one engine (method and selector)."""
+
+    def __init__(self, num_layers: int, engine: Engine | None = None) -> None:
+        super().__init__(layers=[SparseLayer() for _ in range(num_layers)])
+        self.engine = engine or Engine()
+        self.seen = 0  # tokens processed, padding included: what `generate` slices by
+        self.processed: Tensor | None = None  # (B,) real tokens processed
+        self.stored: Tensor | None = None  # (B,) slots in use
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    @property
+    def is_empty(self) -> bool:
+        return self.processed is None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """Attention of the step's tokens, which are stored on the way: (B, H, T, D)."""
+        store, engine = self.layers[layer], self.engine
+        if self.is_empty:
+            out = engine.prefill(q, k, v, step.lengths, layer)
+            if engine.method.phase == "decode":
+                store.representatives = engine.block_representatives(k)
+            kept = self._evict(layer, q, k, v, step.lengths)
+            store.keys, store.values = kept if kept else (k, v)
+            return out
+        assert self.processed is not None and self.stored is not None
+        slots = self.stored[:, None] + torch.arange(q.shape[2], device=q.device)
+        self._append(store, k, v, slots)
+        self._update_representatives(store, step.positions)
+        used = int(slots.max()) + 1
+        return engine.decode(
+            q,
+            store.keys[:, :, :used],
+            store.values[:, :, :used],
+            slots,
+            step.positions,
+            store.representatives,
+            layer,
+        )
+
+    def advance(self, step: Step, batch: int) -> None:
+        """Count the step's tokens, once all layers have stored them."""
+        length = step.positions.shape[1]
+        device = step.positions.device
+        new = step.lengths if step.lengths is not None else torch.full((batch,), length, device=device)
+        self.seen += length
+        if self.processed is None or self.stored is None:
+            self.processed, self.stored = new.clone(), new.clone()
+            if self.engine.method.phase == "once":
+                self.stored = self.stored.clamp(max=self.engine.method.top_k)
+        else:
+            self.processed, self.stored = self.processed + new, self.stored + new
+
+    def _evict(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Keys and values that stay after the prompt, or None for all of them.
+
+        Rows of equal length are handled together: an observation window ends with its own row.
+        """
+        method = self.engine.method
+        if method.phase != "once" or k.shape[2] <= method.top_k:
+            return None
+        keys, values = k[:, :, : method.top_k].clone(), v[:, :, : method.top_k].clone()
+        if lengths is None:
+            lengths = torch.full((len(k),), k.shape[2], device=k.device)
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero()[:, 0]
+            engine = self._engine_for(rows)
+            kept = engine.kept_after_prefill(q[rows][:, :, :length], k[rows][:, :, :length], layer)
+            if kept is None:
+                continue
+            index = kept[..., None].expand(-1, -1, -1, k.shape[-1])
+            keys[rows], values[rows] = k[rows].gather(2, index), v[rows].gather(2, index)
+        return keys, values
+
+    def _engine_for(self, rows: Tensor) -> Engine:
+        """The engine with its selector's per-sample tensors narrowed to `rows`."""
+        selector = self.engine.selector.rows(rows)
+        return Engine(self.engine.method, selector, self.engine.recorder, self.engine.usage)
+
+    def _append(self, store: SparseLayer, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        needed = int(slots.max()) + 1
+        for name, new in (("keys", k), ("values", v)):
+            tensor = getattr(store, name)
+            if needed > tensor.shape[2]:
+                room = tensor.new_zeros(*tensor.shape[:2], needed - tensor.shape[2] + _ROOM, tensor.shape[3])
+                tensor = torch.cat((tensor, room), dim=2)
+            index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+            setattr(store, name, tensor.scatter_(2, index, new))
+
+    def _update_representatives(self, store: SparseLayer, positions: Tensor) -> None:
+        """Recompute the blocks that the new tokens fell into (no eviction: slot is position)."""
+        if store.representatives is None:
+            return
+        size = self.engine.method.block_size
+        keys, old = store.keys, store.representatives
+        blocks = int(positions.max()) // size + 1
+        if blocks > old.shape[2]:
+            old = torch.cat((old, old.new_zeros(*old.shape[:2], blocks - old.shape[2], old.shape[3])), 2)
+        for block in (positions // size).unique().tolist():
+            # A block that is not yet full in some row is that row's own: forced, so never scored.
+            new = self.engine.block_representatives(keys[:, :, block * size : (block + 1) * size])
+            touched = (positions // size == block).any(1)
+            old[touched, :, block] = new[touched, :, 0]
+        store.representatives = old
+
+    # What generate, beam search and the like ask of a cache.
+
+    def reset(self) -> None:
+        self.layers = [SparseLayer() for _ in self.layers]
+        self.seen, self.processed, self.stored = 0, None, None
+
+    def _map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
+        for layer in self.layers:
+            layer.map_batch(function)
+        if self.processed is not None and self.stored is not None:
+            self.processed, self.stored = function(self.processed, 0), function(self.stored, 0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_batch(lambda tensor, dim: tensor.index_select(dim, beam_idx.to(tensor.device)))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_batch(lambda tensor, dim: tensor.repeat_interleave(repeats, dim))
+
+    def crop(self, max_length: int) -> None:
+        raise ValueError(
+            "a SparseCache cannot be cropped: the memory's earlier states and evicted tokens are "
+            "gone; run the shorter prompt again"
+        )

@@ -1,0 +1,229 @@
+"""The backbone of P2 as a Hugging Face model: attention, or RAT+ where `config.memory` is on.
+
+Legend: B batch, T tokens, C hidden size, H query heads, K KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from ratplus_exp.memory import Memory
+from ratplus_exp.methods import Engine
+from ratplus_exp.models.cache import SparseCache, Step
+from ratplus_exp.models.configuration import RatPlusConfig
+
+
+class SelfAttention(nn.Module):
+    """Gated attention of P2, over the memory's k̃ and ṽ where the memory is on (Eq. 1, 2).
+
+    `in_proj` stacks the rows o, q, k, v. The memory's gate is a module of its own, not a fifth
+    share, so that it can be trained at its own rate and be added to a trained attention model.
+    """
+
+    def __init__(self, config: RatPlusConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.shares = (width, width, kv_width, kv_width)
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.shares), bias=False)
+        self.out_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.memory = (
+            Memory(config.hidden_size, self.kv_heads, self.head_dim) if config.memory else None
+        )
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, cache: SparseCache | None, engine: Engine
+    ) -> Tensor:
+        o, q, k, v = self.in_proj(x).split(self.shares, dim=-1)
+        q, k, v = (share.unflatten(-1, (-1, self.head_dim)) for share in (q, k, v))  # (B, T, ·, D)
+        if self.memory is not None:
+            state = cache.layers[self.layer].memory_state if cache is not None else None
+            k, v, state = self.memory(x, k, v, state, step.lengths)
+            if cache is not None:
+                cache.layers[self.layer].memory_state = state
+        q, k, v = _rotate(q, rope).transpose(1, 2), _rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
+        if cache is None:
+            out = engine.prefill(q, k, v, step.lengths, self.layer)
+        else:
+            out = cache.attend(self.layer, q, k, v, step)
+        out = out.transpose(1, 2).flatten(2)
+        return self.out_proj(torch.sigmoid(o) * out)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: RatPlusConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DecoderLayer(nn.Module):
+    """RMSNorm before each sublayer."""
+
+    def __init__(self, config: RatPlusConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = SelfAttention(config, layer)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, cache: SparseCache | None, engine: Engine
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, step, cache, engine)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class RatPlusPreTrainedModel(PreTrainedModel):
+    config_class = RatPlusConfig
+    base_model_prefix = "model"
+    _no_split_modules = ("DecoderLayer",)
+    supports_gradient_checkpointing = False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, Memory):
+            bias = self.config.gate_bias
+            module.initialize(std, bias if isinstance(bias, int | float) else tuple(bias))
+
+
+class RatPlusModel(RatPlusPreTrainedModel):
+    def __init__(self, config: RatPlusConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: SparseCache | None = None,
+        use_cache: bool | None = None,
+        engine: Engine | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """Last hidden states (B, T, C).
+
+        attention_mask (B, tokens so far) may be zero at the left of a prompt: padding. Rows are
+        then shifted to start at their first token and shifted back at the end, so that everything
+        in between sees the unpadded rows. `engine` is the method for a pass without a cache; a
+        cache brings its own.
+        """
+        cache = past_key_values
+        if cache is not None and not isinstance(cache, SparseCache):
+            raise TypeError(
+                f"this model decodes with a SparseCache, not {type(cache).__name__}; pass "
+                "past_key_values=SparseCache(num_layers, engine) or leave it out"
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if cache is None and use_cache:
+            cache = SparseCache(self.config.num_hidden_layers, engine)
+        batch, length = input_ids.shape
+        pads = _left_padding(attention_mask, length) if cache is None or cache.is_empty else None
+        index = torch.arange(length, device=input_ids.device)
+        lengths = None
+        if pads is not None:
+            input_ids = input_ids.gather(1, (index + pads[:, None]) % length)
+            lengths = length - pads
+        start = 0 if cache is None or cache.processed is None else cache.processed[:, None]
+        step = Step((start + index).view(-1, length), lengths)
+        rope = _rope(step.positions, self.config.head_dim, self.config.rope_theta)
+        x = self.embed_tokens(input_ids)
+        engine = engine or Engine()
+        rope = (rope[0].to(x.dtype), rope[1].to(x.dtype))
+        for layer in self.layers:
+            x = layer(x, rope, step, cache, engine)
+        if cache is not None:
+            cache.advance(step, batch)
+        x = self.norm(x)
+        if pads is not None:
+            x = x.gather(1, ((index - pads[:, None]) % length)[..., None].expand_as(x))
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
+
+
+class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: RatPlusConfig) -> None:
+        super().__init__(config)
+        self.model = RatPlusModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def new_cache(self, engine: Engine | None = None) -> SparseCache:
+        """An empty cache that decodes with `engine`: `generate(past_key_values=new_cache(e))`."""
+        return SparseCache(self.config.num_hidden_layers, engine)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: SparseCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        engine: Engine | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V), and with labels (B, T; -100 ignored) the mean next-token loss."""
+        outputs = self.model(input_ids, attention_mask, past_key_values, use_cache, engine)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = self.new_cache()
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _left_padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """How many pads each row starts with, (B,), or None where there are none."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    pads = (attention_mask == 0).sum(1)
+    left = torch.arange(length, device=pads.device) < pads[:, None]
+    if not torch.equal(attention_mask == 0, left):
+        raise ValueError("padding must be on the left: set tokenizer.padding_side = 'left'")
+    return pads
+
+
+def _rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, (B or 1, T, 1, D), of the half-rotation form of RoPE."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angle = positions[..., None].float() * theta**-exponent
+    angle = torch.cat((angle, angle), dim=-1)[:, :, None]
+    return angle.cos(), angle.sin()
+
+
+def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * rope[0] + torch.cat((-second, first), dim=-1) * rope[1]
+
+
+AutoConfig.register("ratplus", RatPlusConfig)
+AutoModel.register(RatPlusConfig, RatPlusModel)
+AutoModelForCausalLM.register(RatPlusConfig, RatPlusForCausalLM)

@@ -1,0 +1,28 @@
+"""NIAH tasks: samples, haystacks, the pocket tokenizer, RULER's files, and the two scores."""
+
+from ratplus_exp.tasks.forms import Forms
+from ratplus_exp.tasks.niah import NIAH, SPLITS, TASKS, TaskSpec, split_of
+from ratplus_exp.tasks.prose import paragraph, sentence
+from ratplus_exp.tasks.ruler import read_jsonl, write_jsonl
+from ratplus_exp.tasks.sample import Sample, target, target_ids
+from ratplus_exp.tasks.scoring import score_p2, score_ruler
+from ratplus_exp.tasks.tokenizer import pocket_tokenizer
+
+__all__ = [
+    "NIAH",
+    "SPLITS",
+    "TASKS",
+    "Forms",
+    "Sample",
+    "TaskSpec",
+    "paragraph",
+    "pocket_tokenizer",
+    "read_jsonl",
+    "score_p2",
+    "score_ruler",
+    "sentence",
+    "split_of",
+    "target",
+    "target_ids",
+    "write_jsonl",
+]

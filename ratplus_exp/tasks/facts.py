@@ -1,0 +1,132 @@
+"""Generated pretraining text, rich in repeated facts: what retrieval is learnt from.
+
+A document states facts ("otter is 4815."), alone or spread through prose or noise, restates some,
+and then asks for many of them in the NIAH tasks' own form. One document has as many recallable
+values as dozens of NIAH prompts, so that retrieval forms within millions of tokens, not billions.
+All values belong to the training split (`split_of`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ratplus_exp.tasks import prose
+from ratplus_exp.tasks.forms import Forms
+from ratplus_exp.tasks.niah import Draw, seeded_random
+
+IGNORE = -100  # the label of tokens that are not in the loss
+
+# (key, value, weight) of the facts of a document; uuid pairs are the last to be learnt (MK-3).
+_KINDS = (("word", "number", 5), ("word", "uuid", 2), ("uuid", "uuid", 3))
+_HAYSTACKS = (("needle", 5), ("essay", 4), ("noise", 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """Batches of documents as a pure function of (seed, step).
+
+    other_rate: the share of tokens that cannot be recalled (prose, first mentions, questions)
+        which is in the loss as well; recallable tokens always are.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    forms: Forms
+    other_rate: float = 0.1
+
+    def batch(self, seed: int, step: int, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and labels (already those of the next token), both (batch, length) int64."""
+        rng = seeded_random(f"facts/{seed}/{step}")
+        ids = np.empty((batch, length + 1), np.int64)
+        recallable = np.empty((batch, length + 1), bool)
+        for row in range(batch):
+            pieces = self._document(rng, length + 1)
+            encoded = self.tokenizer([text for text, _ in pieces], add_special_tokens=False)
+            eos = self.tokenizer.eos_token_id
+            tokens, marks = [], []
+            for piece, (_, answer) in zip(encoded.input_ids, pieces, strict=True):
+                ends = [eos] if answer == "answer" else []
+                tokens += piece + ends
+                marks += [bool(answer)] * (len(piece) + len(ends))
+            assert len(tokens) > length
+            ids[row], recallable[row] = tokens[: length + 1], marks[: length + 1]
+        noise = np.random.default_rng(rng.getrandbits(64)).random(ids.shape)
+        labels = np.where(recallable | (noise < self.other_rate), ids, IGNORE)
+        return ids[:, :-1], labels[:, 1:]
+
+    def _document(self, rng: random.Random, length: int) -> list[tuple[str, str]]:
+        """Pieces of text, each with "" or, where it can be recalled, "fact" or "answer".
+
+        An answer is followed by EOS. Sizes are counted in words and digits, a close enough guess
+        of tokens: the last question is cut off wherever the document is full.
+        """
+        draw = Draw(self.forms, "train", rng)
+        key_kind, value_kind = _weighted(rng, _KINDS)
+        (haystack,) = _weighted(rng, _HAYSTACKS)
+        context = int(length * rng.uniform(0.3, 0.9))
+        several = rng.random() < 0.25  # keys with several values, as in MV
+
+        fact_size = 3 + (4 if key_kind == "uuid" else 1) + (4 if value_kind == "uuid" else 2)
+        share = 1.0 if haystack == "needle" else rng.uniform(0.1, 0.6)
+        count = max(1, int(context * share / fact_size))
+        facts: list[tuple[str, str]] = []
+        while len(facts) < count:
+            key = draw(key_kind)
+            for _ in range(rng.randint(2, 4) if several and rng.random() < 0.5 else 1):
+                facts.append((key, draw(value_kind)))
+        rng.shuffle(facts)
+
+        pieces: list[tuple[str, str]] = []
+        for key, value in facts:
+            pieces.append((self.forms.needle.format(key=key, value=value, type_needle_v=""), ""))
+        filler = int(context * (1 - share))
+        while filler > 0:
+            text = prose.sentence(rng).lower() if haystack == "essay" else self.forms.noise
+            filler -= len(text.split()) + 1
+            pieces.insert(rng.randint(0, len(pieces)), (text, ""))
+        # What order the facts came to stand in is the order in which answers list them.
+        values: dict[str, list[str]] = {}
+        for key, value in facts:
+            values.setdefault(key, []).append(value)
+        self._restate(rng, facts, values, pieces)
+
+        size = sum(len(text.split()) + 3 for text, _ in pieces)
+        keys = list(values)
+        while size < 3 * length:  # certainly enough, whatever a word costs
+            asked = rng.sample(keys, min(len(keys), rng.choice((1, 1, 1, 2, 3, 4))))
+            query = (
+                ", ".join(asked[:-1]) + (self.forms.query_joiner if asked[1:] else "") + asked[-1]
+            )
+            question = self.forms.template.format(context="", query=query, type_needle_v="").strip()
+            answer = ", ".join(value for key in asked for value in values[key])
+            pieces += [(question, ""), (answer, "answer")]
+            size += 6 + 4 * len(asked)
+        return pieces
+
+    def _restate(
+        self,
+        rng: random.Random,
+        facts: Sequence[tuple[str, str]],
+        values: dict[str, list[str]],
+        pieces: list[tuple[str, str]],
+    ) -> None:
+        """Say some single-valued facts again in the middle of the text, where they are recallable."""
+        for key, value in facts:
+            if len(values[key]) > 1 or rng.random() > 0.15:
+                continue
+            needle = self.forms.needle.format(key=key, value=value, type_needle_v="")
+            first = next(i for i, (text, _) in enumerate(pieces) if text == needle)
+            before, after = needle.split(value)
+            spot = rng.randint(first + 1, len(pieces))
+            while spot < len(pieces) and pieces[spot][1] == "fact":
+                spot += 1  # never between a restated key and its value
+            pieces[spot:spot] = [(before.rstrip(), ""), (value + after, "fact")]
+
+
+def _weighted(rng: random.Random, table: Sequence[tuple]) -> tuple:
+    row = rng.choices(table, weights=[row[-1] for row in table])[0]
+    return row[:-1]

@@ -1,0 +1,147 @@
+"""What needles, questions and prompts look like, so that one generator serves RULER and the pocket.
+
+The defaults are RULER's, word for word (NVIDIA/RULER, scripts/data/synthetic/niah.py and
+constants.py). The pocket tier's forms are in conf/data/pocket.yaml.
+"""
+
+import random
+import re
+import string
+import uuid
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib import resources
+
+from ratplus_exp.tasks import prose
+
+_CHOICES = {
+    "key_words": ("pair", "noun"),
+    "uuid": ("uuid4", "short"),
+    "answer_order": ("creation", "document"),
+}
+_FIELDS = {
+    "needle": ({"key", "value"}, {"type_needle_v"}),
+    "template": ({"context", "query"}, {"type_needle_v"}),
+    "answer_prefix": (set(), {"type_needle_v", "query"}),
+}
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Texts and value formats of the NIAH tasks; `Forms()` is RULER.
+
+    A prompt is `template` + `answer_prefix`, filled in. Where a sample has a single answer, both
+    are put into the singular as RULER does. Raises ValueError, with the remedy, on a bad field.
+    """
+
+    needle: str = "One of the special magic {type_needle_v} for {key} is: {value}."
+    template: str = (
+        "Some special magic {type_needle_v} are hidden within the following text. Make sure to"
+        " memorize it. I will quiz you about the {type_needle_v} afterwards.\n{context}\nWhat are"
+        " all the special magic {type_needle_v} for {query} mentioned in the provided text?"
+    )
+    answer_prefix: str = (
+        " The special magic {type_needle_v} for {query} mentioned in the provided text are"
+    )
+    noise: str = (
+        "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+    )
+    separator: str = "\n"  # between the units of a noise or needle haystack
+    query_joiner: str = ", and "  # before the last of several queried keys; ', ' before the others
+    key_words: str = "pair"  # 'pair': adjective-noun; 'noun': one noun of 4 to 8 letters
+    key_count: int | None = None  # size of a fixed subset of the nouns; None: all of them
+    number_digits: int = 7
+    uuid: str = "uuid4"  # or 'short': four random bytes, as in 9f-3a-c0-1b
+    lowercase: bool = False  # the whole prompt
+    answer_order: str = "creation"  # RULER's; 'document': as the values stand in the prompt
+    reserve: int = 128  # tokens kept free for the answer
+
+    def __post_init__(self) -> None:
+        for name, (needed, optional) in _FIELDS.items():
+            found = _fields(name, getattr(self, name))
+            if missing := needed - found:
+                raise ValueError(f"forms.{name} lacks {{{min(missing)}}}: add it to the text")
+            if unknown := found - needed - optional:
+                raise ValueError(
+                    f"forms.{name} has the unknown field {{{min(unknown)}}}: use only"
+                    f" {', '.join(f'{{{field}}}' for field in sorted(needed | optional))}"
+                )
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"forms.{name} is {getattr(self, name)!r}: use {' or '.join(choices)}"
+                )
+        if not self.noise.strip():
+            raise ValueError("forms.noise is empty: give the sentence that fills task S-1")
+        if self.number_digits < 2:
+            raise ValueError(f"forms.number_digits is {self.number_digits}: use at least 2")
+        if self.reserve < 1:
+            raise ValueError(f"forms.reserve is {self.reserve}: keep at least 1 token free")
+        if self.key_count is not None:
+            if self.key_words != "noun":
+                raise ValueError("forms.key_count counts nouns: set key_words to noun or drop it")
+            available = len(_nouns(self.words))
+            if not 1 <= self.key_count <= available:
+                raise ValueError(f"forms.key_count is {self.key_count}: use 1 to {available}")
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """The lower-cased words of needle, template, prefix and noise, without the fields."""
+        text = " ".join(
+            (self.needle, self.template, self.answer_prefix, self.noise, self.query_joiner)
+        )
+        return frozenset(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", " ", text).lower()))
+
+    @cached_property
+    def nouns(self) -> tuple[str, ...]:
+        """Nouns that serve as keys when `key_words` is 'noun', alphabetically.
+
+        None is profane, or a word of the prose or the texts above: a key means one thing only.
+        """
+        nouns = _nouns(self.words)
+        count = self.key_count or len(nouns)
+        return tuple(nouns[i * len(nouns) // count] for i in range(count))  # evenly spread
+
+    def random_word(self, rng: random.Random) -> str:
+        """A key in words."""
+        if self.key_words == "noun":
+            return rng.choice(self.nouns)
+        return f"{rng.choice(wordlist('adjective'))}-{rng.choice(wordlist('noun'))}"
+
+    def random_number(self, rng: random.Random) -> str:
+        """A number of exactly `number_digits` digits."""
+        return str(rng.randrange(10 ** (self.number_digits - 1), 10**self.number_digits))
+
+    def random_uuid(self, rng: random.Random) -> str:
+        """A version 4 uuid, or its short form of four bytes."""
+        if self.uuid == "short":
+            return rng.randbytes(4).hex("-")
+        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+    def draw(self, kind: str, rng: random.Random) -> str:
+        """A random 'word', 'number' or 'uuid'."""
+        draws = {"word": self.random_word, "number": self.random_number, "uuid": self.random_uuid}
+        return draws[kind](rng)
+
+
+@cache
+def wordlist(part: str) -> tuple[str, ...]:
+    """wonderwords' 'noun', 'adjective' or 'profanity' list, sorted and without repetitions."""
+    text = (resources.files("wonderwords") / "assets" / f"{part}list.txt").read_text("utf-8")
+    return tuple(sorted({line.strip() for line in text.splitlines() if line.strip()}))
+
+
+@cache
+def _nouns(taken: frozenset[str]) -> tuple[str, ...]:
+    taken = taken.union(prose.VOCABULARY, wordlist("profanity"))
+    short = (noun for noun in wordlist("noun") if re.fullmatch("[a-z]{4,8}", noun))
+    return tuple(noun for noun in short if noun not in taken)
+
+
+def _fields(name: str, text: str) -> set[str]:
+    try:
+        return {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+    except ValueError as error:
+        raise ValueError(
+            f"forms.{name} is no format string ({error}): double literal braces"
+        ) from error

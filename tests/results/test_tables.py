@@ -1,0 +1,235 @@
+"""From a filled store to frames and tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ratplus_exp.results import (
+    Store,
+    Table,
+    accuracies,
+    accuracy_table,
+    sample_scores,
+    table3,
+    tidy,
+    write_cells_csv,
+)
+from ratplus_exp.results.frame import COLUMNS, EXTRA
+from ratplus_exp.results.paper import TASKS
+
+QUEST = {"method": "quest", "block_size": 8, "top_k": 4, "budget": "1/16", "selector": "topk"}
+DENSE = {"method": "dense", "block_size": None, "top_k": None, "budget": "1", "selector": None}
+
+
+def add(store: Store, backbone: str, task: str, right: int, n: int = 10, **key) -> None:
+    """A finished cell whose first `right` of n samples are right by P2's score, half by RULER's."""
+    key = QUEST | {"checkpoint": f"digest-{backbone}", "seed": 0, "tier": "pocket"} | key
+    key |= {"stage": "eval", "backbone": backbone, "task": task, "context_length": 512}
+    cell = store.cell({"model": f"pocket_{backbone}", **key})
+    with cell.open({"commit": "abc"}):
+        cell.append(
+            [
+                {"id": f"{task}-{i}", "score_p2": float(i < right), "score_ruler": 0.5}
+                for i in range(n)
+            ]
+        )
+        measured = {"budget_measured": 0.07, "effective_memory_length": 60.0, "gate_mean": 0.9}
+        cell.finish(accuracies(cell.records()) | measured)
+
+
+def add_all(store: Store, attention: int, ratplus: int, **key) -> None:
+    for task in TASKS:
+        add(store, "attention", task, attention, **key)
+        add(store, "ratplus", task, ratplus, **key)
+
+
+def lines(table: Table, **want: str) -> list[dict[str, str]]:
+    rows = list(csv.DictReader(io.StringIO(table.to_csv())))
+    return [row for row in rows if all(row[name] == value for name, value in want.items())]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "outputs")
+
+
+def test_tidy_has_a_row_for_each_finished_cell(store, tmp_path):
+    add(store, "ratplus", "MK-2", 7)
+    add(store, "attention", "S-1", 9, **DENSE)
+    with store.cell({"stage": "eval", "task": "S-2"}).open({}) as unfinished:
+        unfinished.append([{"id": "a"}])
+    frame = tidy(store)
+    assert list(frame.columns) == [*COLUMNS, *EXTRA]
+    assert len(frame) == 2
+    row = frame[frame["task"] == "MK-2"].iloc[0]
+    assert (row["backbone"], row["budget"], row["n"]) == ("RAT+", "1/16", 10)
+    assert (row["accuracy"], row["accuracy_ruler"]) == (70.0, 50.0)
+    dense = frame[frame["method"] == "dense"].iloc[0]
+    assert dense["budget"] == "1" and pd.isna(dense["block_size"])
+
+    path = write_cells_csv(frame, tmp_path / "new" / "cells.csv")
+    again = pd.read_csv(path, dtype={"budget": str})
+    assert list(again["budget"]) == list(frame["budget"])
+
+
+def test_an_empty_store_has_empty_frames_with_the_same_columns(store):
+    assert list(tidy(store).columns) == [*COLUMNS, *EXTRA]
+    assert sample_scores(store).empty and "score_p2" in sample_scores(store)
+    with pytest.raises(ValueError, match="no finished cells for table3 at tier 'pocket'"):
+        table3(store, "pocket")
+
+
+def test_sample_scores_pair_by_id(store):
+    add(store, "ratplus", "MK-2", 7)
+    add(store, "attention", "MK-2", 4)
+    add(store, "attention", "MK-3", 4)
+    frame = sample_scores(store, task=["MK-2"])
+    wide = frame.pivot(index="id", columns="backbone", values="score_p2")
+    assert len(wide) == 10 and (wide["RAT+"] - wide["Attention"]).sum() == 3
+    with pytest.raises(ValueError, match="no column 'typo'"):
+        sample_scores(store, typo=1)
+
+
+def test_table3_shows_means_gain_and_paper(store):
+    add_all(store, 4, 7)
+    add_all(store, 8, 10, **DENSE)
+    table = table3(store, "pocket")
+    attention, ratplus = lines(table, Method="quest", Block="8", Budget="1/16")
+    assert [attention["Backbone"], ratplus["Backbone"]] == ["Attention", "RAT+"]
+    assert [attention[task] for task in TASKS] == ["40.0"] * 8 and attention["Mean"] == "40.0"
+    assert (ratplus["Mean"], ratplus["Δ"], ratplus["P1 Δ"]) == ("70.0", "+30.0", "+7.4")
+    assert (attention["Δ"], attention["Δ 95 %"], attention["P1 Δ"]) == ("", "", "")
+    low, high = (float(bound) for bound in ratplus["Δ 95 %"].strip("[]").split(", "))
+    assert 15 < low < 30 < high < 45
+    assert (ratplus["k"], ratplus["Kept"], ratplus["n"], ratplus["seeds"]) == (
+        "4",
+        "0.070",
+        "10",
+        "1",
+    )
+    assert [row["Method"] for row in lines(table)[:3]] == ["dense", "dense", "quest"]
+    assert lines(table)[1]["Δ"] == "+20.0" and lines(table)[1]["P1 Δ"] == "—"
+    for said in ("P2's score", "Tier pocket (not the paper's scale", "512 tokens", "n = 10 per"):
+        assert said in table.caption
+    assert "RAT+ 60.0" in table.caption and "seeds 0." in table.caption
+
+
+def test_both_scorers_and_frames_instead_of_a_store(store):
+    add_all(store, 4, 7)
+    frames = tidy(store), sample_scores(store)
+    assert table3(frames, "pocket") == table3(store, "pocket")
+    row = lines(table3(store, "pocket", "ruler"), Method="quest", Budget="1/16", Backbone="RAT+")[0]
+    assert (row["Mean"], row["Δ"], row["Δ 95 %"]) == ("50.0", "+0.0", "[0.0, 0.0]")
+    with pytest.raises(ValueError, match="choose one of p2, ruler"):
+        table3(store, "pocket", "bleu")
+
+
+def test_what_was_not_measured_is_missing_and_never_zero(store):
+    add_all(store, 0, 7)
+    add(store, "ratplus", "MK-2", 0, budget="1/8", top_k=8)
+    table = table3(store, "pocket")
+    partial = lines(table, Method="quest", Budget="1/8", Backbone="RAT+")[0]
+    assert partial["MK-2"] == "0.0"
+    assert {partial[name] for name in ("S-1", "MQ", "Mean", "Δ", "Δ 95 %")} == {"—"}
+    assert partial["P1 Δ"] == "+9.1"
+    # All of P1's settings are there, with as many blocks a context as in P1, and dense.
+    layout = [(row["Method"], row["Block"], row["k"], row["Budget"]) for row in lines(table)[::2]]
+    assert layout == [
+        ("dense", "", "", "1"),
+        ("quest", "8", "16", "1/4"),
+        ("quest", "8", "8", "1/8"),
+        ("quest", "8", "4", "1/16"),
+        ("quest", "2", "4", "1/64"),
+        ("moba", "8", "16", "1/4"),
+        ("moba", "8", "8", "1/8"),
+        ("moba", "8", "4", "1/16"),
+        ("moba", "16", "4", "1/8"),
+        ("moba", "16", "2", "1/16"),
+        ("snapkv", "1", "128", "1/4"),
+        ("snapkv", "1", "64", "1/8"),
+        ("snapkv", "1", "32", "1/16"),
+    ]
+    empty = lines(table, Method="snapkv", Budget="1/4", Backbone="Attention")[0]
+    assert {empty[name] for name in (*TASKS, "Mean", "Kept", "n", "seeds")} == {"—"}
+
+
+def test_moba_at_one_budget_has_the_paper_gain_of_its_block_size(store):
+    add_all(store, 4, 7)
+    gains = [row["P1 Δ"] for row in lines(table3(store, "pocket"), Method="moba", Budget="1/8")]
+    assert gains == ["", "+10.5", "", "+6.6"]
+
+
+def test_settings_that_the_paper_lacks_follow(store):
+    add_all(store, 4, 7, method="mine", block_size=None, top_k=64, budget="1/8")
+    last = lines(table3(store, "pocket"))[-1]
+    assert (last["Method"], last["Block"], last["k"], last["Mean"]) == ("mine", "1", "64", "70.0")
+    assert last["P1"] == last["P1 Δ"] == "—"
+
+
+def test_several_seeds_show_their_deviation(store):
+    for seed, right in enumerate((6, 7, 8)):
+        add_all(store, 4, right, seed=seed)
+    table = table3(store, "pocket")
+    row = lines(table, Method="quest", Budget="1/16", Backbone="RAT+")[0]
+    assert (row["S-1"], row["Mean"], row["seeds"]) == ("70.0±10.0", "70.0±10.0", "3")
+    assert row["Δ"] == "+30.0" and "seeds 0, 1, 2; ± is" in table.caption
+
+
+def test_sides_that_share_no_sample_have_no_gain(store):
+    for task in TASKS:
+        add(store, "attention", task, 4)
+        add(store, "ratplus", task, 7, seed=1)
+    frames = tidy(store), sample_scores(store)
+    frames[1]["id"] += frames[1]["seed"].astype(str)
+    row = lines(table3(frames, "pocket"), Method="quest", Budget="1/16", Backbone="RAT+")[0]
+    assert (row["Mean"], row["Δ"]) == ("70.0", "—")
+
+
+def test_tiers_and_selectors_do_not_mix(store):
+    add_all(store, 4, 7)
+    add_all(store, 1, 1, tier="small")
+    add_all(store, 2, 3, selector="random")
+    means = lines(table3(store, "pocket"), Method="quest", Budget="1/16")
+    assert [row["Mean"] for row in means] == ["40.0", "70.0"]
+    random = lines(accuracy_table(store, "pocket", "table5"), Method="quest", Budget="1/16")
+    assert [row["Mean"] for row in random] == ["20.0", "30.0"]
+
+
+def test_two_checkpoints_must_be_told_apart(store):
+    add_all(store, 4, 7)
+    add(store, "ratplus", "S-1", 9, checkpoint="newer")
+    with pytest.raises(ValueError, match=r"several checkpoints \(digest-ratplus, newer; .*RAT\+"):
+        table3(store, "pocket")
+    table = table3(store, "pocket", checkpoint=["digest-attention", "digest-ratplus"])
+    assert lines(table, Method="quest", Budget="1/16")[1]["S-1"] == "70.0"
+
+
+def test_text_fits_a_terminal(store):
+    add_all(store, 1, 9)
+    text = table3(store, "pocket").to_text().splitlines()
+    assert max(map(len, text)) <= 120
+    assert "seeds" not in text[2].split()  # the same in all rows: the caption has it
+    add_all(store, 1, 5, budget="1/4", top_k=16, n=5)
+    assert "n" in table3(store, "pocket").to_text().splitlines()[2].split()
+
+
+def test_all_formats_are_written(tmp_path):
+    table = Table("A_title", "50 % of {x} & ~y^2 \\ #1 $", ("name", "Δ"), (("a|b", "−1.5"),))
+    paths = table.write(tmp_path / "tables", "demo")
+    assert [path.name for path in paths] == ["demo.md", "demo.csv", "demo.tex"]
+    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == sorted(
+        path.name for path in paths
+    )
+    markdown, comma, latex = (path.read_text() for path in paths)
+    assert r"| a\|b | −1.5 |" in markdown and "| --- | ---: |" in markdown
+    assert comma == "name,Δ\na|b,-1.5\n"
+    assert (
+        r"A\_title. 50 \% of \{x\} \& \textasciitilde{}y\textasciicircum{}2 "
+        r"\textbackslash{} \#1 \$" in latex
+    )
+    assert r"\begin{tabular}{lr}" in latex and "a|b & $-$1.5 \\\\\n" in latex

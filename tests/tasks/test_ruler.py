@@ -1,0 +1,86 @@
+"""RULER's JSONL: what is written is read back, and a bad line is named."""
+
+import json
+
+import pytest
+
+from ratplus_exp.tasks import NIAH, read_jsonl, write_jsonl
+
+LINE = {
+    "index": 0,
+    "input": "One of the special magic numbers for big-cat is: 1234567.\nWhat is it, 1234567?",
+    "outputs": ["1234567"],
+    "length": 150,
+    "length_w_model_temp": 150,
+    "answer_prefix": " The special magic number is",
+    "token_position_answer": 9,
+}
+
+
+def written(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def test_round_trip(bpe, tmp_path):
+    niah, path = NIAH(bpe, 1024), tmp_path / "validation.jsonl"
+    samples = [niah.sample("MV", 0, index) for index in range(3)]
+    write_jsonl(samples, path)
+    read = read_jsonl(path, bpe, 1024, "MV")
+    assert [sample.id for sample in read] == [f"MV/validation/ruler/{i}" for i in range(3)]
+    for old, new in zip(samples, read, strict=True):
+        assert {**vars(old), "id": None} == {**vars(new), "id": None}
+
+
+def test_written_fields_are_rulers(bpe, tmp_path):
+    sample = NIAH(bpe, 1024).sample("S-2", 0, 0)
+    write_jsonl([sample], tmp_path / "x.jsonl")
+    record = json.loads((tmp_path / "x.jsonl").read_text())
+    assert list(record) == list(LINE)
+    assert record["input"].endswith("in the provided text?")
+    assert record["answer_prefix"].startswith(" The special magic number for")
+    assert record["length"] == sample.length + 128
+    behind = bpe.decode(sample.input_ids[record["token_position_answer"] :])
+    assert behind.lstrip().startswith(sample.answers[0])
+
+
+def test_all_spans_of_a_value_are_found(bpe, tmp_path):
+    (sample,) = read_jsonl(written(tmp_path / "x.jsonl", json.dumps(LINE)), bpe, 512, "S-1")
+    assert sample.prompt == LINE["input"] + LINE["answer_prefix"]
+    spans = sample.gold_spans["1234567"]
+    assert [bpe.decode(sample.input_ids[a:b]).strip() for a, b in spans] == ["1234567"] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "no JSON"),
+        ("", "no JSON"),
+        ("[1]", "no JSON object"),
+        *[
+            (json.dumps({k: v for k, v in LINE.items() if k != name}), f"'{name}' is missing")
+            for name in LINE
+        ],
+        (json.dumps(LINE | {"input": 3}), "'input' must be of type str"),
+        (json.dumps(LINE | {"outputs": []}), "'outputs' must list"),
+        (json.dumps(LINE | {"outputs": [7]}), "'outputs' must list"),
+        (json.dumps(LINE | {"outputs": ["7654321"]}), "does not contain the answer '7654321'"),
+        (json.dumps(LINE | {"input": "", "answer_prefix": ""}), "does not contain the answer"),
+    ],
+)
+def test_bad_line_is_named(bpe, tmp_path, line, message):
+    path = written(tmp_path / "x.jsonl", json.dumps(LINE), line, json.dumps(LINE))
+    with pytest.raises(ValueError, match=message) as error:
+        read_jsonl(path, bpe, 512, "S-1")
+    assert str(error.value).startswith(f"{path}, line 2: ")
+
+
+def test_long_prompt_is_refused_not_truncated(bpe, tmp_path):
+    path = written(tmp_path / "x.jsonl", json.dumps(LINE))
+    with pytest.raises(ValueError, match=r"line 1: S-1/x/ruler/0: the prompt has \d+ tokens"):
+        read_jsonl(path, bpe, 20, "S-1")
+
+
+def test_absent_file(bpe, tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_jsonl(tmp_path / "absent.jsonl", bpe, 512, "S-1")
