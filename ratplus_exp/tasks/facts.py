@@ -32,11 +32,14 @@ class Facts:
 
     other_rate: the share of tokens that cannot be recalled (prose, first mentions, questions)
         which is in the loss as well; recallable tokens always are.
+    plain_steps: for so many steps at first, documents are plain: word-number facts without prose,
+        single questions. Retrieval forms there first, undisturbed by what it can't do yet.
     """
 
     tokenizer: PreTrainedTokenizerBase
     forms: Forms
     other_rate: float = 0.1
+    plain_steps: int = 0
 
     def batch(self, seed: int, step: int, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and labels (already those of the next token), both (batch, length) int64."""
@@ -44,7 +47,7 @@ class Facts:
         ids = np.empty((batch, length + 1), np.int64)
         recallable = np.empty((batch, length + 1), bool)
         for row in range(batch):
-            pieces = self._document(rng, length + 1)
+            pieces = self._document(rng, length + 1, plain=step < self.plain_steps)
             encoded = self.tokenizer([text for text, _ in pieces], add_special_tokens=False)
             eos = self.tokenizer.eos_token_id
             tokens, marks = [], []
@@ -58,17 +61,17 @@ class Facts:
         labels = np.where(recallable | (noise < self.other_rate), ids, IGNORE)
         return ids[:, :-1], labels[:, 1:]
 
-    def _document(self, rng: random.Random, length: int) -> list[tuple[str, str]]:
+    def _document(self, rng: random.Random, length: int, plain: bool) -> list[tuple[str, str]]:
         """Pieces of text, each with "" or, where it can be recalled, "fact" or "answer".
 
         An answer is followed by EOS. Sizes are counted in words and digits, a close enough guess
         of tokens: the last question is cut off wherever the document is full.
         """
         draw = Draw(self.forms, "train", rng)
-        key_kind, value_kind = _weighted(rng, _KINDS)
-        (haystack,) = _weighted(rng, _HAYSTACKS)
-        context = int(length * rng.uniform(0.3, 0.9))
-        several = rng.random() < 0.25  # keys with several values, as in MV
+        key_kind, value_kind = _weighted(rng, _KINDS[:1] if plain else _KINDS)
+        (haystack,) = _weighted(rng, _HAYSTACKS[:1] if plain else _HAYSTACKS)
+        context = int(length * rng.uniform(0.3, 0.6 if plain else 0.9))
+        several = not plain and rng.random() < 0.25  # keys with several values, as in MV
 
         fact_size = 3 + (4 if key_kind == "uuid" else 1) + (4 if value_kind == "uuid" else 2)
         share = 1.0 if haystack == "needle" else rng.uniform(0.1, 0.6)
@@ -96,8 +99,9 @@ class Facts:
 
         size = sum(len(text.split()) + 3 for text, _ in pieces)
         keys = list(values)
-        while size < 3 * length:  # certainly enough, whatever a word costs
-            asked = rng.sample(keys, min(len(keys), rng.choice((1, 1, 1, 2, 3, 4))))
+        while size < 2 * length:  # certainly enough, whatever a word costs
+            number = 1 if plain else rng.choice((1, 1, 1, 2, 3, 4))
+            asked = rng.sample(keys, min(len(keys), number))
             query = (
                 ", ".join(asked[:-1]) + (self.forms.query_joiner if asked[1:] else "") + asked[-1]
             )

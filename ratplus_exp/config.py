@@ -1,0 +1,160 @@
+"""The typed configuration that Hydra composes, and what of it can be checked before any loading."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.utils import get_class
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from ratplus_exp.budget import Budget
+from ratplus_exp.methods import Method
+from ratplus_exp.tasks import TASKS, Forms
+
+SELECTORS = ("topk", "random", "oracle")
+TRACKING_MODES = ("online", "offline", "disabled")
+SCORERS = ("p2", "ruler")
+
+
+@dataclass
+class ModelConfig:
+    """A backbone. `path` is a folder in Hugging Face's format."""
+
+    name: str = MISSING
+    tier: str = MISSING
+    backbone: str = MISSING  # attention or ratplus
+    path: str = MISSING
+    sha256: str | None = None  # of model.safetensors; checked where given
+    architecture: dict[str, Any] = field(default_factory=dict)  # RatPlusConfig, for training
+
+
+@dataclass
+class BudgetConfig:
+    fraction: str = MISSING
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    length: int = MISSING  # context length in tokens, answer included
+    block_size: int = MISSING  # the tier's block size; 64 in the paper
+    window: int = MISSING  # SnapKV's observation window; 64 in the paper
+    tasks: list[str] = field(default_factory=lambda: list(TASKS))
+    examples: int = 100  # a task
+    forms: dict[str, Any] = field(default_factory=dict)
+    essay: str | None = None  # a text file or RULER's PaulGrahamEssays.json; None: generated prose
+    path: str | None = None  # a folder of RULER's own <task>/validation.jsonl to use instead
+
+
+@dataclass
+class TrackingConfig:
+    mode: str = "offline"
+    project: str = "ratplus_exp"
+    entity: str | None = None
+    group: str | None = None  # runs of one sweep
+
+
+@dataclass
+class Config:
+    """The root; `method` and `stage` stay open, since each file there brings its own fields."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: dict[str, Any] = field(default_factory=dict)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stage: dict[str, Any] = field(default_factory=dict)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    selector: str = "topk"
+    seed: int = 0
+    device: str = "auto"  # auto: a GPU if there is one
+    threads: int = 0  # of torch on a CPU; 0: one a core
+    output: str = "outputs"
+    results: str = "${output}/results"  # the store
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def method_of(cfg: DictConfig) -> Method:
+    """The method with its sizes, the budget turned into blocks or tokens; ValueError if it can't.
+
+    Its YAML has `name`, `target` (the class) and the class's own fields. A budget applies to
+    methods that select; dense and dilated attention ignore it.
+    """
+    settings = OmegaConf.to_container(cfg.method, resolve=True)
+    name, cls = settings.pop("name"), get_class(settings.pop("target"))
+    known = {f.name: f for f in fields(cls)}
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(
+                f"method {name} has no field {key!r}: use {', '.join(sorted(known)) or 'none'}"
+            )
+        default = known[key].default
+        if isinstance(default, int) and (type(value) is not int or value < 0):
+            raise ValueError(f"method.{key} must be a whole number, got {value!r}")
+    if cls.phase is not None and not settings.get("top_k"):
+        budget = Budget.parse(cfg.budget.fraction)
+        if cls.unit == "block":
+            settings["top_k"] = budget.blocks(cfg.data.length, settings["block_size"])
+        else:
+            settings["top_k"] = budget.tokens(cfg.data.length)
+    method = cls(**settings)
+    method.validate()
+    return method
+
+
+def budget_name(cfg: DictConfig, method: Method) -> str:
+    """The nominal budget as tables print it; "1" where nothing is selected."""
+    if method.phase is None:
+        return "1"
+    if method.unit == "block":
+        return str(Budget.parse(f"{method.top_k * method.block_size}/{cfg.data.length}"))
+    return str(Budget.parse(f"{method.top_k}/{cfg.data.length}"))
+
+
+def forms_of(cfg: DictConfig) -> Forms:
+    settings = OmegaConf.to_container(cfg.data.forms, resolve=True)
+    known = set(inspect.signature(Forms).parameters)
+    if unknown := set(settings) - known:
+        raise ValueError(f"data.forms has no field {min(unknown)!r}: use {', '.join(sorted(known))}")
+    return Forms(**settings)
+
+
+def validate(cfg: DictConfig) -> None:
+    """Everything that can be wrong in the words alone; ValueError with the remedy, in one line."""
+    _one_of("selector", cfg.selector, SELECTORS)
+    _one_of("tracking.mode", cfg.tracking.mode, TRACKING_MODES)
+    _one_of("model.backbone", cfg.model.backbone, ("attention", "ratplus"))
+    for task in cfg.data.tasks:
+        _one_of("data.tasks", task, tuple(TASKS))
+    for name, value, least in (
+        ("data.examples", cfg.data.examples, 1),
+        ("data.length", cfg.data.length, 2),
+        ("data.block_size", cfg.data.block_size, 1),
+        ("data.window", cfg.data.window, 1),
+        ("threads", cfg.threads, 0),
+        ("seed", cfg.seed, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value} is too small: use at least {least}")
+    forms = forms_of(cfg)
+    prompt = cfg.data.length - forms.reserve
+    method = method_of(cfg)
+    if method.phase == "once" and prompt < method.forced:
+        raise ValueError(
+            f"prompts of {prompt} tokens (data.length {cfg.data.length} less the "
+            f"{forms.reserve} of data.forms.reserve) are shorter than the observation window of "
+            f"{method.forced}: raise data.length or lower method.window"
+        )
+    if cfg.selector != "topk" and method.phase is None:
+        raise ValueError(
+            f"selector={cfg.selector} needs a method that selects, not {cfg.method.name}"
+        )
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value} is unknown: use one of {', '.join(choices)}")

@@ -1,0 +1,83 @@
+"""Saved models: find, check, load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ratplus_exp.models.configuration import RatPlusConfig
+from ratplus_exp.models.modeling import RatPlusForCausalLM
+from ratplus_exp.provenance import sha256
+
+WEIGHTS = "model.safetensors"
+
+
+def check_model(path: Path, expected_sha256: str | None, backbone: str) -> str:
+    """The digest of a model's weights, after the checks that need no loading.
+
+    Raises ValueError, with the remedy, for a missing folder or file, a digest other than expected,
+    or a model of the other backbone.
+    """
+    for name in (WEIGHTS, "config.json", "tokenizer.json"):
+        if not (path / name).is_file():
+            raise ValueError(
+                f"there is no {name} in {path}: train the model (make weights) or set model.path"
+            )
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path / 'config.json'} is not JSON: restore the file") from None
+    memory = config.get("memory")
+    if memory is not None and memory != (backbone == "ratplus"):
+        raise ValueError(
+            f"the model in {path} has memory={memory}, so it is no {backbone} backbone: set "
+            "model.path or model.backbone"
+        )
+    digest = sha256(path / WEIGHTS)
+    if expected_sha256 and digest != expected_sha256:
+        raise ValueError(
+            f"{path / WEIGHTS} is corrupt or another version: its sha256 is {digest}, "
+            f"expected {expected_sha256}. Restore the file, or set model.sha256=null to use it"
+        )
+    return digest
+
+
+def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer in a folder; ValueError where it doesn't fit a model of vocab_size."""
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer in {path} has {len(tokenizer)} entries, the model only {vocab_size} "
+            "embeddings: use the tokenizer that the model was trained with"
+        )
+    if tokenizer.eos_token_id is None or len(tokenizer) < 16:
+        raise ValueError(
+            f"the tokenizer in {path} has {len(tokenizer)} entries and eos {tokenizer.eos_token}: "
+            "restore its files"
+        )
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_model(path: Path, device: torch.device) -> tuple[PreTrainedModel, Tokenizer]:
+    """Model (evaluation mode, fp32 on a CPU, bf16 on a GPU) and tokenizer of a folder."""
+    tokenizer = load_tokenizer(path, json.loads((path / "config.json").read_text())["vocab_size"])
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    return model.to(device).eval(), tokenizer
+
+
+def with_memory(
+    attention: RatPlusForCausalLM, gate_bias: float | tuple[float, float], seed: int
+) -> RatPlusForCausalLM:
+    """A RAT+ model that starts from a trained attention model: the same weights and fresh gates."""
+    settings = attention.config.to_dict() | {"memory": True, "gate_bias": gate_bias}
+    torch.manual_seed(seed)
+    model = RatPlusForCausalLM(RatPlusConfig.from_dict(settings))
+    missing, unexpected = model.load_state_dict(attention.state_dict(), strict=False)
+    assert not unexpected and all(".memory." in name for name in missing)
+    return model

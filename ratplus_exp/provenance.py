@@ -1,0 +1,62 @@
+"""Where a number came from: command, commit, versions, machine, time."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "numpy", "hydra-core", "tokenizers")
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def provenance(config: dict[str, Any]) -> dict[str, Any]:
+    """What is stored beside every result."""
+    return {
+        "config": config,
+        "command": " ".join(("python", *(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)))),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the code, with "+" behind it where tracked files were changed since."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()} CPU"
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,5 @@
+"""What `run.py` can do: one file a stage, each a function of the composed configuration."""
+
+from ratplus_exp.stages.common import UserError, run
+
+__all__ = ["UserError", "run"]

@@ -1,0 +1,67 @@
+"""What every stage needs: dispatch, folders, device, provenance."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_method
+from omegaconf import DictConfig, OmegaConf
+
+from ratplus_exp import provenance
+from ratplus_exp.config import validate
+from ratplus_exp.results import Store, StoreBusy
+
+UserError = (ValueError, OSError, StoreBusy)
+"""What a user can cause: shown as one line, without a traceback."""
+
+
+def run(cfg: DictConfig) -> None:
+    """Validate, then hand the configuration to its stage (`stage.run` names the function)."""
+    validate(cfg)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    get_method(cfg.stage.run)(cfg)
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def resolve(path: str) -> Path:
+    """A path of the configuration: absolute, or relative to where the command was typed, or else
+    to the repository, so that shipped weights are found from anywhere."""
+    if (found := Path(path).expanduser()).exists() or found.is_absolute():
+        return found
+    return provenance.REPOSITORY / path
+
+
+def store_of(cfg: DictConfig) -> Store:
+    """The results store; OSError, before any work, where its folder can't be written."""
+    root = Path(cfg.results)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write results to {root} ({error.strerror}): set output=DIR") from None
+    if not os.access(root, os.W_OK):
+        raise OSError(f"cannot write results to {root}: set output=DIR to a folder you can write")
+    return Store(root)
+
+
+def job_folder() -> Path:
+    """Hydra's folder of this job, for logs and tables."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def device_of(cfg: DictConfig) -> torch.device:
+    if cfg.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(cfg.device)
+    except RuntimeError:
+        raise ValueError(f"device={cfg.device} is unknown: use auto, cpu or cuda") from None

@@ -1,0 +1,219 @@
+"""stage=eval: accuracy on the NIAH tasks under one method and budget. One cell a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from ratplus_exp import provenance
+from ratplus_exp.config import budget_name, forms_of, method_of
+from ratplus_exp.methods import Engine, Method, Oracle, Random, Selector, TopK
+from ratplus_exp.models.loading import check_model, load_model
+from ratplus_exp.results import Cell, Table, accuracies, tidy
+from ratplus_exp.stages.common import device_of, job_folder, plain, resolve, store_of
+from ratplus_exp.tasks import NIAH, TASKS, Sample, read_jsonl, score_p2, score_ruler
+from ratplus_exp.tracking import log_frame, tracked
+from ratplus_exp.training.loop import gate_statistics
+
+
+def run(cfg: DictConfig) -> None:
+    """Run the cells that are missing, log them, and print and write the table of this job."""
+    method, store = method_of(cfg), store_of(cfg)
+    path = resolve(cfg.model.path)
+    digest = check_model(path, cfg.model.sha256, cfg.model.backbone)
+    files = _ruler_files(cfg)
+    cells = {
+        task: store.cell(_key(cfg, method, digest, task, files.get(task))) for task in cfg.data.tasks
+    }
+    missing = {t: cell for t, cell in cells.items() if not cell.is_done(cfg.data.examples)}
+    if missing:
+        model, tokenizer = load_model(path, device_of(cfg))
+        source = _Source(cfg, tokenizer, files)
+        with tqdm(total=cfg.data.examples * len(missing), unit="example", smoothing=0.1) as bar:
+            for task, cell in missing.items():
+                bar.set_description(f"{cfg.model.name} {cfg.method.name} {task}")
+                with cell.open(provenance.provenance(plain(cfg))):
+                    _fill(cell, cfg, model, tokenizer, method, source, task, bar)
+    else:
+        print(f"All {len(cells)} cells are there already; nothing to run.")
+    _report(cfg, store, cells)
+
+
+def _key(
+    cfg: DictConfig, method: Method, digest: str, task: str, file: Path | None
+) -> dict[str, Any]:
+    """Everything that affects a cell's numbers, and nothing else."""
+    essay = cfg.data.essay
+    data: dict[str, Any]
+    if file is not None:
+        data = {"file": provenance.sha256(file)}
+    else:
+        data = {"forms": asdict(forms_of(cfg)), "essay": essay and provenance.sha256(resolve(essay))}
+    return {
+        "stage": "eval",
+        "tier": cfg.model.tier,
+        "model": cfg.model.name,
+        "backbone": cfg.model.backbone,
+        "checkpoint": digest[:16],
+        "method": cfg.method.name,
+        "settings": asdict(method),
+        "block_size": method.block_size if method.unit == "block" else 1,
+        "top_k": method.top_k,
+        "budget": budget_name(cfg, method),
+        "selector": cfg.selector,
+        "task": task,
+        "seed": cfg.seed,
+        "context_length": cfg.data.length,
+        "data": data,
+    }
+
+
+class _Source:
+    """Samples by task and index, generated or from RULER's files."""
+
+    def __init__(self, cfg: DictConfig, tokenizer: Any, files: dict[str, Path]) -> None:
+        forms = forms_of(cfg)
+        essay = str(resolve(cfg.data.essay)) if cfg.data.essay else None
+        self.seed = cfg.seed
+        self.niah = NIAH(tokenizer, cfg.data.length, forms, essay)
+        prompt_length = cfg.data.length - forms.reserve
+        self.read = {t: read_jsonl(f, tokenizer, prompt_length, t) for t, f in files.items()}
+        for task, samples in self.read.items():
+            if len(samples) < cfg.data.examples:
+                raise ValueError(
+                    f"{files[task]} has {len(samples)} samples: set data.examples={len(samples)}"
+                )
+
+    def __call__(self, task: str, index: int) -> Sample:
+        if self.read:
+            return self.read[task][index]
+        return self.niah.sample(task, self.seed, index)
+
+
+def _ruler_files(cfg: DictConfig) -> dict[str, Path]:
+    """RULER's file of each task, where data.path is set."""
+    if not cfg.data.path:
+        return {}
+    files = {t: resolve(cfg.data.path) / TASKS[t].ruler_name / "validation.jsonl" for t in cfg.data.tasks}
+    for file in files.values():
+        if not file.is_file():
+            raise ValueError(f"there is no {file}: set data.path to RULER's output folder")
+    return files
+
+
+def _fill(
+    cell: Cell,
+    cfg: DictConfig,
+    model: Any,
+    tokenizer: Any,
+    method: Method,
+    source: _Source,
+    task: str,
+    bar: Any,
+) -> None:
+    """Append the samples that a cell lacks, batch by batch, and finish it."""
+    have = cell.records()
+    bar.update(min(len(have), cfg.data.examples))
+    wanted = (source(task, index) for index in range(cfg.data.examples))
+    todo = [sample for sample in wanted if sample.id not in have]
+    for start in range(0, len(todo), cfg.stage.batch_size):
+        batch = todo[start : start + cfg.stage.batch_size]
+        engine = Engine(method, _selector(cfg, batch, model.device))
+        texts = generate(model, tokenizer, batch, engine, forms_of(cfg).reserve)
+        cell.append(
+            [
+                {
+                    "id": sample.id,
+                    "score_p2": score_p2(text, sample.answers),
+                    "score_ruler": score_ruler(text, sample.answers),
+                    "prediction": text,
+                    "answers": list(sample.answers),
+                    "prompt_tokens": sample.length,
+                    "budget_measured": round(engine.usage.fraction, 6),
+                }
+                for sample, text in zip(batch, texts, strict=True)
+            ]
+        )
+        bar.update(len(batch))
+    records = list(cell.records().values())
+    probe, _ = _padded([source(task, i) for i in range(min(4, cfg.data.examples))], tokenizer)
+    measured = sum(record["budget_measured"] for record in records) / len(records)
+    metrics = accuracies(records) | {"budget_measured": round(measured, 5)}
+    cell.finish(metrics | gate_statistics(model, probe.to(model.device)))
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, tokenizer: Any, samples: list[Sample], engine: Engine, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers to a batch of prompts, left-padded."""
+    ids, mask = _padded(samples, tokenizer)
+    out = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        past_key_values=model.new_cache(engine),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def _padded(samples: Iterable[Sample], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    batch = tokenizer.pad(
+        {"input_ids": [list(sample.input_ids) for sample in samples]}, return_tensors="pt"
+    )
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def _selector(cfg: DictConfig, samples: list[Sample], device: torch.device) -> Selector:
+    if cfg.selector == "random":
+        import hashlib
+
+        names = (f"{cfg.seed}/{sample.id}".encode() for sample in samples)
+        seeds = [int.from_bytes(hashlib.sha256(name).digest()[:4]) for name in names]
+        return Random(torch.tensor(seeds, device=device))
+    if cfg.selector == "oracle":
+        gold = torch.zeros(len(samples), cfg.data.length, dtype=torch.bool)
+        for row, sample in zip(gold, samples, strict=True):
+            for start, end in (span for spans in sample.gold_spans.values() for span in spans):
+                row[start:end] = True
+        return Oracle(gold.to(device))
+    return TopK()
+
+
+def _report(cfg: DictConfig, store: Any, cells: dict[str, Cell]) -> None:
+    frame = tidy(store, "eval")
+    frame = frame[frame["cell"].isin([cell.id for cell in cells.values()])]
+    frame = frame.set_index("task").loc[list(cells)].reset_index()
+    first = frame.iloc[0]
+    rows = [
+        (r.task, f"{r.accuracy:.1f}", f"{r.accuracy_ruler:.1f}", str(r.n)) for r in frame.itertuples()
+    ]
+    mean = frame[["accuracy", "accuracy_ruler"]].mean()
+    rows.append(("Mean", f"{mean.iloc[0]:.1f}", f"{mean.iloc[1]:.1f}", str(int(frame["n"].sum()))))
+    memory = frame["effective_memory_length"].mean()
+    caption = (
+        f"Accuracy in % by P2's and by RULER's score; tier {first.tier}, "
+        f"{first.context_length} tokens, seed {first.seed}; budget {first.budget}, really attended "
+        f"or stored: {frame['budget_measured'].mean():.3f}"
+        + (f"; effective memory length {memory:.1f} tokens." if memory == memory else ".")
+    )
+    title = f"{cfg.model.name}, {cfg.method.name} at budget {first.budget} ({cfg.selector})"
+    table = Table(title, caption, ("Task", "P2", "RULER", "n"), tuple(rows), frozenset({len(rows) - 1}))
+    folder = job_folder()
+    table.write(folder, "table")
+    print(table.to_text())
+    print(f"Written to {folder}/table.md, .csv and .tex; all finished cells: stage=report")
+    with tracked(cfg, folder) as tracker:
+        tracker.summary.update({f"accuracy/{r.task}": r.accuracy for r in frame.itertuples()})
+        tracker.summary.update({"accuracy/mean": float(mean.iloc[0])})
+        log_frame(tracker, "cells", frame)

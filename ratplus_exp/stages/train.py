@@ -1,0 +1,149 @@
+"""stage=pretrain and stage=sft: one training loop, two kinds of data."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ratplus_exp import provenance
+from ratplus_exp.config import forms_of
+from ratplus_exp.methods import Dilated, Method
+from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
+from ratplus_exp.models.loading import WEIGHTS, check_model, load_model, with_memory
+from ratplus_exp.results import write_atomically
+from ratplus_exp.stages.common import device_of, plain, resolve
+from ratplus_exp.tasks import NIAH, pocket_tokenizer, target_ids
+from ratplus_exp.tasks.facts import IGNORE, Facts
+from ratplus_exp.tracking import tracked
+from ratplus_exp.training import Schedule, Trainer, TrainSettings
+from ratplus_exp.training.loop import Batch
+
+
+def pretrain(cfg: DictConfig) -> None:
+    """Next-token training on generated text: from scratch, or from `stage.init`."""
+    tokenizer = _tokenizer(cfg)
+    plain_steps = cfg.stage.plain_tokens // cfg.stage.tokens_per_step
+    facts = Facts(tokenizer, forms_of(cfg), cfg.stage.other_rate, plain_steps)
+    _train(cfg, tokenizer, lambda step, rows, length: facts.batch(cfg.seed, step, rows, length))
+
+
+def sft(cfg: DictConfig) -> None:
+    """Answer-only training on the NIAH training split, from `stage.init`."""
+    if not cfg.stage.init:
+        raise ValueError("stage=sft starts from a trained model: set stage.init=FOLDER")
+    tokenizer = _tokenizer(cfg)
+    tasks, weights = zip(*cfg.stage.mixture.items(), strict=True)
+    sources: dict[int, NIAH] = {}
+
+    def batch(step: int, rows: int, length: int) -> Batch:
+        if length not in sources:
+            sources[length] = NIAH(tokenizer, length, forms_of(cfg))
+        draw = np.random.default_rng((cfg.seed, step))
+        chosen = draw.choice(len(tasks), rows, p=np.array(weights) / sum(weights))
+        ids = np.full((rows, length), tokenizer.pad_token_id, np.int64)
+        labels = np.full((rows, length), IGNORE, np.int64)
+        for row, task in enumerate(chosen):
+            sample = sources[length].sample(tasks[task], cfg.seed, step * rows + row, "train")
+            answer = target_ids(sample, tokenizer)
+            end = sample.length + len(answer)
+            ids[row, :end] = (*sample.input_ids, *answer)
+            labels[row, sample.length - 1 : end - 1] = answer
+        return ids, labels
+
+    _train(cfg, tokenizer, batch)
+
+
+def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: Callable[[int, int, int], Batch]) -> None:
+    """Train in output/training/<name>, resuming there; then save the model in Hugging Face format."""
+    folder = Path(cfg.stage.folder)
+    target = folder / "model"
+    schedule = Schedule([tuple(stage) for stage in cfg.stage.schedule], cfg.stage.tokens_per_step)
+    if (target / WEIGHTS).exists():
+        print(f"Trained already: {target}. Delete the folder to train again.")
+        return
+    model = _model(cfg, tokenizer).to(device_of(cfg))
+    _remember(cfg, folder)
+    with tracked(cfg, folder) as tracker:
+        trainer = Trainer(
+            model, batch, schedule, _settings(cfg), folder, _sparse(cfg), log=tracker.log
+        )
+        trainer.run(f"{cfg.stage.name} {cfg.model.name}")
+    save_model(model, tokenizer, target)
+    print(f"Saved {target}, sha256 {provenance.sha256(target / WEIGHTS)}")
+
+
+def save_model(model: RatPlusForCausalLM, tokenizer: Tokenizer, target: Path) -> None:
+    """All of a model's files, or none."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    os.replace(partial, target)
+
+
+def _tokenizer(cfg: DictConfig) -> Tokenizer:
+    if cfg.stage.init:
+        from ratplus_exp.models.loading import load_tokenizer
+
+        return load_tokenizer(resolve(cfg.stage.init))
+    return pocket_tokenizer(forms_of(cfg))
+
+
+def _model(cfg: DictConfig, tokenizer: Tokenizer) -> RatPlusForCausalLM:
+    """Fresh, or from `stage.init`; a RAT+ model from attention weights gets fresh gates."""
+    architecture: dict[str, Any] = plain(cfg.model.architecture)
+    memory = cfg.model.backbone == "ratplus"
+    if not cfg.stage.init:
+        torch.manual_seed(cfg.seed)
+        shape = RatPlusConfig(
+            **architecture,
+            memory=memory,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=cfg.data.length,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        return RatPlusForCausalLM(shape)
+    start = resolve(cfg.stage.init)
+    has_memory = json.loads((start / "config.json").read_text()).get("memory") if start.exists() else None
+    check_model(start, None, "ratplus" if has_memory else "attention")
+    model, _ = load_model(start, torch.device("cpu"))
+    if memory and not has_memory:
+        bias = architecture.get("gate_bias", 0.0)
+        return with_memory(model, bias if isinstance(bias, float) else tuple(bias), cfg.seed)
+    if has_memory and not memory:
+        raise ValueError(f"{start} has the memory: set model to a ratplus backbone")
+    return model
+
+
+def _settings(cfg: DictConfig) -> TrainSettings:
+    settings = plain(cfg.stage.optimizer)
+    settings["betas"] = tuple(settings["betas"])
+    return TrainSettings(**settings)
+
+
+def _sparse(cfg: DictConfig) -> Method | None:
+    return Dilated(**plain(cfg.stage.joint)) if cfg.stage.joint else None
+
+
+def _remember(cfg: DictConfig, folder: Path) -> None:
+    """Provenance of every start; another configuration must not go on from these checkpoints."""
+    file = folder / "provenance.json"
+    config = plain(cfg)
+    past = json.loads(file.read_text()) if file.exists() else []
+    fixed = ("model", "data", "stage", "seed")
+    if past and any(past[0]["config"][part] != config[part] for part in fixed):
+        raise ValueError(
+            f"{folder} holds a training with another configuration: delete it or set stage.folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps([*past, provenance.provenance(config)], indent=1) + "\n")

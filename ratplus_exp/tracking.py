@@ -1,0 +1,45 @@
+"""W&B: one run a job, offline unless asked otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import wandb
+from omegaconf import DictConfig, OmegaConf
+
+
+@contextmanager
+def tracked(cfg: DictConfig, folder: Path) -> Iterator[wandb.Run]:
+    """A W&B run that holds the whole configuration; its files go to folder/wandb."""
+    settings = wandb.Settings(silent=True, console="off")
+    name = f"{cfg.stage.name}-{cfg.model.name}-{cfg.method.name}-seed{cfg.seed}"
+    run = wandb.init(
+        mode=cfg.tracking.mode,
+        project=cfg.tracking.project,
+        entity=cfg.tracking.entity,
+        group=cfg.tracking.group,
+        job_type=cfg.stage.name,
+        name=name,
+        dir=folder,
+        config=_plain(cfg),
+        settings=settings,
+    )
+    failed = True
+    try:
+        yield run
+        failed = False
+    finally:
+        run.finish(exit_code=int(failed))
+
+
+def log_frame(run: wandb.Run, name: str, frame: Any) -> None:
+    run.log({name: wandb.Table(dataframe=frame.astype(object).where(frame.notna(), None))})
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

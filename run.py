@@ -1,0 +1,41 @@
+"""The one entry: compose a configuration with Hydra and hand it to its stage."""
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from ratplus_exp.stages import UserError, run
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    try:
+        run(cfg)
+    except (*UserError, OmegaConfBaseException) as error:
+        fail(error)
+
+
+def fail(error: BaseException) -> None:
+    """One line that says what is wrong and what to do, and an exit code that is not zero."""
+    message = str(error)
+    if missing := getattr(error, "missing_cfg_file", None):
+        group, _, option = str(missing).partition("/")
+        folder = Path(__file__).parent / "conf" / group
+        options = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+        message = f"there is no {group} {option}: choose one of {', '.join(options)}"
+    elif error.__cause__ is not None:
+        message = f"{message}: {error.__cause__}"
+    sys.exit("error: " + " ".join(message.split()))
+
+
+if __name__ == "__main__":
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the exception, not a page about it
+    try:
+        main()
+    except (*UserError, HydraException, OmegaConfBaseException) as error:
+        fail(error)
