@@ -84,7 +84,7 @@ def method_of(cfg: DictConfig) -> Method:
     Its YAML has `name`, `target` (the class) and the class's own fields. A budget applies to
     methods that select; dense and dilated attention ignore it.
     """
-    settings = OmegaConf.to_container(cfg.method, resolve=True)
+    settings = plain(cfg.method)
     name, cls = settings.pop("name"), get_class(settings.pop("target"))
     known = {f.name: f for f in fields(cls)}
     for key, value in settings.items():
@@ -116,10 +116,12 @@ def budget_name(cfg: DictConfig, method: Method) -> str:
 
 
 def forms_of(cfg: DictConfig) -> Forms:
-    settings = OmegaConf.to_container(cfg.data.forms, resolve=True)
+    settings = plain(cfg.data.forms)
     known = set(inspect.signature(Forms).parameters)
     if unknown := set(settings) - known:
-        raise ValueError(f"data.forms has no field {min(unknown)!r}: use {', '.join(sorted(known))}")
+        raise ValueError(
+            f"data.forms has no field {min(unknown)!r}: use {', '.join(sorted(known))}"
+        )
     return Forms(**settings)
 
 
@@ -153,6 +155,13 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError(
             f"selector={cfg.selector} needs a method that selects, not {cfg.method.name}"
         )
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """A configuration as a plain, resolved dict."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -22,10 +22,13 @@ def provenance(config: dict[str, Any]) -> dict[str, Any]:
     """What is stored beside every result."""
     return {
         "config": config,
-        "command": " ".join(("python", *(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)))),
+        "command": " ".join(
+            ("python", *(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)))
+        ),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
         "device": device_name(),
         "threads": torch.get_num_threads(),
     }
@@ -36,7 +39,9 @@ def commit() -> str | None:
     """The commit of the code, with "+" behind it where tracked files were changed since."""
     git = ["git", "-C", str(REPOSITORY)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
         dirty = subprocess.run(
             [*git, "status", "--porcelain", "--untracked-files=no"],
             capture_output=True,

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from ratplus_exp.config import plain
 
 
 @contextmanager
@@ -24,7 +26,7 @@ def tracked(cfg: DictConfig, folder: Path) -> Iterator[wandb.Run]:
         job_type=cfg.stage.name,
         name=name,
         dir=folder,
-        config=_plain(cfg),
+        config=plain(cfg),
         settings=settings,
     )
     failed = True
@@ -37,9 +39,3 @@ def tracked(cfg: DictConfig, folder: Path) -> Iterator[wandb.Run]:
 
 def log_frame(run: wandb.Run, name: str, frame: Any) -> None:
     run.log({name: wandb.Table(dataframe=frame.astype(object).where(frame.notna(), None))})
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}

@@ -50,7 +50,9 @@ class Engine:
     recorder: object = None
     usage: Usage = field(default_factory=Usage)
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, layer: int) -> Tensor:
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, layer: int
+    ) -> Tensor:
         """Attention of a whole prompt to itself.
 
         q (B, H, T, D), k and v (B, K, T, D), lengths (B,) real tokens of each row (None: all T).
@@ -133,7 +135,9 @@ class Engine:
         scores = self.selector(
             scores, layer=layer, positions=positions, block_size=method.block_size
         )
-        selected = select(scores, method.top_k, allowed=block <= own, forced=(block == 0) | (block == own))
+        selected = select(
+            scores, method.top_k, allowed=block <= own, forced=(block == 0) | (block == own)
+        )
         if self.recorder is not None:
             self.recorder(layer, positions, selected)
         return selected

@@ -15,9 +15,7 @@ from torch import Tensor
 
 
 class Selector(Protocol):
-    def __call__(
-        self, scores: Tensor, *, layer: int, positions: Tensor, block_size: int
-    ) -> Tensor:
+    def __call__(self, scores: Tensor, *, layer: int, positions: Tensor, block_size: int) -> Tensor:
         """Scores to rank by, of the same shape.
 
         positions (B, Q) are the queries' token positions; candidate i covers the tokens
@@ -34,9 +32,7 @@ class Selector(Protocol):
 class TopK:
     """The method's own choice."""
 
-    def __call__(
-        self, scores: Tensor, *, layer: int, positions: Tensor, block_size: int
-    ) -> Tensor:
+    def __call__(self, scores: Tensor, *, layer: int, positions: Tensor, block_size: int) -> Tensor:
         return scores
 
     def rows(self, index: Tensor) -> TopK:
@@ -54,9 +50,7 @@ class Random:
 
     seeds: Tensor
 
-    def __call__(
-        self, scores: Tensor, *, layer: int, positions: Tensor, block_size: int
-    ) -> Tensor:
+    def __call__(self, scores: Tensor, *, layer: int, positions: Tensor, block_size: int) -> Tensor:
         batch, kv_heads, group, queries, candidates = scores.shape
         device = scores.device
         head = torch.arange(kv_heads * group, device=device).view(1, kv_heads, group, 1, 1)
@@ -79,9 +73,7 @@ class Oracle:
 
     gold: Tensor
 
-    def __call__(
-        self, scores: Tensor, *, layer: int, positions: Tensor, block_size: int
-    ) -> Tensor:
+    def __call__(self, scores: Tensor, *, layer: int, positions: Tensor, block_size: int) -> Tensor:
         candidates = scores.shape[-1]
         gold = self.gold[:, : candidates * block_size]
         gold = torch.nn.functional.pad(gold, (0, candidates * block_size - gold.shape[1]))

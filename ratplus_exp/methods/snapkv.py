@@ -61,4 +61,3 @@ class SnapKV(Method):
         super().validate()
         if self.kernel % 2 == 0:
             raise ValueError(f"SnapKV's pooling kernel must be odd, got {self.kernel}")
-

@@ -97,7 +97,11 @@ class SparseCache(Cache):
         """Count the step's tokens, once all layers have stored them."""
         length = step.positions.shape[1]
         device = step.positions.device
-        new = step.lengths if step.lengths is not None else torch.full((batch,), length, device=device)
+        new = (
+            step.lengths
+            if step.lengths is not None
+            else torch.full((batch,), length, device=device)
+        )
         self.seen += length
         if self.processed is None or self.stored is None:
             self.processed, self.stored = new.clone(), new.clone()
@@ -139,7 +143,9 @@ class SparseCache(Cache):
         for name, new in (("keys", k), ("values", v)):
             tensor = getattr(store, name)
             if needed > tensor.shape[2]:
-                room = tensor.new_zeros(*tensor.shape[:2], needed - tensor.shape[2] + _ROOM, tensor.shape[3])
+                room = tensor.new_zeros(
+                    *tensor.shape[:2], needed - tensor.shape[2] + _ROOM, tensor.shape[3]
+                )
                 tensor = torch.cat((tensor, room), dim=2)
             index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
             setattr(store, name, tensor.scatter_(2, index, new))
@@ -152,7 +158,9 @@ class SparseCache(Cache):
         keys, old = store.keys, store.representatives
         blocks = int(positions.max()) // size + 1
         if blocks > old.shape[2]:
-            old = torch.cat((old, old.new_zeros(*old.shape[:2], blocks - old.shape[2], old.shape[3])), 2)
+            old = torch.cat(
+                (old, old.new_zeros(*old.shape[:2], blocks - old.shape[2], old.shape[3])), 2
+            )
         for block in (positions // size).unique().tolist():
             # A block that is not yet full in some row is that row's own: forced, so never scored.
             new = self.engine.block_representatives(keys[:, :, block * size : (block + 1) * size])

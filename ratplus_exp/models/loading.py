@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from ratplus_exp.models.configuration import RatPlusConfig
 from ratplus_exp.models.modeling import RatPlusForCausalLM
@@ -66,6 +67,7 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
 def load_model(path: Path, device: torch.device) -> tuple[PreTrainedModel, Tokenizer]:
     """Model (evaluation mode, fp32 on a CPU, bf16 on a GPU) and tokenizer of a folder."""
     tokenizer = load_tokenizer(path, json.loads((path / "config.json").read_text())["vocab_size"])
+    disable_progress_bar()  # a file of a few seconds; the stages show their own
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
     return model.to(device).eval(), tokenizer

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ratplus_exp.memory import Memory
@@ -40,7 +46,12 @@ class SelfAttention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, cache: SparseCache | None, engine: Engine
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        step: Step,
+        cache: SparseCache | None,
+        engine: Engine,
     ) -> Tensor:
         o, q, k, v = self.in_proj(x).split(self.shares, dim=-1)
         q, k, v = (share.unflatten(-1, (-1, self.head_dim)) for share in (q, k, v))  # (B, T, ·, D)
@@ -49,7 +60,11 @@ class SelfAttention(nn.Module):
             k, v, state = self.memory(x, k, v, state, step.lengths)
             if cache is not None:
                 cache.layers[self.layer].memory_state = state
-        q, k, v = _rotate(q, rope).transpose(1, 2), _rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
+        q, k, v = (
+            _rotate(q, rope).transpose(1, 2),
+            _rotate(k, rope).transpose(1, 2),
+            v.transpose(1, 2),
+        )
         if cache is None:
             out = engine.prefill(q, k, v, step.lengths, self.layer)
         else:
@@ -79,7 +94,12 @@ class DecoderLayer(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, cache: SparseCache | None, engine: Engine
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        step: Step,
+        cache: SparseCache | None,
+        engine: Engine,
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, step, cache, engine)
         return x + self.ffn(self.ffn_norm(x))
@@ -106,7 +126,9 @@ class RatPlusModel(RatPlusPreTrainedModel):
     def __init__(self, config: RatPlusConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
 
@@ -160,7 +182,7 @@ class RatPlusModel(RatPlusPreTrainedModel):
 
 
 class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: RatPlusConfig) -> None:
         super().__init__(config)
@@ -197,7 +219,9 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = self.new_cache()
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )
 
 
 def _left_padding(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_method
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ratplus_exp import provenance
 from ratplus_exp.config import validate
@@ -27,12 +26,6 @@ def run(cfg: DictConfig) -> None:
     get_method(cfg.stage.run)(cfg)
 
 
-def plain(cfg: Any) -> dict[str, Any]:
-    container = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
 def resolve(path: str) -> Path:
     """A path of the configuration: absolute, or relative to where the command was typed, or else
     to the repository, so that shipped weights are found from anywhere."""
@@ -47,7 +40,9 @@ def store_of(cfg: DictConfig) -> Store:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"cannot write results to {root} ({error.strerror}): set output=DIR") from None
+        raise OSError(
+            f"cannot write results to {root} ({error.strerror}): set output=DIR"
+        ) from None
     if not os.access(root, os.W_OK):
         raise OSError(f"cannot write results to {root}: set output=DIR to a folder you can write")
     return Store(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ratplus_exp import provenance
-from ratplus_exp.config import budget_name, forms_of, method_of
+from ratplus_exp.config import budget_name, forms_of, method_of, plain
 from ratplus_exp.methods import Engine, Method, Oracle, Random, Selector, TopK
 from ratplus_exp.models.loading import check_model, load_model
 from ratplus_exp.results import Cell, Table, accuracies, tidy
-from ratplus_exp.stages.common import device_of, job_folder, plain, resolve, store_of
+from ratplus_exp.stages.common import device_of, job_folder, resolve, store_of
 from ratplus_exp.tasks import NIAH, TASKS, Sample, read_jsonl, score_p2, score_ruler
 from ratplus_exp.tracking import log_frame, tracked
 from ratplus_exp.training.loop import gate_statistics
@@ -30,7 +31,8 @@ def run(cfg: DictConfig) -> None:
     digest = check_model(path, cfg.model.sha256, cfg.model.backbone)
     files = _ruler_files(cfg)
     cells = {
-        task: store.cell(_key(cfg, method, digest, task, files.get(task))) for task in cfg.data.tasks
+        task: store.cell(_key(cfg, method, digest, task, files.get(task)))
+        for task in cfg.data.tasks
     }
     missing = {t: cell for t, cell in cells.items() if not cell.is_done(cfg.data.examples)}
     if missing:
@@ -55,7 +57,10 @@ def _key(
     if file is not None:
         data = {"file": provenance.sha256(file)}
     else:
-        data = {"forms": asdict(forms_of(cfg)), "essay": essay and provenance.sha256(resolve(essay))}
+        data = {
+            "forms": asdict(forms_of(cfg)),
+            "essay": essay and provenance.sha256(resolve(essay)),
+        }
     return {
         "stage": "eval",
         "tier": cfg.model.tier,
@@ -101,7 +106,9 @@ def _ruler_files(cfg: DictConfig) -> dict[str, Path]:
     """RULER's file of each task, where data.path is set."""
     if not cfg.data.path:
         return {}
-    files = {t: resolve(cfg.data.path) / TASKS[t].ruler_name / "validation.jsonl" for t in cfg.data.tasks}
+    files = {
+        t: resolve(cfg.data.path) / TASKS[t].ruler_name / "validation.jsonl" for t in cfg.data.tasks
+    }
     for file in files.values():
         if not file.is_file():
             raise ValueError(f"there is no {file}: set data.path to RULER's output folder")
@@ -142,9 +149,9 @@ def _fill(
             ]
         )
         bar.update(len(batch))
-    records = list(cell.records().values())
+    records = cell.records()
     probe, _ = _padded([source(task, i) for i in range(min(4, cfg.data.examples))], tokenizer)
-    measured = sum(record["budget_measured"] for record in records) / len(records)
+    measured = sum(r["budget_measured"] for r in records.values()) / len(records)
     metrics = accuracies(records) | {"budget_measured": round(measured, 5)}
     cell.finish(metrics | gate_statistics(model, probe.to(model.device)))
 
@@ -176,8 +183,6 @@ def _padded(samples: Iterable[Sample], tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 def _selector(cfg: DictConfig, samples: list[Sample], device: torch.device) -> Selector:
     if cfg.selector == "random":
-        import hashlib
-
         names = (f"{cfg.seed}/{sample.id}".encode() for sample in samples)
         seeds = [int.from_bytes(hashlib.sha256(name).digest()[:4]) for name in names]
         return Random(torch.tensor(seeds, device=device))
@@ -196,7 +201,8 @@ def _report(cfg: DictConfig, store: Any, cells: dict[str, Cell]) -> None:
     frame = frame.set_index("task").loc[list(cells)].reset_index()
     first = frame.iloc[0]
     rows = [
-        (r.task, f"{r.accuracy:.1f}", f"{r.accuracy_ruler:.1f}", str(r.n)) for r in frame.itertuples()
+        (r.task, f"{r.accuracy:.1f}", f"{r.accuracy_ruler:.1f}", str(r.n))
+        for r in frame.itertuples()
     ]
     mean = frame[["accuracy", "accuracy_ruler"]].mean()
     rows.append(("Mean", f"{mean.iloc[0]:.1f}", f"{mean.iloc[1]:.1f}", str(int(frame["n"].sum()))))
@@ -208,7 +214,9 @@ def _report(cfg: DictConfig, store: Any, cells: dict[str, Cell]) -> None:
         + (f"; effective memory length {memory:.1f} tokens." if memory == memory else ".")
     )
     title = f"{cfg.model.name}, {cfg.method.name} at budget {first.budget} ({cfg.selector})"
-    table = Table(title, caption, ("Task", "P2", "RULER", "n"), tuple(rows), frozenset({len(rows) - 1}))
+    table = Table(
+        title, caption, ("Task", "P2", "RULER", "n"), tuple(rows), frozenset({len(rows) - 1})
+    )
     folder = job_folder()
     table.write(folder, "table")
     print(table.to_text())

@@ -15,12 +15,12 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ratplus_exp import provenance
-from ratplus_exp.config import forms_of
+from ratplus_exp.config import forms_of, plain
 from ratplus_exp.methods import Dilated, Method
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 from ratplus_exp.models.loading import WEIGHTS, check_model, load_model, with_memory
 from ratplus_exp.results import write_atomically
-from ratplus_exp.stages.common import device_of, plain, resolve
+from ratplus_exp.stages.common import device_of, resolve
 from ratplus_exp.tasks import NIAH, pocket_tokenizer, target_ids
 from ratplus_exp.tasks.facts import IGNORE, Facts
 from ratplus_exp.tracking import tracked
@@ -114,7 +114,9 @@ def _model(cfg: DictConfig, tokenizer: Tokenizer) -> RatPlusForCausalLM:
         )
         return RatPlusForCausalLM(shape)
     start = resolve(cfg.stage.init)
-    has_memory = json.loads((start / "config.json").read_text()).get("memory") if start.exists() else None
+    has_memory = (
+        json.loads((start / "config.json").read_text()).get("memory") if start.exists() else None
+    )
     check_model(start, None, "ratplus" if has_memory else "attention")
     model, _ = load_model(start, torch.device("cpu"))
     if memory and not has_memory:

@@ -240,7 +240,9 @@ class Trainer:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         log = self.folder / "log.jsonl"
         if log.exists():  # rows written after the checkpoint will be written again
-            rows = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            rows = [
+                line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")
+            ]
             log.write_text("".join(row for row in rows if json.loads(row)["step"] <= self.step))
 
 

@@ -1,0 +1,64 @@
+"""What all tests share: one torch thread, and tiny backbones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
+
+torch.set_num_threads(1)
+
+VOCABULARY = 29
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """make_model(**config): a tiny float64 model in eval mode, the same for the same arguments.
+
+    float64, because two ways to compute one logit then agree to 1e-9 or are different things.
+    """
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float64, **config) -> RatPlusForCausalLM:
+        torch.manual_seed(seed)
+        sizes = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.3,  # attention far from uniform, logits far from equal
+            "gate_bias": (1.5, 8.0),
+            "bos_token_id": 1,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
+        return RatPlusForCausalLM(RatPlusConfig(**sizes | config)).to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_ids():
+    """make_ids(rows, length): random token ids without the pad token."""
+
+    def make(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(1, VOCABULARY, (rows, length), generator=generator)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def left_pad():
+    """left_pad(rows of ids): one batch with its attention mask; pads carry a non-zero token."""
+
+    def pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), 7)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :], mask[i, width - len(row) :] = row, 1
+        return ids, mask
+
+    return pad

@@ -1,0 +1,170 @@
+"""Every method against its definition in plain Python (brute_force.py), and what all must keep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from brute_force import attend, attend_by_hand, kept, rows_of, seen, states
+
+from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Quest, SnapKV
+from ratplus_exp.methods import engine as engine_module
+
+# A new method adds its line here, and its definition to `seen` in brute_force.py.
+METHODS = [
+    Dense(),
+    Quest(block_size=4, top_k=4),
+    Quest(block_size=8, top_k=2),
+    MoBA(block_size=4, top_k=4),
+    MoBA(block_size=8, top_k=2),
+    SnapKV(top_k=12, window=4),
+    SnapKV(top_k=12, window=4, pooling="max", kernel=7),
+    SnapKV(top_k=12, window=4, pooling="none"),
+    Dilated(dilation=4, local=2, initial=1),
+    Dilated(dilation=0, local=3, initial=2),
+]
+every_method = pytest.mark.parametrize("method", METHODS, ids=str)
+selecting = pytest.mark.parametrize("method", [m for m in METHODS if m.phase], ids=str)
+
+STEPS = 7  # decoded tokens: from inside a block into the next
+BATCHES = {"alike": [30, 30, 30], "of different length": [30, 9, 17]}  # 9: less than SnapKV keeps
+batches = pytest.mark.parametrize("prompts", BATCHES.values(), ids=BATCHES)
+
+
+@every_method
+@pytest.mark.parametrize("kv_heads", [2, 4], ids=["GQA", "MHA"])
+@batches
+def test_attends_as_defined(method, kv_heads, prompts):
+    q, k, v = states(kv_heads)
+    out, _ = attend(Engine(method), q, k, v, prompts, STEPS)
+    wanted = attend_by_hand(method, q, k, v, prompts, STEPS)
+    torch.testing.assert_close(out, wanted, equal_nan=True)
+
+
+# Sums of exponentials tie exactly only where all are equal, so SnapKV gets no periodic keys.
+TIES = [
+    (method, data)
+    for data, units in {"equal": ("block", "token"), "periodic": ("block",)}.items()
+    for method in METHODS
+    if method.phase and method.unit in units
+]
+
+
+@pytest.mark.parametrize(("method", "data"), TIES, ids=str)
+def test_ties_go_to_the_lowest_index(method, data):
+    q, k, v = states(2, data=data)
+    out, _ = attend(Engine(method), q, k, v, [30, 9, 17], STEPS)
+    wanted = attend_by_hand(method, q, k, v, [30, 9, 17], STEPS)
+    torch.testing.assert_close(out, wanted, equal_nan=True)
+
+
+@every_method
+@batches
+def test_usage_is_the_counted_fraction(method, prompts):
+    q, k, v = states(2)
+    engine = Engine(method)
+    attend(engine, q, k, v, prompts, STEPS)
+    attended = available = 0
+    for row in rows_of(q, k, v, prompts, STEPS):
+        sparse = range(row.prompt) if method.phase == "prefill" else range(STEPS)
+        start = 0 if method.phase == "prefill" else row.prompt
+        for t in sparse:
+            attended += sum(len(seen(method, row, head, start + t)) for head in range(4)) / 4
+            available += start + t + 1
+    assert engine.usage.fraction == pytest.approx(attended / available, rel=1e-6)
+    assert (engine.usage.fraction == 1) == (method == Dense())
+
+
+@selecting
+@batches
+def test_enough_for_everything_is_dense(method, prompts):
+    q, k, v = states(2)
+    engine = Engine(replace(method, top_k=40))
+    out, _ = attend(engine, q, k, v, prompts, STEPS)
+    dense, _ = attend(Engine(), q, k, v, prompts, STEPS)
+    torch.testing.assert_close(out, dense, equal_nan=True)
+    assert engine.usage.fraction == 1
+
+
+@selecting
+def test_less_than_what_is_always_kept_is_refused(method):
+    replace(method, top_k=method.forced).validate()
+    with pytest.raises(ValueError, match="raise the budget") as error:
+        replace(method, top_k=method.forced - 1).validate()
+    assert f"always keeps {method.forced} {method.unit}s" in str(error.value)
+
+
+def test_what_selects_nothing_needs_no_budget():
+    Dense(top_k=0).validate()
+    Dilated(top_k=0).validate()
+
+
+def test_an_even_pooling_kernel_is_refused():
+    with pytest.raises(ValueError, match="odd, got 4"):
+        SnapKV(kernel=4).validate()
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if isinstance(m, SnapKV)], ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_snapkv_stores_exactly_what_it_keeps(method, kv_heads):
+    q, k, v = states(kv_heads)
+    prompts = [30, 9, 17]
+    _, cache = attend(Engine(method), q, k, v, prompts, 0)
+    layer = cache.layers[0]
+    assert layer.keys.shape[2] == layer.values.shape[2] == method.top_k
+    for b, row in enumerate(rows_of(q, k, v, prompts, 0)):
+        for head in range(kv_heads):
+            where = kept(method, row, head)
+            assert torch.equal(layer.keys[b, head, : len(where)], k[b, head, where])
+            assert torch.equal(layer.values[b, head, : len(where)], v[b, head, where])
+
+
+def test_snapkv_keeps_a_lone_spike_with_its_neighbours():
+    k = torch.zeros(1, 1, 30, 4, dtype=torch.float64)
+    k[0, 0, 10] = 9  # all mass on one token
+    q = torch.ones(1, 1, 30, 4, dtype=torch.float64)
+    for pooling, kernel, reach in [("avg", 5, 2), ("max", 7, 3), ("none", 5, 0)]:
+        method = SnapKV(top_k=4 + 2 * reach + 1, window=4, pooling=pooling, kernel=kernel)
+        slots = Engine(method).kept_after_prefill(q, k, 0)[0, 0].tolist()
+        assert slots == [*range(10 - reach, 10 + reach + 1), 26, 27, 28, 29]
+
+
+def test_dilated_pattern_of_p2():
+    def sees(query, **sizes):
+        pattern = Dilated(**sizes).pattern(torch.tensor(query), torch.arange(query + 1))
+        return pattern.nonzero()[:, 0].tolist()
+
+    assert sees(9, dilation=4, local=1, initial=1) == [0, 3, 7, 8, 9]
+    assert sees(7, dilation=4, local=0, initial=0) == [3, 7]
+    assert sees(6, dilation=4, local=0, initial=0) == [3, 6]
+    assert sees(6, dilation=0, local=2, initial=2) == [0, 1, 4, 5, 6]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 30])
+def test_prompt_queries_may_be_selected_for_in_chunks(monkeypatch, chunk):
+    q, k, v = states(2)
+    whole, _ = attend(Engine(MoBA(4, 3)), q, k, v, [30, 9, 17], 0)
+    monkeypatch.setattr(engine_module, "QUERY_CHUNK", chunk)
+    parts, _ = attend(Engine(MoBA(4, 3)), q, k, v, [30, 9, 17], 0)
+    torch.testing.assert_close(parts, whole, equal_nan=True)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5])
+@every_method
+def test_prompts_shorter_than_a_block_or_a_window(method, length):
+    q, k, v = states(2, batch=1, length=length + 2)
+    out, _ = attend(Engine(method), q, k, v, [length], 2)
+    torch.testing.assert_close(out, attend_by_hand(method, q, k, v, [length], 2))
+
+
+@every_method
+def test_what_follows_a_query_never_matters(method):
+    q, k, v = states(2)
+    out, _ = attend(Engine(method), q, k, v, [30, 9, 17], 0)
+    k2, v2 = k.clone(), v.clone()
+    for b, end in enumerate([22, 5, 15]):
+        k2[b, :, end:], v2[b, :, end:] = 99.0, 99.0
+    changed, _ = attend(Engine(method), q, k2, v2, [30, 9, 17], 0)
+    for b, end in enumerate([22, 5, 15]):
+        torch.testing.assert_close(changed[b, :, :end], out[b, :, :end])

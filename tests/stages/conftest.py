@@ -1,0 +1,68 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+from ratplus_exp import stages
+from ratplus_exp.config import forms_of
+from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
+from ratplus_exp.stages.train import save_model
+from ratplus_exp.tasks import pocket_tokenizer
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+@dataclasses.dataclass
+class Job:
+    """`python run.py OVERRIDES`, in this process and with its output in a folder of its own."""
+
+    folder: Path
+
+    def compose(self, *overrides):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose(
+                "config",
+                [f"output={self.folder}", "tracking=disabled", *overrides],
+                return_hydra_config=True,
+            )
+        return cfg
+
+    def __call__(self, *overrides):
+        cfg = self.compose(*overrides)
+        cfg.hydra.runtime.output_dir = str(self.folder / "job")
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg.hydra
+        stages.run(cfg)
+        return cfg
+
+
+@pytest.fixture
+def job(tmp_path):
+    return Job(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """Random models of both backbones in the pocket's format: {backbone: folder}."""
+    folder = tmp_path_factory.mktemp("models")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        tokenizer = pocket_tokenizer(forms_of(compose("config")))
+    for backbone in ("attention", "ratplus"):
+        torch.manual_seed(0)
+        config = RatPlusConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            memory=backbone == "ratplus",
+            max_position_embeddings=512,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        save_model(RatPlusForCausalLM(config), tokenizer, folder / backbone)
+    return {name: folder / name for name in ("attention", "ratplus")}

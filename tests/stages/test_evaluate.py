@@ -1,0 +1,130 @@
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ratplus_exp.config import forms_of
+from ratplus_exp.models.loading import load_tokenizer
+from ratplus_exp.results import Store, tidy
+from ratplus_exp.tasks import NIAH, TASKS, write_jsonl
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def frame(job):
+    return tidy(Store(job.folder / "results"))
+
+
+def small(models, backbone="ratplus", **extra):
+    fields = {
+        "model": f"pocket_{backbone}",
+        "model.path": models[backbone],
+        "model.sha256": "null",
+        "budget": "1/4",
+        "data.length": 128,
+        "data.tasks": "[S-1,MK-2,MV]",
+        "data.examples": 3,
+        "stage.batch_size": 2,
+    } | extra
+    return [f"{key}={value}" for key, value in fields.items()]
+
+
+@pytest.mark.parametrize("method", ["dense", "quest", "moba", "snapkv", "dilated"])
+def test_a_job_fills_one_cell_a_task_and_writes_its_table(job, tiny_models, method):
+    job(*small(tiny_models, method=method, budget="1/4"))
+    cells = frame(job)
+    assert set(cells["task"]) == {"S-1", "MK-2", "MV"}
+    assert set(cells["n"]) == {3}
+    assert set(cells["budget"]) == {"1" if method in ("dense", "dilated") else "1/4"}
+    measured = cells["budget_measured"]
+    assert (measured == 1).all() if method == "dense" else (measured < 0.6).all()
+    assert cells["effective_memory_length"].notna().all()
+    for suffix in ("md", "csv", "tex"):
+        assert (job.folder / "job" / f"table.{suffix}").stat().st_size
+
+
+def test_a_finished_job_runs_nothing_again(job, tiny_models, capsys):
+    job(*small(tiny_models))
+    before = {p: p.stat().st_mtime_ns for p in (job.folder / "results").rglob("*.jsonl")}
+    job(*small(tiny_models))
+    assert "nothing to run" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in (job.folder / "results").rglob("*.jsonl")}
+
+
+def test_more_examples_extend_the_cells(job, tiny_models):
+    job(*small(tiny_models))
+    job(*small(tiny_models, **{"data.examples": 5}))
+    for cell in Store(job.folder / "results").cells("eval"):
+        assert list(cell.records()) == [f"{cell.key['task']}/validation/0/{i}" for i in range(5)]
+        assert cell.done() == 5
+
+
+def test_batches_do_not_change_the_answers(job, tiny_models):
+    job(*small(tiny_models, selector="random", **{"stage.batch_size": 1}))
+    alone = [cell.records() for cell in Store(job.folder / "results").cells("eval")]
+    shutil.rmtree(job.folder / "results")
+    job(*small(tiny_models, selector="random", **{"stage.batch_size": 3}))
+    together = [cell.records() for cell in Store(job.folder / "results").cells("eval")]
+    predictions = [[{k: r["prediction"] for k, r in cell.items()} for cell in x] for x in (alone, together)]
+    assert predictions[0] == predictions[1]
+
+
+def test_a_changed_setting_is_another_cell(job, tiny_models):
+    job(*small(tiny_models))
+    for change in ({"budget": "1/8"}, {"seed": 1}, {"selector": "oracle"}, {"method.block_size": 16}):
+        before = len(frame(job))
+        job(*small(tiny_models, **change))
+        assert len(frame(job)) == before + 3
+
+
+def test_seeds_become_mean_and_deviation(job, tiny_models, capsys):
+    for seed in (0, 1):
+        for backbone in ("attention", "ratplus"):
+            job(*small(tiny_models, backbone, seed=seed, **{"data.tasks": f"[{','.join(TASKS)}]"}))
+    job("stage=report", "data.length=128", "budget=1/4")
+    assert "±" in capsys.readouterr().out
+    cells = pd.read_csv(job.folder / "job" / "cells.csv")
+    assert sorted(cells["seed"].unique()) == [0, 1]
+
+
+def test_rulers_own_files_can_be_evaluated(job, tiny_models, tmp_path):
+    cfg = job.compose()
+    niah = NIAH(load_tokenizer(tiny_models["ratplus"]), 128, forms_of(cfg))
+    folder = tmp_path / "ruler" / TASKS["MK-2"].ruler_name
+    folder.mkdir(parents=True)
+    samples = [niah.sample("MK-2", 7, i) for i in range(3)]
+    write_jsonl(samples, folder / "validation.jsonl")
+    overrides = small(tiny_models, **{"data.tasks": "[MK-2]", "data.path": tmp_path / "ruler"})
+    job(*overrides)
+    (cell,) = Store(job.folder / "results").cells("eval")
+    answers = [record["answers"] for record in cell.records().values()]
+    assert answers == [list(sample.answers) for sample in samples]
+
+    text = (folder / "validation.jsonl").read_text().splitlines()
+    (folder / "validation.jsonl").write_text("\n".join([text[0], "{broken", text[2]]))
+    with pytest.raises(ValueError, match=r"validation\.jsonl.*2"):
+        job(*overrides)
+
+
+def test_sigkill_costs_and_repeats_no_example(tiny_models, tmp_path):
+    command = [sys.executable, "run.py", f"output={tmp_path}", "tracking=disabled", "threads=1"]
+    command += small(tiny_models, **{"data.examples": 40, "stage.batch_size": 2})
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not any(p.stat().st_size for p in tmp_path.rglob("samples.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not all(cell.done() for cell in Store(tmp_path / "results").cells("eval"))
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    cells = list(Store(tmp_path / "results").cells("eval"))
+    assert [cell.done() for cell in cells] == [40, 40, 40]
+    for cell in cells:
+        lines = (cell.path / "samples.jsonl").read_text().splitlines()
+        ids = [json.loads(line)["id"] for line in lines]
+        assert ids == [f"{cell.key['task']}/validation/0/{i}" for i in range(40)]

@@ -1,0 +1,65 @@
+"""Everything wrong is refused before a model loads, in one line that names the remedy."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["budget.fraction=2/3"], "take one of 1/2"),
+        (["budget.fraction=half"], "write it as 1/16"),
+        (["budget=1/64"], "raise the budget or the context length"),
+        (["data.length=510"], "whole number of blocks"),
+        (["data.length=20", "budget=1/2", "method=snapkv"], "shorter than the observation window"),
+        (["selector=best"], "use one of topk, random, oracle"),
+        (["selector=random", "method=dense"], "needs a method that selects"),
+        (["data.tasks=[S-9]"], "use one of S-1"),
+        (["data.examples=0"], "use at least 1"),
+        (["data.forms.needle=x"], "add it to the text"),
+        (["model.path=nowhere"], "set model.path"),
+        (["device=abacus"], "use auto, cpu or cuda"),
+        (["method.window=8.5", "method=snapkv"], "whole number"),
+        (["stage=sft"], "set stage.init"),
+        (["stage=report"], "evaluate first"),
+    ],
+)
+def test_refused_with_the_remedy(job, tiny_models, overrides, message):
+    model = [f"model.path={tiny_models['ratplus']}", "model.sha256=null"]
+    with pytest.raises((ValueError, OSError), match=message):
+        job(*model, *overrides)
+    assert not list(job.folder.rglob("samples.jsonl"))
+
+
+def test_a_corrupt_weight_file_is_named(job, tiny_models):
+    with pytest.raises(ValueError, match="corrupt or another version"):
+        job(f"model.path={tiny_models['ratplus']}", f"model.sha256={'0' * 64}")
+
+
+def test_the_wrong_backbone_is_refused(job, tiny_models):
+    with pytest.raises(ValueError, match="no ratplus backbone"):
+        job(f"model.path={tiny_models['attention']}", "model.sha256=null")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=guess"], "there is no method guess: choose one of dense"),
+        (["budget=1/3"], "there is no budget 1/3: choose one of 1/1, 1/16"),
+        (["seed=x"], "could not be converted to Integer"),
+        (["data.colour=red"], "Key 'colour' not in"),
+        (["output=/dev/null/x"], "Not a directory"),
+    ],
+)
+def test_the_command_line_says_it_in_one_line(overrides, message, tmp_path):
+    where = [] if any("output" in o for o in overrides) else [f"output={tmp_path}"]
+    command = [sys.executable, "run.py", "tracking=disabled", *where, *overrides]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and message in line
