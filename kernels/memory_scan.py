@@ -69,7 +69,7 @@ class _Scan(torch.autograd.Function):
         return states.movedim(0, 2)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, x, gate, states, initial = ctx.saved_tensors
         # D_t = dh_t + g_{t+1} D_{t+1}: the same recurrence, walked backwards, in place.
         d = grad.movedim(2, 0).clone(memory_format=torch.contiguous_format)

@@ -85,7 +85,7 @@ def method_of(cfg: DictConfig) -> Method:
     methods that select; dense and dilated attention ignore it.
     """
     settings = plain(cfg.method)
-    name, cls = settings.pop("name"), get_class(settings.pop("target"))
+    name, cls = settings.pop("name"), _class(settings.pop("target"))
     known = {f.name: f for f in fields(cls)}
     for key, value in settings.items():
         if key not in known:
@@ -155,6 +155,13 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError(
             f"selector={cfg.selector} needs a method that selects, not {cfg.method.name}"
         )
+
+
+def _class(target: str) -> type[Method]:
+    cls = get_class(target)
+    if not issubclass(cls, Method):
+        raise ValueError(f"method.target={target} is no Method: see docs/new-method.md")
+    return cls
 
 
 def plain(cfg: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ behind every row's last token, out of every real query's causal sight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ratplus_exp.methods.base import Dense, Method
 from ratplus_exp.methods.selectors import Selector, TopK
 
+Recorder = Callable[[int, Tensor, Tensor], None]
 QUERY_CHUNK = 512  # prompt queries whose selection is in memory at a time
 
 
@@ -47,7 +49,7 @@ class Engine:
 
     method: Method = field(default_factory=Dense)
     selector: Selector = field(default_factory=TopK)
-    recorder: object = None
+    recorder: Recorder | None = None
     usage: Usage = field(default_factory=Usage)
 
     def prefill(

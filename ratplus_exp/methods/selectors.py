@@ -8,7 +8,7 @@ equally many.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -88,8 +88,8 @@ class Oracle:
 _MASK = 0xFFFFFFFF
 
 
-def _mix(x: Tensor | int) -> Tensor | int:
-    """A 32-bit integer hash (Mueller's), in int64 arithmetic with the high bits cut off."""
+def _mix(x: Any) -> Any:
+    """A 32-bit integer hash (Mueller's) of an int or an int64 tensor, high bits cut off."""
     for _ in range(2):
         x = (((x >> 16) ^ x) * 0x45D9F3B) & _MASK
     return ((x >> 16) ^ x) & _MASK

@@ -52,12 +52,14 @@ class SnapKV(Method):
 
     def _smooth(self, mass: Tensor) -> Tensor:
         """Pools over positions, zeros beyond the ends; the window is not part of `mass`."""
-        pool = {"avg": F.avg_pool1d, "max": F.max_pool1d}.get(self.pooling)
-        if pool is None or not mass.shape[-1]:
+        if self.pooling == "none" or not mass.shape[-1]:
             return mass
+        pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         return pool(mass, self.kernel, stride=1, padding=self.kernel // 2)
 
     def validate(self) -> None:
         super().validate()
+        if self.pooling not in ("avg", "max", "none"):
+            raise ValueError(f"method.pooling={self.pooling} is unknown: use avg, max or none")
         if self.kernel % 2 == 0:
             raise ValueError(f"SnapKV's pooling kernel must be odd, got {self.kernel}")

@@ -54,6 +54,8 @@ class Step:
 class SparseCache(Cache):
     """Cache of a RAT+ or attention model that decodes with one engine (method and selector)."""
 
+    layers: list[SparseLayer]
+
     def __init__(self, num_layers: int, engine: Engine | None = None) -> None:
         super().__init__(layers=[SparseLayer() for _ in range(num_layers)])
         self.engine = engine or Engine()
@@ -82,6 +84,7 @@ class SparseCache(Cache):
         slots = self.stored[:, None] + torch.arange(q.shape[2], device=q.device)
         self._append(store, k, v, slots)
         self._update_representatives(store, step.positions)
+        assert store.keys is not None and store.values is not None
         used = int(slots.max()) + 1
         return engine.decode(
             q,
@@ -156,6 +159,7 @@ class SparseCache(Cache):
             return
         size = self.engine.method.block_size
         keys, old = store.keys, store.representatives
+        assert keys is not None
         blocks = int(positions.max()) // size + 1
         if blocks > old.shape[2]:
             old = torch.cat(

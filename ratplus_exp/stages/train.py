@@ -18,7 +18,7 @@ from ratplus_exp import provenance
 from ratplus_exp.config import forms_of, plain
 from ratplus_exp.methods import Dilated, Method
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
-from ratplus_exp.models.loading import WEIGHTS, check_model, load_model, with_memory
+from ratplus_exp.models.loading import WEIGHTS, check_model, load_model, load_tokenizer, with_memory
 from ratplus_exp.results import write_atomically
 from ratplus_exp.stages.common import device_of, resolve
 from ratplus_exp.tasks import NIAH, pocket_tokenizer, target_ids
@@ -31,8 +31,8 @@ from ratplus_exp.training.loop import Batch
 def pretrain(cfg: DictConfig) -> None:
     """Next-token training on generated text: from scratch, or from `stage.init`."""
     tokenizer = _tokenizer(cfg)
-    plain_steps = cfg.stage.plain_tokens // cfg.stage.tokens_per_step
-    facts = Facts(tokenizer, forms_of(cfg), cfg.stage.other_rate, plain_steps)
+    drill_steps = cfg.stage.drill_tokens // cfg.stage.tokens_per_step
+    facts = Facts(tokenizer, forms_of(cfg), cfg.stage.other_rate, drill_steps)
     _train(cfg, tokenizer, lambda step, rows, length: facts.batch(cfg.seed, step, rows, length))
 
 
@@ -63,7 +63,7 @@ def sft(cfg: DictConfig) -> None:
 
 
 def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: Callable[[int, int, int], Batch]) -> None:
-    """Train in output/training/<name>, resuming there; then save the model in Hugging Face format."""
+    """Train in stage.folder, resuming there, and save the model in Hugging Face format."""
     folder = Path(cfg.stage.folder)
     target = folder / "model"
     schedule = Schedule([tuple(stage) for stage in cfg.stage.schedule], cfg.stage.tokens_per_step)
@@ -92,8 +92,6 @@ def save_model(model: RatPlusForCausalLM, tokenizer: Tokenizer, target: Path) ->
 
 def _tokenizer(cfg: DictConfig) -> Tokenizer:
     if cfg.stage.init:
-        from ratplus_exp.models.loading import load_tokenizer
-
         return load_tokenizer(resolve(cfg.stage.init))
     return pocket_tokenizer(forms_of(cfg))
 

@@ -19,6 +19,7 @@ from ratplus_exp.tasks import prose
 from ratplus_exp.tasks.forms import Forms
 from ratplus_exp.tasks.niah import Draw, seeded_random
 
+Batch = tuple[np.ndarray, np.ndarray]  # token ids and next-token labels, (batch, length)
 IGNORE = -100  # the label of tokens that are not in the loss
 
 # (key, value, weight) of the facts of a document; uuid pairs are the last to be learnt (MK-3).
@@ -32,22 +33,25 @@ class Facts:
 
     other_rate: the share of tokens that cannot be recalled (prose, first mentions, questions)
         which is in the loss as well; recallable tokens always are.
-    plain_steps: for so many steps at first, documents are plain: word-number facts without prose,
-        single questions. Retrieval forms there first, undisturbed by what it can't do yet.
+    drill_steps: for so many steps at first, a document is a random sequence of tokens, said over
+        and over. On facts a young model stays for millions of tokens with a shortcut, any value
+        of the document; on drills only matching what came before helps, and it forms in one.
     """
 
     tokenizer: PreTrainedTokenizerBase
     forms: Forms
     other_rate: float = 0.1
-    plain_steps: int = 0
+    drill_steps: int = 0
 
-    def batch(self, seed: int, step: int, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, seed: int, step: int, batch: int, length: int) -> Batch:
         """Token ids and labels (already those of the next token), both (batch, length) int64."""
         rng = seeded_random(f"facts/{seed}/{step}")
+        if step < self.drill_steps:
+            return self._drills(np.random.default_rng(rng.getrandbits(64)), batch, length)
         ids = np.empty((batch, length + 1), np.int64)
         recallable = np.empty((batch, length + 1), bool)
         for row in range(batch):
-            pieces = self._document(rng, length + 1, plain=step < self.plain_steps)
+            pieces = self._document(rng, length + 1)
             encoded = self.tokenizer([text for text, _ in pieces], add_special_tokens=False)
             eos = self.tokenizer.eos_token_id
             tokens, marks = [], []
@@ -61,17 +65,28 @@ class Facts:
         labels = np.where(recallable | (noise < self.other_rate), ids, IGNORE)
         return ids[:, :-1], labels[:, 1:]
 
-    def _document(self, rng: random.Random, length: int, plain: bool) -> list[tuple[str, str]]:
+    def _drills(self, rng: np.random.Generator, batch: int, length: int) -> Batch:
+        ids = np.empty((batch, length + 1), np.int64)
+        labels = np.full((batch, length + 1), IGNORE, np.int64)
+        special = len(self.tokenizer.all_special_ids)  # they come first in the vocabulary
+        for row in range(batch):
+            period = int(rng.integers(4, length // 2 + 1))
+            sequence = rng.integers(special, len(self.tokenizer), period)
+            ids[row] = np.resize(sequence, length + 1)
+            labels[row, period + 1 :] = ids[row, period + 1 :]
+        return ids[:, :-1], labels[:, 1:]
+
+    def _document(self, rng: random.Random, length: int) -> list[tuple[str, str]]:
         """Pieces of text, each with "" or, where it can be recalled, "fact" or "answer".
 
         An answer is followed by EOS. Sizes are counted in words and digits, a close enough guess
         of tokens: the last question is cut off wherever the document is full.
         """
         draw = Draw(self.forms, "train", rng)
-        key_kind, value_kind = _weighted(rng, _KINDS[:1] if plain else _KINDS)
-        (haystack,) = _weighted(rng, _HAYSTACKS[:1] if plain else _HAYSTACKS)
-        context = int(length * rng.uniform(0.3, 0.6 if plain else 0.9))
-        several = not plain and rng.random() < 0.25  # keys with several values, as in MV
+        key_kind, value_kind = _weighted(rng, _KINDS)
+        (haystack,) = _weighted(rng, _HAYSTACKS)
+        context = int(length * rng.uniform(0.3, 0.9))
+        several = rng.random() < 0.25  # keys with several values, as in MV
 
         fact_size = 3 + (4 if key_kind == "uuid" else 1) + (4 if value_kind == "uuid" else 2)
         share = 1.0 if haystack == "needle" else rng.uniform(0.1, 0.6)
@@ -100,8 +115,7 @@ class Facts:
         size = sum(len(text.split()) + 3 for text, _ in pieces)
         keys = list(values)
         while size < 2 * length:  # certainly enough, whatever a word costs
-            number = 1 if plain else rng.choice((1, 1, 1, 2, 3, 4))
-            asked = rng.sample(keys, min(len(keys), number))
+            asked = rng.sample(keys, min(len(keys), rng.choice((1, 1, 1, 2, 3, 4))))
             query = (
                 ", ".join(asked[:-1]) + (self.forms.query_joiner if asked[1:] else "") + asked[-1]
             )
@@ -118,7 +132,7 @@ class Facts:
         values: dict[str, list[str]],
         pieces: list[tuple[str, str]],
     ) -> None:
-        """Say some single-valued facts again in the middle of the text, where they are recallable."""
+        """Say some single-valued facts again further on in the text, where they are recallable."""
         for key, value in facts:
             if len(values[key]) > 1 or rng.random() > 0.15:
                 continue

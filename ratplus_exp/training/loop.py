@@ -43,8 +43,8 @@ class Schedule:
         for tokens, length in self.stages:
             step -= self._steps(tokens)
             if step < 0:
-                break
-        return length
+                return length
+        return self.stages[-1][1]
 
     def rows_at(self, step: int) -> int:
         return max(1, self.tokens_per_step // self.length_at(step))
@@ -68,6 +68,13 @@ class TrainSettings:
     precision: str = "fp32"  # or "bf16": matmuls in bfloat16, parameters and memory in fp32
     log_every: int = 20
     checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every % self.log_every:  # a checkpoint holds no half-averaged row
+            raise ValueError(
+                f"checkpoint_every ({self.checkpoint_every}) must be a multiple of log_every "
+                f"({self.log_every})"
+            )
 
 
 class LossDiverged(RuntimeError):
@@ -97,7 +104,8 @@ class Trainer:
         sparse: Method | None = None,
         log: Callable[[dict[str, Any]], None] = lambda row: None,
     ) -> None:
-        self.model, self.batch, self.schedule, self.settings = model, batch, schedule, settings
+        self.model: Any = model
+        self.batch, self.schedule, self.settings = batch, schedule, settings
         self.folder, self.sparse, self.log = folder, sparse, log
         self.device = next(model.parameters()).device
         self.optimizer = _optimizer(model, settings, fused=True)
@@ -166,7 +174,7 @@ class Trainer:
     def _optimizer_step(
         self, micro_batches: list[tuple[Tensor, Tensor]], engine: Engine | None
     ) -> dict[str, float]:
-        """One optimizer step; the loss is the mean over all labelled tokens of all micro-batches."""
+        """One optimizer step on the mean loss over all labelled tokens of all micro-batches."""
         labelled = sum(int((labels >= 0).sum()) for _, labels in micro_batches)
         loss_sum = correct = 0.0
         self.model.train()
@@ -236,18 +244,18 @@ class Trainer:
     def _load(self) -> None:
         state = torch.load(self.checkpoint_path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # rates as set now, not as saved
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         log = self.folder / "log.jsonl"
         if log.exists():  # rows written after the checkpoint will be written again
-            rows = [
-                line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")
-            ]
-            log.write_text("".join(row for row in rows if json.loads(row)["step"] <= self.step))
+            lines = log.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            log.write_text("".join(x for x in whole if json.loads(x)["step"] <= self.step))
 
 
 @torch.no_grad()
-def gate_statistics(model: nn.Module, ids: Tensor) -> dict[str, float]:
+def gate_statistics(model: Any, ids: Tensor) -> dict[str, float]:
     """Mean gate and effective memory length (tokens; mean and median over channels) on ids (B, T).
 
     Empty where the model has no memory.

@@ -147,7 +147,10 @@ def test_oracle_always_keeps_the_gold_tokens():
     q, k, v = states(2)
     kept = {
         type(selector): Engine(method, selector).kept_after_prefill(q, k, 0)
-        for selector in (Oracle(gold_at(*itertools.product(range(3), range(9, 17)), length=37)), TopK())
+        for selector in (
+            Oracle(gold_at(*itertools.product(range(3), range(9, 17)), length=37)),
+            TopK(),
+        )
     }
     wanted = torch.tensor([*range(9, 17), 33, 34, 35, 36])
     assert torch.equal(kept[Oracle], wanted.expand(3, 2, 12))
@@ -158,9 +161,7 @@ def test_oracle_fills_up_with_the_methods_own_choice():
     scores = torch.tensor([5.0, 1, 4, 2, 3, 0]).view(1, 1, 1, 1, 6)
     gold = gold_at((0, 3), rows=1, length=5)  # shorter than six blocks of two: generated tokens
     ranked = Oracle(gold)(scores, layer=0, positions=torch.tensor([[11]]), block_size=2)
-    chosen = select(
-        ranked, 3, allowed=torch.ones(6, dtype=torch.bool), forced=torch.arange(6) == 5
-    )
+    chosen = select(ranked, 3, allowed=torch.ones(6, dtype=torch.bool), forced=torch.arange(6) == 5)
     assert chosen.flatten().nonzero()[:, 0].tolist() == [0, 1, 5]  # best, gold, forced
 
 
@@ -174,7 +175,9 @@ def test_forced_candidates_come_before_gold_ones():
         assert (selected.sum(-1) == 2).all()
 
 
-@pytest.mark.parametrize("selector", [TopK(), Random(torch.tensor([5, 6, 7]))], ids=["top", "random"])
+@pytest.mark.parametrize(
+    "selector", [TopK(), Random(torch.tensor([5, 6, 7]))], ids=["top", "random"]
+)
 @pytest.mark.parametrize("method", [Quest(4, 3), MoBA(4, 3)], ids=str)
 def test_what_is_recorded_of_blocks_is_what_was_attended(method, selector):
     q, k, v = states(2)

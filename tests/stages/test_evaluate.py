@@ -70,13 +70,20 @@ def test_batches_do_not_change_the_answers(job, tiny_models):
     shutil.rmtree(job.folder / "results")
     job(*small(tiny_models, selector="random", **{"stage.batch_size": 3}))
     together = [cell.records() for cell in Store(job.folder / "results").cells("eval")]
-    predictions = [[{k: r["prediction"] for k, r in cell.items()} for cell in x] for x in (alone, together)]
+    predictions = [
+        [{k: r["prediction"] for k, r in cell.items()} for cell in x] for x in (alone, together)
+    ]
     assert predictions[0] == predictions[1]
 
 
 def test_a_changed_setting_is_another_cell(job, tiny_models):
     job(*small(tiny_models))
-    for change in ({"budget": "1/8"}, {"seed": 1}, {"selector": "oracle"}, {"method.block_size": 16}):
+    for change in (
+        {"budget": "1/8"},
+        {"seed": 1},
+        {"selector": "oracle"},
+        {"method.block_size": 16},
+    ):
         before = len(frame(job))
         job(*small(tiny_models, **change))
         assert len(frame(job)) == before + 3
@@ -114,7 +121,9 @@ def test_rulers_own_files_can_be_evaluated(job, tiny_models, tmp_path):
 def test_sigkill_costs_and_repeats_no_example(tiny_models, tmp_path):
     command = [sys.executable, "run.py", f"output={tmp_path}", "tracking=disabled", "threads=1"]
     command += small(tiny_models, **{"data.examples": 40, "stage.batch_size": 2})
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not any(p.stat().st_size for p in tmp_path.rglob("samples.jsonl")):
         assert process.poll() is None
         time.sleep(0.02)

@@ -1,0 +1,307 @@
+"""The backbone as a Hugging Face model: saving, gates, the cache, padding, the loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+
+from ratplus_exp.methods import Engine, Quest
+from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM, RatPlusModel
+from ratplus_exp.models.loading import with_memory
+
+backbones = pytest.mark.parametrize("memory", [False, True], ids=["attention", "ratplus"])
+heads = pytest.mark.parametrize("kv_heads", [1, 2, 4], ids=["one KV head", "GQA", "MHA"])
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+# Saving and loading.
+
+
+@backbones
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_auto_classes_save_and_load_bitwise(make_model, make_ids, tmp_path, memory, dtype):
+    model, ids = make_model(memory=memory, dtype=dtype), make_ids(2, 12)
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is RatPlusConfig and config.memory == memory
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is RatPlusForCausalLM and loaded.dtype == dtype
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any("memory.bias" in name for name in before) == memory
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_the_base_model_loads_without_the_head(make_model, make_ids, tmp_path):
+    model, ids = make_model(dtype=torch.float32), make_ids(1, 6)
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is RatPlusModel
+    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_tied_as_the_config_says(make_model, tmp_path, tied):
+    make_model(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight) == tied
+
+
+def config_arguments():
+    return {"vocab_size": 29, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("gate_bias", "logits"),
+    [
+        (-4.0, torch.full((8,), -4.0)),
+        ((2.0, 256.0), (2.0 ** torch.arange(1, 9) - 1).log()),  # a length L is the logit log(L − 1)
+    ],
+    ids=["one logit", "lengths"],
+)
+def test_gates_start_where_the_config_says(tmp_path, gate_bias, logits):
+    config = RatPlusConfig(**config_arguments(), gate_bias=gate_bias)
+    attention = RatPlusForCausalLM(RatPlusConfig(**config_arguments(), memory=False))
+    attention.save_pretrained(tmp_path)
+    for model in (
+        RatPlusForCausalLM(config),
+        AutoModelForCausalLM.from_config(config),
+        RatPlusForCausalLM.from_pretrained(tmp_path, config=config),
+        with_memory(attention, gate_bias, seed=0),
+    ):
+        for layer in model.model.layers:
+            gate = layer.attention.memory
+            assert_close(gate.bias, logits.repeat(4), rtol=1e-4, atol=1e-4)
+            assert float(gate.weight.std()) == pytest.approx(0.02, rel=0.15)
+
+
+def test_a_memory_added_to_a_trained_model_leaves_its_weights(make_model):
+    attention = make_model(memory=False, dtype=torch.float32)
+    ratplus = with_memory(attention, -4.0, seed=0).state_dict()
+    assert all(torch.equal(ratplus[name], w) for name, w in attention.state_dict().items())
+    assert len(ratplus) == len(attention.state_dict()) + 4
+
+
+def test_trained_gates_are_not_initialised_again_on_loading(make_model, tmp_path):
+    model = make_model(gate_bias=-4.0, dtype=torch.float32)
+    for layer in model.model.layers:
+        layer.attention.memory.bias.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for a, b in zip(model.model.layers, loaded.model.layers, strict=True):
+        assert torch.equal(a.attention.memory.bias, b.attention.memory.bias)
+
+
+def test_query_heads_that_do_not_divide_are_refused():
+    with pytest.raises(
+        ValueError, match=r"num_attention_heads \(4\) must be a multiple of .* \(3\)"
+    ):
+        RatPlusConfig(**config_arguments(), num_key_value_heads=3)
+
+
+# Attention and RAT+ are one model.
+
+
+@heads
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_open_gates_are_the_attention_model_bitwise(
+    make_model, make_ids, left_pad, kv_heads, dtype
+):
+    settings = {"num_key_value_heads": kv_heads, "dtype": dtype}
+    attention = make_model(memory=False, **settings)
+    ratplus = make_model(memory=True, gate_bias=-1e4, **settings)
+    missing, unexpected = ratplus.load_state_dict(attention.state_dict(), strict=False)
+    assert len(missing) == 4 and not unexpected
+    ids, mask = left_pad([make_ids(1, 20)[0], make_ids(1, 13)[0]])
+    for layer in ratplus.model.layers:
+        layer.attention.memory.weight.zero_()
+    assert torch.equal(ratplus(ids).logits, attention(ids).logits)
+    logits = [model(ids, mask, use_cache=False).logits for model in (ratplus, attention)]
+    assert torch.equal(logits[0][mask == 1], logits[1][mask == 1])
+    for layer in ratplus.model.layers:
+        layer.attention.memory.bias.zero_()
+    assert not torch.allclose(ratplus(ids).logits, attention(ids).logits)
+
+
+def test_a_layer_is_memory_then_gated_attention(make_model, make_ids):
+    """Eq. 1 before RoPE, on K and V, then softmax attention, gated by sigmoid(W_o x)."""
+    model, ids = make_model(), make_ids(1, 9)
+    block, length = model.model.layers[0], 9
+    x = block.attention_norm(model.model.embed_tokens(ids))[0]
+    o, q, k, v = block.attention.in_proj(x).split([32, 32, 16, 16], dim=-1)
+    gate = torch.sigmoid(block.attention.memory.gate_logits(x[None])[0])  # (T, 2, 8)
+    q, k, v = q.view(length, 4, 8), k.view(length, 2, 8), v.view(length, 2, 8)
+    for t in range(length):
+        before_k, before_v = (k[t - 1], v[t - 1]) if t else (0, 0)
+        k[t] = gate[t] * before_k + (1 - gate[t]) * k[t]
+        v[t] = gate[t] * before_v + (1 - gate[t]) * v[t]
+
+    def rotated(vector, position):
+        pairs = torch.complex(vector[:4], vector[4:])
+        angle = position * 10_000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
+        turned = pairs * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat((turned.real, turned.imag))
+
+    out = torch.zeros(length, 4, 8, dtype=torch.float64)
+    for t in range(length):
+        for head in range(4):
+            keys = torch.stack([rotated(k[j, head // 2], j) for j in range(t + 1)])
+            weights = (keys @ rotated(q[t, head], t) / 8**0.5).softmax(0)
+            out[t, head] = weights @ v[: t + 1, head // 2]
+    wanted = block.attention.out_proj(torch.sigmoid(o) * out.flatten(1))
+    found = []
+    with block.attention.register_forward_hook(lambda module, args, output: found.append(output)):
+        model(ids, use_cache=False)
+    assert_close(found[0][0], wanted, rtol=1e-5, atol=1e-5)  # RoPE's angles are fp32
+
+
+# The cache.
+
+
+@backbones
+@heads
+def test_prefill_and_decode_equal_one_forward_pass(make_model, make_ids, memory, kv_heads):
+    model, ids = make_model(memory=memory, num_key_value_heads=kv_heads), make_ids(2, 16)
+    whole = model(ids, use_cache=False).logits
+    for splits in ([10] + [1] * 6, [4, 5, 7], [1] * 16):
+        cache = model.new_cache()
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(splits, dim=1)]
+        assert_close(torch.cat(parts, dim=1), whole)
+        assert cache.get_seq_length() == 16
+
+
+@backbones
+def test_chunks_after_a_left_padded_prompt_equal_the_unpadded_rows(
+    make_model, make_ids, left_pad, memory
+):
+    model = make_model(memory=memory)
+    rows, more = [make_ids(1, n, seed=n)[0] for n in (12, 5)], make_ids(2, 6)
+    ids, mask = left_pad(rows)
+    cache = model.new_cache()
+    prompt = model(ids, mask, past_key_values=cache).logits
+    chunk = model(more, F.pad(mask, (0, 6), value=1), past_key_values=cache).logits
+    for i, row in enumerate(rows):
+        alone = model(torch.cat((row, more[i]))[None], use_cache=False).logits[0]
+        assert_close(prompt[i, mask[i] == 1], alone[: len(row)])
+        assert_close(chunk[i], alone[len(row) :])
+
+
+@backbones
+def test_generation_is_the_argmax_of_full_passes(make_model, make_ids, left_pad, memory):
+    """With the default cache, without one, and row by row."""
+    model = make_model(memory=memory)
+    rows = [make_ids(1, n, seed=n)[0] for n in (12, 5, 1)]
+    ids, mask = left_pad(rows)
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    tokens = model.generate(ids, **settings)[:, 12:]
+    assert torch.equal(tokens, model.generate(ids, use_cache=False, **settings)[:, 12:])
+    for row, new in zip(rows, tokens, strict=True):
+        for token in new:
+            assert model(row[None], use_cache=False).logits[0, -1].argmax() == token
+            row = torch.cat((row, token[None]))
+
+
+@backbones
+def test_beam_search_with_the_default_cache_is_beam_search_without(
+    make_model, make_ids, left_pad, memory
+):
+    model = make_model(memory=memory)
+    ids, mask = left_pad([make_ids(1, 12)[0], make_ids(1, 7)[0]])
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "num_beams": 2}
+    tokens = model.generate(ids, **settings)
+    assert torch.equal(tokens, model.generate(ids, use_cache=False, **settings))
+    assert not torch.equal(tokens, model.generate(ids, **settings | {"num_beams": 1}))
+
+
+def test_a_cache_decodes_with_its_own_engine_only(make_model, make_ids):
+    model, ids = make_model(), make_ids(1, 30)
+    cache = model.new_cache(Engine(Quest(4, 2)))
+    model(ids[:, :29], past_key_values=cache)
+    sparse = model(ids[:, 29:], past_key_values=cache).logits
+    assert not torch.allclose(sparse, model(ids, use_cache=False).logits[:, 29:])
+    assert cache.engine.usage.fraction < 0.3
+
+
+def test_a_reset_cache_starts_over(make_model, make_ids):
+    model, ids = make_model(), make_ids(2, 10)
+    cache = model.new_cache()
+    first = model(ids, past_key_values=cache).logits
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(model(ids, past_key_values=cache).logits, first)
+
+
+@pytest.mark.parametrize("how", ["forward", "generate"])
+def test_a_foreign_cache_is_refused(make_model, make_ids, how):
+    model, ids = make_model(), make_ids(1, 5)
+    call, settings = (model, {}) if how == "forward" else (model.generate, {"max_new_tokens": 2})
+    with pytest.raises(TypeError, match="SparseCache, not DynamicCache; pass past_key_values="):
+        call(ids, past_key_values=DynamicCache(), **settings)
+
+
+def test_cropping_is_refused(make_model):
+    with pytest.raises(ValueError, match="cannot be cropped.*run the shorter prompt again"):
+        make_model().new_cache().crop(3)
+
+
+def test_training_mode_keeps_no_cache(make_model, make_ids):
+    model, ids = make_model(), make_ids(1, 5)
+    assert model(ids).past_key_values is not None
+    assert model.train()(ids).past_key_values is None
+
+
+# Padding and the loss.
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 1, 0], [1, 0, 1, 1], [0, 1, 0, 1]])
+def test_padding_anywhere_but_on_the_left_is_refused(make_model, make_ids, mask):
+    with pytest.raises(ValueError, match="padding_side = 'left'"):
+        make_model()(make_ids(1, 4), torch.tensor([mask]))
+
+
+@backbones
+def test_what_stands_in_the_padding_never_matters(make_model, make_ids, left_pad, memory):
+    model = make_model(memory=memory)
+    ids, mask = left_pad([make_ids(1, 12)[0], make_ids(1, 7)[0]])
+    other = ids.where(mask == 1, 3)
+    assert not torch.equal(ids, other)
+    assert torch.equal(model(ids, mask).logits[mask == 1], model(other, mask).logits[mask == 1])
+
+
+def test_logits_to_keep_are_the_last(make_model, make_ids):
+    model, ids = make_model(), make_ids(2, 8)
+    whole = model(ids).logits
+    assert whole.shape == (2, 8, 29)
+    assert_close(model(ids, logits_to_keep=3).logits, whole[:, -3:])
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_next_labelled_tokens(make_model, make_ids):
+    model, ids = make_model(), make_ids(2, 8)
+    labels = ids.clone()
+    labels[0, :5] = -100
+    labels[1, 3] = -100
+    out = model(ids, labels=labels)
+    log_p = out.logits.log_softmax(-1)
+    terms = [
+        -log_p[b, t, labels[b, t + 1]] for b in range(2) for t in range(7) if labels[b, t + 1] >= 0
+    ]
+    assert len(terms) == 9
+    assert_close(out.loss.double(), sum(terms) / 9, rtol=1e-6, atol=0)
+    assert model(ids).loss is None
+
+
+def test_gradients_reach_every_parameter(make_model, make_ids):
+    model, ids = make_model().train(), make_ids(2, 8)
+    with torch.enable_grad():
+        model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
