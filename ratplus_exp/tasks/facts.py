@@ -68,10 +68,11 @@ class Facts:
     def _drills(self, rng: np.random.Generator, batch: int, length: int) -> Batch:
         ids = np.empty((batch, length + 1), np.int64)
         labels = np.full((batch, length + 1), IGNORE, np.int64)
-        special = len(self.tokenizer.all_special_ids)  # they come first in the vocabulary
+        # Special tokens come first in the vocabulary.
+        low, high = len(self.tokenizer.all_special_ids), len(self.tokenizer)
         for row in range(batch):
             period = int(rng.integers(4, length // 2 + 1))
-            sequence = rng.integers(special, len(self.tokenizer), period)
+            sequence = rng.integers(low, high, period)
             ids[row] = np.resize(sequence, length + 1)
             labels[row, period + 1 :] = ids[row, period + 1 :]
         return ids[:, :-1], labels[:, 1:]
