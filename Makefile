@@ -10,8 +10,12 @@ BIN    := $(VENV)/bin
 RUN    := $(BIN)/python run.py
 STAMP  := $(VENV)/.installed
 
+# Both backbones; SET takes further settings, for instance SET='data.examples=200 seed=0,1,2'.
+PAIR := model=pocket_attention,pocket_ratplus
+SET  :=
+
 # What `make weights` runs, one conf/experiment/<name>.yaml each.
-WEIGHTS := pretrain_pocket_attention pretrain_pocket_ratplus
+WEIGHTS := pocket_base pocket_attention pocket_ratplus pocket_attention_sft pocket_ratplus_sft
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint table3 table3-cells weights clean
@@ -36,15 +40,17 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-table3: $(STAMP) ## Table 3 from the cells that are there
+table3: $(STAMP) ## Table 3 and its figure from the cells that are there
 	$(RUN) stage=report
 
 table3-cells: $(STAMP) ## run the cells of Table 3 on the pocket pair (finished ones are kept)
-	$(RUN) -m model=pocket_attention,pocket_ratplus method=dense
-	$(RUN) -m model=pocket_attention,pocket_ratplus method=quest,moba,snapkv budget=1/4,1/8,1/16
+	$(RUN) -m $(PAIR) method=dense $(SET)
+	$(RUN) -m $(PAIR) method=quest,moba,snapkv budget=1/4,1/8,1/16 $(SET)
+	$(RUN) -m $(PAIR) method=quest method.block_size=2 budget=1/64 $(SET)
+	$(RUN) -m $(PAIR) method=moba method.block_size=16 budget=1/8,1/16 $(SET)
 
-weights: $(STAMP) ## train the pocket pair again
-	set -e; for name in $(WEIGHTS); do $(RUN) stage=pretrain +experiment=$$name; done
+weights: $(STAMP) ## train the pocket pair again, into outputs/training (hours; resumes)
+	set -e; for name in $(WEIGHTS); do $(RUN) experiment=$$name; done
 
 clean: ## remove caches and build products; .venv and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

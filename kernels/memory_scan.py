@@ -39,7 +39,8 @@ def memory_scan(
         initial_state = z.new_zeros(2, batch, heads, dim, dtype=dtype)
     kv = torch.stack((k, v)).to(dtype)  # (2, B, T, H, D)
     memory = _Scan.apply(z.to(dtype), kv, initial_state.to(dtype))  # (2, B, T, H, D)
-    final_state = memory[:, :, -1] if length else initial_state
+    # A copy, since a view would keep the states of all tokens alive in a cache.
+    final_state = memory[:, :, -1].clone() if length else initial_state
     return memory[0].to(k.dtype), memory[1].to(v.dtype), final_state
 
 

@@ -39,3 +39,7 @@ def tracked(cfg: DictConfig, folder: Path) -> Iterator[wandb.Run]:
 
 def log_frame(run: wandb.Run, name: str, frame: Any) -> None:
     run.log({name: wandb.Table(dataframe=frame.astype(object).where(frame.notna(), None))})
+
+
+def log_image(run: wandb.Run, name: str, path: Path) -> None:
+    run.log({name: wandb.Image(str(path))})

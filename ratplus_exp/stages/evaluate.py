@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -17,7 +18,7 @@ from ratplus_exp import provenance
 from ratplus_exp.config import budget_name, forms_of, method_of, plain
 from ratplus_exp.methods import Engine, Method, Oracle, Random, Selector, TopK
 from ratplus_exp.models.loading import check_model, load_model
-from ratplus_exp.results import Cell, Table, accuracies, tidy
+from ratplus_exp.results import Cell, Store, Table, accuracies, tidy
 from ratplus_exp.stages.common import device_of, job_folder, resolve, store_of
 from ratplus_exp.tasks import NIAH, TASKS, Sample, read_jsonl, score_p2, score_ruler
 from ratplus_exp.tracking import log_frame, tracked
@@ -36,16 +37,24 @@ def run(cfg: DictConfig) -> None:
     }
     missing = {t: cell for t, cell in cells.items() if not cell.is_done(cfg.data.examples)}
     if missing:
-        model, tokenizer = load_model(path, device_of(cfg))
-        source = _Source(cfg, tokenizer, files)
-        with tqdm(total=cfg.data.examples * len(missing), unit="example", smoothing=0.1) as bar:
-            for task, cell in missing.items():
-                bar.set_description(f"{cfg.model.name} {cfg.method.name} {task}")
-                with cell.open(provenance.provenance(plain(cfg))):
-                    _fill(cell, cfg, model, tokenizer, method, source, task, bar)
+        with tracked(cfg, job_folder()) as tracker:
+            model, tokenizer = load_model(path, device_of(cfg))
+            source = _Source(cfg, tokenizer, files)
+            with tqdm(total=cfg.data.examples * len(missing), unit="example") as bar:
+                for task, cell in missing.items():
+                    bar.set_description(f"{cfg.model.name} {cfg.method.name} {task}")
+                    with cell.open(provenance.provenance(plain(cfg))):
+                        _fill(cell, cfg, model, tokenizer, method, source, task, bar)
+            _log(tracker, _frame(store, cells))
     else:
         print(f"All {len(cells)} cells are there already; nothing to run.")
-    _report(cfg, store, cells)
+    _report(cfg, _frame(store, cells))
+
+
+def _frame(store: Store, cells: dict[str, Cell]) -> pd.DataFrame:
+    """The job's cells as a tidy frame, in the order of its tasks."""
+    frame = tidy(store, "eval").set_index("cell")
+    return frame.loc[[cell.id for cell in cells.values()]].reset_index()
 
 
 def _key(
@@ -195,33 +204,35 @@ def _selector(cfg: DictConfig, samples: list[Sample], device: torch.device) -> S
     return TopK()
 
 
-def _report(cfg: DictConfig, store: Any, cells: dict[str, Cell]) -> None:
-    frame = tidy(store, "eval")
-    frame = frame[frame["cell"].isin([cell.id for cell in cells.values()])]
-    frame = frame.set_index("task").loc[list(cells)].reset_index()
+def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
+    """Print and write the table of this job's cells, one row a task."""
     first = frame.iloc[0]
-    rows = [
+    accuracy = ["accuracy", "accuracy_ruler"]
+    rows: list[tuple[str, ...]] = [
         (r.task, f"{r.accuracy:.1f}", f"{r.accuracy_ruler:.1f}", str(r.n))
         for r in frame.itertuples()
     ]
-    mean = frame[["accuracy", "accuracy_ruler"]].mean()
-    rows.append(("Mean", f"{mean.iloc[0]:.1f}", f"{mean.iloc[1]:.1f}", str(int(frame["n"].sum()))))
-    memory = frame["effective_memory_length"].mean()
-    caption = (
-        f"Accuracy in % by P2's and by RULER's score; tier {first.tier}, "
-        f"{first.context_length} tokens, seed {first.seed}; budget {first.budget}, really attended "
-        f"or stored: {frame['budget_measured'].mean():.3f}"
-        + (f"; effective memory length {memory:.1f} tokens." if memory == memory else ".")
+    rows.append(
+        ("Mean", *(f"{mean:.1f}" for mean in frame[accuracy].mean()), str(frame["n"].sum()))
     )
-    title = f"{cfg.model.name}, {cfg.method.name} at budget {first.budget} ({cfg.selector})"
+    caption = (
+        f"Accuracy in % by P2's and by RULER's score; tier {first.tier}, {first.context_length} "
+        f"tokens, seed {first.seed}; budget {first.budget}, really attended or stored: "
+        f"{frame['budget_measured'].mean():.3f}."
+    )
+    if frame["effective_memory_length"].notna().all():
+        memory = frame["effective_memory_length"].mean()
+        caption += f" Effective memory length: {memory:.1f} tokens."
+    title = f"{cfg.model.name}, {cfg.method.name} at budget {first.budget}, selector {cfg.selector}"
     table = Table(
         title, caption, ("Task", "P2", "RULER", "n"), tuple(rows), frozenset({len(rows) - 1})
     )
-    folder = job_folder()
-    table.write(folder, "table")
+    table.write(job_folder(), "table")
     print(table.to_text())
-    print(f"Written to {folder}/table.md, .csv and .tex; all finished cells: stage=report")
-    with tracked(cfg, folder) as tracker:
-        tracker.summary.update({f"accuracy/{r.task}": r.accuracy for r in frame.itertuples()})
-        tracker.summary.update({"accuracy/mean": float(mean.iloc[0])})
-        log_frame(tracker, "cells", frame)
+    print(f"Written to {job_folder()}/table.md, .csv and .tex.")
+
+
+def _log(tracker: Any, frame: pd.DataFrame) -> None:
+    accuracy = {f"accuracy/{r.task}": r.accuracy for r in frame.itertuples()}
+    tracker.summary.update(accuracy | {"accuracy/mean": float(frame["accuracy"].mean())})
+    log_frame(tracker, "cells", frame)

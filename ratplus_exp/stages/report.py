@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ratplus_exp.results import Store, sample_scores, table3, tidy, write_cells_csv
+from ratplus_exp.results import (
+    Store,
+    sample_scores,
+    table3,
+    tidy,
+    write_atomically,
+    write_cells_csv,
+)
+from ratplus_exp.results.figures import accuracy_by_budget
 from ratplus_exp.stages.common import job_folder, resolve
-from ratplus_exp.tracking import log_frame, tracked
+from ratplus_exp.tracking import log_frame, log_image, tracked
 
 
 def run(cfg: DictConfig) -> None:
@@ -22,8 +31,29 @@ def run(cfg: DictConfig) -> None:
     table = table3(frames, cfg.model.tier, cfg.stage.scorer, **where)
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     paths = table.write(folder, "table3")
-    paths.append(write_cells_csv(frames[0], folder / "cells.csv"))
+    cells = frames[0][frames[0]["tier"] == cfg.model.tier]
+    cells = cells[cells["context_length"] == cfg.data.length]
+    paths.append(write_cells_csv(cells, folder / "cells.csv"))
+    title = (
+        f"NIAH, mean of the tasks; tier {cfg.model.tier}, {cfg.data.length} tokens (dotted: dense)"
+    )
+    paths += accuracy_by_budget(cells, folder, "accuracy_by_budget", title)
+    paths.append(_write_provenance(store, set(cells["cell"]), folder))
     print(table.to_text())
     print("Written:", ", ".join(map(str, paths)))
     with tracked(cfg, job_folder()) as tracker:
-        log_frame(tracker, "cells", frames[0])
+        log_frame(tracker, "cells", cells)
+        log_image(tracker, "accuracy_by_budget", paths[-2])
+
+
+def _write_provenance(store: Store, ids: set[str], folder: Path) -> Path:
+    """provenance.json: for every cell its key, and who ran it: command, commit, versions, date."""
+    entries = {}
+    for cell in store.cells("eval"):
+        if cell.id in ids:
+            runs = [{k: v for k, v in run.items() if k != "config"} for run in cell.provenance()]
+            key = {k: v for k, v in cell.key.items() if k != "data"}
+            entries[cell.id] = {"key": key, "runs": runs}
+    path = folder / "provenance.json"
+    write_atomically(path, json.dumps(entries, indent=1) + "\n")
+    return path

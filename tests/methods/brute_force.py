@@ -1,6 +1,7 @@
 """The methods as the papers define them, one token after the other in plain Python.
 
-`seen` is the definition of a method; nothing here uses the package's own scoring or selection.
+`seen` is the definition of a method; those of the papers' methods use nothing of the package's
+scoring or selection.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ratplus_exp.methods import Dense, Dilated, MoBA, Quest, SnapKV
+from ratplus_exp.methods import BlockMethod, Dense, Dilated, MoBA, Quest, SnapKV
 from ratplus_exp.models.cache import SparseCache, Step
 
 
@@ -38,6 +39,20 @@ def seen(method, row, head, t):
 @seen.register
 def _(method: Dense, row, head, t):
     return list(range(t + 1))
+
+
+@seen.register
+def _(method: BlockMethod, row, head, t):
+    """A block method without a definition below: by its own score, one block after the other."""
+    if (t < row.prompt) == (method.phase == "decode"):
+        return list(range(t + 1))
+
+    def score(keys):
+        block, query = torch.tensor(keys).double(), torch.tensor(row.q[head][t]).double()
+        representative = method.represent(block[None, None, None])
+        return float(method.score(query[None, None, None, None], representative))
+
+    return _best_blocks(method, row.k[row.kv(head)], t, score)
 
 
 @seen.register

@@ -116,3 +116,21 @@ def test_beams_follow_their_own_cache(make_model, make_ids, method):
         alone = decode(model, sequence[None], 17, Engine(method))[0, 16:-1].log_softmax(-1)
         by_hand = alone.gather(1, sequence[17:, None]).sum()
         assert_close(score.double(), by_hand, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@every_method
+@pytest.mark.parametrize("how", ["reorder_cache", "batch_select_indices", "repeat"])
+def test_rows_of_a_cache_keep_their_state_when_they_move(make_model, make_ids, method, how):
+    """Once decoding has filled a block: until then the beams of a search share all blocks."""
+    model, ids = make_model(), make_ids(3, 31)
+    rows = torch.tensor([0, 0, 1, 1, 2, 2] if how == "repeat" else [2, 0, 2])
+    cache = model.new_cache(Engine(method))
+    for part in ids[:, :25].split([17] + [1] * 8, dim=1):
+        model(part, past_key_values=cache)
+    if how == "repeat":
+        cache.batch_repeat_interleave(2)
+    else:
+        getattr(cache, how)(rows)
+    moved = [model(ids[rows, t : t + 1], past_key_values=cache).logits for t in range(25, 31)]
+    assert_close(torch.cat(moved, dim=1), decode(model, ids, 17, Engine(method))[rows, 25:])
