@@ -142,19 +142,25 @@ def validate(cfg: DictConfig) -> None:
     ):
         if value < least:
             raise ValueError(f"{name}={value} is too small: use at least {least}")
-    forms = forms_of(cfg)
-    prompt = cfg.data.length - forms.reserve
+    forms_of(cfg)
+
+
+def validate_method(cfg: DictConfig) -> Method:
+    """The method, if it, its budget, its selector and the prompts' length fit together."""
     method = method_of(cfg)
+    reserve = forms_of(cfg).reserve
+    prompt = cfg.data.length - reserve
     if method.phase == "once" and prompt < method.forced:
         raise ValueError(
-            f"prompts of {prompt} tokens (data.length {cfg.data.length} less the "
-            f"{forms.reserve} of data.forms.reserve) are shorter than the observation window of "
-            f"{method.forced}: raise data.length or lower method.window"
+            f"prompts of {prompt} tokens (data.length {cfg.data.length} less the {reserve} of "
+            f"data.forms.reserve) are shorter than the observation window of {method.forced}: "
+            "raise data.length or lower method.window"
         )
     if cfg.selector != "topk" and method.phase is None:
         raise ValueError(
             f"selector={cfg.selector} needs a method that selects, not {cfg.method.name}"
         )
+    return method
 
 
 def _class(target: str) -> type[Method]:

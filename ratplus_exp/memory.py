@@ -79,10 +79,11 @@ class Memory(nn.Module):
 def effective_length(z: Tensor, mask: Tensor | None = None) -> Tensor:
     """How many tokens the memory of each channel reaches back, from gate logits z (B, T, H, D).
 
-    The memory at t weighs token s by w_{t,s} = (1 − g_s) Π_{r=s+1..t} g_r. Its mean lag
-    m_t = Σ_s w_{t,s} (t − s) obeys m_t = g_t (m_{t-1} + 1) while the zero initial state carries no
-    weight, and 1 + m_t is the effective length: 1 / (1 − g) for a constant gate. Returned is its
-    mean over all positions (those where mask (B, T) is true), one number a channel: (H, D).
+    The memory at t weighs token s by w_{t,s} = (1 − g_s) Π_{r=s+1..t} g_r, and what is left goes to
+    the zero initial state, which counts as the token before the first. The mean lag
+    m_t = Σ_s w_{t,s} (t − s) then obeys m_t = g_t (m_{t-1} + 1), and 1 + m_t is the effective
+    length: in the long run 1 / (1 − g) for a constant gate. Returned is its mean over all positions
+    (those where mask (B, T) is true), one number a channel: (H, D).
     """
     gate = torch.sigmoid(z.float())
     # m_t = g_t m_{t-1} + g_t: the scan of Eq. 1 with input g / (1 − g), kept finite by the clamp.

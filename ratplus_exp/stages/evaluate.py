@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ratplus_exp import provenance
-from ratplus_exp.config import budget_name, forms_of, method_of, plain
+from ratplus_exp.config import budget_name, forms_of, plain, validate_method
 from ratplus_exp.methods import Engine, Method, Oracle, Random, Selector, TopK
 from ratplus_exp.models.loading import check_model, load_model
 from ratplus_exp.results import Cell, Store, Table, accuracies, tidy
@@ -27,7 +27,7 @@ from ratplus_exp.training.loop import gate_statistics
 
 def run(cfg: DictConfig) -> None:
     """Run the cells that are missing, log them, and print and write the table of this job."""
-    method, store = method_of(cfg), store_of(cfg)
+    method, store = validate_method(cfg), store_of(cfg)
     path = resolve(cfg.model.path)
     digest = check_model(path, cfg.model.sha256, cfg.model.backbone)
     files = _ruler_files(cfg)

@@ -37,13 +37,14 @@ def run(cfg: DictConfig) -> None:
     title = (
         f"NIAH, mean of the tasks; tier {cfg.model.tier}, {cfg.data.length} tokens (dotted: dense)"
     )
-    paths += accuracy_by_budget(cells, folder, "accuracy_by_budget", title)
+    picture, *others = accuracy_by_budget(cells, folder, "accuracy_by_budget", title)
+    paths += [picture, *others]
     paths.append(_write_provenance(store, set(cells["cell"]), folder))
     print(table.to_text())
     print("Written:", ", ".join(map(str, paths)))
     with tracked(cfg, job_folder()) as tracker:
         log_frame(tracker, "cells", cells)
-        log_image(tracker, "accuracy_by_budget", paths[-2])
+        log_image(tracker, "accuracy_by_budget", picture)
 
 
 def _write_provenance(store: Store, ids: set[str], folder: Path) -> Path:

@@ -124,6 +124,11 @@ def test_inputs_are_left_as_they_were():
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
+def test_the_final_state_does_not_hold_on_to_the_sequence():
+    *_, state = memory_scan(*inputs())
+    assert state.untyped_storage().nbytes() == state.nbytes
+
+
 @pytest.mark.parametrize("length", [1, 5])
 def test_gradients_of_every_input_are_right(length):
     tensors = [x.double().requires_grad_() for x in inputs(length)]
