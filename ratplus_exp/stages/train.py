@@ -32,7 +32,8 @@ def pretrain(cfg: DictConfig) -> None:
     """Next-token training on generated text: from scratch, or from `stage.init`."""
     tokenizer = _tokenizer(cfg)
     drill_steps = cfg.stage.drill_tokens // cfg.stage.tokens_per_step
-    facts = Facts(tokenizer, forms_of(cfg), cfg.stage.other_rate, drill_steps)
+    stage, forms = cfg.stage, forms_of(cfg)
+    facts = Facts(tokenizer, forms, stage.other_rate, stage.several_rate, drill_steps)
     _train(cfg, tokenizer, lambda step, rows, length: facts.batch(cfg.seed, step, rows, length))
 
 
@@ -74,7 +75,14 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: Callable[[int, int, int
     _remember(cfg, folder)
     with tracked(cfg, folder) as tracker:
         trainer = Trainer(
-            model, batch, schedule, _settings(cfg), folder, _sparse(cfg), log=tracker.log
+            model,
+            batch,
+            schedule,
+            _settings(cfg),
+            folder,
+            sparse=_sparse(cfg),
+            sparse_only_steps=cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step,
+            log=tracker.log,
         )
         trainer.run(f"{cfg.stage.name} {cfg.model.name}")
     save_model(model, tokenizer, target)

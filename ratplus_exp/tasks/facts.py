@@ -33,6 +33,7 @@ class Facts:
 
     other_rate: the share of tokens that cannot be recalled (prose, first mentions, questions)
         which is in the loss as well; recallable tokens always are.
+    several_rate: the share of documents in which half of the keys have 2 to 4 values, as in MV.
     drill_steps: for so many steps at first, a document is a random sequence of tokens, said over
         and over. On facts a young model stays for millions of tokens with a shortcut, any value
         of the document; on drills only matching what came before helps, and it forms in one.
@@ -41,6 +42,7 @@ class Facts:
     tokenizer: PreTrainedTokenizerBase
     forms: Forms
     other_rate: float = 0.1
+    several_rate: float = 0.25
     drill_steps: int = 0
 
     def batch(self, seed: int, step: int, batch: int, length: int) -> Batch:
@@ -87,7 +89,7 @@ class Facts:
         key_kind, value_kind = _weighted(rng, _KINDS)
         (haystack,) = _weighted(rng, _HAYSTACKS)
         context = int(length * rng.uniform(0.3, 0.9))
-        several = rng.random() < 0.25  # keys with several values, as in MV
+        several = rng.random() < self.several_rate
 
         fact_size = 3 + (4 if key_kind == "uuid" else 1) + (4 if value_kind == "uuid" else 2)
         share = 1.0 if haystack == "needle" else rng.uniform(0.1, 0.6)

@@ -91,6 +91,9 @@ class Trainer:
         sparse: a fixed pattern for P2's joint training: every batch takes one optimizer step
             through attention with this pattern and one through dense attention, and one scheduler
             step. None for dense steps alone.
+        sparse_only_steps: for so many steps at first, only the step through `sparse` is taken. A
+            trained attention model that gets a memory keeps its gates shut while dense steps
+            go on, since it can already retrieve without; sparse steps alone open them.
         log: called with each logged row.
     """
 
@@ -102,11 +105,13 @@ class Trainer:
         settings: TrainSettings,
         folder: Path,
         sparse: Method | None = None,
+        sparse_only_steps: int = 0,
         log: Callable[[dict[str, Any]], None] = lambda row: None,
     ) -> None:
         self.model: Any = model
         self.batch, self.schedule, self.settings = batch, schedule, settings
-        self.folder, self.sparse, self.log = folder, sparse, log
+        self.folder, self.log = folder, log
+        self.sparse, self.sparse_only_steps = sparse, sparse_only_steps
         self.device = next(model.parameters()).device
         self.optimizer = _optimizer(model, settings, fused=True)
         self.step = 0
@@ -169,6 +174,8 @@ class Trainer:
         if self.sparse is not None:
             sparse = self._optimizer_step(micro_batches, Engine(self.sparse))
             row = {f"sparse_{name}": value for name, value in sparse.items()}
+            if self.step < self.sparse_only_steps:
+                return row
         return row | self._optimizer_step(micro_batches, None)
 
     def _optimizer_step(
