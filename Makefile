@@ -26,8 +26,8 @@ help: ## list these targets
 install: $(STAMP) ## create .venv and install the pinned versions into it
 	@echo "Installed in $(VENV)."
 
-demo: $(STAMP) ## the main job: Quest at budget 1/16 on the pocket model
-	$(RUN)
+demo: $(STAMP) ## the main job: Quest at budget 1/16 on both pocket models
+	$(RUN) -m $(PAIR) method=quest budget=1/16 $(SET)
 
 test: $(STAMP) ## the fast tests, on a CPU
 	$(BIN)/python -m pytest -q

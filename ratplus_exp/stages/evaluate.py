@@ -18,7 +18,8 @@ from ratplus_exp import provenance
 from ratplus_exp.config import budget_name, forms_of, plain, validate_method
 from ratplus_exp.methods import Engine, Method, Oracle, Random, Selector, TopK
 from ratplus_exp.models.loading import check_model, load_model
-from ratplus_exp.results import Cell, Store, Table, accuracies, tidy
+from ratplus_exp.results import MISSING, Cell, Store, Table, accuracies, tidy
+from ratplus_exp.results.frame import COLUMNS, EXTRA
 from ratplus_exp.stages.common import device_of, job_folder, resolve, store_of
 from ratplus_exp.tasks import NIAH, TASKS, Sample, read_jsonl, score_p2, score_ruler
 from ratplus_exp.tracking import log_frame, tracked
@@ -52,9 +53,17 @@ def run(cfg: DictConfig) -> None:
 
 
 def _frame(store: Store, cells: dict[str, Cell]) -> pd.DataFrame:
-    """The job's cells as a tidy frame, in the order of its tasks."""
-    frame = tidy(store, "eval").set_index("cell")
-    return frame.loc[[cell.id for cell in cells.values()]].reset_index()
+    """The job's cells as a tidy frame, in the order of its tasks, with the other backbone's
+    accuracy beside them where that has been measured in the same setting."""
+    every = tidy(store, "eval").set_index("cell")
+    frame = every.loc[[cell.id for cell in cells.values()]].reset_index()
+    same = ["tier", "method", "block_size", "top_k", "budget", "selector", "seed", "context_length"]
+    other = every[(every[same] == frame.loc[0, same]).all(axis=1)]
+    other = other[other["backbone"] != frame.loc[0, "backbone"]]
+    if other["model"].nunique() != 1 or other["checkpoint"].nunique() != 1:
+        return frame
+    accuracy = other.set_index("task")["accuracy"].rename(other["model"].iloc[0])
+    return frame.join(accuracy, on="task")
 
 
 def _key(
@@ -207,14 +216,15 @@ def _selector(cfg: DictConfig, samples: list[Sample], device: torch.device) -> S
 def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
     """Print and write the table of this job's cells, one row a task."""
     first = frame.iloc[0]
-    accuracy = ["accuracy", "accuracy_ruler"]
-    rows: list[tuple[str, ...]] = [
-        (r.task, f"{r.accuracy:.1f}", f"{r.accuracy_ruler:.1f}", str(r.n))
-        for r in frame.itertuples()
+    shown = {"accuracy": "P2", "accuracy_ruler": "RULER"}
+    others = [name for name in frame.columns if name not in (*COLUMNS, *EXTRA)]
+    numbers = frame.set_index("task")[[*shown, *others]].astype(float)
+    numbers.loc["Mean"] = numbers.mean(skipna=False)
+    counts = [*frame["n"], frame["n"].sum()]
+    rows = [
+        (task, *(MISSING if x != x else f"{x:.1f}" for x in row), str(n))
+        for (task, row), n in zip(numbers.iterrows(), counts, strict=True)
     ]
-    rows.append(
-        ("Mean", *(f"{mean:.1f}" for mean in frame[accuracy].mean()), str(frame["n"].sum()))
-    )
     caption = (
         f"Accuracy in % by P2's and by RULER's score; tier {first.tier}, {first.context_length} "
         f"tokens, seed {first.seed}; budget {first.budget}, really attended or stored: "
@@ -223,10 +233,11 @@ def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
     if frame["effective_memory_length"].notna().all():
         memory = frame["effective_memory_length"].mean()
         caption += f" Effective memory length: {memory:.1f} tokens."
+    if others:
+        caption += f" {others[0]}: the other backbone in the same setting, by P2's score."
     title = f"{cfg.model.name}, {cfg.method.name} at budget {first.budget}, selector {cfg.selector}"
-    table = Table(
-        title, caption, ("Task", "P2", "RULER", "n"), tuple(rows), frozenset({len(rows) - 1})
-    )
+    columns = ("Task", *shown.values(), *others, "n")
+    table = Table(title, caption, columns, tuple(rows), frozenset({len(rows) - 1}))
     table.write(job_folder(), "table")
     print(table.to_text())
     print(f"Written to {job_folder()}/table.md, .csv and .tex.")

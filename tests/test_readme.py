@@ -1,0 +1,60 @@
+"""Every command of README.md and docs/ is one that works: composed and validated here, run in CI."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from ratplus_exp.config import validate, validate_method
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+LINES = sorted(
+    {
+        line.partition(" #")[0].strip()
+        for page in PAGES
+        for line in re.findall(r"^ {4}((?:python run\.py|make) .*)$", page.read_text(), re.MULTILINE)
+    }
+)
+
+
+# The method that docs/new-method.md adds is run by tests/stages/test_new_method.py.
+RUNS = [line for line in LINES if line.startswith("python run.py") and "centroid" not in line]
+
+
+@pytest.mark.parametrize("line", RUNS)
+def test_run_commands_compose_and_validate(line):
+    arguments = shlex.split(line)[2:]
+    if arguments == ["--help"]:
+        return
+    sweep = "-m" in arguments
+    overrides = [a for a in arguments if a != "-m"]
+    jobs = [overrides]
+    if sweep:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        ((*jobs,),) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        for job in jobs:
+            cfg = compose("config", list(job))
+            validate(cfg)
+            if cfg.stage.name == "eval":
+                validate_method(cfg)
+
+
+def test_make_targets_exist():
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE))
+    named = {word for line in LINES if line.startswith("make ") for word in line.split()[1:2]}
+    assert named and named <= targets
+
+
+def test_every_configuration_composes_and_validates():
+    conf = REPOSITORY / "conf"
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        for file in sorted(conf.glob("*/**/*.yaml")):
+            group, _, option = str(file.relative_to(conf).with_suffix("")).partition("/")
+            validate(compose("config", [f"{group}={option}"]))
