@@ -28,6 +28,10 @@ def fail(error: BaseException) -> None:
         folder = Path(__file__).parent / "conf" / group
         options = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
         message = f"there is no {group} {option}: choose one of {', '.join(options)}"
+        if group == "budget":
+            message += "; or set budget.fraction, for instance budget.fraction=3/4"
+    elif isinstance(error, OSError) and error.filename:
+        message = f"cannot write {error.filename} ({error.strerror}): set output=DIR"
     elif error.__cause__ is not None:
         message = f"{message}: {error.__cause__}"
     sys.exit("error: " + " ".join(message.split()))

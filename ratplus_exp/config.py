@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field, fields
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
@@ -16,7 +16,6 @@ from ratplus_exp.tasks import TASKS, Forms
 
 SELECTORS = ("topk", "random", "oracle")
 TRACKING_MODES = ("online", "offline", "disabled")
-SCORERS = ("p2", "ruler")
 
 
 @dataclass
@@ -75,6 +74,7 @@ class Config:
     results: str = "${output}/results"  # the store
 
 
+T = TypeVar("T")
 ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -86,22 +86,16 @@ def method_of(cfg: DictConfig) -> Method:
     """
     settings = plain(cfg.method)
     name, cls = settings.pop("name"), _class(settings.pop("target"))
-    known = {f.name: f for f in fields(cls)}
-    for key, value in settings.items():
-        if key not in known:
-            raise ValueError(
-                f"method {name} has no field {key!r}: use {', '.join(sorted(known)) or 'none'}"
-            )
-        default = known[key].default
-        if isinstance(default, int) and (type(value) is not int or value < 0):
-            raise ValueError(f"method.{key} must be a whole number, got {value!r}")
+    if settings.get("block_size") == 0:
+        raise ValueError("method.block_size must be at least 1")
+    method = build(cls, settings, f"method {name}")
     if cls.phase is not None and not settings.get("top_k"):
         budget = Budget.parse(cfg.budget.fraction)
         if cls.unit == "block":
-            settings["top_k"] = budget.blocks(cfg.data.length, settings["block_size"])
+            settings["top_k"] = budget.blocks(cfg.data.length, method.block_size)
         else:
             settings["top_k"] = budget.tokens(cfg.data.length)
-    method = cls(**settings)
+    method = build(cls, settings, f"method {name}")
     method.validate()
     return method
 
@@ -116,13 +110,7 @@ def budget_name(cfg: DictConfig, method: Method) -> str:
 
 
 def forms_of(cfg: DictConfig) -> Forms:
-    settings = plain(cfg.data.forms)
-    known = set(inspect.signature(Forms).parameters)
-    if unknown := set(settings) - known:
-        raise ValueError(
-            f"data.forms has no field {min(unknown)!r}: use {', '.join(sorted(known))}"
-        )
-    return Forms(**settings)
+    return build(Forms, plain(cfg.data.forms), "data.forms")
 
 
 def validate(cfg: DictConfig) -> None:
@@ -130,6 +118,8 @@ def validate(cfg: DictConfig) -> None:
     _one_of("selector", cfg.selector, SELECTORS)
     _one_of("tracking.mode", cfg.tracking.mode, TRACKING_MODES)
     _one_of("model.backbone", cfg.model.backbone, ("attention", "ratplus"))
+    if not cfg.data.tasks:
+        raise ValueError(f"data.tasks is empty: use some of {', '.join(TASKS)}")
     for task in cfg.data.tasks:
         _one_of("data.tasks", task, tuple(TASKS))
     for name, value, least in (
@@ -138,6 +128,7 @@ def validate(cfg: DictConfig) -> None:
         ("data.block_size", cfg.data.block_size, 1),
         ("data.window", cfg.data.window, 1),
         ("threads", cfg.threads, 0),
+        ("stage.batch_size", cfg.stage.get("batch_size", 1), 1),
         ("seed", cfg.seed, 0),
     ):
         if value < least:
@@ -163,8 +154,42 @@ def validate_method(cfg: DictConfig) -> Method:
     return method
 
 
+def build(cls: type[T], settings: dict[str, Any], where: str) -> T:
+    """A dataclass from a mapping; ValueError for a field that it lacks or of another type."""
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for name, value in settings.items():
+        if name not in known:
+            raise ValueError(f"{where} has no field {name!r}: use one of {', '.join(known)}")
+        if not _fits(value, hints[name]):
+            kind = getattr(hints[name], "__name__", None) or str(hints[name])
+            kind = {"int": "a whole number", "float": "a number"}.get(kind, kind)
+            raise ValueError(f"{where}: {name} must be {kind}, got {value!r}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(
+            _fits(x, a) for x, a in zip(value, args, strict=False)
+        )
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
 def _class(target: str) -> type[Method]:
-    cls = get_class(target)
+    try:
+        cls = get_class(target)
+    except Exception:  # hydra raises several kinds, each over many lines
+        cls = object
     if not issubclass(cls, Method):
         raise ValueError(f"method.target={target} is no Method: see docs/new-method.md")
     return cls

@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/ is one that works: composed and validated here, run in CI."""
+"""Every command of README.md and docs/ is one that works: composed and validated here."""
 
 import re
 import shlex
@@ -17,7 +17,9 @@ LINES = sorted(
     {
         line.partition(" #")[0].strip()
         for page in PAGES
-        for line in re.findall(r"^ {4}((?:python run\.py|make) .*)$", page.read_text(), re.MULTILINE)
+        for line in re.findall(
+            r"^ {4}((?:python run\.py|make) .*)$", page.read_text(), re.MULTILINE
+        )
     }
 )
 

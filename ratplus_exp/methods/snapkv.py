@@ -59,6 +59,8 @@ class SnapKV(Method):
 
     def validate(self) -> None:
         super().validate()
+        if self.window < 1:
+            raise ValueError(f"method.window={self.window} is too small: use at least 1")
         if self.pooling not in ("avg", "max", "none"):
             raise ValueError(f"method.pooling={self.pooling} is unknown: use avg, max or none")
         if self.kernel % 2 == 0:

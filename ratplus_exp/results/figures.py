@@ -25,7 +25,10 @@ def accuracy_by_budget(cells: pd.DataFrame, folder: Path, name: str, title: str)
     """
     cells = cells[cells["selector"] == "topk"]
     tasks = cells["task"].nunique()
-    methods = [method for method in NAMES if method in set(cells["method"])]
+    found = set(cells["method"]) - {"dense", "dilated"}
+    methods = sorted(found, key=lambda m: (m not in NAMES, [*NAMES, m].index(m)))
+    if not methods:
+        return []
     figure, panels = plt.subplots(
         1, len(methods), figsize=(3.2 * len(methods), 3.0), sharey=True, squeeze=False
     )
@@ -49,7 +52,7 @@ def accuracy_by_budget(cells: pd.DataFrame, folder: Path, name: str, title: str)
                 panel.axhline(
                     dense["accuracy"].mean(), color=COLORS[backbone], ls=":", lw=1, alpha=0.8
                 )
-        panel.set_title(NAMES[method], fontsize=11)
+        panel.set_title(NAMES.get(method, method), fontsize=11)
         panel.set_xticks(range(len(budgets)), budgets)
         panel.set_xlabel("budget")
         panel.set_ylim(0, 103)

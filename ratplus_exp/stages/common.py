@@ -13,8 +13,9 @@ from omegaconf import DictConfig
 from ratplus_exp import provenance
 from ratplus_exp.config import validate
 from ratplus_exp.results import Store, StoreBusy
+from ratplus_exp.training import LossDiverged
 
-UserError = (ValueError, OSError, StoreBusy)
+UserError = (ValueError, OSError, StoreBusy, LossDiverged)
 """What a user can cause: shown as one line, without a traceback."""
 
 
@@ -57,6 +58,9 @@ def device_of(cfg: DictConfig) -> torch.device:
     if cfg.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(cfg.device)
+        device = torch.device(cfg.device)
     except RuntimeError:
         raise ValueError(f"device={cfg.device} is unknown: use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={cfg.device}: there is no GPU that torch can use; use device=cpu")
+    return device

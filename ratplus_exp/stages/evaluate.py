@@ -54,16 +54,21 @@ def run(cfg: DictConfig) -> None:
 
 def _frame(store: Store, cells: dict[str, Cell]) -> pd.DataFrame:
     """The job's cells as a tidy frame, in the order of its tasks, with the other backbone's
-    accuracy beside them where that has been measured in the same setting."""
+    accuracy beside them where that has been measured in the very same setting."""
     every = tidy(store, "eval").set_index("cell")
     frame = every.loc[[cell.id for cell in cells.values()]].reset_index()
-    same = ["tier", "method", "block_size", "top_k", "budget", "selector", "seed", "context_length"]
-    other = every[(every[same] == frame.loc[0, same]).all(axis=1)]
+    settings = [_setting(cell) for cell in cells.values()]
+    twins = [cell for cell in store.cells("eval") if cell.done() and _setting(cell) in settings]
+    other = every.loc[[cell.id for cell in twins]]
     other = other[other["backbone"] != frame.loc[0, "backbone"]]
-    if other["model"].nunique() != 1 or other["checkpoint"].nunique() != 1:
+    if other["checkpoint"].nunique() != 1:
         return frame
     accuracy = other.set_index("task")["accuracy"].rename(other["model"].iloc[0])
     return frame.join(accuracy, on="task")
+
+
+def _setting(cell: Cell) -> dict[str, Any]:
+    return {k: v for k, v in cell.key.items() if k not in ("model", "backbone", "checkpoint")}
 
 
 def _key(

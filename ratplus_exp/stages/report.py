@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from ratplus_exp.config import plain
 from ratplus_exp.results import (
     Store,
     sample_scores,
@@ -16,6 +17,7 @@ from ratplus_exp.results import (
     write_cells_csv,
 )
 from ratplus_exp.results.figures import accuracy_by_budget
+from ratplus_exp.results.frame import select
 from ratplus_exp.stages.common import job_folder, resolve
 from ratplus_exp.tracking import log_frame, log_image, tracked
 
@@ -24,27 +26,24 @@ def run(cfg: DictConfig) -> None:
     """Print the table; write it (Markdown, CSV, LaTeX) with the cells it was made from."""
     root = resolve(cfg.results)
     store = Store(root)
-    frames = tidy(store), sample_scores(store)
-    where = {"context_length": cfg.data.length} | {
-        name: list(values) for name, values in cfg.stage.where.items()
-    }
-    table = table3(frames, cfg.model.tier, cfg.stage.scorer, **where)
+    where = {"tier": cfg.model.tier, "context_length": cfg.data.length} | plain(cfg.stage.where)
+    cells = select(tidy(store), where)
+    table = table3((cells, sample_scores(store)), cfg.model.tier, cfg.stage.scorer)
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     paths = table.write(folder, "table3")
-    cells = frames[0][frames[0]["tier"] == cfg.model.tier]
-    cells = cells[cells["context_length"] == cfg.data.length]
     paths.append(write_cells_csv(cells, folder / "cells.csv"))
     title = (
         f"NIAH, mean of the tasks; tier {cfg.model.tier}, {cfg.data.length} tokens (dotted: dense)"
     )
-    picture, *others = accuracy_by_budget(cells, folder, "accuracy_by_budget", title)
-    paths += [picture, *others]
+    pictures = accuracy_by_budget(cells, folder, "accuracy_by_budget", title)
+    paths += pictures
     paths.append(_write_provenance(store, set(cells["cell"]), folder))
     print(table.to_text())
     print("Written:", ", ".join(map(str, paths)))
     with tracked(cfg, job_folder()) as tracker:
         log_frame(tracker, "cells", cells)
-        log_image(tracker, "accuracy_by_budget", picture)
+        for picture in pictures[:1]:
+            log_image(tracker, "accuracy_by_budget", picture)
 
 
 def _write_provenance(store: Store, ids: set[str], folder: Path) -> Path:

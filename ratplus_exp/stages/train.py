@@ -15,8 +15,8 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ratplus_exp import provenance
-from ratplus_exp.config import forms_of, plain
-from ratplus_exp.methods import Dilated, Method
+from ratplus_exp.config import build, forms_of, plain
+from ratplus_exp.methods import Dilated
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 from ratplus_exp.models.loading import WEIGHTS, check_model, load_model, load_tokenizer, with_memory
 from ratplus_exp.results import write_atomically
@@ -44,10 +44,11 @@ def sft(cfg: DictConfig) -> None:
     tokenizer = _tokenizer(cfg)
     tasks, weights = zip(*cfg.stage.mixture.items(), strict=True)
     sources: dict[int, NIAH] = {}
+    essay = str(resolve(cfg.data.essay)) if cfg.data.essay else None
 
     def batch(step: int, rows: int, length: int) -> Batch:
         if length not in sources:
-            sources[length] = NIAH(tokenizer, length, forms_of(cfg))
+            sources[length] = NIAH(tokenizer, length, forms_of(cfg), essay)
         draw = np.random.default_rng((cfg.seed, step))
         chosen = draw.choice(len(tasks), rows, p=np.array(weights) / sum(weights))
         ids = np.full((rows, length), tokenizer.pad_token_id, np.int64)
@@ -68,6 +69,9 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: Callable[[int, int, int
     folder = Path(cfg.stage.folder)
     target = folder / "model"
     schedule = Schedule([tuple(stage) for stage in cfg.stage.schedule], cfg.stage.tokens_per_step)
+    settings = build(TrainSettings, plain(cfg.stage.optimizer), "stage.optimizer")
+    sparse = build(Dilated, plain(cfg.stage.joint), "stage.joint") if cfg.stage.joint else None
+    _refuse_other_settings(cfg, folder)
     if (target / WEIGHTS).exists():
         print(f"Trained already: {target}. Delete the folder to train again.")
         return
@@ -78,9 +82,9 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: Callable[[int, int, int
             model,
             batch,
             schedule,
-            _settings(cfg),
+            settings,
             folder,
-            sparse=_sparse(cfg),
+            sparse=sparse,
             sparse_only_steps=cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step,
             log=tracker.log,
         )
@@ -127,31 +131,37 @@ def _model(cfg: DictConfig, tokenizer: Tokenizer) -> RatPlusForCausalLM:
     model, _ = load_model(start, torch.device("cpu"))
     if memory and not has_memory:
         bias = architecture.get("gate_bias", 0.0)
-        return with_memory(model, bias if isinstance(bias, float) else tuple(bias), cfg.seed)
+        return with_memory(model, bias if isinstance(bias, int | float) else tuple(bias), cfg.seed)
     if has_memory and not memory:
         raise ValueError(f"{start} has the memory: set model to a ratplus backbone")
     return model
 
 
-def _settings(cfg: DictConfig) -> TrainSettings:
-    settings = plain(cfg.stage.optimizer)
-    settings["betas"] = tuple(settings["betas"])
-    return TrainSettings(**settings)
-
-
-def _sparse(cfg: DictConfig) -> Method | None:
-    return Dilated(**plain(cfg.stage.joint)) if cfg.stage.joint else None
-
-
-def _remember(cfg: DictConfig, folder: Path) -> None:
-    """Provenance of every start; another configuration must not go on from these checkpoints."""
+def _past(folder: Path) -> list[dict[str, Any]]:
     file = folder / "provenance.json"
-    config = plain(cfg)
-    past = json.loads(file.read_text()) if file.exists() else []
-    fixed = ("model", "data", "stage", "seed")
-    if past and any(past[0]["config"][part] != config[part] for part in fixed):
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
+    """A training goes on only with the settings that it began with; learning rates may change."""
+
+    def fixed(config: dict[str, Any]) -> dict[str, Any]:
+        stage = {k: v for k, v in config["stage"].items() if k not in ("folder", "optimizer")}
+        data = {k: config["data"][k] for k in ("length", "forms", "essay")}
+        rates = ("lr", "memory_lr", "log_every", "checkpoint_every")
+        stage |= {k: v for k, v in config["stage"]["optimizer"].items() if k not in rates}
+        model = {k: config["model"][k] for k in ("backbone", "architecture")}
+        return {"model": model, "data": data, "stage": stage, "seed": config["seed"]}
+
+    past = _past(folder)
+    if past and fixed(past[0]["config"]) != fixed(plain(cfg)):
         raise ValueError(
             f"{folder} holds a training with another configuration: delete it or set stage.folder"
         )
+
+
+def _remember(cfg: DictConfig, folder: Path) -> None:
+    """Provenance of every start, in stage.folder/provenance.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps([*past, provenance.provenance(config)], indent=1) + "\n")
+    entries = [*_past(folder), provenance.provenance(plain(cfg))]
+    write_atomically(folder / "provenance.json", json.dumps(entries, indent=1) + "\n")

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ratplus_exp.tasks import prose
 from ratplus_exp.tasks.forms import Forms
-from ratplus_exp.tasks.niah import Draw, seeded_random
+from ratplus_exp.tasks.niah import Draw, seeded_random, singular
 
 Batch = tuple[np.ndarray, np.ndarray]  # token ids and next-token labels, (batch, length)
 IGNORE = -100  # the label of tokens that are not in the loss
@@ -122,9 +122,10 @@ class Facts:
             query = (
                 ", ".join(asked[:-1]) + (self.forms.query_joiner if asked[1:] else "") + asked[-1]
             )
-            question = self.forms.template.format(context="", query=query, type_needle_v="").strip()
-            answer = ", ".join(value for key in asked for value in values[key])
-            pieces += [(question, ""), (answer, "answer")]
+            answers = [value for key in asked for value in values[key]]
+            template = self.forms.template if answers[1:] else singular(self.forms.template)
+            question = template.format(context="", query=query, type_needle_v="").strip()
+            pieces += [(question, ""), (", ".join(answers), "answer")]
             size += 6 + 4 * len(asked)
         return pieces
 

@@ -129,7 +129,7 @@ class NIAH:
         kind = f"{spec.value}s"
         template, prefix = self.forms.template, self.forms.answer_prefix
         if spec.queries * spec.values == 1:
-            kind, template, prefix = spec.value, _singular(template), _singular(prefix)
+            kind, template, prefix = spec.value, singular(template), singular(prefix)
         query = queries[-1]
         if len(queries) > 1:
             query = ", ".join(queries[:-1]) + self.forms.query_joiner + query
@@ -245,7 +245,7 @@ def _in_essay(words: Sequence[str], needles: Sequence[str], rng: random.Random, 
     return " ".join(sentences)
 
 
-def _singular(text: str) -> str:
+def singular(text: str) -> str:
     """RULER's singular of a template whose sample has one answer."""
     for plural, single in (("Some", "A"), ("are all", "is"), ("are", "is"), ("answers", "answer")):
         text = text.replace(plural, single)

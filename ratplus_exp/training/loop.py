@@ -70,6 +70,10 @@ class TrainSettings:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision is {self.precision}: use fp32 or bf16")
+        if min(self.log_every, self.checkpoint_every, self.accumulate) < 1:
+            raise ValueError("log_every, checkpoint_every and accumulate must be at least 1")
         if self.checkpoint_every % self.log_every:  # a checkpoint holds no half-averaged row
             raise ValueError(
                 f"checkpoint_every ({self.checkpoint_every}) must be a multiple of log_every "
