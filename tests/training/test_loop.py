@@ -34,7 +34,7 @@ def settings(**changed):
 def train(model, folder, schedule=SCHEDULE, data=batch, sparse=None, trainer=Trainer, **changed):
     """The trainer after its run, and the rows it logged."""
     rows = []
-    run = trainer(model, data, schedule, settings(**changed), folder, sparse, rows.append)
+    run = trainer(model, data, schedule, settings(**changed), folder, sparse, log=rows.append)
     run.run()
     return run, rows
 
@@ -281,3 +281,20 @@ def test_gates_are_logged_where_there_are_any(make_model, tmp_path):
     assert row["effective_memory_length_median"] == pytest.approx(np.mean(lengths), abs=1e-3)
     _, [row] = train(make_model(memory=False), tmp_path / "attention", ONE_STEP)
     assert not any("gate" in name or "memory" in name for name in row)
+
+
+def test_sparse_steps_alone_come_first(make_model, tmp_path):
+    rows = []
+    trainer = Trainer(
+        make_model(),
+        batch,
+        SCHEDULE,
+        settings(log_every=1, checkpoint_every=1),
+        tmp_path,
+        sparse=DILATED,
+        sparse_only_steps=3,
+        log=rows.append,
+    )
+    trainer.run()
+    assert all("sparse_loss" in row for row in rows)
+    assert [("loss" in row) for row in rows] == [False] * 3 + [True] * (len(rows) - 3)
