@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -47,10 +48,17 @@ def check_model(path: Path, expected_sha256: str | None, backbone: str) -> str:
     return digest
 
 
-def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer in a folder; ValueError where it doesn't fit a model of vocab_size."""
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    if vocab_size is not None and len(tokenizer) > vocab_size:
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a model's folder; ValueError where it is broken or doesn't fit the model."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"there is no model in {path}: train it first, or name another folder")
+    vocab_size = json.loads((path / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        text = " ".join(str(error).split())[:120]
+        raise ValueError(f"the tokenizer in {path} is broken ({text}): restore its files") from None
+    if len(tokenizer) > vocab_size:
         raise ValueError(
             f"the tokenizer in {path} has {len(tokenizer)} entries, the model only {vocab_size} "
             "embeddings: use the tokenizer that the model was trained with"
@@ -64,13 +72,15 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
     return tokenizer
 
 
-def load_model(path: Path, device: torch.device) -> tuple[PreTrainedModel, Tokenizer]:
-    """Model (evaluation mode, fp32 on a CPU, bf16 on a GPU) and tokenizer of a folder."""
-    tokenizer = load_tokenizer(path, json.loads((path / "config.json").read_text())["vocab_size"])
+def load_model(path: Path, device: torch.device) -> PreTrainedModel:
+    """The model of a folder, in evaluation mode: fp32 on a CPU, bf16 on a GPU."""
     disable_progress_bar()  # a file of a few seconds; the stages show their own
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    return model.to(device).eval(), tokenizer
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path / WEIGHTS} is damaged ({error}): restore the file") from None
+    return model.to(device).eval()
 
 
 def with_memory(

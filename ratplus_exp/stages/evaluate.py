@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ratplus_exp import provenance
 from ratplus_exp.config import budget_name, forms_of, plain, validate_method
 from ratplus_exp.methods import Engine, Method, Oracle, Random, Selector, TopK
-from ratplus_exp.models.loading import check_model, load_model
+from ratplus_exp.models.loading import check_model, load_model, load_tokenizer
 from ratplus_exp.results import MISSING, Cell, Store, Table, accuracies, tidy
 from ratplus_exp.results.frame import COLUMNS, EXTRA
 from ratplus_exp.stages.common import device_of, job_folder, resolve, store_of
@@ -38,9 +38,12 @@ def run(cfg: DictConfig) -> None:
     }
     missing = {t: cell for t, cell in cells.items() if not cell.is_done(cfg.data.examples)}
     if missing:
+        device, tokenizer = device_of(cfg), load_tokenizer(path)
+        source = _Source(cfg, tokenizer, files)
+        for task in missing:
+            source(task, 0)  # prompts that cannot be made are refused before anything is written
         with tracked(cfg, job_folder()) as tracker:
-            model, tokenizer = load_model(path, device_of(cfg))
-            source = _Source(cfg, tokenizer, files)
+            model = load_model(path, device)
             with tqdm(total=cfg.data.examples * len(missing), unit="example") as bar:
                 for task, cell in missing.items():
                     bar.set_description(f"{cfg.model.name} {cfg.method.name} {task}")
@@ -173,10 +176,10 @@ def _fill(
         )
         bar.update(len(batch))
     records = cell.records()
-    probe, _ = _padded([source(task, i) for i in range(min(4, cfg.data.examples))], tokenizer)
+    ids, mask = _padded([source(task, i) for i in range(min(16, cfg.data.examples))], tokenizer)
     measured = sum(r["budget_measured"] for r in records.values()) / len(records)
     metrics = accuracies(records) | {"budget_measured": round(measured, 5)}
-    cell.finish(metrics | gate_statistics(model, probe.to(model.device)))
+    cell.finish(metrics | gate_statistics(model, ids.to(model.device), mask.to(model.device)))
 
 
 @torch.inference_mode()

@@ -128,7 +128,7 @@ def _model(cfg: DictConfig, tokenizer: Tokenizer) -> RatPlusForCausalLM:
         json.loads((start / "config.json").read_text()).get("memory") if start.exists() else None
     )
     check_model(start, None, "ratplus" if has_memory else "attention")
-    model, _ = load_model(start, torch.device("cpu"))
+    model = load_model(start, torch.device("cpu"))
     if memory and not has_memory:
         bias = architecture.get("gate_bias", 0.0)
         return with_memory(model, bias if isinstance(bias, int | float) else tuple(bias), cfg.seed)

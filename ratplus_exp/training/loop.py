@@ -266,10 +266,13 @@ class Trainer:
 
 
 @torch.no_grad()
-def gate_statistics(model: Any, ids: Tensor) -> dict[str, float]:
+def gate_statistics(
+    model: Any, ids: Tensor, attention_mask: Tensor | None = None
+) -> dict[str, float]:
     """Mean gate and effective memory length (tokens; mean and median over channels) on ids (B, T).
 
-    Empty where the model has no memory.
+    attention_mask (B, T) is zero at left padding, which does not count. Empty where the model has
+    no memory.
     """
     found: list[Tensor] = []
     hooks = [
@@ -279,15 +282,18 @@ def gate_statistics(model: Any, ids: Tensor) -> dict[str, float]:
     ]
     try:
         if hooks:
-            model.model(ids, use_cache=False)
+            model.model(ids, attention_mask, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     if not found:
         return {}
-    lengths = torch.stack([effective_length(z) for z in found])
+    # Inside the model rows start at their first token.
+    real = (torch.ones_like(ids) if attention_mask is None else attention_mask.flip(1)).bool()
+    lengths = torch.stack([effective_length(z, real) for z in found])
+    gates = torch.stack([z.sigmoid()[real].mean() for z in found])
     return {
-        "gate_mean": round(float(torch.stack(found).sigmoid().mean()), 4),
+        "gate_mean": round(float(gates.mean()), 4),
         "effective_memory_length": round(float(lengths.mean()), 3),
         "effective_memory_length_median": round(float(lengths.median()), 3),
     }

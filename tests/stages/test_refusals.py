@@ -1,5 +1,6 @@
 """Everything wrong is refused before a model loads, in one line that names the remedy."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,27 @@ def test_refused_with_the_remedy(job, tiny_models, overrides, message):
 def test_a_corrupt_weight_file_is_named(job, tiny_models):
     with pytest.raises(ValueError, match="corrupt or another version"):
         job(f"model.path={tiny_models['ratplus']}", f"model.sha256={'0' * 64}")
+
+
+def test_broken_files_are_named(job, tiny_models, tmp_path):
+    model = shutil.copytree(tiny_models["ratplus"], tmp_path / "model")
+    overrides = (f"model.path={model}", "model.sha256=null", "data.examples=1")
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        job(*overrides)
+    weights.write_bytes(whole)
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer in .* is broken"):
+        job(*overrides)
+
+
+def test_a_prompt_that_does_not_fit_leaves_nothing_behind(job, tiny_models):
+    overrides = ("data.length=24", "budget=1/1", f"model.path={tiny_models['ratplus']}")
+    with pytest.raises(ValueError, match="raise length"):
+        job(*overrides, "model.sha256=null", "data.tasks=[MQ]")
+    assert not list(job.folder.rglob("config.json"))
 
 
 def test_the_wrong_backbone_is_refused(job, tiny_models):
