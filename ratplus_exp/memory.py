@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,3 +93,37 @@ def effective_length(z: Tensor, mask: Tensor | None = None) -> Tensor:
         return 1 + lag.mean((0, 1))
     weight = mask[..., None, None].to(lag.dtype)
     return 1 + (lag * weight).sum((0, 1)) / weight.sum()
+
+
+@torch.no_grad()
+def gate_statistics(
+    model: Any, ids: Tensor, attention_mask: Tensor | None = None
+) -> dict[str, float]:
+    """Mean gate and effective memory length (tokens; mean and median over channels) on ids (B, T).
+
+    attention_mask (B, T) is zero at left padding, which does not count. Empty where the model has
+    no memory.
+    """
+    found: list[Tensor] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda m, args: found.append(m.gate_logits(args[0])))
+        for module in model.modules()
+        if isinstance(module, Memory)
+    ]
+    try:
+        if hooks:
+            model.model(ids, attention_mask, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        return {}
+    # Inside the model rows start at their first token.
+    real = (torch.ones_like(ids) if attention_mask is None else attention_mask.flip(1)).bool()
+    lengths = torch.stack([effective_length(z, real) for z in found])
+    gates = torch.stack([z.sigmoid()[real].mean() for z in found])
+    return {
+        "gate_mean": round(float(gates.mean()), 4),
+        "effective_memory_length": round(float(lengths.mean()), 3),
+        "effective_memory_length_median": round(float(lengths.median()), 3),
+    }

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ratplus_exp import provenance
 from ratplus_exp.config import budget_name, forms_of, plain, validate_method
+from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine, Method, Oracle, Random, Selector, TopK
 from ratplus_exp.models.loading import check_model, load_model, load_tokenizer
 from ratplus_exp.results import MISSING, Cell, Store, Table, accuracies, tidy
@@ -23,7 +24,6 @@ from ratplus_exp.results.frame import COLUMNS, EXTRA
 from ratplus_exp.stages.common import device_of, job_folder, resolve, store_of
 from ratplus_exp.tasks import NIAH, TASKS, Sample, read_jsonl, score_p2, score_ruler
 from ratplus_exp.tracking import log_frame, tracked
-from ratplus_exp.training.loop import gate_statistics
 
 
 def run(cfg: DictConfig) -> None:

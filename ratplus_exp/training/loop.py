@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ratplus_exp.memory import Memory, effective_length
+from ratplus_exp.memory import Memory, gate_statistics
 from ratplus_exp.methods import Engine, Method
 
 Batch = tuple[np.ndarray, np.ndarray]  # token ids and next-token labels, (rows, length)
@@ -159,7 +159,7 @@ class Trainer:
                         "tokens_per_second": round(window_tokens / (now - started)),
                         "seconds": round(self.seconds, 1),
                     }
-                    row |= self._gate_statistics(micro_batches[0][0])
+                    row |= gate_statistics(self.model, micro_batches[0][0][:4])
                     self._write_log(row)
                     bar.set_postfix(loss=row.get("loss"), accuracy=row.get("accuracy"))
                     sums, started, window_tokens = {}, now, 0
@@ -231,10 +231,6 @@ class Trainer:
             group["lr"] = group["peak_lr"] * min(scale, 1.0)
         return min(scale, 1.0)
 
-    @torch.no_grad()
-    def _gate_statistics(self, ids: Tensor) -> dict[str, float]:
-        return gate_statistics(self.model, ids[:4])
-
     def _write_log(self, row: dict[str, Any]) -> None:
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -263,40 +259,6 @@ class Trainer:
             lines = log.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]
             log.write_text("".join(x for x in whole if json.loads(x)["step"] <= self.step))
-
-
-@torch.no_grad()
-def gate_statistics(
-    model: Any, ids: Tensor, attention_mask: Tensor | None = None
-) -> dict[str, float]:
-    """Mean gate and effective memory length (tokens; mean and median over channels) on ids (B, T).
-
-    attention_mask (B, T) is zero at left padding, which does not count. Empty where the model has
-    no memory.
-    """
-    found: list[Tensor] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda m, args: found.append(m.gate_logits(args[0])))
-        for module in model.modules()
-        if isinstance(module, Memory)
-    ]
-    try:
-        if hooks:
-            model.model(ids, attention_mask, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not found:
-        return {}
-    # Inside the model rows start at their first token.
-    real = (torch.ones_like(ids) if attention_mask is None else attention_mask.flip(1)).bool()
-    lengths = torch.stack([effective_length(z, real) for z in found])
-    gates = torch.stack([z.sigmoid()[real].mean() for z in found])
-    return {
-        "gate_mean": round(float(gates.mean()), 4),
-        "effective_memory_length": round(float(lengths.mean()), 3),
-        "effective_memory_length_median": round(float(lengths.median()), 3),
-    }
 
 
 def _optimizer(model: nn.Module, settings: TrainSettings, fused: bool) -> torch.optim.AdamW:
