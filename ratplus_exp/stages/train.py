@@ -86,6 +86,7 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: Callable[[int, int, int
             folder,
             sparse=sparse,
             sparse_only_steps=cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step,
+            dense_only_steps=cfg.stage.dense_only_tokens // cfg.stage.tokens_per_step,
             log=tracker.log,
         )
         trainer.run(f"{cfg.stage.name} {cfg.model.name}")
