@@ -67,7 +67,8 @@ class Config:
     stage: dict[str, Any] = field(default_factory=dict)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     selector: str = "topk"
-    seed: int = 0
+    selector_seed: int = 0  # of selector=random
+    seed: int = 0  # of the samples; in training, of the data and the initial weights
     device: str = "auto"  # auto: a GPU if there is one
     threads: int = 0  # of torch on a CPU; 0: one a core
     output: str = "outputs"
@@ -101,12 +102,8 @@ def method_of(cfg: DictConfig) -> Method:
 
 
 def budget_name(cfg: DictConfig, method: Method) -> str:
-    """The nominal budget as tables print it; "1" where nothing is selected."""
-    if method.phase is None:
-        return "1"
-    if method.unit == "block":
-        return str(Budget.parse(f"{method.top_k * method.block_size}/{cfg.data.length}"))
-    return str(Budget.parse(f"{method.top_k}/{cfg.data.length}"))
+    """The nominal budget as tables print it; "1" for dense attention."""
+    return str(Budget(method.fraction(cfg.data.length)))
 
 
 def forms_of(cfg: DictConfig) -> Forms:
@@ -130,9 +127,11 @@ def validate(cfg: DictConfig) -> None:
         ("threads", cfg.threads, 0),
         ("stage.batch_size", cfg.stage.get("batch_size", 1), 1),
         ("seed", cfg.seed, 0),
+        ("selector_seed", cfg.selector_seed, 0),
     ):
         if value < least:
             raise ValueError(f"{name}={value} is too small: use at least {least}")
+    _one_of("stage.first_token", cfg.stage.get("first_token", "prefill"), ("prefill", "decode"))
     forms_of(cfg)
 
 

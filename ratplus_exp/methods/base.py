@@ -7,6 +7,7 @@ N candidates (blocks or tokens), D head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -56,6 +57,11 @@ class Method:
     def forced(self) -> int:
         """Candidates that are always selected and count within top_k."""
         return 0
+
+    def fraction(self, length: int) -> Fraction:
+        """The nominal budget at a context of `length` tokens; 1 for dense attention."""
+        tokens = self.top_k * (self.block_size if self.unit == "block" else 1)
+        return Fraction(tokens, length) if self.phase else Fraction(1)
 
     def validate(self) -> None:
         """Refuse sizes that cannot work, with a ValueError that names the remedy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from torch import Tensor
 
@@ -22,6 +23,10 @@ class Dilated(Method):
     dilation: int = 64
     local: int = 64
     initial: int = 1
+
+    def fraction(self, length: int) -> Fraction:
+        """1/D, as P2 counts, which leaves the local window and the initial positions out."""
+        return Fraction(1, self.dilation) if self.dilation else Fraction(self.local, length)
 
     def pattern(self, query: Tensor, key: Tensor) -> Tensor:
         seen = (query - key <= self.local) | (key < self.initial)

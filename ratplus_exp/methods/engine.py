@@ -8,7 +8,7 @@ behind every row's last token, out of every real query's causal sight.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,40 +17,61 @@ from torch import Tensor
 from ratplus_exp.methods.base import Dense, Method
 from ratplus_exp.methods.selectors import Selector, TopK
 
-Recorder = Callable[[int, Tensor, Tensor], None]
+Recorder = Callable[[int, Tensor, Tensor, Tensor], None]
 QUERY_CHUNK = 512  # prompt queries whose selection is in memory at a time
 
 
 @dataclass
 class Usage:
-    """What was really attended to, summed over layers, heads and queries of the sparse phase."""
+    """How many tokens the queries of the sparse phase really attended to."""
 
-    attended: float = 0.0
-    available: float = 0.0
+    attended: list[Tensor] = field(default_factory=list)  # one (B, Q) a layer and forward
+    positions: list[Tensor] = field(default_factory=list)
 
-    @property
-    def fraction(self) -> float:
-        """The measured budget; 1 when nothing was sparse."""
-        return self.attended / self.available if self.available else 1.0
+    def add(self, attended: Tensor, positions: Tensor) -> None:
+        """attended (B, Q): tokens, mean over heads; positions (B or 1, Q) of the queries.
 
-    def add(self, attended: Tensor, available: Tensor) -> None:
-        """attended: mean over heads of tokens attended, available: tokens a dense query would."""
-        self.attended += float(attended.sum())
-        self.available += float(available.sum())
+        A dense query at position p attends to p + 1 tokens. Padding has position −1.
+        """
+        self.attended.append(attended)
+        self.positions.append(positions.expand(attended.shape))
+
+    def fractions(self, rows: int, last: Tensor | None = None) -> Tensor:
+        """The measured budget of each row (rows,), over all layers; 1 when nothing was sparse.
+
+        last (B,): the position of each row's last query that counts; a batch goes on until its
+        longest answer is complete, and what the other rows do meanwhile is no part of theirs.
+        """
+        if not self.attended:
+            return torch.ones(rows)
+        attended, positions = torch.cat(self.attended, 1), torch.cat(self.positions, 1)
+        real = positions >= 0
+        if last is not None:
+            real &= positions <= last.to(positions.device)[:, None]
+        available = ((positions + 1) * real).sum(1)
+        fractions = (attended.double() * real).sum(1) / available.clamp(min=1)
+        return fractions.masked_fill(available == 0, 1.0).cpu()
 
 
 @dataclass
 class Engine:
     """A method with its selector, as it runs over one batch.
 
-    recorder: called with (layer, positions (B, Q), selected (B, K, G, Q, N) bool) on every
-    selection; H1 counts its hits there.
+    recorder: called with (layer, rows (R,), positions (R or 1, Q), selected (R, K, G, Q, N) bool)
+        on every selection, rows being those of the batch that it is about; H1 counts its hits there.
+    rows: the rows of the batch that this engine sees; None: all.
     """
 
     method: Method = field(default_factory=Dense)
     selector: Selector = field(default_factory=TopK)
     recorder: Recorder | None = None
     usage: Usage = field(default_factory=Usage)
+    rows: Tensor | None = None
+
+    def for_rows(self, rows: Tensor) -> Engine:
+        """The engine over some rows of its batch."""
+        assert self.rows is None
+        return replace(self, selector=self.selector.rows(rows), rows=rows)
 
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, layer: int
@@ -68,7 +89,15 @@ class Engine:
         if seen is None:
             return _attend(q, k, v, causal=True)
         seen = seen & (position <= position[:, None])
+        self._count(seen.sum(-1).expand(len(q), -1).float(), position, lengths)
         return _attend(q, k, v, seen[None, None])
+
+    def _count(self, attended: Tensor, position: Tensor, lengths: Tensor | None) -> None:
+        """Usage of prompt queries: attended (B, Q), position (Q,)."""
+        positions = position.expand(attended.shape)
+        if lengths is not None:
+            positions = positions.masked_fill(position >= lengths[:, None], -1)
+        self.usage.add(attended, positions)
 
     def _sparse_prefill(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, layer: int
@@ -84,11 +113,7 @@ class Engine:
             seen = blocks.repeat_interleave(size, dim=-1)[..., :length].flatten(1, 2)
             seen = seen & (key <= position[:, None])
             out.append(_attend(queries, k, v, seen))
-            real = torch.ones_like(position[None], dtype=torch.bool)
-            if lengths is not None:
-                real = position < lengths[:, None]
-            count = seen.sum(-1).float().mean(1)
-            self.usage.add(count * real, (position + 1) * real.expand(len(q), -1))
+            self._count(seen.sum(-1).float().mean(1), position, lengths)
         return torch.cat(out, dim=2)
 
     def decode(
@@ -119,7 +144,7 @@ class Engine:
         if pattern is not None:
             seen = seen & pattern[:, None]
         if method.phase in ("decode", "once") or pattern is not None:
-            self.usage.add(seen.sum(-1).float().mean(1), positions + 1)
+            self.usage.add(seen.sum(-1).float().mean(1), positions)
         return _attend(q, k, v, seen)
 
     def select_blocks(
@@ -140,9 +165,15 @@ class Engine:
         selected = select(
             scores, method.top_k, allowed=block <= own, forced=(block == 0) | (block == own)
         )
-        if self.recorder is not None:
-            self.recorder(layer, positions, selected)
+        self._record(layer, positions, selected)
         return selected
+
+    def _record(self, layer: int, positions: Tensor, selected: Tensor) -> None:
+        if self.recorder is not None:
+            rows = self.rows
+            if rows is None:
+                rows = torch.arange(len(selected), device=selected.device)
+            self.recorder(layer, rows, positions, selected)
 
     def block_representatives(self, k: Tensor) -> Tensor:
         """Representatives of all blocks of k (B, K, T, D): (B, K, N, *).
@@ -161,7 +192,11 @@ class Engine:
         """
         method = self.method
         length = k.shape[2]
-        if method.phase != "once" or length <= method.top_k:
+        if method.phase != "once":
+            return None
+        if length <= method.top_k:
+            everything = k.new_ones(*k.shape[:2], 1, 1, length, dtype=torch.bool)
+            self._record(layer, torch.full((len(q), 1), length - 1, device=q.device), everything)
             return None
         window = min(method.forced, length)
         scores = method.score(_grouped(q[:, :, -window:], k.shape[1]), method.represent(k))
@@ -171,8 +206,7 @@ class Engine:
         selected = select(
             scores, method.top_k, allowed=token < length, forced=token >= length - window
         )
-        if self.recorder is not None:
-            self.recorder(layer, positions, selected)
+        self._record(layer, positions, selected)
         order = selected[:, :, 0, 0].int().argsort(dim=-1, descending=True, stable=True)
         return order[..., : method.top_k]
 

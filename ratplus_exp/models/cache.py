@@ -121,25 +121,20 @@ class SparseCache(Cache):
         Rows of equal length are handled together: an observation window ends with its own row.
         """
         method = self.engine.method
-        if method.phase != "once" or k.shape[2] <= method.top_k:
+        if method.phase != "once":
             return None
         keys, values = k[:, :, : method.top_k].clone(), v[:, :, : method.top_k].clone()
         if lengths is None:
             lengths = torch.full((len(k),), k.shape[2], device=k.device)
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero()[:, 0]
-            engine = self._engine_for(rows)
+            engine = self.engine.for_rows(rows)
             kept = engine.kept_after_prefill(q[rows][:, :, :length], k[rows][:, :, :length], layer)
             if kept is None:
                 continue
             index = kept[..., None].expand(-1, -1, -1, k.shape[-1])
             keys[rows], values[rows] = k[rows].gather(2, index), v[rows].gather(2, index)
         return keys, values
-
-    def _engine_for(self, rows: Tensor) -> Engine:
-        """The engine with its selector's per-sample tensors narrowed to `rows`."""
-        selector = self.engine.selector.rows(rows)
-        return Engine(self.engine.method, selector, self.engine.recorder, self.engine.usage)
 
     def _append(self, store: SparseLayer, k: Tensor, v: Tensor, slots: Tensor) -> None:
         needed = int(slots.max()) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -48,6 +49,17 @@ def check_model(path: Path, expected_sha256: str | None, backbone: str) -> str:
     return digest
 
 
+def interface_digest(path: Path) -> str:
+    """One digest of what turns text into the model's input and weights into the model."""
+    files = [file for file in (path / "config.json", path / "tokenizer.json") if file.exists()]
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """What models compute in: fp32 on a CPU, bf16 on a GPU."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a model's folder; ValueError where it is broken or doesn't fit the model."""
     if not (path / "config.json").is_file():
@@ -73,11 +85,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def load_model(path: Path, device: torch.device) -> PreTrainedModel:
-    """The model of a folder, in evaluation mode: fp32 on a CPU, bf16 on a GPU."""
+    """The model of a folder, in evaluation mode."""
     disable_progress_bar()  # a file of a few seconds; the stages show their own
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype_on(device), local_files_only=True
+        )
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS} is damaged ({error}): restore the file") from None
     return model.to(device).eval()

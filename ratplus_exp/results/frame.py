@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,16 @@ EXTRA = (
     "model",
     "checkpoint",
     "top_k",
+    "first_token",
+    "selector_seed",
+    "variant",
     "context_length",
     "effective_memory_length",
     "gate_mean",
     "tier",
     "cell",
 )
-_INTEGERS = ("block_size", "seed", "n", "top_k", "context_length")
+_INTEGERS = ("block_size", "seed", "selector_seed", "n", "top_k", "context_length")
 _FLOATS = (
     "budget_measured",
     "accuracy",
@@ -44,7 +49,10 @@ _FLOATS = (
     "effective_memory_length",
     "gate_mean",
 )
-_ORDER = ("tier", "model", "backbone", "method", "block_size", "budget", "selector", "task", "seed")
+_ORDER = (
+    *("tier", "model", "backbone", "method", "block_size", "budget", "first_token", "variant"),
+    *("selector", "selector_seed", "task", "seed"),
+)
 
 
 def tidy(store: Store, stage: str = "eval") -> pd.DataFrame:
@@ -53,7 +61,8 @@ def tidy(store: Store, stage: str = "eval") -> pd.DataFrame:
     Each value comes from the cell's metrics or, failing that, from its key; what neither has is
     missing. Accuracies are percent (0-100) in metrics.json and here; budget is the nominal fraction
     as a string, "1" on dense rows, whose method is "dense"; budget_measured is the fraction that
-    was attended or stored; effective_memory_length is in tokens; cell is the cell's id.
+    was attended or stored; effective_memory_length is in tokens; cell is the cell's id. variant
+    is what else a method was set to (pooling, kernel, …) and what samples it saw, as text.
 
     Returns:
         COLUMNS then EXTRA, with one dtype a column (Int64, float64 or object), also when empty.
@@ -111,12 +120,24 @@ def write_cells_csv(frame: pd.DataFrame, path: str | Path) -> Path:
 
 
 def _row(cell: Cell) -> dict[str, Any]:
-    found = {**cell.key, **cell.metrics(), "cell": cell.id}
+    found = {**cell.key, **cell.metrics(), "cell": cell.id, "variant": _variant(cell.key)}
     row: dict[str, Any] = {column: found.get(column) for column in (*COLUMNS, *EXTRA)}
     return row | {
+        "selector_seed": row["selector_seed"] or 0,
         "backbone": LABELS.get(row["backbone"], row["backbone"]),
         "budget": str(row["budget"]),
     }
+
+
+def _variant(key: Mapping[str, Any]) -> str:
+    """Settings that have no column of their own, so that unlike cells never pass for one."""
+    settings = key.get("settings", {})
+    parts = [f"{k}={v}" for k, v in sorted(settings.items()) if k not in ("block_size", "top_k")]
+    parts += [f"dtype={key['dtype']}"] if "dtype" in key else []
+    if "data" in key:
+        text = json.dumps(key["data"], sort_keys=True)
+        parts.append(f"data={hashlib.sha256(text.encode()).hexdigest()[:6]}")
+    return " ".join(parts)
 
 
 def _frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from ratplus_exp.results.stats import mean_std, paired_bootstrap
 from ratplus_exp.results.store import Store
 
 DENSE = "dense"
+DRAW = ("seed", "selector_seed")  # what an accuracy's mean and deviation are taken over
 SCORERS = {  # scorer: columns of `tidy` and of `sample_scores`, words for the caption
     "p2": ("accuracy", "score_p2", "P2's score (overlap of the comma-separated values)"),
     "ruler": ("accuracy_ruler", "score_ruler", "RULER's score (gold values found as substrings)"),
@@ -26,13 +27,18 @@ PAPER_TABLES = {  # with all eight tasks; words for the caption
 Source = Store | tuple[pd.DataFrame, pd.DataFrame]
 
 
-def table3(source: Source, tier: str, scorer: str = "p2", **where: Any) -> Table:
+def table3(source: Source, tier: str, scorer: str = "p2", **options: Any) -> Table:
     """P1's Table 3: see `accuracy_table`."""
-    return accuracy_table(source, tier, "table3", scorer, **where)
+    return accuracy_table(source, tier, "table3", scorer, **options)
 
 
 def accuracy_table(
-    source: Source, tier: str, paper_table: str, scorer: str = "p2", **where: Any
+    source: Source,
+    tier: str,
+    paper_table: str,
+    scorer: str = "p2",
+    first_token: str = "prefill",
+    **where: Any,
 ) -> Table:
     """P1's layout, settings × backbones × tasks, with measured numbers; dense rows first.
 
@@ -46,6 +52,8 @@ def accuracy_table(
         tier: the one tier that the numbers are from.
         paper_table: "table3", "table4" or "table5"; the P1 columns are from there, too.
         scorer: "p2" or "ruler".
+        first_token: cells in which an answer's first token came from the dense "prefill", or from
+            a "decode" step; methods to which this is all the same always count.
         where: further choices by column of `tidy`, a value or a list: checkpoint=["ab12", "cd34"].
 
     Raises:
@@ -59,6 +67,7 @@ def accuracy_table(
     cells, samples = (tidy(source), sample_scores(source)) if isinstance(source, Store) else source
     cells = select(cells, {"tier": tier, "backbone": BACKBONES, "task": TASKS} | where)
     cells = cells[(cells["method"] == DENSE) | cells["selector"].isin(paper["selector"])]
+    cells = cells[cells["first_token"].isna() | (cells["first_token"] == first_token)]
     if cells.empty:
         raise ValueError(f"no finished cells for {paper_table} at tier {tier!r}: evaluate first")
     settings = pd.Series(map(_Setting.of, cells.itertuples()), index=cells.index, dtype=object)
@@ -81,10 +90,10 @@ def accuracy_table(
             rows.append(
                 setting.label(here, context)
                 + (_number(side["budget_measured"].mean(), digits=3), backbone)
-                + _accuracies(side.pivot(index="seed", columns="task", values=accuracy))
+                + _accuracies(side.pivot(index=list(DRAW), columns="task", values=accuracy))
                 + (_number(printed.get(backbone)),)
                 + (gain if backbone == "RAT+" else ("", "", ""))
-                + (_span(side["n"]), str(side["seed"].nunique() or MISSING))
+                + (_span(side["n"]), str(len(side[list(DRAW)].drop_duplicates()) or MISSING))
             )
     values = {name: {row[i] for row in rows} - {MISSING} for i, name in enumerate(columns)}
     uniform = {name for name in ("n", "seeds") if len(values[name]) == 1}  # the caption says it
@@ -170,17 +179,24 @@ def _gain(sides: dict[str, pd.DataFrame], samples: pd.DataFrame) -> tuple[str, s
 
 def _check_unmixed(cells: pd.DataFrame) -> int:
     """The one context length; raises if cells of unlike origin would share a row or a place."""
-    origin = ["backbone", "seed"]
+    origin = ["backbone", *DRAW]
     place = [*origin, "setting", "task"]
-    scopes = {"context_length": ["tier"], "model": origin, "checkpoint": origin, "cell": place}
+    scopes = {
+        "context_length": ["tier"],
+        "model": origin,
+        "checkpoint": origin,
+        "variant": ["setting"],
+        "cell": place,
+    }
     for column, scope in scopes.items():
         for _, group in cells.groupby(scope, dropna=False):
             found = sorted(map(str, group[column].unique()))
             if len(found) > 1:
-                who = ", ".join(f"{name} {group[name].iloc[0]}" for name in scope[:2])
+                first = group.iloc[0]
+                who = f"{first['backbone']} {first['method']}, seed {first['seed']}"
                 raise ValueError(
                     f"the table would mix results of several {column}s ({', '.join(found)}; {who}):"
-                    f" choose which, e.g. {column}=[{found[0]!r}, …] with one for each backbone"
+                    f" choose which, e.g. where {column}=[{found[0]!r}, …], one for each backbone"
                 )
     return int(cells["context_length"].iloc[0])
 

@@ -18,13 +18,20 @@ from ratplus_exp import provenance
 from ratplus_exp.config import budget_name, forms_of, plain, validate_method
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine, Method, Oracle, Random, Selector, TopK
-from ratplus_exp.models.loading import check_model, load_model, load_tokenizer
+from ratplus_exp.models.loading import (
+    check_model,
+    dtype_on,
+    interface_digest,
+    load_model,
+    load_tokenizer,
+)
 from ratplus_exp.results import MISSING, Cell, Store, Table, accuracies, tidy
 from ratplus_exp.results.frame import COLUMNS, EXTRA
 from ratplus_exp.stages.common import device_of, job_folder, resolve, store_of
 from ratplus_exp.tasks import NIAH, TASKS, Sample, read_jsonl, score_p2, score_ruler
 from ratplus_exp.tracking import log_frame, tracked
 
+DECODING = ("decode", "once")  # phases of methods that leave the prefill dense
 
 def run(cfg: DictConfig) -> None:
     """Run the cells that are missing, log them, and print and write the table of this job."""
@@ -71,36 +78,38 @@ def _frame(store: Store, cells: dict[str, Cell]) -> pd.DataFrame:
 
 
 def _setting(cell: Cell) -> dict[str, Any]:
-    return {k: v for k, v in cell.key.items() if k not in ("model", "backbone", "checkpoint")}
+    own = ("model", "backbone", "checkpoint", "interface")
+    return {name: value for name, value in cell.key.items() if name not in own}
 
 
 def _key(
     cfg: DictConfig, method: Method, digest: str, task: str, file: Path | None
 ) -> dict[str, Any]:
     """Everything that affects a cell's numbers, and nothing else."""
-    essay = cfg.data.essay
+    essay, forms = cfg.data.essay, forms_of(cfg)
     data: dict[str, Any]
     if file is not None:
-        data = {"file": provenance.sha256(file)}
+        data = {"file": provenance.sha256(file), "reserve": forms.reserve}
     else:
-        data = {
-            "forms": asdict(forms_of(cfg)),
-            "essay": essay and provenance.sha256(resolve(essay)),
-        }
+        data = {"forms": asdict(forms), "essay": essay and provenance.sha256(resolve(essay))}
     return {
         "stage": "eval",
         "tier": cfg.model.tier,
         "model": cfg.model.name,
         "backbone": cfg.model.backbone,
         "checkpoint": digest[:16],
+        "interface": interface_digest(resolve(cfg.model.path))[:16],
+        "dtype": str(dtype_on(device_of(cfg))).removeprefix("torch."),
         "method": cfg.method.name,
         "settings": asdict(method),
         "block_size": method.block_size if method.unit == "block" else 1,
         "top_k": method.top_k,
         "budget": budget_name(cfg, method),
+        "first_token": cfg.stage.first_token if method.phase in DECODING else None,
         "selector": cfg.selector,
+        "selector_seed": cfg.selector_seed if cfg.selector == "random" else 0,
         "task": task,
-        "seed": cfg.seed,
+        "seed": 0 if file is not None else cfg.seed,  # of the generated samples
         "context_length": cfg.data.length,
         "data": data,
     }
@@ -159,7 +168,8 @@ def _fill(
     for start in range(0, len(todo), cfg.stage.batch_size):
         batch = todo[start : start + cfg.stage.batch_size]
         engine = Engine(method, _selector(cfg, batch, model.device))
-        texts = generate(model, tokenizer, batch, engine, forms_of(cfg).reserve)
+        new, first = forms_of(cfg).reserve, cell.key["first_token"] or "prefill"
+        texts, fractions = generate(model, tokenizer, batch, engine, new, first)
         cell.append(
             [
                 {
@@ -169,9 +179,9 @@ def _fill(
                     "prediction": text,
                     "answers": list(sample.answers),
                     "prompt_tokens": sample.length,
-                    "budget_measured": round(engine.usage.fraction, 6),
+                    "budget_measured": round(fraction, 6),
                 }
-                for sample, text in zip(batch, texts, strict=True)
+                for sample, text, fraction in zip(batch, texts, fractions, strict=True)
             ]
         )
         bar.update(len(batch))
@@ -184,20 +194,37 @@ def _fill(
 
 @torch.inference_mode()
 def generate(
-    model: Any, tokenizer: Any, samples: list[Sample], engine: Engine, max_new_tokens: int
-) -> list[str]:
-    """Greedy answers to a batch of prompts, left-padded."""
-    ids, mask = _padded(samples, tokenizer)
+    model: Any,
+    tokenizer: Any,
+    samples: list[Sample],
+    engine: Engine,
+    max_new_tokens: int,
+    first_token: str = "prefill",
+) -> tuple[list[str], list[float]]:
+    """Greedy answers to a batch of prompts, left-padded, and each one's measured budget.
+
+    first_token: what gives the answer's first token, the "prefill" (as in the papers' own code) or
+        a "decode" step for the prompt's last token, so that methods which select while decoding
+        or keep a part of the cache are at work from the first token on.
+    """
+    ids, mask = (x.to(model.device) for x in _padded(samples, tokenizer))
+    cache = model.new_cache(engine)
+    if first_token == "decode":
+        model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, logits_to_keep=1)
     out = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        past_key_values=model.new_cache(engine),
+        ids,
+        attention_mask=mask,
+        past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )
-    return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    )[:, ids.shape[1] :]
+    # The last generated token is never fed back, nor is anything behind a row's EOS.
+    ended = (out == tokenizer.eos_token_id).cumsum(1) > 0
+    fed = (~ended).sum(1).clamp(max=out.shape[1] - 1)
+    fractions = engine.usage.fractions(len(ids), mask.sum(1) - 1 + fed)
+    return tokenizer.batch_decode(out, skip_special_tokens=True), fractions.tolist()
 
 
 def _padded(samples: Iterable[Sample], tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -209,7 +236,7 @@ def _padded(samples: Iterable[Sample], tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 def _selector(cfg: DictConfig, samples: list[Sample], device: torch.device) -> Selector:
     if cfg.selector == "random":
-        names = (f"{cfg.seed}/{sample.id}".encode() for sample in samples)
+        names = (f"{cfg.selector_seed}/{sample.id}".encode() for sample in samples)
         seeds = [int.from_bytes(hashlib.sha256(name).digest()[:4]) for name in names]
         return Random(torch.tensor(seeds, device=device))
     if cfg.selector == "oracle":

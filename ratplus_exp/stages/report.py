@@ -28,7 +28,12 @@ def run(cfg: DictConfig) -> None:
     store = Store(root)
     where = {"tier": cfg.model.tier, "context_length": cfg.data.length} | plain(cfg.stage.where)
     cells = select(tidy(store), where)
-    table = table3((cells, sample_scores(store)), cfg.model.tier, cfg.stage.scorer)
+    table = table3(
+        (cells, sample_scores(store)),
+        cfg.model.tier,
+        cfg.stage.scorer,
+        first_token=cfg.stage.first_token,
+    )
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     paths = table.write(folder, "table3")
     paths.append(write_cells_csv(cells, folder / "cells.csv"))

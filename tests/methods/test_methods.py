@@ -66,15 +66,22 @@ def test_usage_is_the_counted_fraction(method, prompts):
     q, k, v = states(2)
     engine = Engine(method)
     attend(engine, q, k, v, prompts, STEPS)
-    attended = available = 0
-    for row in rows_of(q, k, v, prompts, STEPS):
-        sparse = range(row.prompt) if method.phase == "prefill" else range(STEPS)
-        start = 0 if method.phase == "prefill" else row.prompt
-        for t in sparse:
-            attended += sum(len(seen(method, row, head, start + t)) for head in range(4)) / 4
-            available += start + t + 1
-    assert engine.usage.fraction == pytest.approx(attended / available, rel=1e-6)
-    assert (engine.usage.fraction == 1) == (method == Dense())
+    last = torch.tensor([prompt + i for i, prompt in enumerate(prompts)])  # rows end at their own
+    wanted = {True: [], False: []}
+    for i, row in enumerate(rows_of(q, k, v, prompts, STEPS)):
+        sparse = {  # by phase; a pattern holds throughout
+            "prefill": range(row.prompt),
+            "decode": range(row.prompt, row.prompt + STEPS),
+            "once": range(row.prompt, row.prompt + STEPS),
+            None: range(row.prompt + STEPS),
+        }[method.phase]
+        for cut in wanted:
+            those = [t for t in sparse if not cut or t <= last[i]]
+            attended = sum(len(seen(method, row, head, t)) for t in those for head in range(4)) / 4
+            wanted[cut].append(attended / sum(t + 1 for t in those))
+    assert engine.usage.fractions(3).tolist() == pytest.approx(wanted[False], rel=1e-6)
+    assert engine.usage.fractions(3, last).tolist() == pytest.approx(wanted[True], rel=1e-6)
+    assert (engine.usage.fractions(3) == 1).all() == (method == Dense())
 
 
 @selecting
@@ -85,7 +92,7 @@ def test_enough_for_everything_is_dense(method, prompts):
     out, _ = attend(engine, q, k, v, prompts, STEPS)
     dense, _ = attend(Engine(), q, k, v, prompts, STEPS)
     torch.testing.assert_close(out, dense, equal_nan=True)
-    assert engine.usage.fraction == 1
+    assert (engine.usage.fractions(3) == 1).all()
 
 
 @selecting

@@ -45,9 +45,9 @@ def test_random_attends_to_as_much_as_top_k(phase):
         engine = Engine(method, selector)
         # Prompts end with a block, since the forced own block may be less than a whole one.
         attend(engine, *states(2), [32, 9, 16], 4)
-        fractions.append(engine.usage.fraction)
+        fractions.append(engine.usage.fractions(3))
     assert method.phase == phase
-    assert fractions[0] == fractions[1]
+    assert torch.equal(*fractions)
 
 
 def test_random_is_uniform_over_blocks_and_over_pairs_of_blocks():
@@ -110,9 +110,9 @@ def test_every_selector_narrows_to_rows():
 
 
 class Recorder(list):
-    def __call__(self, layer, positions, selected):
+    def __call__(self, layer, rows, positions, selected):
         assert selected.dtype == torch.bool
-        self.append((layer, positions.clone(), selected.flatten(1, 2).clone()))
+        self.append((layer, rows.clone(), positions.clone(), selected.flatten(1, 2).clone()))
 
 
 def gold_at(*places, rows=3, length=30):
@@ -133,7 +133,7 @@ def test_oracle_always_selects_the_blocks_of_the_gold_tokens(method):
         engine = Engine(method, selector, recorder)
         attend(engine, *states(2), [30, 9, 17], 7)
         missed[type(selector)] = 0
-        for _, positions, selected in recorder:
+        for _, _, positions, selected in recorder:
             positions = positions.expand(3, -1)
             for row, position in GOLD.nonzero().tolist():
                 behind = positions[row] >= position  # what is ahead cannot be seen
@@ -169,7 +169,7 @@ def test_forced_candidates_come_before_gold_ones():
     gold = torch.ones(3, 37, dtype=torch.bool)
     recorder = Recorder()
     attend(Engine(Quest(4, 2), Oracle(gold), recorder), *states(2), [30, 9, 17], 4)
-    for _, positions, selected in recorder:
+    for _, _, positions, selected in recorder:
         own = (positions // 4)[:, None, :, None].expand(-1, 4, -1, 1)
         assert selected.gather(3, own).all() and selected[..., 0].all()
         assert (selected.sum(-1) == 2).all()
@@ -184,7 +184,7 @@ def test_what_is_recorded_of_blocks_is_what_was_attended(method, selector):
     prompts, steps, recorder = [30, 9, 17], 4, Recorder()
     out, _ = attend(Engine(method, selector, recorder), q, k, v, prompts, steps, layer=1)
     compared = 0
-    for layer, positions, selected in recorder:
+    for layer, _, positions, selected in recorder:
         assert layer == 1
         for b, row in enumerate(rows_of(q, k, v, prompts, steps)):
             for i, t in enumerate(positions.expand(3, -1)[b].tolist()):
@@ -209,8 +209,8 @@ def test_what_is_recorded_of_tokens_is_what_was_kept(selector):
     recorder = Recorder()
     engine = Engine(SnapKV(top_k=12, window=4), selector, recorder)
     out, _ = attend(engine, q, k, v, [30], 4, layer=1)
-    [(layer, positions, selected)] = recorder
-    assert layer == 1 and positions.tolist() == [[29]] and selected.shape == (1, 2, 1, 30)
+    [(layer, rows, positions, selected)] = recorder
+    assert layer == 1 and rows.tolist() == [0] and positions.tolist() == [[29]] and selected.shape == (1, 2, 1, 30)
     [row] = rows_of(q, k, v, [30], 4)
     for head, t in itertools.product(range(4), range(30, 34)):
         kv = row.kv(head)
@@ -219,3 +219,12 @@ def test_what_is_recorded_of_tokens_is_what_was_kept(selector):
             row.q[head][t], [row.k[kv][j] for j in where], [row.v[kv][j] for j in where]
         )
         assert out[0, head, t].tolist() == pytest.approx(by_hand)
+
+
+def test_what_is_recorded_names_the_rows_of_the_batch_even_where_all_is_kept():
+    recorder = Recorder()
+    attend(Engine(SnapKV(top_k=12, window=4), TopK(), recorder), *states(2), [30, 9, 30], 4)
+    told = {tuple(rows.tolist()): selected for _, rows, _, selected in recorder}
+    assert set(told) == {(0, 2), (1,)}
+    assert told[0, 2].shape[-1] == 30 and (told[0, 2].sum(-1) == 12).all()
+    assert told[1,].shape[-1] == 9 and told[1,].all()  # nine tokens fit into twelve

@@ -209,6 +209,33 @@ def test_two_checkpoints_must_be_told_apart(store):
     assert lines(table, Method="quest", Budget="1/16")[1]["S-1"] == "70.0"
 
 
+def test_two_variants_of_a_method_must_be_told_apart(store):
+    for pooling in ("avg", "max"):
+        settings = {"top_k": 64, "pooling": pooling}
+        add_all(store, 4, 7, method="snapkv", block_size=1, budget="1/8", settings=settings)
+    with pytest.raises(ValueError, match=r"several variants \(pooling=avg, pooling=max; .* snapkv"):
+        table3(store, "pocket")
+    table = table3(store, "pocket", variant="pooling=max")
+    assert lines(table, Method="snapkv", Budget="1/8")[1]["Mean"] == "70.0"
+
+
+def test_first_tokens_of_both_kinds_do_not_mix(store):
+    add_all(store, 4, 7, first_token="prefill")
+    add_all(store, 2, 3, first_token="decode")
+    add_all(store, 9, 9, **DENSE, first_token=None)
+    for first_token, mean in (("prefill", "70.0"), ("decode", "30.0")):
+        table = table3(store, "pocket", first_token=first_token)
+        assert lines(table, Method="quest", Budget="1/16")[1]["Mean"] == mean
+        assert lines(table, Method="dense")[1]["Mean"] == "90.0"
+
+
+def test_selector_seeds_become_mean_and_deviation(store):
+    for seed, right in enumerate((1, 2, 3)):
+        add_all(store, right, right, selector="random", selector_seed=seed)
+    row = lines(accuracy_table(store, "pocket", "table5"), Method="quest", Budget="1/16")[0]
+    assert (row["Mean"], row["seeds"]) == ("20.0±10.0", "3")
+
+
 def test_text_fits_a_terminal(store):
     add_all(store, 1, 9)
     text = table3(store, "pocket").to_text().splitlines()

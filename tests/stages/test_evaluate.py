@@ -40,7 +40,7 @@ def test_a_job_fills_one_cell_a_task_and_writes_its_table(job, tiny_models, meth
     cells = frame(job)
     assert set(cells["task"]) == {"S-1", "MK-2", "MV"}
     assert set(cells["n"]) == {3}
-    assert set(cells["budget"]) == {"1" if method in ("dense", "dilated") else "1/4"}
+    assert set(cells["budget"]) == {{"dense": "1", "dilated": "1/8"}.get(method, "1/4")}
     measured = cells["budget_measured"]
     assert (measured == 1).all() if method == "dense" else (measured < 0.6).all()
     assert cells["effective_memory_length"].notna().all()
@@ -82,11 +82,47 @@ def test_a_changed_setting_is_another_cell(job, tiny_models):
         {"budget": "1/8"},
         {"seed": 1},
         {"selector": "oracle"},
+        {"selector": "random"},
+        {"selector": "random", "selector_seed": 1},
+        {"stage.first_token": "decode"},
         {"method.block_size": 16},
     ):
         before = len(frame(job))
         job(*small(tiny_models, **change))
         assert len(frame(job)) == before + 3
+
+
+def test_a_measured_budget_is_a_rows_own(job, tiny_models):
+    """Whatever the other rows of its batch go on to say."""
+    found = []
+    for rows in (1, 3):
+        job(*small(tiny_models, **{"stage.batch_size": rows}))
+        cells = list(Store(job.folder / "results").cells("eval"))
+        found.append([[r["budget_measured"] for r in c.records().values()] for c in cells])
+        shutil.rmtree(job.folder / "results")
+    assert found[0] == found[1]
+    assert len({budget for cell in found[0] for budget in cell}) > 1
+
+
+@pytest.mark.parametrize("method", ["dense", "quest", "snapkv"])
+def test_the_first_token_can_come_from_a_decoding_step(job, tiny_models, method):
+    """Then even an answer of one token is the method's; a dense one stays the same."""
+    answers = []
+    for first in ("prefill", "decode"):
+        setting = {"stage.first_token": first, "data.forms.reserve": 1, "data.examples": 30}
+        job(*small(tiny_models, method=method, budget="1/8", **setting))
+        cells = frame(job)
+        if method == "dense":
+            assert len(cells) == 3 and cells["first_token"].isna().all()
+            return
+        cells = cells[cells["first_token"] == first]
+        assert len(cells) == 3
+        measured = cells["budget_measured"]
+        assert (measured == 1).all() if first == "prefill" else (measured < 0.25).all()
+        stored = {cell.id: cell for cell in Store(job.folder / "results").cells("eval")}
+        records = [r for name in cells["cell"] for r in stored[name].records().values()]
+        answers.append([r["prediction"] for r in records])
+    assert answers[0] != answers[1]
 
 
 def test_seeds_become_mean_and_deviation(job, tiny_models, capsys):

@@ -29,7 +29,7 @@ def test_defaults_are_rulers_word_for_word():
 def test_pocket_file_says_what_the_pocket_is(pocket_forms):
     assert pocket_forms == Forms(
         needle="{key} {value}.",
-        template="{context} what is {query}",
+        template="{context} what are {query}",
         answer_prefix="",
         noise=Forms().noise.lower(),
         separator=" ",

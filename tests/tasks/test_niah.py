@@ -171,7 +171,7 @@ def test_ruler_uuid_needles_are_plural_and_questions_singular(ruler):
 def test_pocket_prompts_are_short_and_lower_case(small):
     sample = small.sample("MQ", 0, 0)
     assert sample.prompt == sample.prompt.lower()
-    keys = re.search(r" what is (\w+), (\w+), (\w+), (\w+)$", sample.prompt).groups()
+    keys = re.search(r" what are (\w+), (\w+), (\w+), (\w+)$", sample.prompt).groups()
     needles = dict(re.findall(r"([a-z]+) (\d{4})\.", sample.prompt))
     assert {needles[key] for key in keys} == set(sample.answers)
     for task in ("MQ", "MV"):  # the answers in the order of the document
@@ -183,7 +183,7 @@ def test_pocket_prompts_are_short_and_lower_case(small):
 
 def test_multivalue_asks_one_key_for_four_values(small):
     sample = small.sample("MV", 0, 0)
-    key = re.search(r"what is (\w+)$", sample.prompt)[1]
+    key = re.search(r"what are (\w+)$", sample.prompt)[1]
     values = re.findall(rf"\b{key} (\d{{4}})\.", sample.prompt)
     assert tuple(values) == sample.answers
     assert len(set(values)) == 4
