@@ -13,12 +13,13 @@ STAMP  := $(VENV)/.installed
 # Both backbones; SET takes further settings, for instance SET='data.examples=200 seed=0,1,2'.
 PAIR := model=pocket_attention,pocket_ratplus
 SET  :=
+POCKET := outputs/reference/pocket
 
 # What `make weights` runs, one conf/experiment/<name>.yaml each.
-WEIGHTS := pocket_base pocket_attention pocket_ratplus pocket_attention_sft pocket_ratplus_sft
+WEIGHTS := pocket_scratch_attention pocket_scratch_ratplus pocket_attention_sft pocket_ratplus_sft
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint table3 table3-cells weights clean
+.PHONY: help install demo test test-slow lint table3 table3-cells weights ship clean
 
 help: ## list these targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -49,8 +50,20 @@ table3-cells: $(STAMP) ## run the cells of Table 3 on the pocket pair (finished 
 	$(RUN) -m $(PAIR) method=quest method.block_size=2 budget=1/64 $(SET)
 	$(RUN) -m $(PAIR) method=moba method.block_size=16 budget=1/8,1/16 $(SET)
 
-weights: $(STAMP) ## train the pocket pair again, into outputs/training (hours; resumes)
+weights: $(STAMP) ## train the pocket pair again and ship it (hours; resumes)
 	set -e; for name in $(WEIGHTS); do $(RUN) experiment=$$name; done
+	$(MAKE) ship
+
+ship: $(STAMP) ## put the pair of outputs/training in the place of the shipped one
+	@set -e; for name in $(WEIGHTS); do \
+	  log=$(POCKET)/training/$$name; mkdir -p $$log; \
+	  cp outputs/training/$$name/log.jsonl outputs/training/$$name/provenance.json $$log; done
+	@set -e; for backbone in attention ratplus; do \
+	  model=$(POCKET)/models/$$backbone; conf=conf/model/pocket_$$backbone.yaml; \
+	  cp outputs/training/pocket_$${backbone}_sft/model/* $$model; \
+	  digest=$$(openssl dgst -sha256 -r $$model/model.safetensors | cut -d' ' -f1); \
+	  sed "s/^sha256: .*/sha256: $$digest/" $$conf > $$conf.new; mv $$conf.new $$conf; \
+	  echo "$$model has sha256 $$digest"; done
 
 clean: ## remove caches and build products; .venv and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

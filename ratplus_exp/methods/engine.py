@@ -57,8 +57,9 @@ class Usage:
 class Engine:
     """A method with its selector, as it runs over one batch.
 
-    recorder: called with (layer, rows (R,), positions (R or 1, Q), selected (R, K, G, Q, N) bool)
-        on every selection, rows being those of the batch that it is about; H1 counts its hits there.
+    recorder: called on every selection with (layer, rows (R,), positions (R or 1, Q), selected
+        (R, K, G, Q, N) bool), rows being those of the batch that it is about; H1 counts its hits
+        there.
     rows: the rows of the batch that this engine sees; None: all.
     """
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -101,8 +103,17 @@ def with_memory(
 ) -> RatPlusForCausalLM:
     """A RAT+ model that starts from a trained attention model: the same weights and fresh gates."""
     settings = attention.config.to_dict() | {"memory": True, "gate_bias": gate_bias}
-    torch.manual_seed(seed)
-    model = RatPlusForCausalLM(RatPlusConfig.from_dict(settings))
+    with seeded(seed):
+        model = RatPlusForCausalLM(RatPlusConfig.from_dict(settings))
     missing, unexpected = model.load_state_dict(attention.state_dict(), strict=False)
     assert not unexpected and all(".memory." in name for name in missing)
     return model
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initial weights from a seed: transformers draws them from the global generator, which is put
+    back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -33,6 +33,7 @@ from ratplus_exp.tracking import log_frame, tracked
 
 DECODING = ("decode", "once")  # phases of methods that leave the prefill dense
 
+
 def run(cfg: DictConfig) -> None:
     """Run the cells that are missing, log them, and print and write the table of this job."""
     method, store = validate_method(cfg), store_of(cfg)

@@ -18,7 +18,14 @@ from ratplus_exp import provenance
 from ratplus_exp.config import build, forms_of, plain
 from ratplus_exp.methods import Dilated
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
-from ratplus_exp.models.loading import WEIGHTS, check_model, load_model, load_tokenizer, with_memory
+from ratplus_exp.models.loading import (
+    WEIGHTS,
+    check_model,
+    load_model,
+    load_tokenizer,
+    seeded,
+    with_memory,
+)
 from ratplus_exp.results import write_atomically
 from ratplus_exp.stages.common import device_of, resolve
 from ratplus_exp.tasks import NIAH, pocket_tokenizer, target_ids
@@ -86,7 +93,6 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: Callable[[int, int, int
             folder,
             sparse=sparse,
             sparse_only_steps=cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step,
-            dense_only_steps=cfg.stage.dense_only_tokens // cfg.stage.tokens_per_step,
             log=tracker.log,
         )
         trainer.run(f"{cfg.stage.name} {cfg.model.name}")
@@ -114,7 +120,6 @@ def _model(cfg: DictConfig, tokenizer: Tokenizer) -> RatPlusForCausalLM:
     architecture: dict[str, Any] = plain(cfg.model.architecture)
     memory = cfg.model.backbone == "ratplus"
     if not cfg.stage.init:
-        torch.manual_seed(cfg.seed)
         shape = RatPlusConfig(
             **architecture,
             memory=memory,
@@ -123,7 +128,8 @@ def _model(cfg: DictConfig, tokenizer: Tokenizer) -> RatPlusForCausalLM:
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        return RatPlusForCausalLM(shape)
+        with seeded(cfg.seed):
+            return RatPlusForCausalLM(shape)
     start = resolve(cfg.stage.init)
     has_memory = (
         json.loads((start / "config.json").read_text()).get("memory") if start.exists() else None

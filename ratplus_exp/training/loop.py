@@ -98,8 +98,6 @@ class Trainer:
         sparse_only_steps: for so many steps at first, only the step through `sparse` is taken. A
             trained attention model that gets a memory keeps its gates shut while dense steps
             go on, since it can already retrieve without; sparse steps alone open them.
-        dense_only_steps: for so many steps at first, only the dense step is taken. Retrieval does
-            not form in an attention model of which every second step sees a local window alone.
         log: called with each logged row.
     """
 
@@ -112,14 +110,12 @@ class Trainer:
         folder: Path,
         sparse: Method | None = None,
         sparse_only_steps: int = 0,
-        dense_only_steps: int = 0,
         log: Callable[[dict[str, Any]], None] = lambda row: None,
     ) -> None:
         self.model: Any = model
         self.batch, self.schedule, self.settings = batch, schedule, settings
         self.folder, self.log = folder, log
         self.sparse, self.sparse_only_steps = sparse, sparse_only_steps
-        self.dense_only_steps = dense_only_steps
         self.device = next(model.parameters()).device
         self.optimizer = _optimizer(model, settings, fused=True)
         self.step = 0
@@ -179,7 +175,7 @@ class Trainer:
 
     def _train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         row = {}
-        if self.sparse is not None and self.step >= self.dense_only_steps:
+        if self.sparse is not None:
             sparse = self._optimizer_step(micro_batches, Engine(self.sparse))
             row = {f"sparse_{name}": value for name, value in sparse.items()}
             if self.step < self.sparse_only_steps:

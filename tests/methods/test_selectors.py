@@ -210,7 +210,8 @@ def test_what_is_recorded_of_tokens_is_what_was_kept(selector):
     engine = Engine(SnapKV(top_k=12, window=4), selector, recorder)
     out, _ = attend(engine, q, k, v, [30], 4, layer=1)
     [(layer, rows, positions, selected)] = recorder
-    assert layer == 1 and rows.tolist() == [0] and positions.tolist() == [[29]] and selected.shape == (1, 2, 1, 30)
+    assert (layer, rows.tolist(), positions.tolist()) == (1, [0], [[29]])
+    assert selected.shape == (1, 2, 1, 30)
     [row] = rows_of(q, k, v, [30], 4)
     for head, t in itertools.product(range(4), range(30, 34)):
         kv = row.kv(head)

@@ -24,12 +24,11 @@ def train(job, experiment, length=64, steps=4, **extra):
 
 
 def test_the_pocket_recipe_from_nothing_to_a_table(job):
-    """Base, both branches, SFT, evaluation: the path of `make weights` and `make demo`."""
-    base = load_file(train(job, "pocket_base", drill_tokens=256) / "model.safetensors")
-    assert not any(".memory." in name for name in base)
+    """Pretraining of both, SFT, evaluation: the path of `make weights` and `make demo`."""
     for backbone in ("attention", "ratplus"):
-        branch = load_file(train(job, f"pocket_{backbone}") / "model.safetensors")
-        assert any(".memory." in name for name in branch) == (backbone == "ratplus")
+        folder = train(job, f"pocket_scratch_{backbone}", drill_tokens=256)
+        names = load_file(folder / "model.safetensors")
+        assert any(".memory." in name for name in names) == (backbone == "ratplus")
         final = train(job, f"pocket_{backbone}_sft", length=128)
         job(
             f"model=pocket_{backbone}",
@@ -44,30 +43,32 @@ def test_the_pocket_recipe_from_nothing_to_a_table(job):
     assert sorted(cells["backbone"]) == ["Attention"] * 2 + ["RAT+"] * 2
 
 
-def test_a_ratplus_branch_starts_from_the_attention_weights(job):
-    base = load_file(train(job, "pocket_base") / "model.safetensors")
+def test_a_memory_can_be_added_to_attention_weights(job):
+    base = train(job, "pocket_scratch_attention")
     rate = {"optimizer.lr": 0, "optimizer.memory_lr": 0.01, "optimizer.weight_decay": 0}
-    branch = load_file(train(job, "pocket_ratplus", **rate) / "model.safetensors")
-    assert all(torch.equal(branch[name], value) for name, value in base.items())
-    rows = (job.folder / "training/pocket_ratplus/log.jsonl").read_text().splitlines()
+    branch = load_file(
+        train(job, "pocket_scratch_ratplus", init=base, **rate) / "model.safetensors"
+    )
+    attention = load_file(base / "model.safetensors")
+    assert all(torch.equal(branch[name], value) for name, value in attention.items())
+    rows = (job.folder / "training/pocket_scratch_ratplus/log.jsonl").read_text().splitlines()
     assert {"sparse_loss", "gate_mean", "effective_memory_length"} <= set(json.loads(rows[0]))
 
 
 def test_a_trained_model_is_not_trained_again(job, capsys):
-    train(job, "pocket_base")
-    train(job, "pocket_base")
+    train(job, "pocket_scratch_attention")
+    train(job, "pocket_scratch_attention")
     assert "Trained already" in capsys.readouterr().out
 
 
 def test_other_settings_do_not_go_on_from_a_checkpoint(job):
-    model = train(job, "pocket_base")
+    model = train(job, "pocket_scratch_attention")
     (model / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="another configuration"):
-        train(job, "pocket_base", other_rate=0.5)
+        train(job, "pocket_scratch_attention", other_rate=0.5)
 
 
 def test_an_attention_model_cannot_start_from_ratplus(job):
-    train(job, "pocket_base")
-    ratplus = train(job, "pocket_ratplus")
+    ratplus = train(job, "pocket_scratch_ratplus")
     with pytest.raises(ValueError, match="has the memory"):
-        train(job, "pocket_attention", init=ratplus)
+        train(job, "pocket_scratch_attention", init=ratplus)
