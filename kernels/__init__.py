@@ -4,5 +4,7 @@ Each name here is defined by its torch form, which is tested against a float64 l
 """
 
 from kernels.memory_scan import memory_scan, memory_step
+from kernels.moba_prefill import moba_prefill
+from kernels.quest_decode import quest_decode
 
-__all__ = ["memory_scan", "memory_step"]
+__all__ = ["memory_scan", "memory_step", "moba_prefill", "quest_decode"]
