@@ -14,17 +14,16 @@ def select_blocks(scores, own, top_k):
     over the scores' bits read as integers of the same order, so it is exact and takes at most 32
     counts, fewer once every row has a threshold with just its number above. Nothing is sorted.
     """
+    # How many free ones to take: min(top_k, own + 1) in all, the forced (one or two) among them.
+    wanted = tl.minimum(top_k, own + 1) - tl.minimum(own + 1, 2)
     block = tl.arange(0, scores.shape[1])[None, :]
-    own = own[:, None]
-    forced = (block == 0) | (block == own)
-    free = (block <= own) & (block > 0) & (block < own)
+    forced = (block == 0) | (block == own[:, None])
+    free = (block > 0) & (block < own[:, None])
     scores = tl.where(scores == 0, 0.0, scores)  # −0 ties with 0
     bits = scores.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = tl.where(free, key, -2147483647)  # below −inf
 
-    # Of how many free ones to take: all in all min(top_k, own + 1), the forced among them.
-    wanted = tl.max(tl.minimum(top_k, own + 1) - tl.minimum(own + 1, 2), axis=1)  # (R,)
     # At least `wanted` keys reach low, fewer reach high.
     high = tl.max(key, axis=1) + 1
     low = tl.where(wanted > 0, tl.min(tl.where(free, key, 2147483647), axis=1), high)
