@@ -51,8 +51,6 @@ def moba_prefill_torch(q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: 
         seen = selected.repeat_interleave(block_size, dim=-1)[..., :length]
         seen = seen & (token <= position[:, None])
         out.append(
-            F.scaled_dot_product_attention(
-                queries, k, v, seen, enable_gqa=q.shape[1] != kv_heads
-            )
+            F.scaled_dot_product_attention(queries, k, v, seen, enable_gqa=q.shape[1] != kv_heads)
         )
     return torch.cat(out, dim=2)
