@@ -20,11 +20,13 @@ from kernels.dispatch import use_triton
 
 
 class Blocks(NamedTuple):
-    """What a method needs to know of the keys' blocks, each (B, H, N, D): Quest's per-channel
-    minimum and maximum, MoBA's mean. A partial last block counts only the tokens it has."""
+    """What methods need to know of the keys' N blocks; a partial last one counts what it has.
 
-    minimum: Tensor
-    maximum: Tensor
+    bounds: (B, H, N, 2 D), Quest's per-channel minima, then maxima.
+    mean: (B, H, N, D), MoBA's.
+    """
+
+    bounds: Tensor
     mean: Tensor
 
 
@@ -90,10 +92,11 @@ def memory_prefill(
     _same_shapes(z, k, v)
     if block_size < 1 or block_size & (block_size - 1):
         raise ValueError(
-            f"memory_prefill needs a block_size that is a power of 2, got {block_size}"
+            f"memory_prefill needs a block_size that is a power of 2, not {block_size}"
         )
-    if k.shape[-1] % 2:
-        raise ValueError(f"RoPE needs an even head size, got {k.shape[-1]}")
+    dim = k.shape[-1]
+    if dim % 2:
+        raise ValueError(f"RoPE needs an even head size, got {dim}")
     if not use_triton(z, k, v) or not k.numel():
         return memory_prefill_torch(z, k, v, rope, block_size, initial_state)
     from kernels import memory_scan_triton
@@ -104,7 +107,7 @@ def memory_prefill(
     k_out, v_out, final_state, statistics = memory_scan_triton.forward(
         z, k, v, initial_state, rope, block_size
     )
-    return k_out, v_out, final_state, Blocks(*statistics)
+    return k_out, v_out, final_state, Blocks(*statistics.split((2 * dim, dim), dim=-1))
 
 
 def memory_scan_torch(
@@ -137,11 +140,10 @@ def memory_prefill_torch(
     first, second = k_out.chunk(2, dim=-1)
     k_out = k_out * rope[0].to(wide) + torch.cat((-second, first), dim=-1) * rope[1].to(wide)
     blocks = k_out.split(block_size, dim=1)
-    minimum, maximum, mean = (
-        torch.stack([reduce(block) for block in blocks], dim=2).to(k.dtype)
-        for reduce in (lambda x: x.amin(1), lambda x: x.amax(1), lambda x: x.mean(1))
-    )
-    return k_out.to(k.dtype), v_out.to(v.dtype), state, Blocks(minimum, maximum, mean)
+    bounds = [torch.cat((block.amin(1), block.amax(1)), dim=-1) for block in blocks]
+    means = [block.mean(1) for block in blocks]
+    statistics = Blocks(*(torch.stack(x, dim=2).to(k.dtype) for x in (bounds, means)))
+    return k_out.to(k.dtype), v_out.to(v.dtype), state, statistics
 
 
 def _same_shapes(z: Tensor, k: Tensor, v: Tensor) -> None:

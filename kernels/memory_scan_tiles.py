@@ -62,7 +62,7 @@ def load_reversed(ptr, stride_t, stride_d, t, d, inside):
 def load_gradients(
     z_ptr, dk_ptr, dv_ptr, z_t, dk_t, dv_t, z_d, dk_d, dv_d, back, d, inside, T, BT: tl.constexpr
 ):
-    """g_{t+1} and the gradients of k̃_t and ṽ_t, at t = T − 1 − back and the BT − 1 tokens before."""
+    """g_{t+1} and the gradients of k̃_t and ṽ_t, at t = T − 1 − back and before."""
     t = (T - 1 - back - tl.arange(0, BT))[:, None]
     seen = (t >= 0) & (t < T - 1) & inside[None, :]
     z_at = z_ptr + (t + 1).to(tl.int64) * z_t + d[None, :] * z_d
@@ -91,12 +91,12 @@ def carry(
 
 
 @triton.jit
-def block_statistics(tile, seen, left, ptr, plane, inside, BT: tl.constexpr):
+def block_statistics(tile, seen, left, ptr, D, inside, BT: tl.constexpr):
     """Store minimum, maximum and mean over a tile's tokens, of which `left` are in the sequence."""
     tl.store(ptr, tl.min(tl.where(seen, tile, float("inf")), axis=0), mask=inside)
-    tl.store(ptr + plane, tl.max(tl.where(seen, tile, float("-inf")), axis=0), mask=inside)
+    tl.store(ptr + D, tl.max(tl.where(seen, tile, float("-inf")), axis=0), mask=inside)
     mean = tl.sum(tl.where(seen, tile, 0.0), axis=0) / tl.minimum(left, BT).to(tl.float32)
-    tl.store(ptr + 2 * plane, mean, mask=inside)
+    tl.store(ptr + 2 * D, mean, mask=inside)
 
 
 @triton.jit

@@ -7,8 +7,9 @@ is the right answer. Where batch and heads give too few programs for the GPU, th
 into chunks: a first kernel finds what each chunk does to the state that enters it ("totals"), and
 every program of the second starts by carrying the initial state over the chunks before its own.
 
-The backward pass is the same walk from the end: D_t = dh_t + g_{t+1} D_{t+1}. Tokens are then loaded
-in reverse, since Triton's own reverse scan has open bugs. It reads h_{t-1} from the forward's output.
+The backward pass is the same walk from the end: D_t = dh_t + g_{t+1} D_{t+1}. Tokens are then
+loaded in reverse, since Triton's own reverse scan has open bugs. It reads h_{t-1} from the
+forward's output.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ def forward(
     block_size: int = 0,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """k̃ (rotated, if rope is given), ṽ, the final state, and the blocks' (3, B, H, N, D) statistics:
-    minimum, maximum and mean of k̃ over block_size tokens each (empty for block_size 0)."""
+    """k̃ (rotated, if rope is given), ṽ, the final state, and the blocks' statistics (B, H, N, 3 D):
+    minimum, maximum and mean of k̃ over block_size tokens each; N is 0 for block_size 0."""
     batch, length, heads, dim = k.shape
     columns = dim // 2 if rope else dim
     plan = plan or default_plan(k, columns)
@@ -91,7 +92,7 @@ def forward(
     v_out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = torch.empty(2, batch, heads, dim, dtype=torch.float32, device=k.device)
     blocks = triton.cdiv(length, block_size) if block_size else 0
-    statistics = torch.empty(3, batch, heads, blocks, dim, dtype=k.dtype, device=k.device)
+    statistics = torch.empty(batch, heads, blocks, 3 * dim, dtype=k.dtype, device=k.device)
     chunk, chunks = _chunking(length, block_t, plan.chunks)
     tiles = batch * heads * triton.cdiv(columns, plan.block_d)
     totals = _totals((z, k, v), chunk, chunks, False, block_t, plan)
@@ -199,7 +200,7 @@ def _forward_kernel(
         seen = (first + row < T) & inside[None, :]
         token = (b * T + first + row) * (H * D) + h * D  # (BT, 1) int64
         tl.store(v_out_ptr + token + d[None, :], vt, mask=seen)
-        block = statistics_ptr + (head.to(tl.int64) * N + first // BT) * D
+        block = statistics_ptr + (head.to(tl.int64) * N + first // BT) * (3 * D)
         if ROPE:
             a, kt2, vt2 = load_inputs(
                 z_ptr, k_ptr, v_ptr, z_t, k_t, v_t, z_d, k_d, v_d, first, d2, inside, T, BT
@@ -214,10 +215,10 @@ def _forward_kernel(
             kt = turned
             tl.store(k_out_ptr + token + d2[None, :], kt2, mask=seen)
             if BLOCKS:
-                block_statistics(kt2, seen, T - first, block + d2, plane * N, inside, BT)
+                block_statistics(kt2, seen, T - first, block + d2, D, inside, BT)
         tl.store(k_out_ptr + token + d[None, :], kt, mask=seen)
         if BLOCKS:
-            block_statistics(kt, seen, T - first, block + d, plane * N, inside, BT)
+            block_statistics(kt, seen, T - first, block + d, D, inside, BT)
     if end == T:
         tl.store(final_ptr + state, x, mask=inside)
         tl.store(final_ptr + plane + state, y, mask=inside)
@@ -282,12 +283,11 @@ def _backward_kernel(
         tl.store(dz_ptr + out, dz, mask=seen)
         tl.store(dk_ptr + out, keep * grad_k, mask=seen)
         tl.store(dv_ptr + out, keep * grad_v, mask=seen)
-    if HAS_START:
-        if end == T:  # the walk ends with D_0
-            z = tl.load(z_ptr + d * z_d, mask=inside, other=0.0).to(tl.float32)
-            gate = 1.0 / (1.0 + tl.exp(-z))
-            tl.store(d_start_ptr + state, gate * x, mask=inside)
-            tl.store(d_start_ptr + plane + state, gate * y, mask=inside)
+    if HAS_START and end == T:  # the walk ends with D_0
+        z = tl.load(z_ptr + d * z_d, mask=inside, other=0.0).to(tl.float32)
+        gate = 1.0 / (1.0 + tl.exp(-z))
+        tl.store(d_start_ptr + state, gate * x, mask=inside)
+        tl.store(d_start_ptr + plane + state, gate * y, mask=inside)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Triton parts of SnapKV's selection: the window's attention mass on every token, and the gather.
 
-With the prefill's LSE one pass over the keys is enough, since a token's mass then depends on its own
-key alone. Without it a first pass finds the LSE, in pieces of the sequence. Both serve all query
-heads of a group while they have its keys.
+With the prefill's LSE one pass over the keys is enough, since a token's mass then depends on its
+own key alone. Without it a first pass finds the LSE, in pieces of the sequence. Both serve all
+query heads of a group while they have its keys.
 """
 
 from __future__ import annotations

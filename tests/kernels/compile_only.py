@@ -14,8 +14,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter compiles nothing"
-
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -40,7 +38,7 @@ def compile_launch(function: JITFunction, *args, grid, warmup=False, **kwargs):
     options = {n: v for n, v in kwargs.items() if n not in names}
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(function.params):
-        value = values[parameter.name] if parameter.name in values else parameter.default
+        value = values.get(parameter.name, parameter.default)
         if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
@@ -104,6 +102,7 @@ def snapkv_select() -> None:
 
 
 if __name__ == "__main__":
+    assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
     JITFunction.run = compile_launch
     for case in sys.argv[1:] or ["memory_scan", "snapkv_select"]:
         globals()[case]()

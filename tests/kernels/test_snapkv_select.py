@@ -1,4 +1,4 @@
-"""SnapKV's selection against a plain recipe in float64: torch, and Triton (interpreted on a CPU)."""
+"""SnapKV's selection, in torch and in Triton, against a plain recipe in float64."""
 
 from __future__ import annotations
 
