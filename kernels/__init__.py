@@ -4,9 +4,17 @@ Each name here is defined by its torch form, which is tested against a float64 l
 Triton a kernel runs instead (`kernels.dispatch`).
 """
 
-from kernels.memory_scan import memory_scan, memory_step
+from kernels.memory_scan import Blocks, memory_prefill, memory_scan, memory_step
 from kernels.moba_prefill import moba_prefill
 from kernels.quest_decode import quest_decode
 from kernels.snapkv_select import snapkv_select
 
-__all__ = ["memory_scan", "memory_step", "moba_prefill", "quest_decode", "snapkv_select"]
+__all__ = [
+    "Blocks",
+    "memory_prefill",
+    "memory_scan",
+    "memory_step",
+    "moba_prefill",
+    "quest_decode",
+    "snapkv_select",
+]

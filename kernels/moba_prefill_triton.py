@@ -3,8 +3,8 @@
 1. The gate keeps the scores of 16 queries for all blocks in registers, selects there, and writes
    one bit a query and block: T · N / 8 bytes a head.
 2. Each tile of queries lists the blocks that any of them selected.
-3. Attention walks over a tile's list, every row masked by its own bits. It is as fast as the queries
-   of a tile agree: the tile computes its list's full length.
+3. Attention walks over a tile's list, every row masked by its own bits. How fast it is depends on
+   how far the queries of a tile agree: the tile computes its whole list.
 """
 
 from __future__ import annotations

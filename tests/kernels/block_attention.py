@@ -1,4 +1,4 @@
-"""Attention of one query to its best blocks, in float64 and plain Python, with the inputs for it."""
+"""Attention of one query to its best blocks, in float64 and plain Python, and inputs for it."""
 
 from __future__ import annotations
 

@@ -10,13 +10,19 @@ from kernels import moba_prefill
 from kernels.moba_prefill import moba_prefill_torch
 
 SHAPES = {
-    "GQA": dict(batch=2, length=37, block_size=4, top_k=4),
-    "MHA": dict(heads=2, length=30, block_size=8, top_k=2),
-    "odd sizes": dict(heads=3, kv_heads=1, dim=5, length=23, block_size=5, top_k=3),
-    "wide heads": dict(heads=1, kv_heads=1, dim=20, length=18, block_size=4, top_k=3),
-    "blocks longer than a tile": dict(heads=1, kv_heads=1, length=250, block_size=80, top_k=2),
-    "more than there is": dict(heads=2, length=19, block_size=4, top_k=9),
-    "less than a block": dict(heads=2, length=3, block_size=4, top_k=2),
+    "GQA": {"batch": 2, "length": 37, "block_size": 4, "top_k": 4},
+    "MHA": {"heads": 2, "length": 30, "block_size": 8, "top_k": 2},
+    "odd sizes": {"heads": 3, "kv_heads": 1, "dim": 5, "length": 23, "block_size": 5, "top_k": 3},
+    "wide heads": {"heads": 1, "kv_heads": 1, "dim": 20, "length": 18, "block_size": 4, "top_k": 3},
+    "blocks longer than a tile": {
+        "heads": 1,
+        "kv_heads": 1,
+        "length": 250,
+        "block_size": 80,
+        "top_k": 2,
+    },
+    "more than there is": {"heads": 2, "length": 19, "block_size": 4, "top_k": 9},
+    "less than a block": {"heads": 2, "length": 3, "block_size": 4, "top_k": 2},
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -109,7 +115,7 @@ def test_no_room_for_the_forced_blocks_is_refused():
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_real_shapes_on_a_gpu(dtype, top_k, length, block_size):
     top_k = max(2, length // (16 * block_size)) if top_k == "1/16" else top_k
-    sizes = dict(heads=2, kv_heads=1, length=length, dim=128, dtype=dtype)
+    sizes = {"heads": 2, "kv_heads": 1, "length": length, "dim": 128, "dtype": dtype}
     q, k, v = inputs(block_size, top_k, **sizes, device="cuda")
     out = moba_prefill(q, k, v, block_size=block_size, top_k=top_k)
     rows = [*range(0, length, length // 40), length - 1]

@@ -10,13 +10,19 @@ from kernels import quest_decode
 from kernels.quest_decode import quest_decode_torch
 
 SHAPES = {
-    "GQA, several queries": dict(batch=2, queries=3, length=37, block_size=4, top_k=4),
-    "MHA": dict(kv_heads=4, length=30, block_size=4, top_k=3),
-    "odd sizes": dict(heads=3, kv_heads=1, dim=5, length=23, block_size=5, top_k=3),
-    "blocks of one token": dict(heads=2, kv_heads=1, length=9, block_size=1, top_k=4),
-    "blocks longer than a tile": dict(heads=1, kv_heads=1, length=290, block_size=80, top_k=3),
-    "forced blocks alone": dict(length=30, block_size=4, top_k=2),
-    "more than there is": dict(batch=2, length=19, block_size=4, top_k=9),
+    "GQA, several queries": {"batch": 2, "queries": 3, "length": 37, "block_size": 4, "top_k": 4},
+    "MHA": {"kv_heads": 4, "length": 30, "block_size": 4, "top_k": 3},
+    "odd sizes": {"heads": 3, "kv_heads": 1, "dim": 5, "length": 23, "block_size": 5, "top_k": 3},
+    "blocks of one token": {"heads": 2, "kv_heads": 1, "length": 9, "block_size": 1, "top_k": 4},
+    "blocks longer than a tile": {
+        "heads": 1,
+        "kv_heads": 1,
+        "length": 290,
+        "block_size": 80,
+        "top_k": 3,
+    },
+    "forced blocks alone": {"length": 30, "block_size": 4, "top_k": 2},
+    "more than there is": {"batch": 2, "length": 19, "block_size": 4, "top_k": 9},
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -116,7 +122,7 @@ def test_no_room_for_the_forced_blocks_is_refused():
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (32, 8)], ids=["MHA", "GQA"])
 def test_real_shapes_on_a_gpu(dtype, top_k, length, heads, kv_heads):
     top_k = length // 1024 if top_k == "1/16" else top_k
-    sizes = dict(heads=heads, kv_heads=kv_heads, length=length, dim=128, dtype=dtype)
+    sizes = {"heads": heads, "kv_heads": kv_heads, "length": length, "dim": 128, "dtype": dtype}
     args = inputs(**sizes, block_size=64, top_k=top_k, device="cuda")
     out = quest_decode(*args, block_size=64, top_k=top_k)
     check(out, *args, 64, top_k, tolerance=1e-5 if dtype == torch.float32 else 2**-7)
