@@ -13,7 +13,15 @@ MAX_BLOCKS = 2048  # a query's scores stay in registers, which have room for thi
 _CHUNK = 512  # queries whose mask the torch form holds at a time
 
 
-def moba_prefill(q: Tensor, k: Tensor, v: Tensor, *, block_size: int, top_k: int) -> Tensor:
+def moba_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    means: Tensor | None = None,
+) -> Tensor:
     """Causal attention of a prompt to itself, block-sparse with each query head's own choice.
 
     Args:
@@ -22,6 +30,8 @@ def moba_prefill(q: Tensor, k: Tensor, v: Tensor, *, block_size: int, top_k: int
         block_size, top_k: how many tokens a block has, and how many blocks a query attends to:
             block 0 and its own (causally), which are forced and count, then the highest
             q · mean of the block's keys, ties to the lowest index.
+        means: (B, K, N, D), the mean of each block's keys where something has it already, as
+            `memory_prefill` does; found here if None. Those of unfinished blocks are not read.
 
     Returns:
         (B, H, T, D) in the dtype of q. The Triton form has no gradients, since P1 uses MoBA at
@@ -34,15 +44,19 @@ def moba_prefill(q: Tensor, k: Tensor, v: Tensor, *, block_size: int, top_k: int
         from kernels.moba_prefill_triton import moba_prefill_triton as form
     else:
         form = moba_prefill_torch
-    return form(q, k, v, block_size, top_k)
+    return form(q, k, v, block_size, top_k, means)
 
 
-def moba_prefill_torch(q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int) -> Tensor:
+def moba_prefill_torch(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int, means: Tensor | None = None
+) -> Tensor:
     """The definition, with a mask over all tokens for some queries at a time."""
     length, kv_heads = k.shape[2], k.shape[1]
-    # Only a query's own block can be unfinished, and its mean is not read.
-    filled = F.pad(k, (0, 0, 0, -length % block_size))
-    means = filled.unflatten(2, (-1, block_size)).mean(3).unsqueeze(2).transpose(-1, -2)
+    if means is None:
+        # Only a query's own block can be unfinished, and its mean is not read.
+        filled = F.pad(k, (0, 0, 0, -length % block_size))
+        means = filled.unflatten(2, (-1, block_size)).mean(3)
+    means = means.unsqueeze(2).transpose(-1, -2)
     token = torch.arange(length, device=q.device)
     out = []
     for queries, position in zip(q.split(_CHUNK, dim=2), token.split(_CHUNK), strict=True):

@@ -22,11 +22,14 @@ ROWS = 16  # queries that a program gates at a time
 SEGMENT = 128  # blocks up to which gates of shorter reach don't pay (a multiple of 32)
 
 
-def moba_prefill_triton(q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int) -> Tensor:
+def moba_prefill_triton(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int, means: Tensor | None = None
+) -> Tensor:
     batch, heads, length, dim = q.shape
     group = heads // k.shape[1]
     blocks, complete = triton.cdiv(length, block_size), length // block_size
-    means = k[:, :, : complete * block_size].unflatten(2, (complete, block_size)).mean(3)
+    if means is None:
+        means = k[:, :, : complete * block_size].unflatten(2, (complete, block_size)).mean(3)
     padded_dim = max(16, triton.next_power_of_2(dim))  # 16: the least that tl.dot takes
     # fp32 is for tests: its exact products take no tensor cores, and much shared memory.
     tile, warps, stages = (128, 8, 3) if q.dtype.itemsize == 2 else (32, 4, 1)

@@ -14,13 +14,7 @@ SHAPES = {
     "MHA": {"heads": 2, "length": 30, "block_size": 8, "top_k": 2},
     "odd sizes": {"heads": 3, "kv_heads": 1, "dim": 5, "length": 23, "block_size": 5, "top_k": 3},
     "wide heads": {"heads": 1, "kv_heads": 1, "dim": 20, "length": 18, "block_size": 4, "top_k": 3},
-    "blocks longer than a tile": {
-        "heads": 1,
-        "kv_heads": 1,
-        "length": 250,
-        "block_size": 80,
-        "top_k": 2,
-    },
+    "long blocks": {"heads": 1, "kv_heads": 1, "length": 250, "block_size": 80, "top_k": 2},
     "more than there is": {"heads": 2, "length": 19, "block_size": 4, "top_k": 9},
     "less than a block": {"heads": 2, "length": 3, "block_size": 4, "top_k": 2},
 }
@@ -95,6 +89,18 @@ def test_nothing_behind_a_query_matters(triton_device, form):
             out = moba_prefill(q, k, v, block_size=4, top_k=3)
         outs.append(out[:, :, :22])
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("form", ["torch", "triton"])
+def test_means_that_are_there_are_used(triton_device, form):
+    q, k, v = inputs(4, 3, length=22, heads=2, device=triton_device)
+    means = torch.stack([block.mean(2) for block in k.split(4, dim=2)], 2)
+    means[:, :, 5] = torch.nan if form == "triton" else 0  # unfinished
+    if form == "torch":
+        out = moba_prefill_torch(q, k, v, 4, 3, means)
+    else:
+        out = moba_prefill(q, k, v, block_size=4, top_k=3, means=means)
+    check(out, q, k, v, 4, 3)
 
 
 def test_gradients_go_through_the_torch_form(triton_device):

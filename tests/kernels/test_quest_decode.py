@@ -14,13 +14,7 @@ SHAPES = {
     "MHA": {"kv_heads": 4, "length": 30, "block_size": 4, "top_k": 3},
     "odd sizes": {"heads": 3, "kv_heads": 1, "dim": 5, "length": 23, "block_size": 5, "top_k": 3},
     "blocks of one token": {"heads": 2, "kv_heads": 1, "length": 9, "block_size": 1, "top_k": 4},
-    "blocks longer than a tile": {
-        "heads": 1,
-        "kv_heads": 1,
-        "length": 290,
-        "block_size": 80,
-        "top_k": 3,
-    },
+    "long blocks": {"heads": 1, "kv_heads": 1, "length": 290, "block_size": 80, "top_k": 3},
     "forced blocks alone": {"length": 30, "block_size": 4, "top_k": 2},
     "more than there is": {"batch": 2, "length": 19, "block_size": 4, "top_k": 9},
 }
