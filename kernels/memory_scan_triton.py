@@ -70,7 +70,7 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx.plan, *ctx.saved_tensors, *grads), None
+        return *backward(ctx.plan, *ctx.saved_tensors, *grads), None
 
 
 def forward(
@@ -110,10 +110,11 @@ def forward(
     return k_out, v_out, final, statistics
 
 
-def _backward(
+def backward(
     plan: Plan | None, z: Tensor, k: Tensor, v: Tensor, initial: Tensor | None,
     k_out: Tensor, v_out: Tensor, dk_out: Tensor, dv_out: Tensor, d_final: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of z, k, v and the initial state from those of k̃, ṽ and the final state."""
     batch, length, heads, dim = k.shape
     plan = plan or default_plan(k, dim)
     dz, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (z, k, v))

@@ -89,7 +89,7 @@ def memory_scan() -> None:
     for plan in (scan.Plan(64, 32, 1), scan.Plan(64, 32, 4, warps=8)):
         k_out, v_out, final, _ = scan.forward(z, k, v, state, plan=plan)
         scan.forward(z, k, v, None, rope, 64, plan=plan._replace(block_d=16))
-        scan._backward(plan, z, k, v, state, k_out, v_out, k_out, v_out, final)
+        scan.backward(plan, z, k, v, state, k_out, v_out, k_out, v_out, final)
     scan.step(z[:, 0], k[:, 0], v[:, 0], state)
 
 
