@@ -38,8 +38,8 @@ def snapkv_select(
         top_k: tokens to keep, window included; everything is kept where T is not larger.
         pooling, kernel: how scores before the window are smoothed over positions (zeros beyond the
             ends count); an odd number of tokens.
-        lse: the prefill's log Σ exp(q · k / √D) over the keys a window query sees, (B, H, W), in natural
-            logarithms; saves one pass over k. Found here if None.
+        lse: the prefill's log Σ exp(q · k / √D) over the keys a window query sees, (B, H, W), in
+            natural logarithms; saves one pass over k. Found here if None.
 
     Returns:
         The kept keys and values, (B, K, C, D) with C = min(top_k, T), and their positions

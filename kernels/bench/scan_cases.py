@@ -1,4 +1,4 @@
-"""Cases of the memory scan: forward, with backward, the prefill's epilogue, and one decoding step."""
+"""Cases of the memory scan: forward, backward, the prefill's epilogue, and one decoding step."""
 
 from __future__ import annotations
 

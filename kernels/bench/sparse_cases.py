@@ -1,4 +1,4 @@
-"""Cases of the sparse methods' kernels: Quest's decoding step, MoBA's prefill, SnapKV's selection."""
+"""Cases of the sparse methods: Quest's decoding step, MoBA's prefill, SnapKV's selection."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _moba(shape: tuple[int, ...], size: int, top_k: int, machine: Machine) -> Ca
                 flex.attend,
                 flex.prefill_inputs(size, top_k),
                 gpu=True,
-            )  # fmt: skip
+            )
         )
     seen = sum(min(n + 1, top_k) - 0.5 for n in range(blocks)) * size * size  # pairs a head
     return Case(

@@ -1,8 +1,8 @@
 """Timing: medians under CUDA-graph replay on a GPU, plain medians on a CPU, and floors.
 
-A floor is the larger of two times: the bytes that must move over the bandwidth of a device copy, and
-the floating-point operations that must be done over the rate of a large matrix product. Both rates
-are measured on the device in the same run.
+A floor is the larger of two times: the bytes that must move over the bandwidth of a device copy,
+and the floating-point operations that must be done over the rate of a large matrix product. Both
+rates are measured on the device in the same run.
 """
 
 from __future__ import annotations
@@ -142,10 +142,11 @@ def _seconds(
 ) -> float:
     """Median seconds of a call."""
     if device.type != "cuda":
-        took = _host_seconds(run)
-        if once:
-            return took
-        return median(_host_seconds(run) for _ in range(max(2, min(50, int(_BUDGET / took)))))
+        took = [_host_seconds(run)]
+        if not once:
+            more = min(50, int(_BUDGET / took[0])) if took[0] > 0.5 else 4
+            took += [_host_seconds(run) for _ in range(more)]
+        return median(took)
     run()
     call = run
     if graph:
