@@ -7,6 +7,7 @@ anew after every case, so that a run that is cut short leaves what it has.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     dry = arguments.dry
     if device.type == "cpu" and not (arguments.cpu or dry):
         sys.exit("no CUDA GPU is there: run `make bench-cpu`, or with --dry to test the bench")
+    if dry and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        sys.exit("a dry run without a GPU needs TRITON_INTERPRET=1 in its environment")
     if device.type == "cpu":
         torch.set_num_threads(1)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -82,7 +82,7 @@ def _prefill(shape: tuple[int, ...], machine: Machine) -> Case:
     """The scan with RoPE and the blocks' representatives, and what they would cost apart."""
     size = 4 if machine.dry else 64
     inputs = _inputs(shape, machine)
-    angle = torch.rand(1, shape[1], 1, shape[3], device=machine.device)
+    angle = torch.rand(1, shape[1], 1, shape[3] // 2, device=machine.device).repeat(1, 1, 1, 2)
     rope = (angle.cos(), angle.sin())
 
     def fused(z: Tensor, k: Tensor, v: Tensor) -> Any:

@@ -144,7 +144,7 @@ def _seconds(
     if device.type != "cuda":
         took = [_host_seconds(run)]
         if not once:
-            more = min(50, int(_BUDGET / took[0])) if took[0] > 0.5 else 4
+            more = 0 if took[0] > 0.5 else max(4, min(50, int(_BUDGET / took[0])))
             took += [_host_seconds(run) for _ in range(more)]
         return median(took)
     run()
@@ -155,8 +155,8 @@ def _seconds(
         except Exception as problem:
             if row is not None:
                 row.note = f"no CUDA graph ({type(problem).__name__}): timed with its launches"
-    took = _device_seconds(call)
-    return median(_device_seconds(call) for _ in range(max(5, min(200, int(_BUDGET / took)))))
+    repeats = max(5, min(200, int(_BUDGET / _device_seconds(call))))
+    return median(_device_seconds(call) for _ in range(repeats))
 
 
 def _captured(run: Callable[[], Any]) -> Callable[[], Any]:

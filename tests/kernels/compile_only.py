@@ -101,8 +101,25 @@ def snapkv_select() -> None:
     snapkv.gather(k, k, meta(2, 8, 256, dtype=torch.int64))
 
 
+def quest_decode() -> None:
+    from kernels.quest_decode_triton import quest_decode_triton
+
+    for length in (4096, 131_072):
+        q, k = meta(1, 32, 1, 128), meta(1, 8, length, 128)
+        positions = meta(1, 1, dtype=torch.int64)
+        quest_decode_triton(q, k, k, meta(1, 8, length // 64, 256), positions, 64, length // 1024)
+
+
+def moba_prefill() -> None:
+    from kernels.moba_prefill_triton import moba_prefill_triton
+
+    q, k = meta(1, 32, 131_072, 128), meta(1, 32, 131_072, 128)
+    moba_prefill_triton(q, k, k, 64, 128)
+
+
 if __name__ == "__main__":
     assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
     JITFunction.run = compile_launch
-    for case in sys.argv[1:] or ["memory_scan", "snapkv_select"]:
+    cases = ["memory_scan", "snapkv_select", "quest_decode", "moba_prefill"]
+    for case in sys.argv[1:] or cases:
         globals()[case]()
