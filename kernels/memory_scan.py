@@ -61,9 +61,9 @@ def memory_step(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor,
     """
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (z, k, v, state))
     if use_triton(z, k, v) and not learning:
-        from kernels import memory_scan_triton
+        from kernels import memory_step_triton
 
-        return memory_scan_triton.step(z, k, v, state.float().contiguous())
+        return memory_step_triton.step(z, k, v, state.float().contiguous())
     k_out, v_out, state = memory_scan(z[:, None], k[:, None], v[:, None], state)
     return k_out[:, 0], v_out[:, 0], state
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kernels.bench import cpu_cases, report, scan_cases, timing
+from kernels.bench import cpu_cases, report, scan_cases, sparse_cases, timing
 from kernels.bench.timing import Case, Machine, Row
 from kernels.dispatch import interpreted
 from ratplus_exp import latency
@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("a dry run without a GPU needs TRITON_INTERPRET=1 in its environment")
     if device.type == "cpu":
         torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 64  # a baseline is compiled anew for every shape
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     about = _about(arguments)
     folder = arguments.out or REPOSITORY / "outputs" / "bench" / _slug(about["device"])
@@ -58,19 +59,12 @@ def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
     else:
         parts = {
             "scan": lambda machine: _measured(scan_cases.cases(machine), machine),
-            "sparse": _sparse,
+            "sparse": lambda machine: _measured(sparse_cases.cases(machine), machine),
             "models": latency.rows,
+            "plans": lambda machine: _measured(scan_cases.plans(machine), machine),
         }
-    for name in arguments.only or parts:
-        if name not in parts:
-            sys.exit(f"--only {name} is unknown: use {', '.join(parts)}")
+    for name in arguments.only or [name for name in parts if name != "plans"]:
         yield from parts[name](machine)
-
-
-def _sparse(machine: Machine) -> Iterator[Row]:
-    from kernels.bench import sparse_cases
-
-    return _measured(sparse_cases.cases(machine), machine)
 
 
 def _measured(cases: Iterator[Case], machine: Machine) -> Iterator[Row]:
@@ -106,7 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry", action="store_true", help="tiny shapes once, interpreted without a GPU: a test"
     )
-    parser.add_argument("--only", nargs="+", metavar="PART", help="scan, sparse, models")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=["scan", "sparse", "models", "plans"],
+        help="parts of the GPU's run; plans, ways to cut up the scan, is not in it by default",
+    )
     parser.add_argument("--out", type=Path, help="where to write (outputs/bench/<device>)")
     return parser
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.bench.timing import Machine, Row
+from kernels.bench.timing import Machine, Row, failure
 from ratplus_exp.methods import Dense, Dilated, Engine, Method, MoBA, Quest, SnapKV
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 from ratplus_exp.models.cache import SparseCache
@@ -135,7 +135,7 @@ def _variant(
 
 @contextmanager
 def _memory_watched(row: Row, machine: Machine) -> Iterator[None]:
-    """Peak memory of the whole process into the row; running out of it ends the measurement."""
+    """Peak memory of the whole process into the row; what goes wrong ends the measurement."""
     cuda = machine.device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()
@@ -144,6 +144,8 @@ def _memory_watched(row: Row, machine: Machine) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         row.note = row.note or "out of memory"
+    except Exception as problem:
+        row.note = failure(problem)
     if cuda:
         row.peak_memory = torch.cuda.max_memory_allocated()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,37 @@ def cases(machine: Machine) -> Iterator[Case]:
         yield _step((batch, *shapes[0][2:]), machine)
 
 
+def plans(machine: Machine) -> Iterator[Case]:
+    """The kernel's ways to be cut up, each a form: what `default_plan` should choose from."""
+    from kernels import memory_scan_triton as scan
+
+    sizes = ((4, 4, (1, 2), (4,)),) if machine.dry else (
+        (tokens, channels, (1, 4), (2, 4, 8)) for tokens in (32, 64) for channels in (16, 32, 64)
+    )  # fmt: skip
+    candidates = [
+        scan.Plan(tokens, channels, chunks, warps, stages=1 if machine.dry else 3)
+        for tokens, channels, cuts, widths in sizes
+        for chunks in cuts
+        for warps in widths
+    ]
+    for shape in [(1, 5, 2, 4)] if machine.dry else [(1, 4096, 32, 128), (1, 32_768, 32, 128)]:
+        for case, passes in ((_forward(shape, machine), 0), (_backward(shape, machine), 1)):
+            yield replace(
+                case,
+                suite=f"{case.suite}: plans",
+                forms=[Form(str(plan), *_planned(plan, passes)) for plan in candidates],
+            )
+
+
+def _planned(plan: Any, backward: int) -> tuple[Callable[..., Any], Callable[..., tuple] | None]:
+    """run and setup of the forward or backward kernel under a plan."""
+    from kernels import memory_scan_triton as scan
+
+    if not backward:
+        return lambda z, k, v: scan.forward(z, k, v, None, plan=plan)[:2], None
+    return lambda z, k, v, *rest: _run_backward(plan, z, k, v, *rest), _backward_inputs
+
+
 def _name(shape: tuple[int, ...]) -> str:
     return " ".join(f"{name}={size}" for name, size in zip("BTHD", shape, strict=True))
 
@@ -55,22 +87,12 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def _forward(shape: tuple[int, ...], machine: Machine) -> Case:
-    length = shape[1]
+    _, length, heads, _ = shape
     forms = [Form("kernel", kernels.memory_scan)]
     if length <= 8192:  # a launch a token
         forms.append(Form("torch", memory_scan_torch))
-    forms += [
-        Form("associative_scan, compiled (P2)", _compiled_scan(), gpu=True),
-        Form("chunk_hgrn (fla-core)", _chunk_hgrn, _hgrn_inputs, gpu=True),
-        Form("chunk_hgrn's inputs", _hgrn_inputs, gpu=True, check=False),
-        Form(
-            "accelerated-scan, scalar",
-            _accelerated_scan,
-            _accelerated_inputs,
-            gpu=True,
-            check=False,
-        ),
-    ]
+    if heads == 32 or machine.dry:
+        forms += _BASELINES
     return Case(
         "memory scan, forward", _name(shape), _inputs(shape, machine), forms,
         bytes=5 * _size(shape) * machine.dtype.itemsize,
@@ -113,33 +135,32 @@ def _prefill(shape: tuple[int, ...], machine: Machine) -> Case:
 
 def _backward(shape: tuple[int, ...], machine: Machine) -> Case:
     """The kernel's backward pass alone, with the forward's outputs at hand."""
-
-    def setup(z: Tensor, k: Tensor, v: Tensor) -> tuple:
-        k_out, v_out, state = kernels.memory_scan(z, k, v)
-        return z, k, v, k_out, v_out, torch.randn_like(k_out), torch.randn_like(v_out), state
-
-    def run(z: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple:
-        from kernels import memory_scan_triton
-
-        k_out, v_out, dk, dv, d_state = rest
-        return memory_scan_triton.backward(None, z, k, v, None, k_out, v_out, dk, dv, d_state)
-
     return Case(
         "memory scan, backward", _name(shape), _inputs(shape, machine),
-        [Form("kernel", run, setup)],
+        [Form("kernel", partial(_run_backward, None), _backward_inputs)],
         bytes=10 * _size(shape) * machine.dtype.itemsize,
     )  # fmt: skip
 
 
+def _backward_inputs(z: Tensor, k: Tensor, v: Tensor) -> tuple:
+    k_out, v_out, state = kernels.memory_scan(z, k, v)
+    return z, k, v, k_out, v_out, torch.randn_like(k_out), torch.randn_like(v_out), state
+
+
+def _run_backward(plan: Any, z: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple:
+    from kernels import memory_scan_triton
+
+    return memory_scan_triton.backward(plan, z, k, v, None, *rest)
+
+
 def _both(shape: tuple[int, ...], machine: Machine) -> Case:
-    length = shape[1]
+    _, length, heads, _ = shape
     forms = [Form("kernel", both(_first_two(kernels.memory_scan)))]
     if length <= 8192:
         forms.append(Form("torch", both(_first_two(memory_scan_torch))))
-    forms += [
-        Form("associative_scan, compiled (P2)", both(_compiled_scan()), gpu=True),
-        Form("chunk_hgrn (fla-core)", _hgrn_both, gpu=True),
-    ]
+    if heads == 32 or machine.dry:
+        forms.append(Form("associative_scan, compiled (P2)", both(_compiled_scan), gpu=True))
+        forms.append(Form("chunk_hgrn (fla-core)", _hgrn_both, gpu=True))
     return Case(
         "memory scan, forward and backward", _name(shape), _inputs(shape, machine), forms,
         bytes=15 * _size(shape) * machine.dtype.itemsize,
@@ -180,10 +201,8 @@ def both(run: Callable[..., tuple]) -> Callable[..., tuple]:
     return forward_backward
 
 
-@cache
-def _compiled_scan() -> Callable[..., tuple]:
-    """P2's own formulation, written afresh: associative_scan, compiled, on K and V in fp32."""
-    return scan_forms.scan(torch.compile(scan_forms.associative_pointwise, dynamic=False))
+# P2's own formulation, written afresh: associative_scan, compiled, on K and V in fp32.
+_compiled_scan = scan_forms.scan(torch.compile(scan_forms.associative_pointwise, dynamic=False))
 
 
 def _hgrn_inputs(z: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,3 +233,11 @@ def _accelerated_scan(gates: Tensor, tokens: Tensor) -> Tensor:
     from accelerated_scan.scalar import scan
 
     return scan(gates, tokens)
+
+
+_BASELINES = [
+    Form("associative_scan, compiled (P2)", _compiled_scan, gpu=True),
+    Form("chunk_hgrn (fla-core)", _chunk_hgrn, _hgrn_inputs, gpu=True),
+    Form("chunk_hgrn's inputs", _hgrn_inputs, gpu=True, check=False),
+    Form("accelerated-scan, scalar", _accelerated_scan, _accelerated_inputs, gpu=True, check=False),
+]

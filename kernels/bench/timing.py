@@ -127,10 +127,14 @@ def _fill(row: Row, form: Form, case: Case, machine: Machine) -> None:
     except torch.OutOfMemoryError:
         row.note = "out of memory"
     except Exception as problem:
-        row.note = f"failed: {type(problem).__name__}: {str(problem).splitlines()[0][:120]}"
+        row.note = failure(problem)
     finally:
         if machine.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def failure(problem: Exception) -> str:
+    return f"failed: {type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:120]}"
 
 
 def _seconds(

@@ -82,6 +82,7 @@ def meta(*shape, dtype=torch.bfloat16):
 
 def memory_scan() -> None:
     from kernels import memory_scan_triton as scan
+    from kernels import memory_step_triton
 
     z, k, v = (meta(1, 4096, 32, 640)[..., i * 128 : (i + 1) * 128] for i in range(3))
     state = meta(2, 1, 32, 128, dtype=torch.float32)
@@ -90,7 +91,7 @@ def memory_scan() -> None:
         k_out, v_out, final, _ = scan.forward(z, k, v, state, plan=plan)
         scan.forward(z, k, v, None, rope, 64, plan=plan._replace(block_d=16))
         scan.backward(plan, z, k, v, state, k_out, v_out, k_out, v_out, final)
-    scan.step(z[:, 0], k[:, 0], v[:, 0], state)
+    memory_step_triton.step(z[:, 0], k[:, 0], v[:, 0], state)
 
 
 def snapkv_select() -> None:
