@@ -46,7 +46,7 @@ def moba_prefill_triton(
             q, means, bits, unions, *q.stride(), *means.stride(),
             start, length, complete, heads, group, words, gates, block_size, top_k,
             D=dim, PADDED_D=padded_dim, ROWS=ROWS, BLOCKS=reach,
-            num_warps=4 if reach <= 512 else 8, num_stages=min(2, stages),
+            num_warps=min(16, max(4, reach // 128)), num_stages=min(2, stages),
         )  # fmt: skip
         start, reach = end, 2 * reach
 

@@ -189,17 +189,17 @@ def _attend(
         if tl.atomic_add(arrived + row, 1, sem="acq_rel") == SPLITS - 1:
             part = tl.arange(0, PADDED_SPLITS)
             there = part < SPLITS
-            place = row * SPLITS + part
+            parts = row * SPLITS + part
             # From the shared cache: other multiprocessors wrote these.
-            peak = tl.load(peaks + place, mask=there, other=-float("inf"), cache_modifier=".cg")
-            mass = tl.load(totals + place, mask=there, other=0.0, cache_modifier=".cg")
-            weight = tl.exp2(peak - tl.max(peak, axis=0))
+            crest = tl.load(peaks + parts, mask=there, other=-float("inf"), cache_modifier=".cg")
+            masses = tl.load(totals + parts, mask=there, other=0.0, cache_modifier=".cg")
             results = tl.load(
-                partial + place[:, None] * D + d[None, :],
+                partial + parts[:, None] * D + d[None, :],
                 mask=there[:, None] & inside[None, :],
                 other=0.0,
                 cache_modifier=".cg",
             )
-            result = tl.sum(weight[:, None] * results, axis=0)
-            result = result / tl.sum(weight * mass, axis=0)
+            share_of = tl.exp2(crest - tl.max(crest, axis=0))
+            result = tl.sum(share_of[:, None] * results, axis=0)
+            result = result / tl.sum(share_of * masses, axis=0)
             tl.store(out_ptr, result.to(out.dtype.element_ty), mask=inside)
