@@ -63,8 +63,9 @@ class SnapKV(Method):
         # The kernel has this very score: a subclass may have another.
         if type(self) is not SnapKV or not use_triton(q, k, v):
             return None
-        pooling = {"pooling": self.pooling, "kernel": self.kernel}
-        keys, values, _ = kernels.snapkv_select(q, k, v, self.top_k, **pooling)
+        keys, values, _ = kernels.snapkv_select(
+            q, k, v, self.top_k, pooling=self.pooling, kernel=self.kernel
+        )
         return keys, values
 
     def validate(self) -> None:

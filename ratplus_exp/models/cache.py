@@ -138,7 +138,8 @@ class SparseCache(Cache):
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero()[:, 0]
             engine = self.engine.for_rows(rows)
-            kept = engine.keep(*(x[rows][:, :, :length] for x in (q, k, v)), layer)
+            q_rows, k_rows, v_rows = (x[rows][:, :, :length] for x in (q, k, v))
+            kept = engine.keep(q_rows, k_rows, v_rows, layer)
             if kept is not None:
                 keys[rows], values[rows] = kept
         return keys, values

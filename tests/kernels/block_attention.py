@@ -8,7 +8,7 @@ import torch
 
 
 def states(
-    *, batch=1, heads=4, kv_heads=2, queries=1, length, dim=8, seed=0,
+    *, batch=1, heads=2, kv_heads=1, queries=1, length, dim=8, seed=0,
     dtype=torch.float32, device="cpu", integers=False,
 ):  # fmt: skip
     """Random q (B, H, Q, D), k and v (B, K, T, D), strided as a model's projections leave them.

@@ -10,13 +10,13 @@ from kernels import moba_prefill
 from kernels.moba_prefill import moba_prefill_torch
 
 SHAPES = {
-    "GQA": {"batch": 2, "length": 37, "block_size": 4, "top_k": 4},
-    "MHA": {"heads": 2, "length": 30, "block_size": 8, "top_k": 2},
+    "GQA": {"batch": 2, "length": 29, "block_size": 4, "top_k": 4},
+    "MHA": {"kv_heads": 2, "length": 30, "block_size": 8, "top_k": 2},
     "odd sizes": {"heads": 3, "kv_heads": 1, "dim": 5, "length": 23, "block_size": 5, "top_k": 3},
     "wide heads": {"heads": 1, "kv_heads": 1, "dim": 20, "length": 18, "block_size": 4, "top_k": 3},
     "long blocks": {"heads": 1, "kv_heads": 1, "length": 250, "block_size": 80, "top_k": 2},
-    "more than there is": {"heads": 2, "length": 19, "block_size": 4, "top_k": 9},
-    "less than a block": {"heads": 2, "length": 3, "block_size": 4, "top_k": 2},
+    "more than there is": {"length": 19, "block_size": 4, "top_k": 9},
+    "less than a block": {"length": 3, "block_size": 4, "top_k": 2},
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -61,7 +61,7 @@ def test_triton_form_is_the_definition(triton_device, shape):
 
 @pytest.mark.parametrize("form", ["torch", "triton"])
 def test_ties_go_to_the_lowest_block(triton_device, form):
-    q, k, v = inputs(4, 5, length=60, heads=2, integers=True, device=triton_device)
+    q, k, v = inputs(4, 5, length=60, integers=True, device=triton_device)
     if form == "torch":
         out = moba_prefill_torch(q, k, v, 4, 5)
     else:
@@ -79,7 +79,7 @@ def test_many_blocks_are_gated_in_segments(triton_device, monkeypatch):
 
 @pytest.mark.parametrize("form", ["torch", "triton"])
 def test_nothing_behind_a_query_matters(triton_device, form):
-    q, k, v = inputs(4, 3, length=30, heads=2, device=triton_device)
+    q, k, v = inputs(4, 3, length=30, device=triton_device)
     outs = []
     for filler in (1.0, -50.0):
         k[:, :, 22:], v[:, :, 22:] = filler, filler
@@ -93,7 +93,7 @@ def test_nothing_behind_a_query_matters(triton_device, form):
 
 @pytest.mark.parametrize("form", ["torch", "triton"])
 def test_means_that_are_there_are_used(triton_device, form):
-    q, k, v = inputs(4, 3, length=22, heads=2, device=triton_device)
+    q, k, v = inputs(4, 3, length=22, device=triton_device)
     means = torch.stack([block.mean(2) for block in k.split(4, dim=2)], 2)
     means[:, :, 5] = torch.nan if form == "triton" else 0  # unfinished
     if form == "torch":
@@ -121,7 +121,7 @@ def test_no_room_for_the_forced_blocks_is_refused():
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_real_shapes_on_a_gpu(dtype, top_k, length, block_size):
     top_k = max(2, length // (16 * block_size)) if top_k == "1/16" else top_k
-    sizes = {"heads": 2, "kv_heads": 1, "length": length, "dim": 128, "dtype": dtype}
+    sizes = {"length": length, "dim": 128, "dtype": dtype}
     q, k, v = inputs(block_size, top_k, **sizes, device="cuda")
     out = moba_prefill(q, k, v, block_size=block_size, top_k=top_k)
     rows = [*range(0, length, length // 40), length - 1]

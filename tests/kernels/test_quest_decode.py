@@ -10,10 +10,10 @@ from kernels import quest_decode
 from kernels.quest_decode import quest_decode_torch
 
 SHAPES = {
-    "GQA, several queries": {"batch": 2, "queries": 3, "length": 37, "block_size": 4, "top_k": 4},
-    "MHA": {"kv_heads": 4, "length": 30, "block_size": 4, "top_k": 3},
+    "GQA, several queries": {"batch": 2, "queries": 2, "length": 37, "block_size": 4, "top_k": 4},
+    "MHA": {"kv_heads": 2, "length": 30, "block_size": 4, "top_k": 3},
     "odd sizes": {"heads": 3, "kv_heads": 1, "dim": 5, "length": 23, "block_size": 5, "top_k": 3},
-    "blocks of one token": {"heads": 2, "kv_heads": 1, "length": 9, "block_size": 1, "top_k": 4},
+    "blocks of one token": {"length": 9, "block_size": 1, "top_k": 4},
     "long blocks": {"heads": 1, "kv_heads": 1, "length": 290, "block_size": 80, "top_k": 3},
     "forced blocks alone": {"length": 30, "block_size": 4, "top_k": 2},
     "more than there is": {"batch": 2, "length": 19, "block_size": 4, "top_k": 9},
