@@ -43,12 +43,13 @@ class Plan(NamedTuple):
 
 
 def default_plan(k: Tensor, columns: int) -> Plan:
-    """The plan for k (B, T, H, D), of whose D channels a program's tile spans part of `columns`."""
-    batch, length, heads, _ = k.shape
+    """The plan for k (B, T, H, D) where a program takes its channels from the first `columns` of D
+    (half of them with RoPE, when it also takes their partners)."""
+    batch, length, heads, dim = k.shape
     if not k.is_cuda:  # the interpreter: cost grows with the elements of a tile
         return Plan(4, min(4, triton.next_power_of_2(columns)), chunks=1, stages=1)
     processors = torch.cuda.get_device_properties(k.device).multi_processor_count
-    block_t, block_d = 64, min(32, triton.next_power_of_2(columns))
+    block_t, block_d = 64, min(32 * columns // dim, triton.next_power_of_2(columns))
     tiles = batch * heads * triton.cdiv(columns, block_d)
     chunks = 1
     if tiles < 0.75 * processors:

@@ -25,7 +25,6 @@ class Form(NamedTuple):
 
     run: takes what `setup` made of a case's inputs (or the inputs themselves), and is timed.
     gpu: needs a GPU (a compiler for it, a library); left out of dry runs.
-    graph: can be captured in a CUDA graph.
     check: its outputs are laid out as the reference's.
     """
 
@@ -33,7 +32,6 @@ class Form(NamedTuple):
     run: Callable[..., Any]
     setup: Callable[..., tuple] | None = None
     gpu: bool = False
-    graph: bool = True
     check: bool = True
 
 
@@ -120,7 +118,7 @@ def _fill(row: Row, form: Form, case: Case, machine: Machine) -> None:
         del out
         row.peak_memory = _peak_memory(lambda: form.run(*prepared[0]), machine.device)
         row.seconds = _seconds(
-            lambda: [form.run(*x) for x in prepared], machine.device, form.graph, machine.dry, row
+            lambda: [form.run(*x) for x in prepared], machine.device, machine.dry, row
         ) / len(prepared)
     except ImportError as missing:
         row.note = f"not installed: {missing.name}"
@@ -140,11 +138,10 @@ def failure(problem: Exception) -> str:
 def _seconds(
     run: Callable[[], Any],
     device: torch.device,
-    graph: bool = True,
     once: bool = False,
     row: Row | None = None,
 ) -> float:
-    """Median seconds of a call."""
+    """Median seconds of a call; row gets a note where it could not be captured in a CUDA graph."""
     if device.type != "cuda":
         took = [_host_seconds(run)]
         if not once:
@@ -153,12 +150,11 @@ def _seconds(
         return median(took)
     run()
     call = run
-    if graph:
-        try:
-            call = _captured(run)
-        except Exception as problem:
-            if row is not None:
-                row.note = f"no CUDA graph ({type(problem).__name__}): timed with its launches"
+    try:
+        call = _captured(run)
+    except Exception as problem:
+        if row is not None:
+            row.note = f"no CUDA graph ({type(problem).__name__}): timed with its launches"
     repeats = max(5, min(200, int(_BUDGET / _device_seconds(call))))
     return median(_device_seconds(call) for _ in range(repeats))
 
