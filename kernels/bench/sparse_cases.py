@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -85,11 +85,8 @@ def _quest(shape: tuple[int, ...], size: int, top_k: int, machine: Machine) -> C
         bounds = torch.cat((grouped.amin(3), grouped.amax(3)), dim=-1)
         return q, k, v, bounds, torch.full((b, 1), t - 1, device=machine.device)
 
-    def kernel(*x: Tensor) -> Tensor:
-        return kernels.quest_decode(*x, block_size=size, top_k=top_k)
-
-    def definition(*x: Any) -> Tensor:
-        return quest_decode_torch(*x, size, top_k)
+    kernel = partial(kernels.quest_decode, block_size=size, top_k=top_k)
+    definition = partial(quest_decode_torch, block_size=size, top_k=top_k)
 
     def gathered(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, _: Tensor) -> Tensor:
         """The usual recipe: scores, top-k, a gather of whole blocks, dense attention over them."""
@@ -125,11 +122,8 @@ def _moba(shape: tuple[int, ...], size: int, top_k: int, machine: Machine) -> Ca
     b, h, _, t, d = shape
     blocks = t // size
 
-    def kernel(*x: Tensor) -> Tensor:
-        return kernels.moba_prefill(*x, block_size=size, top_k=top_k)
-
-    def definition(*x: Any) -> Tensor:
-        return moba_prefill_torch(*x, size, top_k)
+    kernel = partial(kernels.moba_prefill, block_size=size, top_k=top_k)
+    definition = partial(moba_prefill_torch, block_size=size, top_k=top_k)
 
     forms = [Form("kernel", kernel), *_dense(causal=True)]
     if t <= 4096:
