@@ -19,7 +19,7 @@ POCKET := outputs/reference/pocket
 WEIGHTS := pocket_scratch_attention pocket_scratch_ratplus pocket_attention_sft pocket_ratplus_sft
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint table3 table3-cells weights ship clean
+.PHONY: help install demo test test-slow lint table3 table3-cells weights ship clean bench bench-cpu
 
 help: ## list these targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -79,3 +79,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (torch is the large one; this takes a few minutes)"
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
+
+bench: $(STAMP) ## measure kernels and models on the GPU, into outputs/bench/<device>
+	$(BIN)/python -m ratplus_exp.bench
+
+bench-cpu: $(STAMP) ## measure the forms of the memory scan on one CPU thread
+	OMP_NUM_THREADS=1 $(BIN)/python -m ratplus_exp.bench --cpu

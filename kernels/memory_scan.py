@@ -2,7 +2,8 @@
 
     k̃_t = g_t ⊙ k̃_{t-1} + (1 − g_t) ⊙ k_t        ṽ_t = g_t ⊙ ṽ_{t-1} + (1 − g_t) ⊙ v_t
 
-with g_t = sigmoid(z_t). The torch form below is the definition. It walks over tokens, all batches,
+with g_t = sigmoid(z_t). The torch forms below are the definition; on a GPU the Triton kernels of
+memory_scan_triton.py run instead. `memory_scan_torch` walks over tokens, all batches,
 heads and channels of K and V in one operation a token: on a CPU this beats log-depth and chunked
 scans, because it touches each number once and needs no product of gates (so a long run of small
 gates underflows to the right answer, zero, instead of to 0/0).
@@ -10,8 +11,23 @@ gates underflows to the right answer, zero, instead of to 0/0).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from kernels.dispatch import use_triton
+
+
+class Blocks(NamedTuple):
+    """What methods need to know of the keys' N blocks; a partial last one counts what it has.
+
+    bounds: (B, H, N, 2 D), Quest's per-channel minima, then maxima.
+    mean: (B, H, N, D), MoBA's.
+    """
+
+    bounds: Tensor
+    mean: Tensor
 
 
 def memory_scan(
@@ -28,11 +44,76 @@ def memory_scan(
         k̃ and ṽ, (B, T, H, D) in the dtype of k and v, and the final state (2, B, H, D) in fp32.
         The recurrence itself runs in fp32 (fp64 for fp64 inputs).
     """
-    if not z.shape == k.shape == v.shape:
+    _same_shapes(z, k, v)
+    if not use_triton(z, k, v) or not k.numel():
+        return memory_scan_torch(z, k, v, initial_state)
+    from kernels import memory_scan_triton
+
+    if initial_state is not None:
+        initial_state = initial_state.float().contiguous()
+    return memory_scan_triton.Scan.apply(z, k, v, initial_state)
+
+
+def memory_step(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One token of Eq. 1, for decoding: z, k, v (B, H, D), state (2, B, H, D) fp32.
+
+    Returns k̃ and ṽ (B, H, D) in the dtype of k and v, and the new state.
+    """
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (z, k, v, state))
+    if use_triton(z, k, v) and not learning:
+        from kernels import memory_step_triton
+
+        return memory_step_triton.step(z, k, v, state.float().contiguous())
+    k_out, v_out, state = memory_scan(z[:, None], k[:, None], v[:, None], state)
+    return k_out[:, 0], v_out[:, 0], state
+
+
+@torch.no_grad()
+def memory_prefill(
+    z: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: tuple[Tensor, Tensor],
+    block_size: int,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Blocks]:
+    """Eq. 1 over a prompt, RoPE on k̃, and the blocks' representatives, in one pass, for inference.
+
+    Args:
+        z, k, v, initial_state: as in `memory_scan`.
+        rope: cosines and sines, (B or 1, T, 1, D), of the half-rotation form: channel d turns with
+            channel d + D/2, by the same angle.
+        block_size: tokens a block, a power of two; block 0 starts at the first token given.
+
+    Returns:
+        The rotated k̃ and ṽ (B, T, H, D), the final state (before RoPE), and the `Blocks` of the
+        rotated k̃. No gradients.
+    """
+    _same_shapes(z, k, v)
+    if block_size < 1 or block_size & (block_size - 1):
         raise ValueError(
-            f"memory_scan needs z, k and v of one shape (B, T, H, D); got {tuple(z.shape)}, "
-            f"{tuple(k.shape)} and {tuple(v.shape)}"
+            f"memory_prefill needs a block_size that is a power of 2, not {block_size}"
         )
+    dim = k.shape[-1]
+    if dim % 2:
+        raise ValueError(f"RoPE needs an even head size, got {dim}")
+    if not use_triton(z, k, v) or not k.numel():
+        return memory_prefill_torch(z, k, v, rope, block_size, initial_state)
+    from kernels import memory_scan_triton
+
+    if initial_state is not None:
+        initial_state = initial_state.float().contiguous()
+    rope = (rope[0].contiguous(), rope[1].contiguous())
+    k_out, v_out, final_state, statistics = memory_scan_triton.forward(
+        z, k, v, initial_state, rope, block_size
+    )
+    return k_out, v_out, final_state, Blocks(*statistics.split((2 * dim, dim), dim=-1))
+
+
+def memory_scan_torch(
+    z: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of `memory_scan`."""
     dtype = torch.promote_types(k.dtype, torch.float32)
     batch, length, heads, dim = z.shape
     if initial_state is None:
@@ -44,13 +125,33 @@ def memory_scan(
     return memory[0].to(k.dtype), memory[1].to(v.dtype), final_state
 
 
-def memory_step(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One token of Eq. 1, for decoding: z, k, v (B, H, D), state (2, B, H, D) fp32.
+@torch.no_grad()
+def memory_prefill_torch(
+    z: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: tuple[Tensor, Tensor],
+    block_size: int,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Blocks]:
+    """The definition of `memory_prefill`."""
+    wide = torch.promote_types(k.dtype, torch.float32)
+    k_out, v_out, state = memory_scan_torch(z, k.to(wide), v.to(wide), initial_state)
+    first, second = k_out.chunk(2, dim=-1)
+    k_out = k_out * rope[0].to(wide) + torch.cat((-second, first), dim=-1) * rope[1].to(wide)
+    blocks = k_out.split(block_size, dim=1)
+    bounds = [torch.cat((block.amin(1), block.amax(1)), dim=-1) for block in blocks]
+    means = [block.mean(1) for block in blocks]
+    statistics = Blocks(*(torch.stack(x, dim=2).to(k.dtype) for x in (bounds, means)))
+    return k_out.to(k.dtype), v_out.to(v.dtype), state, statistics
 
-    Returns k̃ and ṽ (B, H, D) in the dtype of k and v, and the new state.
-    """
-    k_out, v_out, state = memory_scan(z[:, None], k[:, None], v[:, None], state)
-    return k_out[:, 0], v_out[:, 0], state
+
+def _same_shapes(z: Tensor, k: Tensor, v: Tensor) -> None:
+    if not z.shape == k.shape == v.shape:
+        raise ValueError(
+            f"memory_scan needs z, k and v of one shape (B, T, H, D); got {tuple(z.shape)}, "
+            f"{tuple(k.shape)} and {tuple(v.shape)}"
+        )
 
 
 class _Scan(torch.autograd.Function):

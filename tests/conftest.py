@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this once, when it is first imported; kernels.dispatch alone doesn't heed it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 

@@ -46,6 +46,32 @@ class Method:
         """s(q, r_i) of Eq. 3: queries (B, K, G, Q, D), result (B, K, G, Q, N); higher is better."""
         raise TypeError(f"{type(self).__name__} selects nothing, so it scores nothing")
 
+    # A method may attend without a mask, all at once. The engine asks where nobody else picks the
+    # candidates and nobody watches; None says that this method, here, goes the engine's way.
+
+    def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """Attention of a whole prompt to itself: q, result (B, H, T, D), k and v (B, K, T, D).
+
+        Rows start at their first token, and what follows a query has no influence on it.
+        """
+        return None
+
+    def attend_decode(
+        self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor, positions: Tensor
+    ) -> Tensor | None:
+        """Attention of new tokens q (B, H, Q, D) at positions (B, Q) to k and v (B, K, T, D),
+        which hold them already, by representatives (B, K, N, *) of the blocks."""
+        return None
+
+    def keep(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The top_k keys and values that stay in the cache, (B, K, top_k, D) each, of a longer
+        prompt's k and v (B, K, T, D); q (B, H, forced, D) are its last queries."""
+        return None
+
+    def attended(self, positions: Tensor) -> Tensor:
+        """How many tokens a query at each position attends to, wherever a method attends itself."""
+        return positions + 1
+
     def pattern(self, query: Tensor, key: Tensor) -> Tensor | None:
         """A fixed pattern: which key positions a query position may see, or None for all.
 
@@ -93,3 +119,8 @@ class BlockMethod(Method):
     @property
     def forced(self) -> int:
         return 2
+
+    def attended(self, positions: Tensor) -> Tensor:
+        """Whole blocks, but of the query's own only what is not behind it."""
+        own, last = positions // self.block_size, positions % self.block_size
+        return own.clamp(max=self.top_k - 1) * self.block_size + last + 1

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.selection import select
 from ratplus_exp.methods.base import Dense, Method
 from ratplus_exp.methods.selectors import Selector, TopK
 
@@ -74,6 +75,11 @@ class Engine:
         assert self.rows is None
         return replace(self, selector=self.selector.rows(rows), rows=rows)
 
+    @property
+    def _alone(self) -> bool:
+        """Whether nothing but the result is asked for, so that the method may attend itself."""
+        return self.recorder is None and type(self.selector) is TopK
+
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, layer: int
     ) -> Tensor:
@@ -82,10 +88,15 @@ class Engine:
         q (B, H, T, D), k and v (B, K, T, D), lengths (B,) real tokens of each row (None: all T).
         Returns (B, H, T, D); what it holds behind a row's length is meaningless.
         """
-        if self.method.phase == "prefill":
-            return self._sparse_prefill(q, k, v, lengths, layer)
         length = q.shape[2]
         position = torch.arange(length, device=q.device)
+        out = self.method.attend_prefill(q, k, v) if self._alone else None
+        if out is not None:
+            attended = self.method.attended(position).float()
+            self._count(attended.expand(len(q), -1), position, lengths)
+            return out
+        if self.method.phase == "prefill":
+            return self._sparse_prefill(q, k, v, lengths, layer)
         seen = self.method.pattern(position[:, None], position)
         if seen is None:
             return _attend(q, k, v, causal=True)
@@ -126,22 +137,34 @@ class Engine:
         positions: Tensor,
         representatives: Tensor | None,
         layer: int,
+        all_seen: bool = False,
     ) -> Tensor:
         """Attention of new tokens to a cache that already holds them.
 
         q (B, H, Q, D); k, v (B, K, T, D); slots (B, Q), where in the cache each query's own token
         lies; positions (B, Q), which token of its row it is (ahead of the slot after eviction);
-        representatives (B, K, N, *) of the blocks, for methods that select while decoding.
+        representatives (B, K, N, *) of the blocks, for methods that select while decoding;
+        all_seen, whether every query comes after all T slots, so that no mask is needed.
         """
         method = self.method
+        if self._alone and method.phase == "decode":
+            assert representatives is not None
+            out = method.attend_decode(q, k, v, representatives, positions)
+            if out is not None:
+                self.usage.add(method.attended(positions).float(), positions)
+                return out
         slot = torch.arange(k.shape[2], device=q.device)
+        pattern = method.pattern(slots[..., None], slot)
+        if all_seen and pattern is None and method.phase != "decode":
+            if method.phase == "once":
+                self.usage.add((slots + 1).float(), positions)
+            return _attend(q, k, v)
         seen = (slot <= slots[..., None])[:, None]  # (B, 1, Q, T)
         if method.phase == "decode":
             assert representatives is not None
             blocks = self.select_blocks(q, representatives, positions, layer)
             chosen = blocks.repeat_interleave(method.block_size, dim=-1)[..., : k.shape[2]]
             seen = seen & chosen.flatten(1, 2)
-        pattern = method.pattern(slots[..., None], slot)
         if pattern is not None:
             seen = seen & pattern[:, None]
         if method.phase in ("decode", "once") or pattern is not None:
@@ -186,6 +209,22 @@ class Engine:
         k = F.pad(k, (0, 0, 0, -k.shape[2] % size))
         return self.method.represent(k.unflatten(2, (-1, size)))
 
+    def keep(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values that stay in the cache after a prompt, (B, K, kept, D); None: all.
+
+        All rows have T tokens here: q (B, H, T, D), k and v (B, K, T, D).
+        """
+        method = self.method
+        if self._alone and method.phase == "once" and k.shape[2] > method.top_k:
+            kept = method.keep(q[:, :, -method.forced :], k, v)
+            if kept is not None:
+                return kept
+        slots = self.kept_after_prefill(q, k, layer)
+        if slots is None:
+            return None
+        index = slots[..., None].expand(-1, -1, -1, k.shape[-1])
+        return k.gather(2, index), v.gather(2, index)
+
     def kept_after_prefill(self, q: Tensor, k: Tensor, layer: int) -> Tensor | None:
         """For methods that select once: the cache slots to keep, ascending, (B, K, kept).
 
@@ -210,19 +249,6 @@ class Engine:
         self._record(layer, positions, selected)
         order = selected[:, :, 0, 0].int().argsort(dim=-1, descending=True, stable=True)
         return order[..., : method.top_k]
-
-
-def select(scores: Tensor, k: int, *, allowed: Tensor, forced: Tensor) -> Tensor:
-    """The k best candidates (Eq. 3) as a mask: forced first, then by score, ties to the lowest.
-
-    scores (..., N); allowed and forced broadcast to it. Fewer than k are selected where fewer are
-    allowed.
-    """
-    ranked = scores.masked_fill(forced, torch.inf).masked_fill(~allowed, -torch.inf)
-    # A stable sort, since topk leaves open which of two equal candidates it takes.
-    best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    selected = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    return selected.scatter_(-1, best, True) & allowed
 
 
 def _grouped(q: Tensor, kv_heads: int) -> Tensor:

@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+import kernels
+from kernels.dispatch import use_triton
 from ratplus_exp.methods.base import BlockMethod, Phase
 
 
@@ -22,3 +24,9 @@ class MoBA(BlockMethod):
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         return queries @ representatives.unsqueeze(2).transpose(-1, -2)
+
+    def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        # The kernel has this very score: a subclass may have another.
+        if type(self) is not MoBA or not use_triton(q, k, v):
+            return None
+        return kernels.moba_prefill(q, k, v, block_size=self.block_size, top_k=self.top_k)

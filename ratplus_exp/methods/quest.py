@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+import kernels
+from kernels.dispatch import use_triton
 from ratplus_exp.methods.base import BlockMethod, Phase
 
 
@@ -28,3 +30,12 @@ class Quest(BlockMethod):
         """max(q·min, q·max) is q·max where q > 0 and q·min elsewhere, so two matmuls suffice."""
         halves = torch.cat((queries.clamp(max=0), queries.clamp(min=0)), dim=-1)
         return halves @ representatives.unsqueeze(2).transpose(-1, -2)
+
+    def attend_decode(
+        self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor, positions: Tensor
+    ) -> Tensor | None:
+        # The kernel has this very score: a subclass may have another.
+        if type(self) is not Quest or not use_triton(q, k, v, representatives):
+            return None
+        sizes = {"block_size": self.block_size, "top_k": self.top_k}
+        return kernels.quest_decode(q, k, v, representatives, positions, **sizes)

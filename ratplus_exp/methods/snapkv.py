@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
+from kernels.dispatch import use_triton
 from ratplus_exp.methods.base import Method, Phase
 
 
@@ -56,6 +58,15 @@ class SnapKV(Method):
             return mass
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         return pool(mass, self.kernel, stride=1, padding=self.kernel // 2)
+
+    def keep(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        # The kernel has this very score: a subclass may have another.
+        if type(self) is not SnapKV or not use_triton(q, k, v):
+            return None
+        keys, values, _ = kernels.snapkv_select(
+            q, k, v, self.top_k, pooling=self.pooling, kernel=self.kernel
+        )
+        return keys, values
 
     def validate(self) -> None:
         super().validate()

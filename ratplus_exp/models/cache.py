@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -62,6 +63,9 @@ class SparseCache(Cache):
         self.seen = 0  # tokens processed, padding included: what `generate` slices by
         self.processed: Tensor | None = None  # (B,) real tokens processed
         self.stored: Tensor | None = None  # (B,) slots in use
+        # What the device would have to be asked for, and waited for, is counted along here.
+        self.longest = 0  # slots in use in the longest row (its rows may have left the batch)
+        self.ragged = False  # whether rows may differ in length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -81,11 +85,12 @@ class SparseCache(Cache):
             store.keys, store.values = kept if kept else (k, v)
             return out
         assert self.processed is not None and self.stored is not None
-        slots = self.stored[:, None] + torch.arange(q.shape[2], device=q.device)
-        self._append(store, k, v, slots)
-        self._update_representatives(store, step.positions)
+        new = q.shape[2]
+        used = self.longest + new
+        slots = self.stored[:, None] + torch.arange(new, device=q.device)
+        self._append(store, k, v, slots, used)
+        self._update_representatives(store, step.positions, used)
         assert store.keys is not None and store.values is not None
-        used = int(slots.max()) + 1
         return engine.decode(
             q,
             store.keys[:, :, :used],
@@ -94,6 +99,7 @@ class SparseCache(Cache):
             step.positions,
             store.representatives,
             layer,
+            all_seen=new == 1 and not self.ragged,
         )
 
     def advance(self, step: Step, batch: int) -> None:
@@ -108,9 +114,12 @@ class SparseCache(Cache):
         self.seen += length
         if self.processed is None or self.stored is None:
             self.processed, self.stored = new.clone(), new.clone()
+            self.longest, self.ragged = length, step.lengths is not None
             if self.engine.method.phase == "once":
                 self.stored = self.stored.clamp(max=self.engine.method.top_k)
+                self.longest = min(self.longest, self.engine.method.top_k)
         else:
+            self.longest += length
             self.processed, self.stored = self.processed + new, self.stored + new
 
     def _evict(
@@ -123,21 +132,19 @@ class SparseCache(Cache):
         method = self.engine.method
         if method.phase != "once":
             return None
-        keys, values = k[:, :, : method.top_k].clone(), v[:, :, : method.top_k].clone()
         if lengths is None:
-            lengths = torch.full((len(k),), k.shape[2], device=k.device)
+            return self.engine.keep(q, k, v, layer)
+        keys, values = k[:, :, : method.top_k].clone(), v[:, :, : method.top_k].clone()
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero()[:, 0]
             engine = self.engine.for_rows(rows)
-            kept = engine.kept_after_prefill(q[rows][:, :, :length], k[rows][:, :, :length], layer)
-            if kept is None:
-                continue
-            index = kept[..., None].expand(-1, -1, -1, k.shape[-1])
-            keys[rows], values[rows] = k[rows].gather(2, index), v[rows].gather(2, index)
+            q_rows, k_rows, v_rows = (x[rows][:, :, :length] for x in (q, k, v))
+            kept = engine.keep(q_rows, k_rows, v_rows, layer)
+            if kept is not None:
+                keys[rows], values[rows] = kept
         return keys, values
 
-    def _append(self, store: SparseLayer, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        needed = int(slots.max()) + 1
+    def _append(self, store: SparseLayer, k: Tensor, v: Tensor, slots: Tensor, needed: int) -> None:
         for name, new in (("keys", k), ("values", v)):
             tensor = getattr(store, name)
             if needed > tensor.shape[2]:
@@ -148,30 +155,33 @@ class SparseCache(Cache):
             index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
             setattr(store, name, tensor.scatter_(2, index, new))
 
-    def _update_representatives(self, store: SparseLayer, positions: Tensor) -> None:
+    def _update_representatives(self, store: SparseLayer, positions: Tensor, used: int) -> None:
         """Recompute the blocks that the new tokens fell into (no eviction: slot is position)."""
         if store.representatives is None:
             return
         size = self.engine.method.block_size
         keys, old = store.keys, store.representatives
         assert keys is not None
-        blocks = int(positions.max()) // size + 1
-        if blocks > old.shape[2]:
-            old = torch.cat(
-                (old, old.new_zeros(*old.shape[:2], blocks - old.shape[2], old.shape[3])), 2
-            )
-        for block in (positions // size).unique().tolist():
-            # A block that is not yet full in some row is that row's own: forced, so never scored.
-            new = self.engine.block_representatives(keys[:, :, block * size : (block + 1) * size])
-            touched = (positions // size == block).any(1)
-            old[touched, :, block] = new[touched, :, 0]
-        store.representatives = old
+        if missing := max(0, -(-used // size) - old.shape[2]):
+            old = F.pad(old, (0, 0, 0, missing))
+        own = positions // size  # (B, Q)
+        touched = torch.arange((positions.shape[1] + size - 2) // size + 1, device=keys.device)
+        block = torch.minimum(own[:, :1] + touched, own[:, -1:])  # (B, blocks)
+        # A block that is not yet full in some row is that row's own: forced, so never scored.
+        # What stands in for its missing tokens doesn't matter.
+        token = block[..., None] * size + torch.arange(size, device=keys.device)
+        token = token.clamp(max=keys.shape[2] - 1).flatten(1)[:, None, :, None]
+        there = keys.gather(2, token.expand(-1, keys.shape[1], -1, keys.shape[3]))
+        new = self.engine.method.represent(there.unflatten(2, (-1, size)))
+        block = block[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+        store.representatives = old.scatter_(2, block, new)
 
     # What generate, beam search and the like ask of a cache.
 
     def reset(self) -> None:
         self.layers = [SparseLayer() for _ in self.layers]
         self.seen, self.processed, self.stored = 0, None, None
+        self.longest, self.ragged = 0, False
 
     def _map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
         for layer in self.layers:

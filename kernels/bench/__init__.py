@@ -1,0 +1,1 @@
+"""How fast the kernels are: every form of every operation, beside the time the hardware needs."""

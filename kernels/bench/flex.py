@@ -1,0 +1,95 @@
+"""FlexAttention over selected blocks, as a baseline: block masks built from indices.
+
+`create_block_mask` would evaluate H · T² pairs, so masks are made with `from_kv_blocks`. The
+selection itself is done in setup and is not part of the baseline's time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kernels.selection import select_blocks
+
+_TILE = 128  # queries that FlexAttention handles together
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: object) -> Tensor:
+    return _compiled()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def window_lse(q: Tensor, k: Tensor) -> Tensor:
+    """log Σ exp of the last queries' causal logits, (B, H, W) fp32, head by head."""
+    groups = q.shape[1] // k.shape[1]
+    token = torch.arange(k.shape[2], device=q.device)
+    future = token > token[-q.shape[2] :, None]
+    rows = []
+    for head in range(q.shape[1]):
+        logits = q[:, head].float() @ k[:, head // groups].float().transpose(-1, -2)
+        logits = (logits / math.sqrt(q.shape[-1])).masked_fill(future, -torch.inf)
+        rows.append(logits.logsumexp(-1))
+    return torch.stack(rows, dim=1)
+
+
+def decode_inputs(size: int, top_k: int) -> Callable[..., tuple]:
+    """setup for one query a head: q, k, v and a mask over Quest's choice."""
+
+    def setup(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, positions: Tensor) -> tuple:
+        from torch.nn.attention.flex_attention import BlockMask
+
+        halves = torch.cat((q.clamp(max=0), q.clamp(min=0)), dim=-1)
+        grouped = halves.unflatten(1, (k.shape[1], -1))
+        scores = (grouped @ bounds.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
+        chosen = select_blocks(scores, positions, block_size=size, top_k=top_k)  # (B, H, 1, N)
+        count, index = _indices(chosen)
+        mask = BlockMask.from_kv_blocks(
+            torch.zeros_like(count), index, count, index,
+            BLOCK_SIZE=(_TILE, size), seq_lengths=(1, k.shape[2]),
+        )  # fmt: skip
+        return q, k, v, mask
+
+    return setup
+
+
+def prefill_inputs(size: int, top_k: int) -> Callable[..., tuple]:
+    """setup for a prompt: tiles of queries over the union of their choices, and a bit a pair."""
+
+    def setup(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+        from torch.nn.attention.flex_attention import BlockMask
+
+        length = q.shape[2]
+        means = k.unflatten(2, (-1, size)).mean(3).unsqueeze(2).transpose(-1, -2)
+        position = torch.arange(length, device=q.device)
+        chosen = []
+        for queries, at in zip(q.split(4096, dim=2), position.split(4096), strict=True):
+            scores = (queries.unflatten(1, (k.shape[1], -1)) @ means).flatten(1, 2)
+            chosen.append(select_blocks(scores, at[None], block_size=size, top_k=top_k))
+        bits = torch.cat(chosen, dim=2)  # (B, H, T, N)
+        count, index = _indices(bits.unflatten(2, (-1, _TILE)).any(3))
+
+        def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return bits[b, h, query, key // size] & (key <= query)
+
+        mask = BlockMask.from_kv_blocks(
+            count, index, BLOCK_SIZE=(_TILE, size), mask_mod=seen, seq_lengths=(length, length)
+        )
+        return q, k, v, mask
+
+    return setup
+
+
+def _indices(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks are chosen, and which: the chosen ones first."""
+    index = chosen.int().argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32), index.to(torch.int32)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,0 +1,99 @@
+"""Other ways to run Eq. 1, written to be compared with `memory_scan`: none is used elsewhere.
+
+Each is a function `recur(gate, x)` that solves h_t = g_t h_{t-1} + x_t along the first dimension,
+with gate (T, 1, B, H, D) and x (T, 2, B, H, D) for K and V, and `scan` makes the whole operation of
+it, with the same backward pass for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Recurrence = Callable[[Tensor, Tensor], Tensor]
+
+
+def naive_loop(z: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The equation as it stands; autograd finds the backward pass."""
+    gate, kv = torch.sigmoid(z.float()), torch.stack((k, v)).float()
+    state = torch.zeros_like(kv[:, :, 0])
+    out = []
+    for t in range(z.shape[1]):
+        state = gate[:, t] * state + (1 - gate[:, t]) * kv[:, :, t]
+        out.append(state)
+    memory = torch.stack(out, dim=2)
+    return memory[0].to(k.dtype), memory[1].to(v.dtype)
+
+
+def log_depth(gate: Tensor, x: Tensor) -> Tensor:
+    """Doubling: after step i every state has taken in the 2^i inputs up to its own."""
+    reach = 1
+    while reach < len(x):
+        x = torch.cat((x[:reach], gate[reach:] * x[:-reach] + x[reach:]))
+        gate = torch.cat((gate[:reach], gate[reach:] * gate[:-reach]))
+        reach *= 2
+    return x
+
+
+def chunked(gate: Tensor, x: Tensor, size: int = 32) -> Tensor:
+    """All chunks step together, then the states are carried from chunk to chunk."""
+    length = len(x)
+    pad = (0, 0) * (x.ndim - 1) + (0, -length % size)
+    gate = torch.nn.functional.pad(gate, pad, value=1.0).unflatten(0, (-1, size))
+    x = torch.nn.functional.pad(x, pad).unflatten(0, (-1, size)).clone()
+    product = gate.clone()
+    for i in range(1, size):
+        x[:, i].addcmul_(gate[:, i], x[:, i - 1])
+        product[:, i] *= product[:, i - 1]
+    for chunk in range(1, len(x)):
+        x[chunk].addcmul_(product[chunk], x[chunk - 1, -1])
+    return x.flatten(0, 1)[:length]
+
+
+def associative(gate: Tensor, x: Tensor, mode: str = "generic") -> Tensor:
+    """P2's formulation: torch's associative_scan over K and V side by side, in fp32."""
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    pairs = (gate.expand_as(x).contiguous(), x.contiguous())
+    return associative_scan(combine, pairs, dim=0, combine_mode=mode)[1]
+
+
+def associative_pointwise(gate: Tensor, x: Tensor) -> Tensor:
+    """The mode that P2 compiles for GPUs."""
+    return associative(gate, x, "pointwise")
+
+
+def scan(recur: Recurrence) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """memory_scan without its state, by `recur`."""
+
+    def run(z: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        kv = torch.stack((k, v)).float()
+        memory = _Scan.apply(recur, z.float(), kv)
+        return memory[0].to(k.dtype), memory[1].to(v.dtype)
+
+    return run
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, recur: Recurrence, z: Tensor, kv: Tensor) -> Tensor:
+        z, x = z.movedim(1, 0).unsqueeze(1), kv.movedim(2, 0)  # (T, 1 or 2, B, H, D)
+        states = recur(torch.sigmoid(z), torch.sigmoid(-z) * x)
+        ctx.recur = recur
+        ctx.save_for_backward(z, x, states)
+        return states.movedim(0, 2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        z, x, states = ctx.saved_tensors
+        gate, keep = torch.sigmoid(z), torch.sigmoid(-z)
+        following = torch.cat((gate[1:], torch.zeros_like(gate[:1])))
+        d = ctx.recur(following.flip(0), grad.movedim(2, 0).flip(0)).flip(0)
+        previous = torch.cat((torch.zeros_like(states[:1]), states[:-1]))
+        dz = (gate * keep * d * (previous - x)).sum(1)
+        return None, dz.movedim(0, 1), (keep * d).movedim(0, 2)

@@ -1,0 +1,292 @@
+"""Triton form of Eq. 1: one pass over z, k and v, sequential over tiles of tokens.
+
+A program walks over the tokens of BD channels of one head, BT tokens at a time. Inside a tile the
+recurrence h_t = g_t h_{t-1} + (1 − g_t) x_t is a scan of pairs (product of gates, state), for K and
+V at once since they share the gate. Nothing is divided by a product of gates, so underflow to zero
+is the right answer. Where batch and heads give too few programs for the GPU, the sequence is cut
+into chunks: a first kernel finds what each chunk does to the state that enters it ("totals"), and
+every program of the second starts by carrying the initial state over the chunks before its own.
+
+The backward pass is the same walk from the end: D_t = dh_t + g_{t+1} D_{t+1}. Tokens are then
+loaded in reverse, since Triton's own reverse scan has open bugs. It reads h_{t-1} from the
+forward's output.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.memory_scan_tiles import (
+    block_statistics,
+    carry,
+    load_gradients,
+    load_inputs,
+    load_reversed,
+    totals_kernel,
+    walk,
+)
+
+
+class Plan(NamedTuple):
+    """How a scan is cut up: tile of tokens and channels, chunks of the sequence, launch options."""
+
+    block_t: int
+    block_d: int
+    chunks: int
+    warps: int = 4
+    stages: int = 3
+
+
+def default_plan(k: Tensor, columns: int) -> Plan:
+    """The plan for k (B, T, H, D) where a program takes its channels from the first `columns` of D
+    (half of them with RoPE, when it also takes their partners)."""
+    batch, length, heads, dim = k.shape
+    if not k.is_cuda:  # the interpreter: cost grows with the elements of a tile
+        return Plan(4, min(4, triton.next_power_of_2(columns)), chunks=1, stages=1)
+    processors = torch.cuda.get_device_properties(k.device).multi_processor_count
+    block_t, block_d = 64, min(32 * columns // dim, triton.next_power_of_2(columns))
+    tiles = batch * heads * triton.cdiv(columns, block_d)
+    chunks = 1
+    if tiles < 0.75 * processors:
+        chunks = min(triton.cdiv(2 * processors, tiles), triton.cdiv(length, 4 * block_t))
+    return Plan(block_t, block_d, max(chunks, 1))
+
+
+class Scan(torch.autograd.Function):
+    """memory_scan(z, k, v, initial) on Triton; initial (2, B, H, D) fp32 or None."""
+
+    @staticmethod
+    def forward(
+        ctx, z: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, plan: Plan | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        k_out, v_out, final, _ = forward(z, k, v, initial, plan=plan)
+        ctx.save_for_backward(z, k, v, initial, k_out, v_out)
+        ctx.plan = plan
+        return k_out, v_out, final
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(ctx.plan, *ctx.saved_tensors, *grads), None
+
+
+def forward(
+    z: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    block_size: int = 0,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k̃ (rotated, if rope is given), ṽ, the final state, and the blocks' statistics (B, H, N, 3 D):
+    minimum, maximum and mean of k̃ over block_size tokens each; N is 0 for block_size 0."""
+    batch, length, heads, dim = k.shape
+    columns = dim // 2 if rope else dim
+    plan = plan or default_plan(k, columns)
+    block_t = block_size or plan.block_t
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    v_out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    final = torch.empty(2, batch, heads, dim, dtype=torch.float32, device=k.device)
+    blocks = triton.cdiv(length, block_size) if block_size else 0
+    statistics = torch.empty(batch, heads, blocks, 3 * dim, dtype=k.dtype, device=k.device)
+    chunk, chunks = _chunking(length, block_t, plan.chunks)
+    tiles = batch * heads * triton.cdiv(columns, plan.block_d)
+    totals = _totals((z, k, v), chunk, chunks, False, block_t, plan)
+    cos, sin = rope or (z, z)
+    _forward_kernel[tiles, chunks](
+        z, k, v, z if initial is None else initial, totals, cos, sin,
+        k_out, v_out, final, statistics,
+        length, chunk, heads, batch * heads * dim, blocks,
+        *z.stride(), *k.stride(), *v.stride(),
+        cos.stride(0) if len(cos) > 1 else 0, cos.stride(1),
+        D=dim, COLUMNS=columns, HAS_START=initial is not None, ROPE=rope is not None,
+        BLOCKS=block_size > 0, BT=block_t, BD=plan.block_d, STAGES=plan.stages,
+        num_warps=plan.warps,
+    )  # fmt: skip
+    return k_out, v_out, final, statistics
+
+
+def backward(
+    plan: Plan | None, z: Tensor, k: Tensor, v: Tensor, initial: Tensor | None,
+    k_out: Tensor, v_out: Tensor, dk_out: Tensor, dv_out: Tensor, d_final: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of z, k, v and the initial state from those of k̃, ṽ and the final state."""
+    batch, length, heads, dim = k.shape
+    plan = plan or default_plan(k, dim)
+    dz, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (z, k, v))
+    d_initial = None if initial is None else torch.empty_like(initial)
+    chunk, chunks = _chunking(length, plan.block_t, plan.chunks)
+    tiles = batch * heads * triton.cdiv(dim, plan.block_d)
+    totals = _totals((z, dk_out, dv_out), chunk, chunks, True, plan.block_t, plan)
+    _backward_kernel[tiles, chunks](
+        z, k, v, k_out, v_out, dk_out, dv_out, d_final.contiguous(),
+        z if initial is None else initial, totals,
+        dz, dk, dv, z if d_initial is None else d_initial,
+        length, chunk, heads, batch * heads * dim,
+        *z.stride(), *k.stride(), *v.stride(), *dk_out.stride(), *dv_out.stride(),
+        D=dim, HAS_START=initial is not None, BT=plan.block_t, BD=plan.block_d,
+        STAGES=plan.stages, num_warps=plan.warps,
+    )  # fmt: skip
+    return dz, dk, dv, d_initial
+
+
+def _chunking(length: int, block_t: int, chunks: int) -> tuple[int, int]:
+    """Tokens a chunk, a whole number of tiles, and how many chunks that makes."""
+    chunk = triton.cdiv(triton.cdiv(length, chunks), block_t) * block_t
+    return chunk, triton.cdiv(length, chunk)
+
+
+def _totals(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    chunk: int,
+    chunks: int,
+    reverse: bool,
+    block_t: int,
+    plan: Plan,
+) -> Tensor:
+    """(chunks − 1, 3, B, H, D) fp32: gate product and states of every chunk but the last."""
+    batch, length, heads, dim = inputs[0].shape
+    shape = (chunks - 1, 3, batch, heads, dim)
+    totals = torch.empty(shape, dtype=torch.float32, device=inputs[0].device)
+    if chunks > 1:
+        tiles = batch * heads * triton.cdiv(dim, plan.block_d)
+        z, x, y = inputs
+        totals_kernel[tiles, chunks - 1](
+            z, x, y, totals, length, chunk, heads, batch * heads * dim,
+            *z.stride(), *x.stride(), *y.stride(),
+            D=dim, REVERSE=reverse, BT=block_t, BD=plan.block_d, STAGES=plan.stages,
+            num_warps=plan.warps,
+        )  # fmt: skip
+    return totals
+
+
+@triton.jit
+def _forward_kernel(
+    z_ptr, k_ptr, v_ptr, start_ptr, totals_ptr, cos_ptr, sin_ptr,
+    k_out_ptr, v_out_ptr, final_ptr, statistics_ptr,
+    T, chunk_length, H, plane, N,
+    z_b, z_t, z_h, z_d, k_b, k_t, k_h, k_d, v_b, v_t, v_h, v_d, rope_b, rope_t,
+    D: tl.constexpr, COLUMNS: tl.constexpr, HAS_START: tl.constexpr, ROPE: tl.constexpr,
+    BLOCKS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tiles: tl.constexpr = (COLUMNS + BD - 1) // BD
+    head = tl.program_id(0) // tiles
+    chunk = tl.program_id(1)
+    b = (head // H).to(tl.int64)
+    h = head % H
+    # RoPE turns channel d together with d + D / 2, so a program then has both: d2 is the partner.
+    d = (tl.program_id(0) % tiles) * BD + tl.arange(0, BD)
+    inside = d < COLUMNS
+    d2 = d + COLUMNS
+    z_ptr += b * z_b + h * z_h
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    state = head * D + d
+    x, y = carry(start_ptr, totals_ptr, state, plane, chunk, inside, HAS_START, BD)
+    if ROPE:
+        x2, y2 = carry(start_ptr, totals_ptr, state + COLUMNS, plane, chunk, inside, HAS_START, BD)
+    row = tl.arange(0, BT)[:, None]
+    begin = chunk * chunk_length
+    end = tl.minimum(begin + chunk_length, T)
+    for t in tl.range(begin, end, BT, num_stages=STAGES):
+        first = t
+        a, kt, vt = load_inputs(
+            z_ptr, k_ptr, v_ptr, z_t, k_t, v_t, z_d, k_d, v_d, first, d, inside, T, BT
+        )
+        kt, vt, x, y = walk(a, kt, vt, x, y, BT)
+        seen = (first + row < T) & inside[None, :]
+        token = (b * T + first + row) * (H * D) + h * D  # (BT, 1) int64
+        tl.store(v_out_ptr + token + d[None, :], vt, mask=seen)
+        block = statistics_ptr + (head.to(tl.int64) * N + first // BT) * (3 * D)
+        if ROPE:
+            a, kt2, vt2 = load_inputs(
+                z_ptr, k_ptr, v_ptr, z_t, k_t, v_t, z_d, k_d, v_d, first, d2, inside, T, BT
+            )
+            kt2, vt2, x2, y2 = walk(a, kt2, vt2, x2, y2, BT)
+            tl.store(v_out_ptr + token + d2[None, :], vt2, mask=seen)
+            angle = b * rope_b + first.to(tl.int64) * rope_t + row * rope_t + d[None, :]
+            cos = tl.load(cos_ptr + angle, mask=seen, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + angle, mask=seen, other=0.0).to(tl.float32)
+            turned = kt * cos - kt2 * sin
+            kt2 = kt2 * cos + kt * sin
+            kt = turned
+            tl.store(k_out_ptr + token + d2[None, :], kt2, mask=seen)
+            if BLOCKS:
+                block_statistics(kt2, seen, T - first, block + d2, D, inside, BT)
+        tl.store(k_out_ptr + token + d[None, :], kt, mask=seen)
+        if BLOCKS:
+            block_statistics(kt, seen, T - first, block + d, D, inside, BT)
+    if end == T:
+        tl.store(final_ptr + state, x, mask=inside)
+        tl.store(final_ptr + plane + state, y, mask=inside)
+        if ROPE:
+            tl.store(final_ptr + state + COLUMNS, x2, mask=inside)
+            tl.store(final_ptr + plane + state + COLUMNS, y2, mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    z_ptr, k_ptr, v_ptr, k_out_ptr, v_out_ptr, dk_out_ptr, dv_out_ptr, d_final_ptr,
+    start_ptr, totals_ptr, dz_ptr, dk_ptr, dv_ptr, d_start_ptr,
+    T, chunk_length, H, plane,
+    z_b, z_t, z_h, z_d, k_b, k_t, k_h, k_d, v_b, v_t, v_h, v_d,
+    dk_b, dk_t, dk_h, dk_d, dv_b, dv_t, dv_h, dv_d,
+    D: tl.constexpr, HAS_START: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    tiles: tl.constexpr = (D + BD - 1) // BD
+    head = tl.program_id(0) // tiles
+    chunk = tl.program_id(1)  # counted from the end of the sequence
+    b = (head // H).to(tl.int64)
+    h = head % H
+    d = (tl.program_id(0) % tiles) * BD + tl.arange(0, BD)
+    inside = d < D
+    z_ptr += b * z_b + h * z_h
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    dk_out_ptr += b * dk_b + h * dk_h
+    dv_out_ptr += b * dv_b + h * dv_h
+    own = b * T * (H * D) + h * D  # of contiguous (B, T, H, D)
+    state = head * D + d
+    # D_T is the gradient of the final state, with g_T = 1.
+    x, y = carry(d_final_ptr, totals_ptr, state, plane, chunk, inside, True, BD)
+    if HAS_START:
+        start_k = tl.load(start_ptr + state, mask=inside, other=0.0)[None, :]
+        start_v = tl.load(start_ptr + plane + state, mask=inside, other=0.0)[None, :]
+    else:
+        start_k = tl.zeros([1, BD], tl.float32)
+        start_v = tl.zeros([1, BD], tl.float32)
+    begin = chunk * chunk_length
+    end = tl.minimum(begin + chunk_length, T)
+    for back in tl.range(begin, end, BT, num_stages=STAGES):
+        first = back
+        a, grad_k, grad_v = load_gradients(
+            z_ptr, dk_out_ptr, dv_out_ptr, z_t, dk_t, dv_t, z_d, dk_d, dv_d, first, d, inside, T, BT
+        )
+        grad_k, grad_v, x, y = walk(a, grad_k, grad_v, x, y, BT)  # D_t of both streams
+        t = (T - 1 - first - tl.arange(0, BT))[:, None]
+        z = load_reversed(z_ptr, z_t, z_d, t, d, inside)
+        k = load_reversed(k_ptr, k_t, k_d, t, d, inside)
+        v = load_reversed(v_ptr, v_t, v_d, t, d, inside)
+        before_k = load_reversed(k_out_ptr + own, H * D, 1, t - 1, d, inside)
+        before_v = load_reversed(v_out_ptr + own, H * D, 1, t - 1, d, inside)
+        before_k = tl.where(t == 0, start_k, before_k)
+        before_v = tl.where(t == 0, start_v, before_v)
+        keep = 1.0 / (1.0 + tl.exp(z))
+        gate = 1.0 / (1.0 + tl.exp(-z))
+        dz = gate * keep * (grad_k * (before_k - k) + grad_v * (before_v - v))
+        seen = (t >= 0) & inside[None, :]
+        out = own + t.to(tl.int64) * (H * D) + d[None, :]
+        tl.store(dz_ptr + out, dz, mask=seen)
+        tl.store(dk_ptr + out, keep * grad_k, mask=seen)
+        tl.store(dv_ptr + out, keep * grad_v, mask=seen)
+    if HAS_START and end == T:  # the walk ends with D_0
+        z = tl.load(z_ptr + d * z_d, mask=inside, other=0.0).to(tl.float32)
+        gate = 1.0 / (1.0 + tl.exp(-z))
+        tl.store(d_start_ptr + state, gate * x, mask=inside)
+        tl.store(d_start_ptr + plane + state, gate * y, mask=inside)

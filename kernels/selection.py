@@ -1,0 +1,39 @@
+"""Eq. 3 of P1: the k best candidates, forced ones first, ties to the lowest index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def select(scores: Tensor, k: int, *, allowed: Tensor, forced: Tensor) -> Tensor:
+    """The k best candidates (Eq. 3) as a mask: forced first, then by score, ties to the lowest.
+
+    scores (..., N); allowed and forced broadcast to it. Fewer than k are selected where fewer are
+    allowed.
+    """
+    ranked = scores.masked_fill(forced, torch.inf).masked_fill(~allowed, -torch.inf)
+    # A stable sort, since topk leaves open which of two equal candidates it takes.
+    best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    selected = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    return selected.scatter_(-1, best, True) & allowed
+
+
+def select_blocks(scores: Tensor, positions: Tensor, *, block_size: int, top_k: int) -> Tensor:
+    """`select` over blocks of the context: scores (B, H, Q, N), positions (B or 1, Q) tokens.
+
+    The first block and the query's own are forced, and blocks behind the query not allowed.
+    """
+    block = torch.arange(scores.shape[-1], device=scores.device)
+    own = (positions // block_size)[:, None, :, None]  # (B, 1, Q, 1)
+    forced = (block == 0) | (block == own)
+    return select(scores, top_k, allowed=block <= own, forced=forced)
+
+
+def check_top_k(top_k: int) -> None:
+    """Refuse a selection that has no room for the two forced blocks."""
+    if top_k < 2:
+        raise ValueError(
+            f"top_k={top_k} has no room for the first block and the query's own, which are always "
+            "selected: use at least 2"
+        )

@@ -1,0 +1,41 @@
+"""`kernels.selection.select_blocks` inside a Triton kernel, on scores that sit in registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def select_blocks(scores, own, top_k):
+    """scores (R, N) fp32 of R queries, own (R,) their own blocks: (R, N) bool, what is selected.
+
+    A binary search finds each row's k-th best score among the blocks that are not forced. It runs
+    over the scores' bits read as integers of the same order, so it is exact and takes at most 32
+    counts, fewer once every row has a threshold with just its number above. Nothing is sorted.
+    """
+    # How many free ones to take: min(top_k, own + 1) in all, the forced (one or two) among them.
+    wanted = tl.minimum(top_k, own + 1) - tl.minimum(own + 1, 2)
+    block = tl.arange(0, scores.shape[1])[None, :]
+    forced = (block == 0) | (block == own[:, None])
+    free = (block > 0) & (block < own[:, None])
+    scores = tl.where(scores == 0, 0.0, scores)  # −0 ties with 0
+    bits = scores.to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = tl.where(free, key, -2147483647)  # below −inf
+
+    # At least `wanted` keys reach low, fewer reach high.
+    high = tl.max(key, axis=1) + 1
+    low = tl.where(wanted > 0, tl.min(tl.where(free, key, 2147483647), axis=1), high)
+    while tl.max((low + 1 < high).to(tl.int32), axis=0) > 0:
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean without overflow
+        count = tl.sum((key >= middle[:, None]).to(tl.int32), axis=1)
+        low = tl.where(count >= wanted, middle, low)
+        high = tl.where(count > wanted, high, tl.where(count == wanted, middle + 1, middle))
+
+    above = key > low[:, None]
+    tied = key == low[:, None]
+    left = wanted - tl.sum(above.to(tl.int32), axis=1)
+    if tl.max(tl.sum(tied.to(tl.int32), axis=1) - left, axis=0) > 0:
+        tied = tied & (tl.cumsum(tied.to(tl.int32), axis=1) <= left[:, None])
+    return forced | above | tied

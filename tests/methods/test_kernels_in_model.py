@@ -1,0 +1,107 @@
+"""What generates through the kernels is what generates through the engine's masks."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+import kernels
+from kernels.dispatch import interpreted
+from ratplus_exp.methods import Dilated, Engine, MoBA, Quest, SnapKV
+from ratplus_exp.methods import dilated as dilated_module
+
+NEW_TOKENS = 4  # from the sixth block into the seventh
+METHODS = {
+    "quest_decode": Quest(block_size=4, top_k=3),
+    "moba_prefill": MoBA(block_size=4, top_k=3),
+    "snapkv_select": SnapKV(top_k=12, window=4),
+}
+
+
+def generate(model, ids, mask, engine):
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=model.new_cache(engine),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("lengths", [(22, 22), (22, 9, 17)], ids=["alike", "of different length"])
+def test_generates_through_its_kernel_as_without(
+    make_model, make_ids, left_pad, monkeypatch, name, lengths
+):
+    # Small, since the interpreter is slow.
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = make_model(dtype=torch.float32, memory=False, num_hidden_layers=1, **sizes)
+    ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
+    plain, through = Engine(METHODS[name]), Engine(METHODS[name])
+    tokens, logits = generate(model, ids, mask, plain)
+    called = []
+    kernel = getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, lambda *a, **b: called.append(name) or kernel(*a, **b))
+    monkeypatch.setattr(Engine, "select_blocks", None)  # nothing may select beside the kernel
+    with interpreted():
+        tokens_through, logits_through = generate(model, ids, mask, through)
+    assert called
+    assert torch.equal(tokens_through, tokens)
+    torch.testing.assert_close(logits_through, logits, rtol=1e-4, atol=1e-4)
+    rows = len(lengths)
+    torch.testing.assert_close(through.usage.fractions(rows), plain.usage.fractions(rows))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_subclass_does_not_inherit_a_kernel_for_another_score(method):
+    if not importlib.util.find_spec("triton"):
+        pytest.skip("triton is not installed")
+    other = type("Other", (type(method),), {})(**vars(method))
+    q, k = torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
+    positions = torch.tensor([[19]])
+    with interpreted():
+        assert other.attend_prefill(q, k, k) is None
+        assert other.attend_decode(q[:, :, -1:], k, k, torch.zeros(1, 2, 5, 16), positions) is None
+        assert other.keep(q[:, :, -4:], k, k) is None
+
+
+@pytest.mark.parametrize("length", [1, 5, 30, 47])
+@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+@pytest.mark.parametrize(
+    "sizes", [(4, 2, 1), (4, 9, 3), (3, 0, 0), (4, 2, 9), (0, 3, 2), (1, 2, 0), (50, 2, 1)]
+)
+def test_dilated_prefill_in_chunks_is_its_mask(monkeypatch, length, chunk, sizes):
+    monkeypatch.setattr(dilated_module, "CHUNK", chunk)
+    method = Dilated(**dict(zip(("dilation", "local", "initial"), sizes, strict=True)))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, length, 4, generator=generator, dtype=torch.float64)
+        for heads in (4, 2, 2)
+    )
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    position = torch.arange(length)
+    seen = torch.tensor(
+        [
+            [
+                j <= t
+                and ((sizes[0] and (j + 1) % sizes[0] == 0) or t - j <= sizes[1] or j < sizes[2])
+                for j in range(length)
+            ]
+            for t in range(length)
+        ]
+    ).bool()
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+    out = method.attend_prefill(q, k, v)
+    torch.testing.assert_close(out, wanted)
+    assert torch.equal(method.attended(position), seen.sum(-1))
+    grads = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, wanted)]
+    for grad, wanted_grad in zip(*grads, strict=True):
+        torch.testing.assert_close(grad, wanted_grad)
