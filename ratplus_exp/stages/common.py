@@ -13,9 +13,10 @@ from omegaconf import DictConfig
 from ratplus_exp import provenance
 from ratplus_exp.config import validate
 from ratplus_exp.results import Store, StoreBusy
-from ratplus_exp.training import LossDiverged
+from ratplus_exp.training import LossDiverged, Stopped
+from ratplus_exp.training.parallel import local_rank, world_size
 
-UserError = (ValueError, OSError, StoreBusy, LossDiverged)
+UserError = (ValueError, OSError, StoreBusy, LossDiverged, Stopped)
 """What a user can cause: shown as one line, without a traceback."""
 
 
@@ -55,12 +56,21 @@ def job_folder() -> Path:
 
 
 def device_of(cfg: DictConfig) -> torch.device:
+    """cfg.device; among several processes on GPUs, each one's own."""
     if cfg.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        device = _named_device(cfg.device)
+    if device.type == "cuda" and world_size() > 1:
+        return torch.device("cuda", local_rank())
+    return device
+
+
+def _named_device(name: str) -> torch.device:
     try:
-        device = torch.device(cfg.device)
+        device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device={cfg.device} is unknown: use auto, cpu or cuda") from None
+        raise ValueError(f"device={name} is unknown: use auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={cfg.device}: there is no GPU that torch can use; use device=cpu")
+        raise ValueError(f"device={name}: there is no GPU that torch can use; use device=cpu")
     return device
