@@ -104,11 +104,13 @@ def attended_keys(method: Method | None, length: int) -> float:
 
     None is dense causal attention: (length + 1) / 2. A fixed pattern is counted.
     """
-    position = torch.arange(length)
-    seen = method.pattern(position[:, None], position) if method else None
-    if seen is None:
-        return (length + 1) / 2
-    return int((seen & (position <= position[:, None])).sum()) / length
+    key, pairs = torch.arange(length), 0
+    for query in key.split(1024):
+        seen = method.pattern(query[:, None], key) if method else None
+        if seen is None:
+            return (length + 1) / 2
+        pairs += int((seen & (key <= query[:, None])).sum())
+    return pairs / length
 
 
 def training_memory(

@@ -21,11 +21,12 @@ UserError = (ValueError, OSError, StoreBusy, LossDiverged, Stopped)
 
 
 def run(cfg: DictConfig) -> None:
-    """Validate, then hand the configuration to its stage (`stage.run` names the function)."""
+    """Validate, then hand the configuration to its stage (`stage.run` names the function), or to
+    the estimate of what that would cost."""
     validate(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    get_method(cfg.stage.run)(cfg)
+    get_method("ratplus_exp.stages.dry_run.run" if cfg.dry_run else cfg.stage.run)(cfg)
 
 
 def resolve(path: str) -> Path:
@@ -34,6 +35,20 @@ def resolve(path: str) -> Path:
     if (found := Path(path).expanduser()).exists() or found.is_absolute():
         return found
     return provenance.REPOSITORY / path
+
+
+def model_folder(cfg: DictConfig) -> Path:
+    """The trained model that a stage starts from."""
+    if not cfg.stage.init:
+        raise ValueError(
+            f"stage={cfg.stage.name} starts from a trained model: set stage.init=FOLDER"
+        )
+    return resolve(cfg.stage.init)
+
+
+def tokenizer_name(folder: Path) -> str:
+    """What tells a model's tokenizer from others."""
+    return provenance.sha256(folder / "tokenizer.json")
 
 
 def store_of(cfg: DictConfig) -> Store:

@@ -31,6 +31,7 @@ from ratplus_exp.training import parallel
 from ratplus_exp.training.checkpoint import Checkpoints
 from ratplus_exp.training.settings import Batch, Schedule, TrainSettings
 
+
 class LossDiverged(RuntimeError):
     """The loss is not finite or has jumped; the message names the last good checkpoint."""
 
@@ -53,8 +54,6 @@ class Trainer:
         sparse_only_steps: for so many steps at first, only the step through `sparse` is taken. A
             trained attention model that gets a memory keeps its gates shut while dense steps
             go on, since it can already retrieve without; sparse steps alone open them.
-        dense_only_steps: for so many steps at first, only the dense step is taken. Retrieval does
-            not form in an attention model of which every second step sees a local window alone.
         log: called with each logged row, on rank 0.
         device: where to train; the model is moved there. None: where the model is.
         data: names the data; a checkpoint that was made with other data is refused.
@@ -69,7 +68,6 @@ class Trainer:
         folder: Path,
         sparse: Method | None = None,
         sparse_only_steps: int = 0,
-        dense_only_steps: int = 0,
         log: Callable[[dict[str, Any]], None] = lambda row: None,
         device: torch.device | None = None,
         data: str = "",
@@ -79,7 +77,6 @@ class Trainer:
         self.batch, self.schedule, self.settings = batch, schedule, settings
         self.folder, self.log, self.data = folder, log, data
         self.sparse, self.sparse_only_steps = sparse, sparse_only_steps
-        self.dense_only_steps = dense_only_steps
         self.device = device or next(model.parameters()).device
         self.shape = Shape.of(model)
         self.peak = settings.peak_tflops or peak_tflops(self.device)
@@ -177,7 +174,7 @@ class Trainer:
 
     def _train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         row = {}
-        if self.sparse is not None and self.step >= self.dense_only_steps:
+        if self.sparse is not None:
             sparse = self._optimizer_step(micro_batches, Engine(self.sparse))
             row = {f"sparse_{name}": value for name, value in sparse.items()}
             if self.step < self.sparse_only_steps:
@@ -248,7 +245,9 @@ class Trainer:
         def stop(*_: Any) -> None:
             self._signalled = True
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {
+            number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
         try:
             yield
         finally:

@@ -1,7 +1,8 @@
 """Many processes, one loop: who this process is, and how a model is spread over all of them.
 
-Processes are started by torchrun, or by anything that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
-and MASTER_PORT. Without these variables there is one process, and nothing here does anything.
+Processes are started by torchrun, or by anything that sets RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT. Without these variables there is one process, and nothing here does
+anything.
 """
 
 from __future__ import annotations
