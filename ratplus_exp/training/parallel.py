@@ -8,11 +8,11 @@ anything.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ratplus_exp.methods import Engine
 from ratplus_exp.training.settings import Kind
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -61,6 +63,14 @@ def processes(device: torch.device, timeout: timedelta = timedelta(minutes=30)) 
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every process."""
+    made = [make()] if rank() == 0 else [None]
+    if world_size() > 1:
+        dist.broadcast_object_list(made)
+    return made[0]  # type: ignore[return-value]
 
 
 def total(values: list[float], device: torch.device) -> list[float]:
