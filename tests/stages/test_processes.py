@@ -96,7 +96,9 @@ def test_pretraining_sharded_over_two_processes(tmp_path, job):
     done = torchrun(tmp_path / "both", *how)
     assert done.returncode == 0, done.stderr
     name = "training/pocket_scratch_ratplus"
-    one, two = (load_file(f / name / "model/model.safetensors") for f in (tmp_path, tmp_path / "both"))
+    one, two = (
+        load_file(f / name / "model/model.safetensors") for f in (tmp_path, tmp_path / "both")
+    )
     assert one.keys() == two.keys()
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4)
