@@ -294,9 +294,9 @@ class Trainer:
         state = self.checkpoints.load(self._blank_state)
         if state is None:
             return
-        if state.get("data", "") != self.data:
+        if (data := state.get("data", "")) != self.data:
             raise ValueError(
-                f"the checkpoint in {self.folder} was trained on other data ({state['data']}, now "
+                f"the checkpoint in {self.folder} was trained on other data ({data}, now "
                 f"{self.data}): restore the corpus, or set stage.folder"
             )
         self.model.load_state_dict(state["model"])

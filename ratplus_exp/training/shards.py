@@ -64,7 +64,7 @@ def write_shards(source: Source, tokenizer: Any, name: str, folder: Path, worker
     pool: Executor = (
         ThreadPoolExecutor(1)
         if workers == 1
-        else ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        else ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread)
     )
     lengths: list[int] = []
     with pool, tqdm(total=source.tokens, unit="token", unit_scale=True, desc="tokenising") as bar:
@@ -157,6 +157,11 @@ def _open(source: Source) -> Any:
             f"cannot open the data set {source.path} ({type(error).__name__}: {text}): check "
             "corpus.path and the network, or set corpus.path to a folder"
         ) from None
+
+
+def _one_thread() -> None:
+    """The tokenizer's threads would fight over the cores that the processes share."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _claim(folder: Path, asked: dict[str, Any]) -> None:

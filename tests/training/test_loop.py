@@ -329,7 +329,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(make_model, tmp
 
 
 def test_flops_are_logged_as_a_share_of_the_peak(make_model, tmp_path):
-    """MFU · peak · seconds = FLOPs of both passes, by 6 · parameters and 12 · layers · width · keys."""
+    """MFU · peak · seconds: 6 · parameters + 12 · layers · width · keys a token, in both passes."""
     model = make_model()
     _, rows = train(model, tmp_path, sparse=DILATED, peak_tflops=1e-3, log_every=2)
     matrices = sum(p.numel() for p in model.parameters())
