@@ -69,13 +69,15 @@ class ClusterConfig:
 
 @dataclass
 class Config:
-    """The root; `method` and `stage` stay open, since each file there brings its own fields."""
+    """The root; `method`, `stage` and `corpus` stay open, since each file there brings its own
+    fields. Only stages that read text have a corpus."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     method: dict[str, Any] = field(default_factory=dict)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stage: dict[str, Any] = field(default_factory=dict)
+    corpus: dict[str, Any] = field(default_factory=dict)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     selector: str = "topk"
     selector_seed: int = 0  # of selector=random

@@ -95,7 +95,7 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
         ("Hours", f"{seconds / 3600:.3g}"),
         ("Tokens/s", f"{tokens / seconds:.3g}"),
     ]
-    corpus = tokens * (2 if shape.vocabulary <= 1 << 16 else 4) if "corpus" in cfg.stage else 0
+    corpus = tokens * (2 if shape.vocabulary <= 1 << 16 else 4) if cfg.corpus else 0
     disk = {
         "a checkpoint (two while one is replaced)": cost.checkpoint_bytes(shape),
         "the model (fp32)": 4 * shape.parameters,

@@ -14,10 +14,10 @@ from ratplus_exp.training.shards import Source, write_shards
 
 
 def run(cfg: DictConfig) -> None:
-    """Tokenise stage.corpus with the tokenizer of stage.init, going on where a run was killed."""
-    settings = plain(cfg.stage.corpus)
+    """Tokenise the corpus with the tokenizer of stage.init, going on where a run was killed."""
+    settings = plain(cfg.corpus)
     folder = Path(settings.pop("folder"))
-    source = build(Source, settings, "stage.corpus")
+    source = build(Source, settings, "corpus")
     if cfg.stage.workers < 1:
         raise ValueError(f"stage.workers={cfg.stage.workers} is too small: use at least 1")
     init = model_folder(cfg)

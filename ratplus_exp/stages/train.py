@@ -38,7 +38,7 @@ from ratplus_exp.training.parallel import barrier, processes, rank, whole_state_
 # What a training may be continued with a change of.
 RATES = ("lr", "memory_lr", "spike", "log_every", "checkpoint_every")
 EXECUTION = ("accumulate", "activation_checkpointing", "compile", "parallel", "peak_tflops")
-OWN = ("folder", "optimizer", "corpus")  # of a stage: compared apart
+OWN = ("folder", "optimizer")  # of a stage: not compared, or apart
 
 
 def pretrain(cfg: DictConfig) -> None:
@@ -54,7 +54,7 @@ def continued_pretrain(cfg: DictConfig) -> None:
     """Next-token training of `stage.init` on the corpus that stage=tokenize wrote."""
     init = model_folder(cfg)
     tokenizer = load_tokenizer(init)
-    corpus = Corpus(Path(cfg.stage.corpus.folder), tokenizer_name(init))
+    corpus = Corpus(Path(cfg.corpus.folder), tokenizer_name(init))
     for _, length in cfg.stage.schedule:
         corpus.check(length)
     _train(cfg, tokenizer, lambda *where: corpus.batch(cfg.seed, *where), corpus.id)

@@ -27,7 +27,7 @@ def corpus(tmp_path):
     folder.mkdir()
     lines = [{"text": f"the grass is green. the {i} sky is blue. here we go."} for i in range(60)]
     (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return ["corpus=local", f"stage.corpus.path={folder}"]
+    return ["corpus=local", f"corpus.path={folder}"]
 
 
 def test_text_becomes_shards_and_trains_an_attention_model_with_fresh_gates(

@@ -39,7 +39,7 @@ def test_every_configuration_is_estimated(job, capsys, line):
     if line in ("budget=1/64", "budget=1/32"):
         extra = ["method=snapkv"]  # Quest's two forced blocks are more than 1/64
     if "corpus=local" in line:
-        extra = ["stage.corpus.path=texts"]
+        extra = ["corpus.path=texts"]
     if line.startswith("model=hf"):
         extra = ["model.path=outputs/reference/pocket/models/attention"]
     text = estimate(job, capsys, *line.split(), *extra)
