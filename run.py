@@ -28,6 +28,8 @@ def fail(error: BaseException) -> None:
         folder = Path(__file__).parent / "conf" / group
         options = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
         message = f"there is no {group} {option}: choose one of {', '.join(options)}"
+        if "submitit" in option:
+            message = "SLURM launchers need a package: pip install -e '.[slurm]'"
         if group == "budget":
             message += "; or set budget.fraction, for instance budget.fraction=3/4"
     elif isinstance(error, OSError) and error.filename:
@@ -39,6 +41,8 @@ def fail(error: BaseException) -> None:
 
 if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the exception, not a page about it
+    if os.environ.get("RANK", "0") != "0":  # the job's folder is the first process's
+        sys.argv += ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled"]
     try:
         main()
     except (*UserError, HydraException, OmegaConfBaseException) as error:

@@ -57,20 +57,35 @@ class TrackingConfig:
 
 
 @dataclass
+class ClusterConfig:
+    """The GPUs that dry_run=true reckons with: one GH200 by default."""
+
+    gpus: int = 1
+    peak_tflops: float = 989.0  # of one GPU, dense bf16
+    memory_gb: float = 96.0
+    bandwidth_tb: float = 4.0  # TB/s of its memory
+    mfu: float = 0.4  # share of the peak that is reached
+
+
+@dataclass
 class Config:
-    """The root; `method` and `stage` stay open, since each file there brings its own fields."""
+    """The root; `method`, `stage` and `corpus` stay open, since each file there brings its own
+    fields. Only stages that read text have a corpus."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     method: dict[str, Any] = field(default_factory=dict)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stage: dict[str, Any] = field(default_factory=dict)
+    corpus: dict[str, Any] = field(default_factory=dict)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     selector: str = "topk"
     selector_seed: int = 0  # of selector=random
     seed: int = 0  # of the samples; in training, of the data and the initial weights
     device: str = "auto"  # auto: a GPU if there is one
     threads: int = 0  # of torch on a CPU; 0: one a core
+    dry_run: bool = False  # print what the job would cost, and do nothing
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     output: str = "outputs"
     results: str = "${output}/results"  # the store
 
@@ -128,6 +143,7 @@ def validate(cfg: DictConfig) -> None:
         ("stage.batch_size", cfg.stage.get("batch_size", 1), 1),
         ("seed", cfg.seed, 0),
         ("selector_seed", cfg.selector_seed, 0),
+        ("cluster.gpus", cfg.cluster.gpus, 1),
     ):
         if value < least:
             raise ValueError(f"{name}={value} is too small: use at least {least}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,33 +98,43 @@ def effective_length(z: Tensor, mask: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def gate_statistics(
-    model: Any, ids: Tensor, attention_mask: Tensor | None = None
+    model: Any,
+    ids: Tensor,
+    attention_mask: Tensor | None = None,
+    forward: Callable[[Tensor], Any] | None = None,
 ) -> dict[str, float]:
     """Mean gate and effective memory length (tokens; mean and median over channels) on ids (B, T).
 
-    attention_mask (B, T) is zero at left padding, which does not count. Empty where the model has
-    no memory.
+    attention_mask (B, T) is zero at left padding, which does not count. forward runs the model on
+    ids where it can't be called itself, as inside FSDP. Empty where the model has no memory.
     """
-    found: list[Tensor] = []
+    # Inside the model rows start at their first token.
+    real = (torch.ones_like(ids) if attention_mask is None else attention_mask.flip(1)).bool()
+    lengths: list[Tensor] = []
+    gates: list[Tensor] = []
+
+    def measure(memory: Memory, args: tuple[Any, ...]) -> None:
+        z = memory.gate_logits(args[0])
+        lengths.append(effective_length(z, real))
+        gates.append(z.sigmoid()[real].mean())
+
     hooks = [
-        module.register_forward_pre_hook(lambda m, args: found.append(m.gate_logits(args[0])))
+        module.register_forward_pre_hook(measure)
         for module in model.modules()
         if isinstance(module, Memory)
     ]
     try:
-        if hooks:
+        if hooks and forward is not None:
+            forward(ids)
+        elif hooks:
             model.model(ids, attention_mask, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    if not found:
+    if not lengths:
         return {}
-    # Inside the model rows start at their first token.
-    real = (torch.ones_like(ids) if attention_mask is None else attention_mask.flip(1)).bool()
-    lengths = torch.stack([effective_length(z, real) for z in found])
-    gates = torch.stack([z.sigmoid()[real].mean() for z in found])
     return {
-        "gate_mean": round(float(gates.mean()), 4),
-        "effective_memory_length": round(float(lengths.mean()), 3),
-        "effective_memory_length_median": round(float(lengths.median()), 3),
+        "gate_mean": round(float(torch.stack(gates).mean()), 4),
+        "effective_memory_length": round(float(torch.stack(lengths).mean()), 3),
+        "effective_memory_length_median": round(float(torch.stack(lengths).median()), 3),
     }

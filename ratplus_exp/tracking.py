@@ -11,15 +11,17 @@ import wandb
 from omegaconf import DictConfig
 
 from ratplus_exp.config import plain
+from ratplus_exp.training.parallel import rank
 
 
 @contextmanager
 def tracked(cfg: DictConfig, folder: Path) -> Iterator[wandb.Run]:
-    """A W&B run that holds the whole configuration; its files go to folder/wandb."""
+    """A W&B run that holds the whole configuration; its files go to folder/wandb. Of several
+    processes only the first has one."""
     settings = wandb.Settings(silent=True, console="off")
     name = f"{cfg.stage.name}-{cfg.model.name}-{cfg.method.name}-seed{cfg.seed}"
     run = wandb.init(
-        mode=cfg.tracking.mode,
+        mode=cfg.tracking.mode if rank() == 0 else "disabled",
         project=cfg.tracking.project,
         entity=cfg.tracking.entity,
         group=cfg.tracking.group,

@@ -3,12 +3,14 @@
     <root>/<stage>/<readable name>-<hash of the key>/
         config.json     the key, and one provenance entry for each time the cell was opened
         samples.jsonl   one line a sample, on disk before `append` returns
+        samples.3.jsonl the same, from rank 3 of several processes; rank 0 writes samples.jsonl
         metrics.json    what was computed from all of these lines
         done            {"n": number of lines that metrics.json covers}
-        lock            names the one process that may write
+        lock            names the one process, or rank 0 of the processes, that may write
 
 They are written in this order. Whoever sees `done` may trust the rest. The number of samples is not
-part of the key: a later run that wants more extends the same cell.
+part of the key: a later run that wants more extends the same cell. Samples are told apart by id
+alone, so it does not matter which file one is in, nor how many processes wrote them.
 """
 
 from __future__ import annotations
@@ -83,9 +85,9 @@ class Cell:
         self.key: dict[str, Any] = json.loads(canonical)
         self.id = hashlib.sha256(f"{FORMAT}:{canonical}".encode()).hexdigest()[:16]
         self.path = root / _plain(key["stage"]) / f"{_readable(self.key)}{self.id}"
-        self._root, self._samples = root, self.path / "samples.jsonl"
+        self._root = root
         self._ids: set[Any] = set()
-        self._file: FileIO | None = None  # samples.jsonl while open for writing
+        self._file: FileIO | None = None  # a file of samples while open for writing
 
     def __repr__(self) -> str:
         return f"Cell({self.path})"
@@ -111,17 +113,29 @@ class Cell:
                     f"{self.path} holds the results of another key: "
                     "delete the folder and run the cell again"
                 )
-            records, size = self._read_samples()
-            self._ids = set(records)
-            config["provenance"].append({**provenance, "from_sample": len(self._ids)})
+            config["provenance"].append({**provenance, "from_sample": len(self.records())})
             self._write_json("config.json", config)
-            try:
-                with FileIO(self._samples, "ab") as self._file:
-                    self._file.truncate(size)  # what a killed writer left of a line
-                    _sync(self.path)
-                    yield self
-            finally:
-                self._file = None
+            with self._appending(self.path / "samples.jsonl"):
+                yield self
+
+    @contextmanager
+    def open_share(self, rank: int) -> Iterator[Cell]:
+        """Write samples beside rank 0, which has the cell open and will finish it."""
+        assert self._file is None and rank > 0, "rank 0 opens the cell itself"
+        with self._appending(self.path / f"samples.{rank}.jsonl"):
+            yield self
+
+    @contextmanager
+    def _appending(self, path: Path) -> Iterator[None]:
+        self._ids = set(self.records())
+        size = _read_samples(path)[1]
+        try:
+            with FileIO(path, "ab") as self._file:
+                self._file.truncate(size)  # what a killed writer left of a line
+                _sync(self.path)
+                yield
+        finally:
+            self._file = None
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Add samples, each a plain JSON dict with a new "id" (str or int); on disk on return.
@@ -136,7 +150,7 @@ class Cell:
         if not rest:
             return
         if self.done():
-            (self.path / "done").unlink()
+            (self.path / "done").unlink(missing_ok=True)  # by another rank
             _sync(self.path)
         while rest:
             rest = rest[self._file.write(rest) :]
@@ -146,7 +160,7 @@ class Cell:
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics of all samples, then the marker. "n" is filled in; NaN becomes null."""
         assert self._file is not None, "finish needs an open cell"
-        n = len(self._ids)
+        n = len(self.records())
         assert metrics.get("n", n) == n, f"metrics of {metrics['n']} samples, but {n} are stored"
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -156,8 +170,11 @@ class Cell:
         self._write_json("done", {"n": n})
 
     def records(self) -> dict[Any, dict[str, Any]]:
-        """Whole samples by id, in the order of writing; needs no lock."""
-        return self._read_samples()[0]
+        """Whole samples by id, a file after the other in the order of writing; needs no lock."""
+        found: dict[Any, dict[str, Any]] = {}
+        for path in sorted(self.path.glob("samples*.jsonl")):
+            found = _read_samples(path)[0] | found
+        return found
 
     def metrics(self) -> dict[str, Any]:
         """What `finish` was given, with n; empty if there is none."""
@@ -208,28 +225,6 @@ class Cell:
             "writable, or choose another one on a disk that supports file locks"
         )
 
-    def _read_samples(self) -> tuple[dict[Any, dict[str, Any]], int]:
-        """Whole records by id, and the number of bytes that they take."""
-        records: dict[Any, dict[str, Any]] = {}
-        size, torn = 0, 0
-        if not self._samples.exists():
-            return records, size
-        with self._samples.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                record = _parse(line)
-                if record is None:
-                    torn = torn or number
-                elif torn:  # a kill can't do this, so nothing is thrown away unasked
-                    raise ValueError(
-                        f"line {torn} of {self._samples} is not a sample, but later ones are: "
-                        "delete that line (its sample is run again)"
-                    )
-                else:
-                    assert record["id"] not in records, f"{record['id']} twice in {self._samples}"
-                    records[record["id"]] = record
-                    size += len(line)
-        return records, size
-
     def _read_json(self, name: str) -> dict[str, Any] | None:
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
@@ -259,6 +254,29 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _read_samples(path: Path) -> tuple[dict[Any, dict[str, Any]], int]:
+    """Whole records of one file by id, and the number of bytes that they take."""
+    records: dict[Any, dict[str, Any]] = {}
+    size, torn = 0, 0
+    if not path.exists():
+        return records, size
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            record = _parse(line)
+            if record is None:
+                torn = torn or number
+            elif torn:  # a kill can't do this, so nothing is thrown away unasked
+                raise ValueError(
+                    f"line {torn} of {path} is not a sample, but later ones are: "
+                    "delete that line (its sample is run again)"
+                )
+            else:
+                assert record["id"] not in records, f"{record['id']} twice in {path}"
+                records[record["id"]] = record
+                size += len(line)
+    return records, size
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -13,18 +13,20 @@ from omegaconf import DictConfig
 from ratplus_exp import provenance
 from ratplus_exp.config import validate
 from ratplus_exp.results import Store, StoreBusy
-from ratplus_exp.training import LossDiverged
+from ratplus_exp.training import LossDiverged, Stopped
+from ratplus_exp.training.parallel import local_rank, world_size
 
-UserError = (ValueError, OSError, StoreBusy, LossDiverged)
+UserError = (ValueError, OSError, StoreBusy, LossDiverged, Stopped)
 """What a user can cause: shown as one line, without a traceback."""
 
 
 def run(cfg: DictConfig) -> None:
-    """Validate, then hand the configuration to its stage (`stage.run` names the function)."""
+    """Validate, then hand the configuration to its stage (`stage.run` names the function), or to
+    the estimate of what that would cost."""
     validate(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    get_method(cfg.stage.run)(cfg)
+    get_method("ratplus_exp.stages.dry_run.run" if cfg.dry_run else cfg.stage.run)(cfg)
 
 
 def resolve(path: str) -> Path:
@@ -33,6 +35,20 @@ def resolve(path: str) -> Path:
     if (found := Path(path).expanduser()).exists() or found.is_absolute():
         return found
     return provenance.REPOSITORY / path
+
+
+def model_folder(cfg: DictConfig) -> Path:
+    """The trained model that a stage starts from."""
+    if not cfg.stage.init:
+        raise ValueError(
+            f"stage={cfg.stage.name} starts from a trained model: set stage.init=FOLDER"
+        )
+    return resolve(cfg.stage.init)
+
+
+def tokenizer_name(folder: Path) -> str:
+    """What tells a model's tokenizer from others."""
+    return provenance.sha256(folder / "tokenizer.json")
 
 
 def store_of(cfg: DictConfig) -> Store:
@@ -55,12 +71,21 @@ def job_folder() -> Path:
 
 
 def device_of(cfg: DictConfig) -> torch.device:
+    """cfg.device; among several processes on GPUs, each one's own."""
     if cfg.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        device = _named_device(cfg.device)
+    if device.type == "cuda" and world_size() > 1:
+        return torch.device("cuda", local_rank())
+    return device
+
+
+def _named_device(name: str) -> torch.device:
     try:
-        device = torch.device(cfg.device)
+        device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device={cfg.device} is unknown: use auto, cpu or cuda") from None
+        raise ValueError(f"device={name} is unknown: use auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={cfg.device}: there is no GPU that torch can use; use device=cpu")
+        raise ValueError(f"device={name}: there is no GPU that torch can use; use device=cpu")
     return device

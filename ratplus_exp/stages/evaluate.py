@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,14 @@ from ratplus_exp.results.frame import COLUMNS, EXTRA
 from ratplus_exp.stages.common import device_of, job_folder, resolve, store_of
 from ratplus_exp.tasks import NIAH, TASKS, Sample, read_jsonl, score_p2, score_ruler
 from ratplus_exp.tracking import log_frame, tracked
+from ratplus_exp.training.parallel import barrier, from_first, processes, rank, world_size
 
 DECODING = ("decode", "once")  # phases of methods that leave the prefill dense
 
 
 def run(cfg: DictConfig) -> None:
     """Run the cells that are missing, log them, and print and write the table of this job."""
-    method, store = validate_method(cfg), store_of(cfg)
+    method, store, examples = validate_method(cfg), store_of(cfg), cfg.data.examples
     path = resolve(cfg.model.path)
     digest = check_model(path, cfg.model.sha256, cfg.model.backbone)
     files = _ruler_files(cfg)
@@ -44,23 +47,54 @@ def run(cfg: DictConfig) -> None:
         task: store.cell(_key(cfg, method, digest, task, files.get(task)))
         for task in cfg.data.tasks
     }
-    missing = {t: cell for t, cell in cells.items() if not cell.is_done(cfg.data.examples)}
-    if missing:
-        device, tokenizer = device_of(cfg), load_tokenizer(path)
-        source = _Source(cfg, tokenizer, files)
-        for task in missing:
-            source(task, 0)  # prompts that cannot be made are refused before anything is written
-        with tracked(cfg, job_folder()) as tracker:
-            model = load_model(path, device)
-            with tqdm(total=cfg.data.examples * len(missing), unit="example") as bar:
-                for task, cell in missing.items():
-                    bar.set_description(f"{cfg.model.name} {cfg.method.name} {task}")
-                    with cell.open(provenance.provenance(plain(cfg))):
-                        _fill(cell, cfg, model, tokenizer, method, source, task, bar)
+    device = device_of(cfg)
+    with processes(device, timedelta(hours=2)):
+        names = from_first(lambda: [t for t, c in cells.items() if not c.is_done(examples)])
+        if names:
+            _run(cfg, method, store, cells, names, files, device)
+        elif rank() == 0:
+            print(f"All {len(cells)} cells are there already; nothing to run.")
+    if rank() == 0:
+        _report(cfg, _frame(store, cells))
+
+
+def _run(
+    cfg: DictConfig,
+    method: Method,
+    store: Store,
+    cells: dict[str, Cell],
+    names: list[str],
+    files: dict[str, Path],
+    device: torch.device,
+) -> None:
+    """Fill the cells of `names`; of several processes, each with its share of the samples."""
+    path = resolve(cfg.model.path)
+    tokenizer = load_tokenizer(path)
+    source = _Source(cfg, tokenizer, files)
+    for task in names:
+        source(task, 0)  # prompts that cannot be made are refused before anything is written
+    total = cfg.data.examples * len(names)
+    with tracked(cfg, job_folder()) as tracker:
+        model = load_model(path, device)
+        with tqdm(total=total, unit="example", disable=rank() > 0) as bar:
+            for task in names:
+                bar.set_description(f"{cfg.model.name} {cfg.method.name} {task}")
+                with _opened(cells[task], cfg):
+                    _fill(cells[task], cfg, model, tokenizer, method, source, task, bar)
+        if rank() == 0:
             _log(tracker, _frame(store, cells))
-    else:
-        print(f"All {len(cells)} cells are there already; nothing to run.")
-    _report(cfg, _frame(store, cells))
+
+
+@contextmanager
+def _opened(cell: Cell, cfg: DictConfig) -> Iterator[None]:
+    """Rank 0 takes the cell; only then do the others write beside it."""
+    with ExitStack() as stack:
+        if rank() == 0:
+            stack.enter_context(cell.open(provenance.provenance(plain(cfg))))
+        barrier()
+        if rank() > 0:
+            stack.enter_context(cell.open_share(rank()))
+        yield
 
 
 def _frame(store: Store, cells: dict[str, Cell]) -> pd.DataFrame:
@@ -161,13 +195,21 @@ def _fill(
     task: str,
     bar: Any,
 ) -> None:
-    """Append the samples that a cell lacks, batch by batch, and finish it."""
-    have = cell.records()
-    bar.update(min(len(have), cfg.data.examples))
-    wanted = (source(task, index) for index in range(cfg.data.examples))
-    todo = [sample for sample in wanted if sample.id not in have]
-    for start in range(0, len(todo), cfg.stage.batch_size):
-        batch = todo[start : start + cfg.stage.batch_size]
+    """Append the samples that a cell lacks, batch by batch, and finish it.
+
+    What is missing is dealt out by rank 0's reading of the store, card by card: a share that a dead
+    process left is shared by all of the next run, whatever their number.
+    """
+
+    def lacking() -> list[int]:
+        have, every = cell.records(), range(cfg.data.examples)
+        return [index for index in every if source(task, index).id not in have]
+
+    todo = from_first(lacking)
+    bar.update(cfg.data.examples - len(todo))
+    mine = todo[rank() :: world_size()]
+    for start in range(0, len(mine), cfg.stage.batch_size):
+        batch = [source(task, index) for index in mine[start : start + cfg.stage.batch_size]]
         engine = Engine(method, _selector(cfg, batch, model.device))
         new, first = forms_of(cfg).reserve, cell.key["first_token"] or "prefill"
         texts, fractions = generate(model, tokenizer, batch, engine, new, first)
@@ -185,7 +227,10 @@ def _fill(
                 for sample, text, fraction in zip(batch, texts, fractions, strict=True)
             ]
         )
-        bar.update(len(batch))
+        bar.update(min(len(batch) * world_size(), bar.total - bar.n))
+    barrier()
+    if rank() > 0:
+        return
     records = cell.records()
     ids, mask = _padded([source(task, i) for i in range(min(16, cfg.data.examples))], tokenizer)
     measured = sum(r["budget_measured"] for r in records.values()) / len(records)

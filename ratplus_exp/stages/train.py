@@ -1,4 +1,4 @@
-"""stage=pretrain and stage=sft: one training loop, two kinds of data."""
+"""stage=pretrain, continued_pretrain and sft: one training loop, three kinds of data."""
 
 from __future__ import annotations
 
@@ -27,12 +27,18 @@ from ratplus_exp.models.loading import (
     with_memory,
 )
 from ratplus_exp.results import write_atomically
-from ratplus_exp.stages.common import device_of, resolve
+from ratplus_exp.stages.common import device_of, model_folder, resolve, tokenizer_name
 from ratplus_exp.tasks import NIAH, pocket_tokenizer, target_ids
 from ratplus_exp.tasks.facts import IGNORE, Facts
 from ratplus_exp.tracking import tracked
-from ratplus_exp.training import Schedule, Trainer, TrainSettings
-from ratplus_exp.training.loop import Batch
+from ratplus_exp.training import Batch, Schedule, Trainer, TrainSettings
+from ratplus_exp.training.corpus import Corpus
+from ratplus_exp.training.parallel import barrier, processes, rank, whole_state_dict, world_size
+
+# What a training may be continued with a change of.
+RATES = ("lr", "memory_lr", "spike", "log_every", "checkpoint_every")
+EXECUTION = ("accumulate", "activation_checkpointing", "compile", "parallel", "peak_tflops")
+OWN = ("folder", "optimizer")  # of a stage: not compared, or apart
 
 
 def pretrain(cfg: DictConfig) -> None:
@@ -44,11 +50,19 @@ def pretrain(cfg: DictConfig) -> None:
     _train(cfg, tokenizer, lambda step, rows, length: facts.batch(cfg.seed, step, rows, length))
 
 
+def continued_pretrain(cfg: DictConfig) -> None:
+    """Next-token training of `stage.init` on the corpus that stage=tokenize wrote."""
+    init = model_folder(cfg)
+    tokenizer = load_tokenizer(init)
+    corpus = Corpus(Path(cfg.corpus.folder), tokenizer_name(init))
+    for _, length in cfg.stage.schedule:
+        corpus.check(length)
+    _train(cfg, tokenizer, lambda *where: corpus.batch(cfg.seed, *where), corpus.id)
+
+
 def sft(cfg: DictConfig) -> None:
     """Answer-only training on the NIAH training split, from `stage.init`."""
-    if not cfg.stage.init:
-        raise ValueError("stage=sft starts from a trained model: set stage.init=FOLDER")
-    tokenizer = _tokenizer(cfg)
+    tokenizer = load_tokenizer(model_folder(cfg))
     tasks, weights = zip(*cfg.stage.mixture.items(), strict=True)
     sources: dict[int, NIAH] = {}
     essay = str(resolve(cfg.data.essay)) if cfg.data.essay else None
@@ -71,40 +85,59 @@ def sft(cfg: DictConfig) -> None:
     _train(cfg, tokenizer, batch)
 
 
-def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: Callable[[int, int, int], Batch]) -> None:
+def _train(
+    cfg: DictConfig,
+    tokenizer: Tokenizer,
+    batch: Callable[[int, int, int], Batch],
+    data: str = "",
+) -> None:
     """Train in stage.folder, resuming there, and save the model in Hugging Face format."""
     folder = Path(cfg.stage.folder)
     target = folder / "model"
     schedule = Schedule([tuple(stage) for stage in cfg.stage.schedule], cfg.stage.tokens_per_step)
     settings = build(TrainSettings, plain(cfg.stage.optimizer), "stage.optimizer")
     sparse = build(Dilated, plain(cfg.stage.joint), "stage.joint") if cfg.stage.joint else None
+    schedule.check(world_size())
+    device = device_of(cfg)
     _refuse_other_settings(cfg, folder)
     if (target / WEIGHTS).exists():
         print(f"Trained already: {target}. Delete the folder to train again.")
         return
-    model = _model(cfg, tokenizer).to(device_of(cfg))
-    _remember(cfg, folder)
-    with tracked(cfg, folder) as tracker:
-        trainer = Trainer(
-            model,
-            batch,
-            schedule,
-            settings,
-            folder,
-            sparse=sparse,
-            sparse_only_steps=cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step,
-            log=tracker.log,
-        )
-        trainer.run(f"{cfg.stage.name} {cfg.model.name}")
-    save_model(model, tokenizer, target)
-    print(f"Saved {target}, sha256 {provenance.sha256(target / WEIGHTS)}")
+    with processes(device):
+        model = _model(cfg, tokenizer)
+        if rank() == 0:
+            _remember(cfg, folder)
+        with tracked(cfg, folder) as tracker:
+            trainer = Trainer(
+                model,
+                batch,
+                schedule,
+                settings,
+                folder,
+                sparse=sparse,
+                sparse_only_steps=cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step,
+                log=tracker.log,
+                device=device,
+                data=data,
+            )
+            trainer.run(f"{cfg.stage.name} {cfg.model.name}")
+        weights = whole_state_dict(model)
+        if rank() == 0:
+            save_model(model, tokenizer, target, weights)
+            print(f"Saved {target}, sha256 {provenance.sha256(target / WEIGHTS)}")
+        barrier()
 
 
-def save_model(model: RatPlusForCausalLM, tokenizer: Tokenizer, target: Path) -> None:
-    """All of a model's files, or none."""
+def save_model(
+    model: RatPlusForCausalLM,
+    tokenizer: Tokenizer,
+    target: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """All of a model's files, or none. weights: where the model's own are spread over processes."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
     os.replace(partial, target)
 
@@ -150,13 +183,14 @@ def _past(folder: Path) -> list[dict[str, Any]]:
 
 
 def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
-    """A training goes on only with the settings that it began with; learning rates may change."""
+    """A training goes on only with the settings that it began with; learning rates and how it is
+    executed may change. A corpus is known by its content, which the checkpoint names."""
 
     def fixed(config: dict[str, Any]) -> dict[str, Any]:
-        stage = {k: v for k, v in config["stage"].items() if k not in ("folder", "optimizer")}
+        stage = {k: v for k, v in config["stage"].items() if k not in OWN}
         data = {k: config["data"][k] for k in ("length", "forms", "essay")}
-        rates = ("lr", "memory_lr", "log_every", "checkpoint_every")
-        stage |= {k: v for k, v in config["stage"]["optimizer"].items() if k not in rates}
+        free = (*RATES, *EXECUTION)
+        stage |= {k: v for k, v in config["stage"]["optimizer"].items() if k not in free}
         model = {k: config["model"][k] for k in ("backbone", "architecture")}
         return {"model": model, "data": data, "stage": stage, "seed": config["seed"]}
 

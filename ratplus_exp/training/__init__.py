@@ -1,5 +1,6 @@
 """Training: a plain PyTorch loop that knows tokens and losses, not papers."""
 
-from ratplus_exp.training.loop import LossDiverged, Schedule, Trainer, TrainSettings
+from ratplus_exp.training.loop import LossDiverged, Stopped, Trainer
+from ratplus_exp.training.settings import Batch, Schedule, TrainSettings
 
-__all__ = ["LossDiverged", "Schedule", "TrainSettings", "Trainer"]
+__all__ = ["Batch", "LossDiverged", "Schedule", "Stopped", "TrainSettings", "Trainer"]

@@ -1,104 +1,62 @@
-"""One training loop for pretraining, continued pretraining and SFT.
+"""One training loop for pretraining, continued pretraining and SFT, on one process or many.
 
 A batch is a pure function of the step, so the step number is all the data position there is, and a
-run that was killed goes on bit for bit from its last checkpoint.
+run that was killed goes on bit for bit from its last checkpoint. Many processes share each batch
+by rows; the checkpoint of any number of them can be continued by any other number.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from ratplus_exp.cost import Shape, attended_keys, peak_tflops
 from ratplus_exp.memory import Memory, gate_statistics
 from ratplus_exp.methods import Engine, Method
-
-Batch = tuple[np.ndarray, np.ndarray]  # token ids and next-token labels, (rows, length)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Context lengths over a run: (tokens of training, context length), one after the other."""
-
-    stages: Sequence[tuple[int, int]]
-    tokens_per_step: int
-
-    @property
-    def steps(self) -> int:
-        return sum(self._steps(tokens) for tokens, _ in self.stages)
-
-    def length_at(self, step: int) -> int:
-        for tokens, length in self.stages:
-            step -= self._steps(tokens)
-            if step < 0:
-                return length
-        return self.stages[-1][1]
-
-    def rows_at(self, step: int) -> int:
-        return max(1, self.tokens_per_step // self.length_at(step))
-
-    def _steps(self, tokens: int) -> int:
-        return math.ceil(tokens / self.tokens_per_step)
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Optimizer and precision. lr is for all parameters but the memory's, which have memory_lr."""
-
-    lr: float = 3e-3
-    memory_lr: float = 3e-3
-    min_lr_ratio: float = 0.1
-    warmup: float = 0.02
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    accumulate: int = 1
-    precision: str = "fp32"  # or "bf16": matmuls in bfloat16, parameters and memory in fp32
-    log_every: int = 20
-    checkpoint_every: int = 500
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision is {self.precision}: use fp32 or bf16")
-        if min(self.log_every, self.checkpoint_every, self.accumulate) < 1:
-            raise ValueError("log_every, checkpoint_every and accumulate must be at least 1")
-        if self.checkpoint_every % self.log_every:  # a checkpoint holds no half-averaged row
-            raise ValueError(
-                f"checkpoint_every ({self.checkpoint_every}) must be a multiple of log_every "
-                f"({self.log_every})"
-            )
+from ratplus_exp.training import parallel
+from ratplus_exp.training.checkpoint import Checkpoints
+from ratplus_exp.training.settings import Batch, Schedule, TrainSettings
 
 
 class LossDiverged(RuntimeError):
-    """The loss is not finite; the message names the last good checkpoint."""
+    """The loss is not finite or has jumped; the message names the last good checkpoint."""
+
+
+class Stopped(RuntimeError):
+    """A signal ended the run at a step's end, after a checkpoint."""
 
 
 class Trainer:
     """Trains a causal model on batch(step, rows, length).
 
     Args:
-        model: a RatPlusForCausalLM, or any model with `.model`, `.lm_head` and an `engine` keyword.
-        batch: the data, a pure function of (step, rows, length).
-        folder: where log.jsonl and checkpoint.pt go; a checkpoint found there is resumed.
+        model: a RatPlusForCausalLM, or any model with `.model`, `.lm_head` and, where there are
+            sparse steps, an `engine` keyword.
+        batch: the data, a pure function of (step, rows, length); the same on every process.
+        folder: where log.jsonl and the checkpoints go; a checkpoint found there is resumed.
         sparse: a fixed pattern for P2's joint training: every batch takes one optimizer step
             through attention with this pattern and one through dense attention, and one scheduler
             step. None for dense steps alone.
         sparse_only_steps: for so many steps at first, only the step through `sparse` is taken. A
             trained attention model that gets a memory keeps its gates shut while dense steps
             go on, since it can already retrieve without; sparse steps alone open them.
-        log: called with each logged row.
+        log: called with each logged row, on rank 0.
+        device: where to train; the model is moved there. None: where the model is.
+        data: names the data; a checkpoint that was made with other data is refused.
     """
 
     def __init__(
@@ -111,31 +69,53 @@ class Trainer:
         sparse: Method | None = None,
         sparse_only_steps: int = 0,
         log: Callable[[dict[str, Any]], None] = lambda row: None,
+        device: torch.device | None = None,
+        data: str = "",
     ) -> None:
+        schedule.check(parallel.world_size())
         self.model: Any = model
         self.batch, self.schedule, self.settings = batch, schedule, settings
-        self.folder, self.log = folder, log
+        self.folder, self.log, self.data = folder, log, data
         self.sparse, self.sparse_only_steps = sparse, sparse_only_steps
-        self.device = next(model.parameters()).device
+        self.device = device or next(model.parameters()).device
+        self.shape = Shape.of(model)
+        self.peak = settings.peak_tflops or peak_tflops(self.device)
+        if settings.compile or settings.activation_checkpointing:
+            parallel.prepare_layers(
+                self.model.model.layers, settings.compile, settings.activation_checkpointing
+            )
+        objective = parallel.Objective(model, settings.precision == "bf16")
+        self.objective = parallel.spread(objective, settings.parallel, self.device)
         self.optimizer = _optimizer(model, settings, fused=True)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
+        self._flops = 0.0  # of the steps since the last logged row
+        self._recent: dict[bool, deque[float]] = {s: deque(maxlen=100) for s in (True, False)}
+        self._signalled = self._stopping = False
         folder.mkdir(parents=True, exist_ok=True)
-        if self.checkpoint_path.exists():
-            self._load()
-
-    @property
-    def checkpoint_path(self) -> Path:
-        return self.folder / "checkpoint.pt"
+        self.checkpoints = Checkpoints(folder)
+        self._load()
 
     def run(self, description: str = "training") -> None:
-        """Train to the end of the schedule, from wherever the checkpoint left off."""
-        total, settings = self.schedule.steps, self.settings
-        bar = tqdm(total=total, initial=self.step, desc=description, unit="step", mininterval=1.0)
+        """Train to the end of the schedule, from wherever the checkpoint left off.
+
+        Raises:
+            LossDiverged: the loss is not finite, or a spike by settings.spike.
+            Stopped: SIGTERM or SIGUSR1 came; the checkpoint holds the steps up to the signal.
+        """
+        total, settings, first = self.schedule.steps, self.settings, parallel.rank() == 0
+        bar = tqdm(
+            total=total,
+            initial=self.step,
+            desc=description,
+            unit="step",
+            mininterval=1.0,
+            disable=not first,
+        )
         sums: dict[str, list[float]] = {}
         started, window_tokens = time.perf_counter(), 0
-        with ThreadPoolExecutor(1) as pool:
+        with self._listening(), ThreadPoolExecutor(1) as pool, bar:
             ahead = pool.submit(self._data, self.step) if self.step < total else None
             while ahead is not None:
                 micro_batches = ahead.result()
@@ -143,11 +123,11 @@ class Trainer:
                 scale = self._set_learning_rates(self.step / total)
                 for name, value in self._train_step(micro_batches).items():
                     sums.setdefault(name, []).append(value)
-                tokens = sum(ids.numel() for ids, _ in micro_batches)
+                tokens = sum(ids.numel() for ids, _ in micro_batches) * parallel.world_size()
                 self.step, self.tokens = self.step + 1, self.tokens + tokens
                 window_tokens += tokens
                 bar.update()
-                if self.step % settings.log_every == 0 or self.step == total:
+                if self.step % settings.log_every == 0 or self.step == total or self._stopping:
                     now = time.perf_counter()
                     self.seconds += now - started
                     row = {name: round(sum(x) / len(x), 5) for name, x in sums.items()}
@@ -159,17 +139,36 @@ class Trainer:
                         "tokens_per_second": round(window_tokens / (now - started)),
                         "seconds": round(self.seconds, 1),
                     }
-                    row |= gate_statistics(self.model, micro_batches[0][0][:4])
-                    self._write_log(row)
+                    if self.peak:
+                        peak = self.peak * 1e12 * parallel.world_size()
+                        row["mfu"] = round(self._flops / (now - started) / peak, 4)
+                    row |= gate_statistics(
+                        self.model, micro_batches[0][0][:4], forward=self.objective
+                    )
+                    if first:
+                        self._write_log(row)
                     bar.set_postfix(loss=row.get("loss"), accuracy=row.get("accuracy"))
-                    sums, started, window_tokens = {}, now, 0
-                    if self.step % settings.checkpoint_every == 0 or self.step == total:
-                        self._save()
-        bar.close()
+                    sums, started, window_tokens, self._flops = {}, now, 0, 0.0
+                    if (
+                        self.step % settings.checkpoint_every == 0
+                        or self.step == total
+                        or self._stopping
+                    ):
+                        self.checkpoints.save(self._state())
+                if self._stopping and self.step < total:
+                    raise Stopped(
+                        f"stopped by a signal after step {self.step}; the checkpoint is "
+                        f"{self.checkpoints.latest()}: run the same command to go on"
+                    )
 
     def _data(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """This process's rows of a batch, in micro-batches."""
         rows, length = self.schedule.rows_at(step), self.schedule.length_at(step)
-        ids, labels = (torch.from_numpy(x).to(self.device) for x in self.batch(step, rows, length))
+        share = rows // parallel.world_size()
+        mine = slice(parallel.rank() * share, (parallel.rank() + 1) * share)
+        ids, labels = (
+            torch.from_numpy(x[mine]).to(self.device) for x in self.batch(step, rows, length)
+        )
         parts = self.settings.accumulate
         return list(zip(ids.chunk(parts), labels.chunk(parts), strict=True))
 
@@ -185,20 +184,27 @@ class Trainer:
     def _optimizer_step(
         self, micro_batches: list[tuple[Tensor, Tensor]], engine: Engine | None
     ) -> dict[str, float]:
-        """One optimizer step on the mean loss over all labelled tokens of all micro-batches."""
-        labelled = sum(int((labels >= 0).sum()) for _, labels in micro_batches)
+        """One optimizer step on the mean loss over all labelled tokens of all processes."""
+        world = parallel.world_size()
+        labelled, stop = parallel.total(
+            [sum(int((labels >= 0).sum()) for _, labels in micro_batches), self._signalled],
+            self.device,
+        )
+        self._stopping = stop > 0
         loss_sum = correct = 0.0
         self.model.train()
-        for ids, labels in micro_batches:
+        for i, (ids, labels) in enumerate(micro_batches, start=1):
+            parallel.reduce_gradients(self.objective, now=i == len(micro_batches))
             loss, hits = self._loss(ids, labels, engine)
-            (loss / labelled).backward()
-            loss_sum, correct = loss_sum + loss.item(), correct + hits
-        if not math.isfinite(loss_sum):
-            raise LossDiverged(
-                f"the loss is {loss_sum} at step {self.step}; the last good checkpoint is "
-                f"{self.checkpoint_path}: lower the learning rate and run again"
-            )
+            (loss * world / labelled).backward()  # DDP and FSDP take the mean over processes
+            loss_sum, correct = loss_sum + loss.item(), correct + float(hits)
+            keys = attended_keys(engine.method if engine else None, ids.shape[1])
+            self._flops += ids.numel() * world * self.shape.training_flops(keys)
+        loss_sum, correct = parallel.total([loss_sum, correct], self.device)
+        self._check("loss", loss_sum / labelled, self._recent[engine is None])
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._check("gradient's norm", float(norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {
@@ -207,17 +213,46 @@ class Trainer:
             "grad_norm": float(norm),
         }
 
-    def _loss(self, ids: Tensor, labels: Tensor, engine: Engine | None) -> tuple[Tensor, float]:
+    def _loss(self, ids: Tensor, labels: Tensor, engine: Engine | None) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the labelled tokens, and how many of them are argmax-right."""
-        bf16 = self.settings.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            hidden = self.model.model(ids, use_cache=False, engine=engine).last_hidden_state
-            wanted = labels >= 0
-            logits = self.model.lm_head(hidden[wanted]).float()
-        labels = labels[wanted]
-        return F.cross_entropy(logits, labels, reduction="sum"), float(
-            (logits.detach().argmax(-1) == labels).sum()
-        )
+        return self.objective(ids, labels, engine)
+
+    def _check(self, what: str, value: float, recent: deque[float] | None = None) -> None:
+        """Refuse a value that is not finite, or far above the recent ones, before it does harm."""
+        good = f"the last good checkpoint is {self.checkpoints.latest()}"
+        if not math.isfinite(value):
+            raise LossDiverged(
+                f"the {what} is {value} at step {self.step}; {good}: lower the learning rate and "
+                "run again"
+            )
+        if recent is None:
+            return
+        spike, mean = self.settings.spike, sum(recent) / max(1, len(recent))
+        if spike and len(recent) >= 20 and value > spike * mean:
+            raise LossDiverged(
+                f"the {what} rose to {value:.3f} at step {self.step}, from {mean:.3f} on average; "
+                f"{good}: lower the learning rate, or raise optimizer.spike, and run again"
+            )
+        recent.append(value)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """SIGTERM (preemption) and SIGUSR1 (SLURM's --signal) end the run after a step."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python handles signals in the main thread alone
+            return
+
+        def stop(*_: Any) -> None:
+            self._signalled = True
+
+        before = {
+            number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _set_learning_rates(self, progress: float) -> float:
         """Linear warmup, then a cosine to min_lr_ratio; returns the factor on the peak rates."""
@@ -236,26 +271,39 @@ class Trainer:
             file.write(json.dumps(row) + "\n")
         self.log(row)
 
-    def _save(self) -> None:
-        state = {
+    def _state(self) -> dict[str, Any]:
+        return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "data": self.data,
         }
-        partial = self.checkpoint_path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.checkpoint_path)
+
+    def _blank_state(self) -> dict[str, Any]:
+        """A state of the right shapes; the weights change, since they are about to be loaded."""
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()  # makes the moments
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._state()
 
     def _load(self) -> None:
-        state = torch.load(self.checkpoint_path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
         groups = self.optimizer.state_dict()["param_groups"]  # rates as set now, not as saved
+        state = self.checkpoints.load(self._blank_state)
+        if state is None:
+            return
+        if (data := state.get("data", "")) != self.data:
+            raise ValueError(
+                f"the checkpoint in {self.folder} was trained on other data ({data}, now "
+                f"{self.data}): restore the corpus, or set stage.folder"
+            )
+        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         log = self.folder / "log.jsonl"
-        if log.exists():  # rows written after the checkpoint will be written again
+        if log.exists() and parallel.rank() == 0:  # later rows will be written again
             lines = log.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]
             log.write_text("".join(x for x in whole if json.loads(x)["step"] <= self.step))

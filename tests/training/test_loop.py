@@ -298,3 +298,69 @@ def test_sparse_steps_alone_come_first(make_model, tmp_path):
     trainer.run()
     assert all("sparse_loss" in row for row in rows)
     assert [("loss" in row) for row in rows] == [False] * 3 + [True] * (len(rows) - 3)
+
+
+def test_a_loss_that_jumps_stops_the_run(make_model, tmp_path):
+    """After 20 steps to compare with; at 3 times the mean of the recent ones."""
+
+    class Jumping(Trainer):
+        def _loss(self, ids, labels, engine):
+            loss, hits = super()._loss(ids, labels, engine)
+            return (loss * 5 if self.step == at else loss), hits
+
+    schedule = Schedule([(24 * 48, 12)], 48)
+    how = {"lr": 0.0, "memory_lr": 0.0, "spike": 3.0, "trainer": Jumping}
+    at = 10
+    run, _ = train(make_model(), tmp_path / "early", schedule, **how)
+    assert run.step == 24
+    at = 22
+    with pytest.raises(LossDiverged, match=r"the loss rose to .* at step 22, from") as error:
+        train(make_model(), tmp_path / "late", schedule, **how)
+    assert str(tmp_path / "late" / "checkpoint.pt") in str(error.value)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(make_model, tmp_path):
+    model = make_model()
+    weight = model.lm_head.weight
+    weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(LossDiverged, match="the gradient's norm is"):
+        train(model, tmp_path)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_flops_are_logged_as_a_share_of_the_peak(make_model, tmp_path):
+    """MFU · peak · seconds: 6 · parameters + 12 · layers · width · keys a token, in both passes."""
+    model = make_model()
+    _, rows = train(model, tmp_path, sparse=DILATED, peak_tflops=1e-3, log_every=2)
+    matrices = sum(p.numel() for p in model.parameters())
+    patterns = [[j <= t for j in range(12)] for t in range(12)]
+    dense = sum(map(sum, patterns)) / 12
+    sparse = sum((j + 1) % 4 == 0 or t - j <= 1 or j < 1 for t in range(12) for j in range(t + 1))
+    token = 2 * 6 * matrices + 12 * 2 * 32 * (dense + sparse / 12)
+    [first, *_] = rows
+    assert first["mfu"] * 1e9 == pytest.approx(token * first["tokens_per_second"], rel=0.02)
+
+
+@pytest.mark.parametrize("sparse", [None, DILATED], ids=["dense", "joint"])
+def test_how_layers_are_executed_changes_no_result(make_model, tmp_path, monkeypatch, sparse):
+    """Activation checkpointing is exact; compilation is asked for once a layer."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or f)
+    plain, _ = train(make_model(), tmp_path / "plain", sparse=sparse)
+    how = {"activation_checkpointing": True, "compile": True}
+    other, _ = train(make_model(), tmp_path / "other", sparse=sparse, **how)
+    assert len(compiled) == 2
+    a, b = plain.model.state_dict(), other.model.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_checkpoint_is_for_the_data_that_it_was_trained_on(make_model, tmp_path):
+    Trainer(make_model(), batch, ONE_STEP, settings(), tmp_path, data="a").run()
+    with pytest.raises(ValueError, match="trained on other data"):
+        Trainer(make_model(), batch, ONE_STEP, settings(), tmp_path, data="b")
+
+
+def test_rows_must_divide_among_processes():
+    Schedule([(48, 12)], 48).check(2)
+    with pytest.raises(ValueError, match="4 rows of 12 tokens cannot be shared by 3"):
+        Schedule([(48, 12)], 48).check(3)

@@ -1,0 +1,170 @@
+"""What a run will cost: parameters, FLOPs, memory, disk and hours, by plain arithmetic.
+
+Everything starts from a model built on the meta device, so that a 7B model costs no memory here.
+Numbers of FLOPs count a multiplication and an addition as two, and leave out what activation
+checkpointing computes again, as MFU does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ratplus_exp.memory import Memory
+from ratplus_exp.methods import Method
+
+# Dense bf16 TFLOP/s from the makers' data sheets; the first name found in the device's counts.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+}
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Peak bf16 TFLOP/s of a GPU, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the estimates need to know of a model.
+
+    parameters: all of them, tied weights once; memory_parameters: the gates among them.
+    multiplied: parameters that every token is multiplied by: all but an untied input embedding.
+    """
+
+    parameters: int
+    memory_parameters: int
+    multiplied: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Shape:
+        """Read off a Hugging Face causal model, on any device."""
+        net: Any = model
+        config = net.config
+        embedding, head = net.get_input_embeddings().weight, net.get_output_embeddings().weight
+        gates = [p for m in model.modules() if isinstance(m, Memory) for p in m.parameters()]
+        total = sum(p.numel() for p in model.parameters())
+        heads = config.num_attention_heads
+        return cls(
+            parameters=total,
+            memory_parameters=sum(p.numel() for p in gates),
+            multiplied=total - (0 if embedding is head else embedding.numel()),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            ffn=config.intermediate_size,
+            vocabulary=config.vocab_size,
+        )
+
+    def forward_flops(self, attended: float) -> float:
+        """FLOPs of one token's forward pass that attends to `attended` keys on average.
+
+        Each parameter is one multiply-add, and each attended key two a channel: q·k and p·v. The
+        memory's scan is a few operations a channel and is left out.
+        """
+        return 2 * self.multiplied + 4 * self.layers * self.heads * self.head_dim * attended
+
+    def training_flops(self, attended: float) -> float:
+        """FLOPs of one token's forward and backward pass."""
+        return 3 * self.forward_flops(attended)
+
+    def kv_bytes(self, tokens: int, itemsize: int = 2) -> int:
+        """Keys and values of one sequence."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * itemsize
+
+    def memory_state_bytes(self) -> int:
+        """The memory's last k̃ and ṽ of one sequence, in fp32."""
+        return self.kv_bytes(1, itemsize=4) if self.memory_parameters else 0
+
+
+@cache
+def attended_keys(method: Method | None, length: int) -> float:
+    """Keys that a query of a training context sees, on average over the context.
+
+    None is dense causal attention: (length + 1) / 2. A fixed pattern is counted.
+    """
+    key, pairs = torch.arange(length), 0
+    for query in key.split(1024):
+        seen = method.pattern(query[:, None], key) if method else None
+        if seen is None:
+            return (length + 1) / 2
+        pairs += int((seen & (key <= query[:, None])).sum())
+    return pairs / length
+
+
+def training_memory(
+    shape: Shape,
+    *,
+    shards: int,
+    rows: int,
+    length: int,
+    accumulate: int = 1,
+    checkpointing: bool = False,
+    bf16: bool = True,
+) -> dict[str, float]:
+    """Bytes on one GPU by what they are for, with FSDP over `shards` GPUs (1: one GPU or DDP).
+
+    rows: of one micro-batch on this GPU. States are exact: fp32 weights, gradients and Adam's two
+    moments. Activations are an estimate: with flash-like attention a layer keeps about
+    10 · hidden + 3 · ffn + 4 · kv values a token (inputs and outputs of its products and
+    norms); with checkpointing its input alone, and one layer at a time everything. Logits count
+    the fp32 logits, their gradient and log-probabilities.
+    """
+    size = 2 if bf16 else 4
+    tokens = rows * length
+    kv_width = shape.kv_heads * shape.head_dim
+    layer = tokens * size * (10 * shape.hidden + 3 * shape.ffn + 4 * kv_width)
+    inputs = tokens * size * shape.hidden
+    activations = shape.layers * inputs + layer if checkpointing else shape.layers * layer
+    gathered = 2 * size * shape.parameters / shape.layers if shards > 1 else 0
+    # Between micro-batches FSDP keeps whole gradients, so as to reduce them once.
+    whole_gradients = 4 * shape.parameters if shards > 1 and accumulate > 1 else 0
+    return {
+        "weights, gradients, Adam (fp32)": 16 * shape.parameters / shards,
+        "gathered layers": gathered,
+        "gradients between micro-batches": whole_gradients,
+        "activations": activations,
+        "logits": 3 * 4 * tokens * shape.vocabulary,
+    }
+
+
+def checkpoint_bytes(shape: Shape) -> int:
+    """A training checkpoint: fp32 weights and Adam's two moments."""
+    return 12 * shape.parameters
+
+
+def hours(flops: float, gpus: int, peak: float, mfu: float) -> float:
+    """Hours for so many FLOPs on `gpus` GPUs of `peak` TFLOP/s, of which `mfu` are reached."""
+    return flops / (gpus * peak * 1e12 * mfu) / 3600
+
+
+def decode_hours(
+    shape: Shape, *, examples: int, batch: int, new_tokens: int, read: float, bandwidth: float
+) -> float:
+    """Hours of decoding on one GPU, which reads all weights and the attended cache at every step.
+
+    read: cache bytes read a sequence and step; bandwidth: TB/s of the GPU's memory.
+    """
+    steps = -(-examples // batch) * new_tokens
+    return steps * (2 * shape.multiplied + batch * read) / (bandwidth * 1e12) / 3600

@@ -1,0 +1,172 @@
+"""dry_run=true: what the configured job would cost, from a model on the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ratplus_exp import cost
+from ratplus_exp.config import build, forms_of, plain, validate_method
+from ratplus_exp.cost import Shape
+from ratplus_exp.methods import Dilated
+from ratplus_exp.models import RatPlusConfig
+from ratplus_exp.results import Table
+from ratplus_exp.stages.common import resolve
+from ratplus_exp.training import Schedule, TrainSettings
+
+Rows = list[tuple[str, str]]
+BUDGETS = {"1": 1.0, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16, "1/64": 1 / 64}
+
+
+def run(cfg: DictConfig) -> None:
+    """Print the estimate; ValueError for settings that the job itself would refuse."""
+    shape = shape_of(cfg)
+    groups = [_model(shape)]
+    if "schedule" in cfg.stage:
+        groups += training(cfg, shape)
+    elif "batch_size" in cfg.stage:
+        groups += evaluation(cfg, shape)
+    groups.append(_cache(cfg, shape))
+    breaks = frozenset(sum(map(len, groups[:i])) for i in range(1, len(groups)))
+    gpus = cfg.cluster
+    caption = (
+        f"{gpus.gpus} GPUs of {gpus.memory_gb:g} GB, {gpus.bandwidth_tb:g} TB/s and "
+        f"{gpus.peak_tflops:g} TFLOP/s, of which {gpus.mfu:.0%} are reached (cluster.*). "
+        "1 GB is 10⁹ bytes. docs/cluster.md shows the arithmetic."
+    )
+    title = f"stage={cfg.stage.name} model={cfg.model.name}: what it would cost"
+    rows = tuple(row for group in groups for row in group)
+    print(Table(title, caption, ("What", "How much"), rows, breaks).to_text())
+
+
+def shape_of(cfg: DictConfig) -> Shape:
+    """The shape of cfg.model: of the folder it names where that is there, else as configured."""
+    folder = resolve(cfg.model.path)
+    if (folder / "config.json").is_file():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    else:
+        config = RatPlusConfig(
+            **plain(cfg.model.architecture), memory=cfg.model.backbone == "ratplus"
+        )
+    with torch.device("meta"):
+        return Shape.of(AutoModelForCausalLM.from_config(config))
+
+
+def training_flops(cfg: DictConfig, shape: Shape) -> float:
+    """FLOPs of a stage's whole schedule, both passes of joint training counted."""
+    joint: Any = build(Dilated, plain(cfg.stage.joint), "stage.joint") if cfg.stage.joint else None
+    sparse_only = cfg.stage.sparse_only_tokens if joint else 0
+    flops = 0.0
+    for tokens, length in cfg.stage.schedule:
+        dense = tokens - min(tokens, sparse_only)
+        sparse_only -= tokens - dense
+        flops += dense * shape.training_flops(cost.attended_keys(None, length))
+        if joint:
+            flops += tokens * shape.training_flops(cost.attended_keys(joint, length))
+    return flops
+
+
+def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
+    """Rows for a training stage: work, memory of a GPU, disk."""
+    schedule = Schedule([tuple(stage) for stage in cfg.stage.schedule], cfg.stage.tokens_per_step)
+    settings = build(TrainSettings, plain(cfg.stage.optimizer), "stage.optimizer")
+    gpus = cfg.cluster
+    schedule.check(gpus.gpus)
+    tokens, length = sum(t for t, _ in schedule.stages), max(n for _, n in schedule.stages)
+    rows = max(1, schedule.tokens_per_step // length) // gpus.gpus
+    flops = training_flops(cfg, shape)
+    memory = cost.training_memory(
+        shape,
+        shards=gpus.gpus if settings.parallel == "fsdp" else 1,
+        rows=-(-rows // settings.accumulate),
+        length=length,
+        accumulate=settings.accumulate,
+        checkpointing=settings.activation_checkpointing,
+        bf16=settings.precision == "bf16",
+    )
+    seconds = cost.hours(flops, gpus.gpus, gpus.peak_tflops, gpus.mfu) * 3600
+    work = [
+        ("Tokens", f"{tokens:.3g} in {schedule.steps} steps of {schedule.tokens_per_step}"),
+        ("Passes a batch", "2: dilated and dense" if cfg.stage.joint else "1: dense"),
+        ("FLOPs", f"{flops:.3g}"),
+        ("Hours", f"{seconds / 3600:.3g}"),
+        ("Tokens/s", f"{tokens / seconds:.3g}"),
+    ]
+    corpus = tokens * (2 if shape.vocabulary <= 1 << 16 else 4) if cfg.corpus else 0
+    disk = {
+        "a checkpoint (two while one is replaced)": cost.checkpoint_bytes(shape),
+        "the model (fp32)": 4 * shape.parameters,
+        "the corpus": corpus,
+    }
+    return [work, _memory(memory, cfg), _gigabytes("Disk", disk)]
+
+
+def evaluation(cfg: DictConfig, shape: Shape) -> list[Rows]:
+    """Rows for a stage that runs prompts: work and memory of a GPU."""
+    method, gpus, length = validate_method(cfg), cfg.cluster, cfg.data.length
+    new, batch = forms_of(cfg).reserve, cfg.stage.batch_size
+    examples = cfg.data.examples * len(cfg.data.tasks)
+    prefill = examples * length * shape.forward_flops((length + 1) / 2)
+    fraction = float(method.fraction(length)) if method.phase in ("decode", "once") else 1.0
+    read = shape.kv_bytes(length) * fraction
+    if method.phase == "decode":  # and its blocks' representatives: min and max of the keys
+        read += shape.kv_bytes(length) / method.block_size
+    decode = cost.decode_hours(
+        shape,
+        examples=examples,
+        batch=batch,
+        new_tokens=new,
+        read=read,
+        bandwidth=gpus.bandwidth_tb,
+    )
+    first = cost.hours(prefill, 1, gpus.peak_tflops, gpus.mfu)
+    work = [
+        ("Examples", f"{examples} of {length} tokens, up to {new} of them answered"),
+        ("FLOPs of the prompts", f"{prefill:.3g}"),
+        ("Hours for the prompts", f"{first / gpus.gpus:.3g}"),
+        ("Hours for the answers", f"{decode / gpus.gpus:.3g} at most"),
+    ]
+    memory = {
+        "weights (bf16)": 2.0 * shape.parameters,
+        f"keys and values of {batch} sequences": float(batch * shape.kv_bytes(length)),
+        "activations of the prompts": 2.0 * batch * length * (6 * shape.hidden + 2 * shape.ffn),
+    }
+    return [work, _memory(memory, cfg)]
+
+
+def _model(shape: Shape) -> Rows:
+    return [
+        ("Parameters", f"{shape.parameters / 1e6:,.1f} M"),
+        ("of them the memory's", f"{shape.memory_parameters / 1e6:,.1f} M"),
+        ("FLOPs of a token's products, forward", f"{2 * shape.multiplied:.3g}"),
+    ]
+
+
+def _memory(parts: dict[str, float], cfg: DictConfig) -> Rows:
+    whole = sum(parts.values())
+    fits = "fits" if whole < 0.9e9 * cfg.cluster.memory_gb else "too much: more GPUs or less a pass"
+    return [
+        *_gigabytes("GPU memory", parts),
+        ("GPU memory in all", f"{whole / 1e9:.2f} GB of {cfg.cluster.memory_gb:g} ({fits})"),
+    ]
+
+
+def _cache(cfg: DictConfig, shape: Shape) -> Rows:
+    """One sequence of data.length: what a token method keeps, what a block method reads a step."""
+    length, size = cfg.data.length, cfg.data.block_size
+    whole = shape.kv_bytes(length)
+    rows = [("Memory state of a sequence", f"{shape.memory_state_bytes() / 1e6:.3g} MB")]
+    for name, fraction in BUDGETS.items():
+        kept, read = whole * fraction, whole * min(1, fraction + 1 / size)
+        text = f"{kept / 1e6:.4g} MB kept by tokens"
+        if fraction < 1:
+            text += f"; {read / 1e6:.4g} MB read a step by blocks of {size}"
+        rows.append((f"KV cache of {length} tokens at {name}", text))
+    return rows
+
+
+def _gigabytes(what: str, parts: dict[str, float]) -> Rows:
+    return [(f"{what}: {name}", f"{size / 1e9:.2f} GB") for name, size in parts.items() if size]

@@ -1,0 +1,93 @@
+"""Batches from tokenised shards: memory-mapped, shuffled, and pure functions of the step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from ratplus_exp.training.settings import Batch
+
+
+class Corpus:
+    """The tokens of a folder that `write_shards` made, cut into windows of one context each.
+
+    A window crosses documents, which end in EOS; its labels are its tokens, moved up by one. Every
+    pass over the corpus takes the windows in an order of its own.
+
+    Attributes:
+        tokens: of the whole corpus.
+        id: names its content: shards, lengths, tokenizer.
+    """
+
+    def __init__(self, folder: Path, tokenizer: str) -> None:
+        """tokenizer: the name that the shards must have been written with.
+
+        Raises:
+            ValueError: the corpus isn't there, is damaged, or was made with another tokenizer.
+        """
+        try:
+            text = (folder / "index.json").read_text(encoding="utf-8")
+        except OSError:
+            raise ValueError(
+                f"there is no finished corpus in {folder}: run stage=tokenize with the same "
+                "corpus and stage.init"
+            ) from None
+        index = json.loads(text)
+        if index["tokenizer"] != tokenizer:
+            raise ValueError(
+                f"the corpus in {folder} was made with another tokenizer: set corpus.folder and "
+                "run stage=tokenize"
+            )
+        self.id = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.tokens: int = index["tokens"]
+        self._shards = []
+        for shard in index["shards"]:
+            file, size = folder / shard["file"], shard["tokens"]
+            itemsize = np.dtype(index["dtype"]).itemsize
+            if not file.exists() or file.stat().st_size != size * itemsize:
+                raise ValueError(
+                    f"{file} is not {size} tokens long: delete {folder} and run stage=tokenize"
+                )
+            if size:  # an empty file cannot be mapped
+                self._shards.append(np.memmap(file, index["dtype"], "r", shape=(size,)))
+        self._starts = np.cumsum([0, *map(len, self._shards)])
+
+    def windows(self, length: int) -> int:
+        """How many windows of so many tokens, and one more for the last label, there are."""
+        return (self.tokens - 1) // length
+
+    def check(self, length: int) -> None:
+        if self.windows(length) < 1:
+            raise ValueError(
+                f"the corpus has {self.tokens} tokens, fewer than a context of {length}: raise "
+                "corpus.tokens or use another corpus"
+            )
+
+    def batch(self, seed: int, step: int, rows: int, length: int) -> Batch:
+        """Token ids and labels (rows, length) of a step in which every step has so many rows."""
+        count = self.windows(length)
+        ids = np.empty((rows, length + 1), np.int64)
+        for row in range(rows):
+            epoch, place = divmod(step * rows + row, count)
+            window = int(_order(seed, epoch, length, count)[place])
+            ids[row] = self._read(window * length, length + 1)
+        return ids[:, :-1], ids[:, 1:]
+
+    def _read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) of all shards put together."""
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        parts = []
+        while count:
+            part = self._shards[shard][start - self._starts[shard] :][:count]
+            parts.append(part)
+            start, count, shard = start + len(part), count - len(part), shard + 1
+        return np.concatenate(parts)
+
+
+@lru_cache(maxsize=2)  # a batch may end one pass and begin the next
+def _order(seed: int, epoch: int, length: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch, length)).permutation(count)

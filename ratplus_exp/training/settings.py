@@ -1,0 +1,92 @@
+"""What a training is told: its context lengths, its optimizer, and how it is executed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Kind = Literal["fsdp", "ddp"]
+Batch = tuple[np.ndarray, np.ndarray]  # token ids and next-token labels, (rows, length)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Context lengths over a run: (tokens of training, context length), one after the other."""
+
+    stages: Sequence[tuple[int, int]]
+    tokens_per_step: int
+
+    @property
+    def steps(self) -> int:
+        return sum(self._steps(tokens) for tokens, _ in self.stages)
+
+    def length_at(self, step: int) -> int:
+        for tokens, length in self.stages:
+            step -= self._steps(tokens)
+            if step < 0:
+                return length
+        return self.stages[-1][1]
+
+    def rows_at(self, step: int) -> int:
+        return max(1, self.tokens_per_step // self.length_at(step))
+
+    def check(self, processes: int) -> None:
+        """ValueError where a batch's rows can't be shared out evenly."""
+        for _, length in self.stages:
+            rows = max(1, self.tokens_per_step // length)
+            if rows % processes:
+                raise ValueError(
+                    f"a batch of {rows} rows of {length} tokens cannot be shared by {processes} "
+                    "processes: change tokens_per_step or the number of processes"
+                )
+
+    def _steps(self, tokens: int) -> int:
+        return math.ceil(tokens / self.tokens_per_step)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Optimizer and execution. lr is for all parameters but the memory's, which have memory_lr.
+
+    accumulate: micro-batches that a process makes of its share of a batch.
+    precision: "fp32", or "bf16": matmuls in bfloat16, weights and the memory's scan in fp32.
+    spike: stop where a loss exceeds the mean of the last 100 this many times; None: never.
+    activation_checkpointing: keep only the input of each layer and compute the rest again.
+    compile: torch.compile each decoder layer.
+    parallel: how many processes share the work: "fsdp" shards the weights, "ddp" copies them.
+    peak_tflops: of one GPU, for the MFU; None: of the GPU at hand, where it is known.
+    """
+
+    lr: float = 3e-3
+    memory_lr: float = 3e-3
+    min_lr_ratio: float = 0.1
+    warmup: float = 0.02
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    accumulate: int = 1
+    precision: str = "fp32"
+    spike: float | None = None
+    activation_checkpointing: bool = False
+    compile: bool = False
+    parallel: Kind = "fsdp"
+    peak_tflops: float | None = None
+    log_every: int = 20
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision is {self.precision}: use fp32 or bf16")
+        if min(self.log_every, self.checkpoint_every, self.accumulate) < 1:
+            raise ValueError("log_every, checkpoint_every and accumulate must be at least 1")
+        if self.spike is not None and self.spike <= 1:
+            raise ValueError(f"spike is {self.spike}: use more than 1, for instance 2, or null")
+        if self.checkpoint_every % self.log_every:  # a checkpoint holds no half-averaged row
+            raise ValueError(
+                f"checkpoint_every ({self.checkpoint_every}) must be a multiple of log_every "
+                f"({self.log_every})"
+            )

@@ -1,0 +1,192 @@
+"""Text to tokens, once: a streamed or local data set becomes flat shards that are memory-mapped.
+
+    <folder>/source.json     what was asked for
+    <folder>/00000.bin ...   token ids one after the other, an EOS behind each document
+    <folder>/index.json      the shards in order, with their lengths; written last
+
+One shard is a run of the data set's own files, so shards are written in parallel and in any
+order, and come out the same. A killed run goes on inside each shard: `.partial` and its `.json` say
+how far it got.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}  # of the datasets package
+MAX_SHARDS = 256
+DOCUMENTS = 512  # tokenised, written and noted at a time
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where text comes from.
+
+    Args:
+        path: a data set of the Hugging Face hub, or a folder of .parquet, .jsonl or .txt files (one
+            kind; a .txt file is one document).
+        subset, split: of a hub data set.
+        field: the column that holds the text.
+        tokens: how many to keep, from the start; None for all.
+    """
+
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    field: str = "text"
+    tokens: int | None = None
+
+
+def write_shards(source: Source, tokenizer: Any, name: str, folder: Path, workers: int) -> None:
+    """Tokenise a source into a folder, going on where an earlier run was killed.
+
+    tokenizer: a Hugging Face tokenizer with an EOS; name identifies it. workers: processes; 1 works
+    in this one.
+
+    Raises:
+        ValueError: the source can't be opened or has no such field, or the folder holds another.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, asdict(source) | {"tokenizer": name})
+    if (folder / "index.json").exists():
+        return
+    count = min(_open(source).num_shards, MAX_SHARDS)
+    dtype = np.dtype("uint16" if len(tokenizer) <= 1 << 16 else "uint32")
+    pool: Executor = (
+        ThreadPoolExecutor(1)
+        if workers == 1
+        else ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread)
+    )
+    lengths: list[int] = []
+    with pool, tqdm(total=source.tokens, unit="token", unit_scale=True, desc="tokenising") as bar:
+        jobs = [
+            pool.submit(_write_shard, source, tokenizer, folder, count, i, dtype)
+            for i in range(count)
+        ]
+        try:
+            for job in jobs:
+                while not wait([job], timeout=1).done:
+                    bar.update(_written(folder, dtype) - bar.n)
+                lengths.append(job.result())
+                if source.tokens and sum(lengths) >= source.tokens:
+                    break
+        finally:  # enough, or an error: what has not begun need not
+            pool.shutdown(wait=True, cancel_futures=True)
+        bar.update(_written(folder, dtype) - bar.n)
+    whole = sum(lengths)
+    if not whole:
+        raise ValueError(f"{source.path} has no text: check corpus.path and corpus.field")
+    index = {
+        "dtype": dtype.name,
+        "vocabulary": len(tokenizer),
+        "tokenizer": name,
+        "tokens": min(whole, source.tokens or whole),
+        "shards": [{"file": _name(i), "tokens": n} for i, n in enumerate(lengths)],
+    }
+    _write(folder / "index.json", index)
+
+
+def _write_shard(
+    source: Source, tokenizer: Any, folder: Path, count: int, index: int, dtype: np.dtype[Any]
+) -> int:
+    """Write one of `count` shards; its number of tokens. Stops where source.tokens are reached."""
+    target = folder / _name(index)
+    if target.exists():
+        return target.stat().st_size // dtype.itemsize
+    partial, note = target.with_suffix(".partial"), target.with_suffix(".json")
+    done = json.loads(note.read_text()) if note.exists() else {"documents": 0, "tokens": 0}
+    stream = _open(source).shard(count, index).skip(done["documents"])
+    with partial.open("r+b" if done["documents"] else "wb") as file:
+        file.truncate(done["tokens"] * dtype.itemsize)  # what was written after the last note
+        file.seek(0, os.SEEK_END)
+        for batch in stream.iter(batch_size=DOCUMENTS):
+            if source.tokens and done["tokens"] >= source.tokens:
+                break
+            if source.field not in batch:
+                raise ValueError(
+                    f"{source.path} has no field {source.field!r}: set corpus.field to one of "
+                    f"{', '.join(batch)}"
+                )
+            texts = [text for text in batch[source.field] if text]
+            rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+            ids = np.array([x for row in rows for x in (*row, tokenizer.eos_token_id)], dtype)
+            file.write(ids.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            done["documents"] += len(batch[source.field])
+            done["tokens"] += len(ids)
+            _write(note, done)
+    os.replace(partial, target)
+    note.unlink(missing_ok=True)
+    return done["tokens"]
+
+
+def _open(source: Source) -> Any:
+    """The source as a datasets.IterableDataset, which reads as it goes."""
+    import datasets  # seconds to import, and only here
+
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        kinds = {kind: sorted(path.rglob(f"*{kind}")) for kind in BUILDERS}
+        kinds = {kind: files for kind, files in kinds.items() if files}
+        if len(kinds) != 1:
+            raise ValueError(
+                f"{path} holds {' and '.join(kinds) or 'no'} files: corpus.path must be a folder "
+                f"of one kind of {', '.join(BUILDERS)}"
+            )
+        [(kind, files)] = kinds.items()
+        how = {"sample_by": "document"} if kind == ".txt" else {}
+        names = [str(file) for file in files]
+        return datasets.load_dataset(
+            BUILDERS[kind], data_files=names, split="train", streaming=True, **how
+        )
+    try:
+        return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
+    except Exception as error:  # the hub's, the network's and datasets' own, of many kinds
+        text = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"cannot open the data set {source.path} ({type(error).__name__}: {text}): check "
+            "corpus.path and the network, or set corpus.path to a folder"
+        ) from None
+
+
+def _one_thread() -> None:
+    """The tokenizer's threads would fight over the cores that the processes share."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _claim(folder: Path, asked: dict[str, Any]) -> None:
+    """A folder is for one source and one tokenizer."""
+    file = folder / "source.json"
+    if not file.exists():
+        _write(file, asked)
+    elif (there := json.loads(file.read_text())) != asked:
+        other = ", ".join(key for key in asked if asked[key] != there.get(key))
+        raise ValueError(
+            f"{folder} holds a corpus with another {other}: set corpus.folder, or delete it"
+        )
+
+
+def _written(folder: Path, dtype: np.dtype[Any]) -> int:
+    files = [*folder.glob("*.bin"), *folder.glob("*.partial")]
+    sizes = [file.stat().st_size for file in files if file.exists()]
+    return sum(sizes) // dtype.itemsize
+
+
+def _name(index: int) -> str:
+    return f"{index:05d}.bin"
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(draft, path)
