@@ -1,0 +1,83 @@
+"""Models that no folder holds: with fresh weights, or trained attention with fresh gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ratplus_exp.models.configuration import RatPlusConfig
+from ratplus_exp.models.families import FAMILIES
+from ratplus_exp.models.hf import carry
+from ratplus_exp.models.modeling import RatPlusForCausalLM
+
+MEMORY_SETTINGS = ("gate_bias", "memory_position", "output_gate")
+"""The settings of an architecture that adding the memory takes."""
+
+
+def config_for(architecture: dict[str, Any], memory: bool) -> PretrainedConfig:
+    """The Hugging Face config of a `model.architecture`.
+
+    Its `model_type` is a family of docs/models.md, or left out for P2's own backbone; the rest are
+    that config's fields. ValueError where the family can't have what is asked for.
+    """
+    settings = dict(architecture)
+    family = settings.pop("model_type", "ratplus")
+    if family == "ratplus":
+        return RatPlusConfig(memory=memory, **settings)
+    if not memory and not settings.get("output_gate"):
+        stock = {k: v for k, v in settings.items() if k not in MEMORY_SETTINGS}
+        try:
+            return AutoConfig.for_model(family, **stock)
+        except ValueError:
+            raise ValueError(
+                f"model.architecture.model_type={family} is unknown: use {_families()}"
+            ) from None
+    return _config_class(family)(memory=memory, **settings)
+
+
+def new_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """A model with fresh weights, ready for any method. Under `torch.device("meta")` it has its
+    shapes alone."""
+    with _seeded(seed):
+        return carry(AutoModelForCausalLM.from_config(config))
+
+
+def add_memory(model: PreTrainedModel, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A RAT+ model that starts from a trained attention model: the same weights and fresh gates.
+
+    Takes P2's backbone and the families of docs/models.md; the dtype stays. settings are fields of
+    the new config, above all those of MEMORY_SETTINGS.
+    """
+    fields = model.config.to_dict() | settings | {"memory": True}
+    family = fields.pop("model_type").removesuffix("_ratplus")
+    for name in ("architectures", "auto_map", "transformers_version"):
+        fields.pop(name, None)
+    causal: Any = RatPlusForCausalLM if family == "ratplus" else FAMILIES.get(family)
+    config = (RatPlusConfig if family == "ratplus" else _config_class(family))(**fields)
+    with _seeded(seed):
+        return causal.from_pretrained(
+            None, config=config, state_dict=model.state_dict(), dtype=model.dtype
+        )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Initial weights from a seed: transformers draws them from the global generator, which is put
+    back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _config_class(family: str) -> Any:
+    if family not in FAMILIES:
+        raise ValueError(f"there is no memory for {family} models: use {_families()}")
+    return FAMILIES[family].config_class  # type: ignore[attr-defined]
+
+
+def _families() -> str:
+    return ", ".join(("ratplus", *FAMILIES))
