@@ -105,8 +105,8 @@ def carry(model: PreTrainedModel) -> PreTrainedModel:
     plain = kinds <= {"full_attention", "sliding_attention"}
     if not (plain and hasattr(model, "model") and model._supports_attention_backend):
         raise ValueError(
-            f"{type(model).__name__} can't be carried: model=hf takes decoders like Llama, Mistral, "
-            "Qwen or OLMo2, all of whose layers are softmax attention"
+            f"{type(model).__name__} can't be carried: model=hf takes decoders like Llama, "
+            "Mistral, Qwen or OLMo2, all of whose layers are softmax attention"
         )
     model.model.__class__ = _with(CarriedDecoder, type(model.model))
     model.__class__ = _with(SparseGeneration, type(model))

@@ -1,4 +1,4 @@
-"""P2's published checkpoints (wimh966/rat-plus, barpitf/ratplus on the Hugging Face hub), both ways.
+"""P2's published checkpoints (code wimh966/rat-plus, weights barpitf/ratplus), both ways.
 
 A `.pth` holds the model's state dict under the key `task`, beside the training's own state. Names
 may carry `_orig_mod.` of torch.compile. Each layer's `seq_layer.in_proj` stacks the rows o, q, k,
@@ -8,6 +8,7 @@ v and, with the memory, g; older files keep g in `seq_layer.fgate_proj`.
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,12 @@ LAYER = {  # under backbone.layers.I. and model.layers.I.
 IN_PROJ, GATE = "seq_layer.in_proj.weight", "seq_layer.fgate_proj.weight"
 
 
-class _EasyDict(dict[str, Any]):
-    """Stands for easydict's class, in which P2 saves a run's settings beside the weights."""
+class _EasyDict:
+    """Stands for easydict's class, in which P2 saves a run's settings beside the weights. It makes
+    an OrderedDict, which torch's safe unpickler knows how to fill."""
+
+    def __new__(cls) -> OrderedDict[str, Any]:  # type: ignore[misc]
+        return OrderedDict()
 
 
 def read_p2(path: Path) -> dict[str, Tensor]:
@@ -48,7 +53,7 @@ def read_p2(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(_EasyDict, "easydict.EasyDict")]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().split("\n")[0][:160]
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split(". ")[0]
         raise ValueError(
             f"{path} holds more than tensors and settings ({reason}): save its 'task' alone "
             "again where you trust it"
