@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ratplus_exp.models.configuration import RatPlusConfig
 from ratplus_exp.models.families import FAMILIES
@@ -58,10 +59,20 @@ def add_memory(model: PreTrainedModel, seed: int = 0, **settings: Any) -> PreTra
         fields.pop(name, None)
     causal: Any = RatPlusForCausalLM if family == "ratplus" else FAMILIES.get(family)
     config = (RatPlusConfig if family == "ratplus" else _config_class(family))(**fields)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # that gates are missing is no news here
     with _seeded(seed):
-        return causal.from_pretrained(
-            None, config=config, state_dict=model.state_dict(), dtype=model.dtype
+        ratplus, report = causal.from_pretrained(
+            None,
+            config=config,
+            state_dict=model.state_dict(),
+            dtype=model.dtype,
+            output_loading_info=True,
         )
+    logging.set_verbosity(level)
+    new = (".memory.", ".output_gate.")
+    assert all(any(part in name for part in new) for name in report["missing_keys"])
+    return ratplus
 
 
 @contextmanager

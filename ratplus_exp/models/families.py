@@ -86,6 +86,14 @@ class MemoryAttention(nn.Module):
     """Mixin before a stock attention layer. Shapes: (B, T, ·, D) up to RoPE, (B, ·, T, D) after."""
 
     rotate: ClassVar[Callable[..., tuple[Tensor, Tensor]]]  # the family's apply_rotary_pos_emb
+    config: Any
+    layer_idx: int
+    head_dim: int
+    scaling: float
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -104,20 +112,19 @@ class MemoryAttention(nn.Module):
         forward_pass: ForwardPass,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        x, stock = hidden_states, self.config
+        x, position = hidden_states, self.config.memory_position
         projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (states.unflatten(-1, (-1, self.head_dim)) for states in projections)
-        if stock.memory_position == "after_norm":
+        if position == "after_norm":
             k = self._norm("k_norm", k)
         if self.memory is not None:
             k, v = forward_pass.memorise(self.memory, self.layer_idx, x, k, v)
-        if stock.memory_position == "before_norm":
+        if position == "before_norm":
             k = self._norm("k_norm", k)
         q = self._norm("q_norm", q)
         q, k, v = (states.transpose(1, 2) for states in (q, k, v))
         q, k = self.rotate(q, k, *position_embeddings)
-        window = getattr(self, "sliding_window", None)
-        out, _ = attention(
+        out = attention(
             self,
             q,
             k,
@@ -125,8 +132,8 @@ class MemoryAttention(nn.Module):
             None,
             forward_pass=forward_pass,
             scaling=self.scaling,
-            sliding_window=window,
-        )
+            sliding_window=getattr(self, "sliding_window", None),
+        )[0]
         out = out.flatten(2)
         if self.output_gate is not None:
             out = self.output_gate(x) * out
@@ -164,7 +171,7 @@ class MemoryDecoder(_Gated, CarriedDecoder):
 
     def __init__(self, config: Any) -> None:
         config._attn_implementation = ATTENTION
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
         for index, layer in enumerate(self.layers):  # type: ignore[attr-defined]
             layer.self_attn = self.attention_class(config, index)
         self.post_init()  # type: ignore[attr-defined]

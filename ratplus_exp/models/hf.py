@@ -108,8 +108,9 @@ def carry(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} can't be carried: model=hf takes decoders like Llama, "
             "Mistral, Qwen or OLMo2, all of whose layers are softmax attention"
         )
-    model.model.__class__ = _with(CarriedDecoder, type(model.model))
-    model.__class__ = _with(SparseGeneration, type(model))
+    for part, mixin in ((model.model, CarriedDecoder), (model, SparseGeneration)):
+        stock: Any = type(part)
+        part.__class__ = _with(mixin, stock)
     model.config._attn_implementation = ATTENTION
     return model
 

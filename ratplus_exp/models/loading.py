@@ -126,13 +126,15 @@ def load_model(path: Path, device: torch.device) -> PreTrainedModel:
     """
     disable_progress_bar()  # a file of a few seconds; the stages show their own
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype_on(device), local_files_only=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype_on(device), local_files_only=True, output_loading_info=True
         )
     except SafetensorError as error:
         raise ValueError(
             f"{weight_files(path)[0]} is damaged ({error}): restore the file"
         ) from None
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"the weights in {path} lack {', '.join(missing)}: restore its files")
     suggested = model.generation_config
     model.generation_config = GenerationConfig(
         **{name: getattr(suggested, name) for name in SPECIAL_TOKENS}
