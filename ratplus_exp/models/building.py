@@ -37,7 +37,10 @@ def config_for(architecture: dict[str, Any], memory: bool) -> PretrainedConfig:
             raise ValueError(
                 f"model.architecture.model_type={family} is unknown: use {_families()}"
             ) from None
-    return _config_class(family)(memory=memory, **settings)
+    if family not in FAMILIES:
+        raise ValueError(f"there is no memory for {family} models: use {_families()}")
+    config_class: Any = FAMILIES[family].config_class  # type: ignore[attr-defined]
+    return config_class(memory=memory, **settings)
 
 
 def new_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
@@ -53,12 +56,8 @@ def add_memory(model: PreTrainedModel, seed: int = 0, **settings: Any) -> PreTra
     Takes P2's backbone and the families of docs/models.md; the dtype stays. settings are fields of
     the new config, above all those of MEMORY_SETTINGS.
     """
-    fields = model.config.to_dict() | settings | {"memory": True}
-    family = fields.pop("model_type").removesuffix("_ratplus")
-    for name in ("architectures", "auto_map", "transformers_version"):
-        fields.pop(name, None)
-    causal: Any = RatPlusForCausalLM if family == "ratplus" else FAMILIES.get(family)
-    config = (RatPlusConfig if family == "ratplus" else _config_class(family))(**fields)
+    config = memory_config(model.config, **settings)
+    causal: Any = FAMILIES.get(config.model_type.removesuffix("_ratplus"), RatPlusForCausalLM)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # that gates are missing is no news here
     with _seeded(seed):
@@ -75,6 +74,15 @@ def add_memory(model: PreTrainedModel, seed: int = 0, **settings: Any) -> PreTra
     return ratplus
 
 
+def memory_config(config: PretrainedConfig, **settings: Any) -> PretrainedConfig:
+    """The config of a model like this one, with the memory."""
+    fields = config.to_dict() | settings
+    for name in ("architectures", "auto_map", "transformers_version", "memory"):
+        fields.pop(name, None)
+    fields["model_type"] = fields["model_type"].removesuffix("_ratplus")
+    return config_for(fields, memory=True)
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Initial weights from a seed: transformers draws them from the global generator, which is put
@@ -82,12 +90,6 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-def _config_class(family: str) -> Any:
-    if family not in FAMILIES:
-        raise ValueError(f"there is no memory for {family} models: use {_families()}")
-    return FAMILIES[family].config_class  # type: ignore[attr-defined]
 
 
 def _families() -> str:
