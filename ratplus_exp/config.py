@@ -27,7 +27,7 @@ class ModelConfig:
     backbone: str = MISSING  # attention or ratplus
     path: str = MISSING
     sha256: str | None = None  # of model.safetensors; checked where given
-    architecture: dict[str, Any] = field(default_factory=dict)  # RatPlusConfig, for training
+    architecture: dict[str, Any] = field(default_factory=dict)  # for training and converting
 
 
 @dataclass
@@ -79,6 +79,7 @@ class Config:
     stage: dict[str, Any] = field(default_factory=dict)
     corpus: dict[str, Any] = field(default_factory=dict)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: str | None = None  # stage=convert: one of P2's .pth files
     selector: str = "topk"
     selector_seed: int = 0  # of selector=random
     seed: int = 0  # of the samples; in training, of the data and the initial weights

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,13 @@ class SparseCache(Cache):
     @property
     def is_empty(self) -> bool:
         return self.processed is None
+
+    def update(
+        self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stock attention layers call this; what is stored depends on the query, so `attend` does
+        it."""
+        return k, v
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """Attention of the step's tokens, which are stored on the way: (B, H, T, D)."""

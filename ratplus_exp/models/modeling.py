@@ -21,8 +21,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from ratplus_exp.memory import Memory
 from ratplus_exp.methods import Engine
-from ratplus_exp.models.cache import SparseCache, Step
+from ratplus_exp.models.cache import SparseCache
 from ratplus_exp.models.configuration import RatPlusConfig
+from ratplus_exp.models.forward_pass import ForwardPass
+from ratplus_exp.models.generation import SavedWithCode
 
 
 class SelfAttention(nn.Module):
@@ -45,31 +47,17 @@ class SelfAttention(nn.Module):
             Memory(config.hidden_size, self.kv_heads, self.head_dim) if config.memory else None
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        step: Step,
-        cache: SparseCache | None,
-        engine: Engine,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], forward_pass: ForwardPass) -> Tensor:
         o, q, k, v = self.in_proj(x).split(self.shares, dim=-1)
         q, k, v = (share.unflatten(-1, (-1, self.head_dim)) for share in (q, k, v))  # (B, T, ·, D)
         if self.memory is not None:
-            state = cache.layers[self.layer].memory_state if cache is not None else None
-            k, v, state = self.memory(x, k, v, state, step.lengths)
-            if cache is not None:
-                cache.layers[self.layer].memory_state = state
+            k, v = forward_pass.memorise(self.memory, self.layer, x, k, v)
         q, k, v = (
             _rotate(q, rope).transpose(1, 2),
             _rotate(k, rope).transpose(1, 2),
             v.transpose(1, 2),
         )
-        if cache is None:
-            out = engine.prefill(q, k, v, step.lengths, self.layer)
-        else:
-            out = cache.attend(self.layer, q, k, v, step)
-        out = out.transpose(1, 2).flatten(2)
+        out = forward_pass.attend(self.layer, q, k, v).transpose(1, 2).flatten(2)
         return self.out_proj(torch.sigmoid(o) * out)
 
 
@@ -93,15 +81,8 @@ class DecoderLayer(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        step: Step,
-        cache: SparseCache | None,
-        engine: Engine,
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, step, cache, engine)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], forward_pass: ForwardPass) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, forward_pass)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -143,45 +124,22 @@ class RatPlusModel(RatPlusPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Last hidden states (B, T, C).
 
-        attention_mask (B, tokens so far) may be zero at the left of a prompt: padding. Rows are
-        then shifted to start at their first token and shifted back at the end, so that everything
-        in between sees the unpadded rows. `engine` is the method for a pass without a cache; a
-        cache brings its own.
+        attention_mask (B, tokens so far) may be zero at the left of a prompt: padding. `engine` is
+        the method for a pass without a cache; a cache brings its own.
         """
-        cache = past_key_values
-        if cache is not None and not isinstance(cache, SparseCache):
-            raise TypeError(
-                f"this model decodes with a SparseCache, not {type(cache).__name__}; pass "
-                "past_key_values=SparseCache(num_layers, engine) or leave it out"
-            )
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if cache is None and use_cache:
-            cache = SparseCache(self.config.num_hidden_layers, engine)
-        batch, length = input_ids.shape
-        pads = _left_padding(attention_mask, length) if cache is None or cache.is_empty else None
-        index = torch.arange(length, device=input_ids.device)
-        lengths = None
-        if pads is not None:
-            input_ids = input_ids.gather(1, (index + pads[:, None]) % length)
-            lengths = length - pads
-        start = 0 if cache is None or cache.processed is None else cache.processed[:, None]
-        step = Step((start + index).view(-1, length), lengths)
-        rope = _rope(step.positions, self.config.head_dim, self.config.rope_theta)
+        input_ids, forward_pass = ForwardPass.open(
+            self, input_ids, attention_mask, past_key_values, use_cache, engine
+        )
         x = self.embed_tokens(input_ids)
-        engine = engine or Engine()
-        rope = (rope[0].to(x.dtype), rope[1].to(x.dtype))
+        cos, sin = _rope(forward_pass.step.positions, self.config.head_dim, self.config.rope_theta)
+        rope = (cos.to(x.dtype), sin.to(x.dtype))
         for layer in self.layers:
-            x = layer(x, rope, step, cache, engine)
-        if cache is not None:
-            cache.advance(step, batch)
-        x = self.norm(x)
-        if pads is not None:
-            x = x.gather(1, ((index - pads[:, None]) % length)[..., None].expand_as(x))
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
+            x = layer(x, rope, forward_pass)
+        x = forward_pass.close(self.norm(x))
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=forward_pass.cache)
 
 
-class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
+class RatPlusForCausalLM(SavedWithCode, RatPlusPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: RatPlusConfig) -> None:
@@ -189,10 +147,6 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
         self.model = RatPlusModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def new_cache(self, engine: Engine | None = None) -> SparseCache:
-        """An empty cache that decodes with `engine`: `generate(past_key_values=new_cache(e))`."""
-        return SparseCache(self.config.num_hidden_layers, engine)
 
     def forward(
         self,
@@ -215,24 +169,6 @@ class RatPlusForCausalLM(RatPlusPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values
         )
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = self.new_cache()
-        return super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, *args, **kwargs
-        )
-
-
-def _left_padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """How many pads each row starts with, (B,), or None where there are none."""
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    pads = (attention_mask == 0).sum(1)
-    left = torch.arange(length, device=pads.device) < pads[:, None]
-    if not torch.equal(attention_mask == 0, left):
-        raise ValueError("padding must be on the left: set tokenizer.padding_side = 'left'")
-    return pads
 
 
 def _rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

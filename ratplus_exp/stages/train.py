@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ratplus_exp import provenance
 from ratplus_exp.config import build, forms_of, plain
 from ratplus_exp.methods import Dilated
-from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
+from ratplus_exp.models.building import MEMORY_SETTINGS, add_memory, config_for, new_model
 from ratplus_exp.models.loading import (
-    WEIGHTS,
     check_model,
     load_model,
     load_tokenizer,
-    seeded,
-    with_memory,
+    weight_files,
+    weights_digest,
 )
 from ratplus_exp.results import write_atomically
 from ratplus_exp.stages.common import device_of, model_folder, resolve, tokenizer_name
@@ -100,7 +100,7 @@ def _train(
     schedule.check(world_size())
     device = device_of(cfg)
     _refuse_other_settings(cfg, folder)
-    if (target / WEIGHTS).exists():
+    if weight_files(target)[0].exists():
         print(f"Trained already: {target}. Delete the folder to train again.")
         return
     with processes(device):
@@ -124,12 +124,12 @@ def _train(
         weights = whole_state_dict(model)
         if rank() == 0:
             save_model(model, tokenizer, target, weights)
-            print(f"Saved {target}, sha256 {provenance.sha256(target / WEIGHTS)}")
+            print(f"Saved {target}, sha256 {weights_digest(target)}")
         barrier()
 
 
 def save_model(
-    model: RatPlusForCausalLM,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     target: Path,
     weights: dict[str, torch.Tensor] | None = None,
@@ -148,21 +148,18 @@ def _tokenizer(cfg: DictConfig) -> Tokenizer:
     return pocket_tokenizer(forms_of(cfg))
 
 
-def _model(cfg: DictConfig, tokenizer: Tokenizer) -> RatPlusForCausalLM:
+def _model(cfg: DictConfig, tokenizer: Tokenizer) -> PreTrainedModel:
     """Fresh, or from `stage.init`; a RAT+ model from attention weights gets fresh gates."""
     architecture: dict[str, Any] = plain(cfg.model.architecture)
     memory = cfg.model.backbone == "ratplus"
     if not cfg.stage.init:
-        shape = RatPlusConfig(
-            **architecture,
-            memory=memory,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=cfg.data.length,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        with seeded(cfg.seed):
-            return RatPlusForCausalLM(shape)
+        sizes = {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": cfg.data.length,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        return new_model(config_for(sizes | architecture, memory), cfg.seed)
     start = resolve(cfg.stage.init)
     has_memory = (
         json.loads((start / "config.json").read_text()).get("memory") if start.exists() else None
@@ -170,8 +167,8 @@ def _model(cfg: DictConfig, tokenizer: Tokenizer) -> RatPlusForCausalLM:
     check_model(start, None, "ratplus" if has_memory else "attention")
     model = load_model(start, torch.device("cpu"))
     if memory and not has_memory:
-        bias = architecture.get("gate_bias", 0.0)
-        return with_memory(model, bias if isinstance(bias, int | float) else tuple(bias), cfg.seed)
+        settings = {k: v for k, v in architecture.items() if k in MEMORY_SETTINGS}
+        return add_memory(model, cfg.seed, **settings)
     if has_memory and not memory:
         raise ValueError(f"{start} has the memory: set model to a ratplus backbone")
     return model

@@ -9,8 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from ratplus_exp.methods import Engine, Quest
-from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM, RatPlusModel
-from ratplus_exp.models.loading import with_memory
+from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM, RatPlusModel, add_memory
 
 backbones = pytest.mark.parametrize("memory", [False, True], ids=["attention", "ratplus"])
 heads = pytest.mark.parametrize("kv_heads", [1, 2, 4], ids=["one KV head", "GQA", "MHA"])
@@ -77,7 +76,7 @@ def test_gates_start_where_the_config_says(tmp_path, gate_bias, logits):
         RatPlusForCausalLM(config),
         AutoModelForCausalLM.from_config(config),
         RatPlusForCausalLM.from_pretrained(tmp_path, config=config),
-        with_memory(attention, gate_bias, seed=0),
+        add_memory(attention, gate_bias=gate_bias),
     ):
         for layer in model.model.layers:
             gate = layer.attention.memory
@@ -87,7 +86,7 @@ def test_gates_start_where_the_config_says(tmp_path, gate_bias, logits):
 
 def test_a_memory_added_to_a_trained_model_leaves_its_weights(make_model):
     attention = make_model(memory=False, dtype=torch.float32)
-    ratplus = with_memory(attention, -4.0, seed=0).state_dict()
+    ratplus = add_memory(attention, gate_bias=-4.0).state_dict()
     assert all(torch.equal(ratplus[name], w) for name, w in attention.state_dict().items())
     assert len(ratplus) == len(attention.state_dict()) + 4
 

@@ -1,0 +1,290 @@
+"""The memory for OLMo2, Llama, Mistral and Qwen: their own decoders with Eq. 1 in every layer.
+
+P1 continues OLMo2-7B with the memory added. Only `self_attn` differs from the stock layer; the
+names of all stock weights stay, so stock checkpoints load. The memory runs over k and v between
+the projections and RoPE; the config says on which side of the k-norm, and whether the attention
+output is gated as in P2's own models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo2Model,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.olmo2 import modeling_olmo2 as olmo2
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from ratplus_exp.memory import Memory
+from ratplus_exp.models.forward_pass import ForwardPass
+from ratplus_exp.models.generation import SavedWithCode
+from ratplus_exp.models.hf import ATTENTION, CarriedDecoder, attention
+
+POSITIONS = ("after_norm", "before_norm")
+
+
+@dataclass(repr=False, kw_only=True)
+class MemoryFields:
+    """What a family's config has beside the stock one's fields.
+
+    memory: False gives the attention baseline in the very same class.
+    gate_bias: where the gates start, as in RatPlusConfig; −4 lets each token keep 98 % of itself,
+        so that training starts near the stock model.
+    memory_position: whether the memory sees keys "after_norm" or "before_norm", where the family
+        has a k-norm (OLMo2, Qwen3); P1 leaves it open.
+    output_gate: whether the attention output is multiplied by a gate of x, as in P2's models; P1
+        leaves it open for OLMo2.
+    """
+
+    memory: bool = True
+    gate_bias: Any = -4.0
+    memory_position: str = "after_norm"
+    output_gate: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.memory_position not in POSITIONS:
+            raise ValueError(
+                f"memory_position={self.memory_position} is unknown: use {' or '.join(POSITIONS)}"
+            )
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+
+class OutputGate(nn.Linear):
+    """2 σ(W_o x): P2's output gate, doubled so that W_o = 0 leaves a trained model as it was."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(super().forward(x))
+
+
+class MemoryAttention(nn.Module):
+    """Mixin before a stock attention layer. Shapes: (B, T, ·, D) up to RoPE, (B, ·, T, D) after."""
+
+    rotate: ClassVar[Callable[..., tuple[Tensor, Tensor]]]  # the family's apply_rotary_pos_emb
+    config: Any
+    layer_idx: int
+    head_dim: int
+    scaling: float
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        heads = config.num_key_value_heads
+        self.memory = Memory(config.hidden_size, heads, self.head_dim) if config.memory else None
+        width = config.num_attention_heads * self.head_dim
+        self.output_gate = (
+            OutputGate(config.hidden_size, width, bias=False) if config.output_gate else None
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        *,
+        forward_pass: ForwardPass,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        x, position = hidden_states, self.config.memory_position
+        projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (states.unflatten(-1, (-1, self.head_dim)) for states in projections)
+        if position == "after_norm":
+            k = self._norm("k_norm", k)
+        if self.memory is not None:
+            k, v = forward_pass.memorise(self.memory, self.layer_idx, x, k, v)
+        if position == "before_norm":
+            k = self._norm("k_norm", k)
+        q = self._norm("q_norm", q)
+        q, k, v = (states.transpose(1, 2) for states in (q, k, v))
+        q, k = self.rotate(q, k, *position_embeddings)
+        out = attention(
+            self,
+            q,
+            k,
+            v,
+            None,
+            forward_pass=forward_pass,
+            scaling=self.scaling,
+            sliding_window=getattr(self, "sliding_window", None),
+        )[0]
+        out = out.flatten(2)
+        if self.output_gate is not None:
+            out = self.output_gate(x) * out
+        return self.o_proj(out), None
+
+    def _norm(self, name: str, states: Tensor) -> Tensor:
+        """The family's q-norm or k-norm, over each head (Qwen3) or all heads together (OLMo2)."""
+        norm = getattr(self, name, None)
+        if norm is None:
+            return states
+        if norm.weight.numel() == self.head_dim:
+            return norm(states)
+        return norm(states.flatten(2)).view_as(states)
+
+
+class _Gated:
+    """Mixin before any stock model class: where gates start."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        config = self.config  # type: ignore[attr-defined]
+        if isinstance(module, Memory):
+            bias = config.gate_bias
+            bias = bias if isinstance(bias, int | float) else tuple(bias)
+            module.initialize(config.initializer_range, bias)
+        elif isinstance(module, OutputGate):
+            nn.init.zeros_(module.weight)
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+class MemoryDecoder(_Gated, CarriedDecoder):
+    """Mixin before a stock decoder: `attention_class` in place of its attention layers."""
+
+    attention_class: ClassVar[type[MemoryAttention]]
+
+    def __init__(self, config: Any) -> None:
+        config._attn_implementation = ATTENTION
+        super().__init__(config)  # type: ignore[call-arg]
+        for index, layer in enumerate(self.layers):  # type: ignore[attr-defined]
+            layer.self_attn = self.attention_class(config, index)
+        self.post_init()  # type: ignore[attr-defined]
+
+
+class MemoryCausalLM(_Gated, SavedWithCode):
+    """Mixin before a stock causal model: `decoder_class` under its head."""
+
+    decoder_class: ClassVar[type[Any]]
+
+    def __init__(self, config: Any) -> None:
+        config._attn_implementation = ATTENTION
+        PreTrainedModel.__init__(self, config)
+        self.model = self.decoder_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[attr-defined]
+
+
+class Olmo2RatPlusConfig(MemoryFields, Olmo2Config):
+    model_type = "olmo2_ratplus"
+
+
+class Olmo2MemoryAttention(MemoryAttention, olmo2.Olmo2Attention):
+    rotate = staticmethod(olmo2.apply_rotary_pos_emb)
+
+
+class Olmo2RatPlusModel(MemoryDecoder, Olmo2Model):
+    config_class, attention_class = Olmo2RatPlusConfig, Olmo2MemoryAttention
+
+
+class Olmo2RatPlusForCausalLM(MemoryCausalLM, Olmo2ForCausalLM):
+    config_class, decoder_class = Olmo2RatPlusConfig, Olmo2RatPlusModel
+
+
+class LlamaRatPlusConfig(MemoryFields, LlamaConfig):
+    model_type = "llama_ratplus"
+
+
+class LlamaMemoryAttention(MemoryAttention, llama.LlamaAttention):
+    rotate = staticmethod(llama.apply_rotary_pos_emb)
+
+
+class LlamaRatPlusModel(MemoryDecoder, LlamaModel):
+    config_class, attention_class = LlamaRatPlusConfig, LlamaMemoryAttention
+
+
+class LlamaRatPlusForCausalLM(MemoryCausalLM, LlamaForCausalLM):
+    config_class, decoder_class = LlamaRatPlusConfig, LlamaRatPlusModel
+
+
+class MistralRatPlusConfig(MemoryFields, MistralConfig):
+    model_type = "mistral_ratplus"
+
+
+class MistralMemoryAttention(MemoryAttention, mistral.MistralAttention):
+    rotate = staticmethod(mistral.apply_rotary_pos_emb)
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.sliding_window = config.sliding_window
+
+
+class MistralRatPlusModel(MemoryDecoder, MistralModel):
+    config_class, attention_class = MistralRatPlusConfig, MistralMemoryAttention
+
+
+class MistralRatPlusForCausalLM(MemoryCausalLM, MistralForCausalLM):
+    config_class, decoder_class = MistralRatPlusConfig, MistralRatPlusModel
+
+
+class Qwen2RatPlusConfig(MemoryFields, Qwen2Config):
+    model_type = "qwen2_ratplus"
+
+
+class Qwen2MemoryAttention(MemoryAttention, qwen2.Qwen2Attention):
+    rotate = staticmethod(qwen2.apply_rotary_pos_emb)
+
+
+class Qwen2RatPlusModel(MemoryDecoder, Qwen2Model):
+    config_class, attention_class = Qwen2RatPlusConfig, Qwen2MemoryAttention
+
+
+class Qwen2RatPlusForCausalLM(MemoryCausalLM, Qwen2ForCausalLM):
+    config_class, decoder_class = Qwen2RatPlusConfig, Qwen2RatPlusModel
+
+
+class Qwen3RatPlusConfig(MemoryFields, Qwen3Config):
+    model_type = "qwen3_ratplus"
+
+
+class Qwen3MemoryAttention(MemoryAttention, qwen3.Qwen3Attention):
+    rotate = staticmethod(qwen3.apply_rotary_pos_emb)
+
+
+class Qwen3RatPlusModel(MemoryDecoder, Qwen3Model):
+    config_class, attention_class = Qwen3RatPlusConfig, Qwen3MemoryAttention
+
+
+class Qwen3RatPlusForCausalLM(MemoryCausalLM, Qwen3ForCausalLM):
+    config_class, decoder_class = Qwen3RatPlusConfig, Qwen3RatPlusModel
+
+
+FAMILIES: dict[str, type[MemoryCausalLM]] = {
+    "olmo2": Olmo2RatPlusForCausalLM,
+    "llama": LlamaRatPlusForCausalLM,
+    "mistral": MistralRatPlusForCausalLM,
+    "qwen2": Qwen2RatPlusForCausalLM,
+    "qwen3": Qwen3RatPlusForCausalLM,
+}
+
+for _causal in FAMILIES.values():
+    _config: Any = _causal.config_class  # type: ignore[attr-defined]
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _causal.decoder_class)
+    AutoModelForCausalLM.register(_config, _causal)

@@ -1,0 +1,106 @@
+"""One forward pass as the attention layers of any model class see it, and the door in and out.
+
+Left padding becomes right padding at the door and is put back at the end, so that everything in
+between sees rows that start at their first token: the memory starts from nothing, block 0 is a
+row's own first block, and a batch gives the same answers as its rows alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ratplus_exp.memory import Memory
+from ratplus_exp.methods import Engine
+from ratplus_exp.models.cache import SparseCache, Step
+
+
+@dataclass
+class ForwardPass:
+    """What a pass runs with (its cache, or an engine alone) and where its tokens stand.
+
+    pads: (B,) how many pads each row started with, or None where no row has any.
+    """
+
+    step: Step
+    engine: Engine
+    cache: SparseCache | None
+    pads: Tensor | None
+
+    @classmethod
+    def open(
+        cls,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: SparseCache | None,
+        use_cache: bool | None,
+        engine: Engine | None,
+    ) -> tuple[Tensor, ForwardPass]:
+        """The ids (B, T), each row from its first token on, and the pass over them.
+
+        attention_mask (B, tokens so far) may be zero at the left of a prompt. `engine` is the
+        method for a pass without a cache, or for a new cache; a cache brings its own.
+        """
+        if cache is not None and not isinstance(cache, SparseCache):
+            raise TypeError(
+                f"this model decodes with a SparseCache, not {type(cache).__name__}; pass "
+                "past_key_values=SparseCache(num_layers, engine) or leave it out"
+            )
+        if use_cache is None:
+            use_cache = model.config.use_cache and not model.training
+        if cache is None and use_cache:
+            cache = SparseCache(model.config.num_hidden_layers, engine)
+        length = input_ids.shape[1]
+        pads = _left_padding(attention_mask, length) if cache is None or cache.is_empty else None
+        index = torch.arange(length, device=input_ids.device)
+        lengths = None
+        if pads is not None:
+            input_ids = input_ids.gather(1, (index + pads[:, None]) % length)
+            lengths = length - pads
+        start = 0 if cache is None or cache.processed is None else cache.processed[:, None]
+        step = Step((start + index).view(-1, length), lengths)
+        return input_ids, cls(step, engine or Engine(), cache, pads)
+
+    def memorise(
+        self, memory: Memory, layer: int, x: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """k̃ and ṽ of Eq. 1, (B, T, K, D), going on from the layer's last state in the cache.
+
+        x (B, T, C), k before RoPE and v (B, T, K, D).
+        """
+        state = self.cache.layers[layer].memory_state if self.cache is not None else None
+        k, v, state = memory(x, k, v, state, self.step.lengths)
+        if self.cache is not None:
+            self.cache.layers[layer].memory_state = state
+        return k, v
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the pass's tokens: q (B, H, T, D), k and v (B, K, T, D); (B, H, T, D)."""
+        if self.cache is None:
+            return self.engine.prefill(q, k, v, self.step.lengths, layer)
+        return self.cache.attend(layer, q, k, v, self.step)
+
+    def close(self, x: Tensor) -> Tensor:
+        """Count the tokens in the cache, and put x (B, T, ·) back to where they came in."""
+        if self.cache is not None:
+            self.cache.advance(self.step, len(x))
+        if self.pads is None:
+            return x
+        length = x.shape[1]
+        index = torch.arange(length, device=x.device)
+        return x.gather(1, ((index - self.pads[:, None]) % length)[..., None].expand_as(x))
+
+
+def _left_padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """How many pads each row starts with, (B,), or None where there are none."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    pads = (attention_mask == 0).sum(1)
+    left = torch.arange(length, device=pads.device) < pads[:, None]
+    if not torch.equal(attention_mask == 0, left):
+        raise ValueError("padding must be on the left: set tokenizer.padding_side = 'left'")
+    return pads

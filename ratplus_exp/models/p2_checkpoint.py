@@ -1,0 +1,168 @@
+"""P2's published checkpoints (code wimh966/rat-plus, weights barpitf/ratplus), both ways.
+
+A `.pth` holds the model's state dict under the key `task`, beside the training's own state. Names
+may carry `_orig_mod.` of torch.compile. Each layer's `seq_layer.in_proj` stacks the rows o, q, k,
+v and, with the memory, g; older files keep g in `seq_layer.fgate_proj`.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ratplus_exp.models.configuration import RatPlusConfig
+
+OUTSIDE = {  # P2's name: ours
+    "embedding.wte.weight": "model.embed_tokens.weight",
+    "backbone.ln.weight": "model.norm.weight",
+    "head.lm_head.weight": "lm_head.weight",
+}
+LAYER = {  # under backbone.layers.I. and model.layers.I.
+    "seq_layer.input_norm.weight": "attention_norm.weight",
+    "seq_layer.in_proj.weight": "attention.in_proj.weight",
+    "seq_layer.out_proj.weight": "attention.out_proj.weight",
+    "hidden_layer.ln.weight": "ffn_norm.weight",
+    "hidden_layer.fc1.weight": "ffn.fc1.weight",
+    "hidden_layer.fc2.weight": "ffn.fc2.weight",
+}
+IN_PROJ, GATE = "seq_layer.in_proj.weight", "seq_layer.fgate_proj.weight"
+
+
+class _EasyDict:
+    """Stands for easydict's class, in which P2 saves a run's settings beside the weights. It makes
+    an OrderedDict, which torch's safe unpickler knows how to fill."""
+
+    def __new__(cls) -> OrderedDict[str, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+def read_p2(path: Path) -> dict[str, Tensor]:
+    """The state dict in a `.pth`, with P2's names, mapped from the disk; no code in it is run.
+
+    Raises ValueError where the file is missing, damaged or not such a checkpoint.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no {path}: set checkpoint to one of P2's .pth files")
+    try:
+        with torch.serialization.safe_globals([(_EasyDict, "easydict.EasyDict")]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split(". ")[0]
+        raise ValueError(
+            f"{path} holds more than tensors and settings ({reason}): save its 'task' alone "
+            "again where you trust it"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().split("\n")[0][:160]
+        raise ValueError(f"{path} is damaged ({reason}): download it again") from None
+    state = content.get("task") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise ValueError(f"{path} has no state dict under 'task': is it one of P2's checkpoints?")
+    return dict(state)
+
+
+def p2_shapes(config: RatPlusConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this architecture must hold."""
+    width, ffn = config.hidden_size, config.intermediate_size
+    if config.num_key_value_heads * config.head_dim != width:
+        raise ValueError("P2's layout has no grouped-query attention: every head has its own K, V")
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding.wte.weight": (config.vocab_size, width),
+        "backbone.ln.weight": (width,),
+        "head.lm_head.weight": (config.vocab_size, width),
+    }
+    for i in range(config.num_hidden_layers):
+        shapes |= {
+            f"backbone.layers.{i}.seq_layer.input_norm.weight": (width,),
+            f"backbone.layers.{i}.{IN_PROJ}": ((5 if config.memory else 4) * width, width),
+            f"backbone.layers.{i}.seq_layer.out_proj.weight": (width, width),
+            f"backbone.layers.{i}.hidden_layer.ln.weight": (width,),
+            f"backbone.layers.{i}.hidden_layer.fc1.weight": (ffn, width),
+            f"backbone.layers.{i}.hidden_layer.fc2.weight": (width, ffn),
+        }
+    return shapes
+
+
+def from_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tensor]:
+    """The state dict of RatPlusForCausalLM(config) from P2's, dtypes kept.
+
+    Raises ValueError that names every tensor which is missing, unexpected or of another shape.
+    """
+    state = _stacked({name.replace("_orig_mod.", ""): x for name, x in state.items()})
+    _check(state, config)
+    if config.tie_word_embeddings and not torch.equal(
+        state["head.lm_head.weight"], state["embedding.wte.weight"]
+    ):
+        raise ValueError(
+            "head.lm_head.weight and embedding.wte.weight differ, but P2 ties them: set "
+            "model.architecture.tie_word_embeddings=false"
+        )
+    ours = {name: state[theirs] for theirs, name in OUTSIDE.items()}
+    rows = 4 * config.hidden_size
+    for i in range(config.num_hidden_layers):
+        for theirs, name in LAYER.items():
+            ours[f"model.layers.{i}.{name}"] = state[f"backbone.layers.{i}.{theirs}"]
+        stacked = state[f"backbone.layers.{i}.{IN_PROJ}"]
+        attention = f"model.layers.{i}.attention"
+        ours[f"{attention}.in_proj.weight"] = stacked[:rows].clone()
+        if config.memory:
+            ours[f"{attention}.memory.weight"] = stacked[rows:].clone()
+            ours[f"{attention}.memory.bias"] = stacked.new_zeros(config.hidden_size)
+    return ours
+
+
+def to_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tensor]:
+    """P2's state dict, for the key `task`, from that of RatPlusForCausalLM(config).
+
+    Raises ValueError where the gates have a bias, for which P2's layout has no place.
+    """
+    theirs = {name: state[ours] for name, ours in OUTSIDE.items()}
+    for i in range(config.num_hidden_layers):
+        for name, ours in LAYER.items():
+            theirs[f"backbone.layers.{i}.{name}"] = state[f"model.layers.{i}.{ours}"]
+        if config.memory:
+            memory = f"model.layers.{i}.attention.memory"
+            if state[f"{memory}.bias"].any():
+                raise ValueError(f"{memory}.bias is not zero: P2's gates have no bias")
+            stacked = (theirs[f"backbone.layers.{i}.{IN_PROJ}"], state[f"{memory}.weight"])
+            theirs[f"backbone.layers.{i}.{IN_PROJ}"] = torch.cat(stacked)
+    _check(theirs, config)
+    return theirs
+
+
+def _stacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Older files' gate rows put under in_proj, where newer files have them."""
+    for gate in [name for name in state if name.endswith(GATE)]:
+        in_proj = gate.replace(GATE, IN_PROJ)
+        if in_proj in state:
+            state[in_proj] = torch.cat((state[in_proj], state.pop(gate)))
+    return state
+
+
+def _check(state: Mapping[str, Tensor], config: RatPlusConfig) -> None:
+    wanted = p2_shapes(config)
+    first = state.get(f"backbone.layers.0.{IN_PROJ}")
+    if first is not None and len(first) == (4 if config.memory else 5) * config.hidden_size:
+        kind, backbone = ("no ", "attention") if config.memory else ("", "ratplus")
+        raise ValueError(
+            f"the checkpoint has {kind}gate rows: choose a model with backbone={backbone}"
+        )
+    problems = [f"{name} is missing" for name in wanted if name not in state]
+    problems += [f"{name} is unexpected" for name in state if name not in wanted]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)}, not {shape}"
+        for name, shape in wanted.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    if problems:
+        raise ValueError(
+            "the checkpoint doesn't fit the model's architecture: "
+            + "; ".join(problems)
+            + ". Choose the model of its size, or download it again"
+        )

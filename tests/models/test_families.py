@@ -1,0 +1,292 @@
+"""The memory in OLMo2, Llama, Mistral and Qwen, and stock decoders carried as they are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from ratplus_exp.methods import Engine, Quest
+from ratplus_exp.models import FAMILIES, add_memory, carry, config_for, new_model
+
+TINY = {
+    "vocab_size": 29,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+families = pytest.mark.parametrize("family", sorted(FAMILIES))
+stock_families = pytest.mark.parametrize("family", [*sorted(FAMILIES), "phi3", "gemma"])
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def stock_model(family, dtype=torch.float32, **fields):
+    """A random model of transformers' own class."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **TINY | fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name:  # so that it matters on which side of a norm something stands
+            weight.copy_(1 + 0.5 * torch.randn_like(weight))
+    return model
+
+
+def shut(model):
+    """Gates at zero: every token keeps all of itself."""
+    for layer in model.model.layers:
+        layer.self_attn.memory.weight.zero_()
+        layer.self_attn.memory.bias.fill_(-1e4)
+    return model
+
+
+# Any decoder, carried.
+
+
+@stock_families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_carried_model_is_the_stock_model_bitwise(make_ids, family, dtype):
+    model, ids = stock_model(family, dtype), make_ids(2, 20)
+    wanted = model(ids).logits
+    assert torch.equal(carry(model)(ids).logits, wanted)
+    assert torch.equal(model(ids, use_cache=False).logits, wanted)
+
+
+@stock_families
+def test_a_carried_model_generates_what_the_stock_model_does(make_ids, left_pad, family):
+    model = stock_model(family, torch.float64)
+    ids, mask = left_pad([make_ids(1, 12)[0], make_ids(1, 5)[0]])
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    wanted = model.generate(ids, **settings)
+    assert torch.equal(carry(model).generate(ids, **settings), wanted)
+    beams = {"num_beams": 2, "max_new_tokens": 4}
+    other = stock_model(family, torch.float64).generate(ids, **settings | beams)
+    assert torch.equal(model.generate(ids, **settings | beams), other)
+
+
+@stock_families
+def test_a_carried_model_is_saved_as_the_stock_model(make_ids, tmp_path, family):
+    model, ids = carry(stock_model(family)), make_ids(1, 9)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(stock_model(family)) and loaded.config.model_type == family
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_carrying_twice_changes_nothing(make_model):
+    model = carry(stock_model("llama"))
+    assert carry(model) is model
+    ours = make_model()
+    assert carry(ours) is ours and type(ours).__name__ == "RatPlusForCausalLM"
+
+
+def test_a_sparse_method_works_on_a_carried_model(make_ids):
+    model, ids = carry(stock_model("qwen2")), make_ids(1, 30)
+    cache = model.new_cache(Engine(Quest(4, 2)))
+    model(ids[:, :29], past_key_values=cache)
+    sparse = model(ids[:, 29:], past_key_values=cache).logits
+    assert not torch.allclose(sparse, model(ids).logits[:, 29:])
+    assert cache.engine.usage.fractions(1).item() < 0.3
+
+
+def test_models_without_the_interface_are_refused():
+    with pytest.raises(ValueError, match="GPT2LMHeadModel can't be carried: model=hf takes"):
+        carry(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=29)))
+
+
+def test_a_context_longer_than_a_sliding_window_is_refused(make_ids):
+    config = MistralConfig(**TINY, sliding_window=16)
+    for model in (
+        carry(MistralForCausalLM(config).eval()),
+        add_memory(MistralForCausalLM(config)).eval(),
+    ):
+        model(make_ids(1, 16))
+        with pytest.raises(ValueError, match="window of 16 tokens only, and the context has 17"):
+            model(make_ids(1, 17))
+
+
+def test_logit_caps_are_refused(make_ids):
+    model = carry(stock_model("gemma2", head_dim=8, query_pre_attn_scalar=8))
+    with pytest.raises(ValueError, match="caps its logits or has sinks"):
+        model(make_ids(1, 5))
+
+
+# The memory added.
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("position", ["after_norm", "before_norm"])
+def test_shut_gates_are_the_stock_model_bitwise(make_ids, family, dtype, position):
+    stock, ids = stock_model(family, dtype), make_ids(2, 20)
+    model = shut(add_memory(stock, memory_position=position)).eval()
+    assert model.dtype == dtype
+    assert torch.equal(model(ids).logits, stock(ids).logits)
+    for layer in model.model.layers:
+        layer.self_attn.memory.bias.zero_()
+    assert not torch.allclose(model(ids).logits, stock(ids).logits)
+
+
+@families
+def test_the_class_without_memory_is_the_stock_model_bitwise(make_ids, family):
+    stock, ids = stock_model(family), make_ids(2, 20)
+    config = FAMILIES[family].config_class(**TINY, memory=False)
+    model = FAMILIES[family](config).eval()
+    model.load_state_dict(stock.state_dict())
+    assert torch.equal(model(ids).logits, stock(ids).logits)
+
+
+@families
+def test_stock_weights_keep_their_names_and_gates_start_at_minus_four(family):
+    stock = stock_model(family)
+    weights = add_memory(stock).state_dict()
+    assert all(torch.equal(weights[name], x) for name, x in stock.state_dict().items())
+    new = {name: x for name, x in weights.items() if name not in stock.state_dict()}
+    assert sorted(new) == [
+        f"model.layers.{i}.self_attn.memory.{part}" for i in (0, 1) for part in ("bias", "weight")
+    ]
+    assert all((x == -4).all() for name, x in new.items() if name.endswith("bias"))
+    spread = torch.cat([x.flatten() for name, x in new.items() if name.endswith("weight")]).std()
+    assert float(spread) == pytest.approx(TINY["initializer_range"], rel=0.1)
+
+
+@families
+def test_saved_and_loaded_by_the_auto_classes(make_ids, tmp_path, family):
+    model, ids = add_memory(stock_model(family), output_gate=True).eval(), make_ids(2, 12)
+    for layer in model.model.layers:
+        layer.self_attn.memory.bias.normal_()
+        layer.self_attn.output_gate.weight.normal_()
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == f"{family}_ratplus" and saved["memory"] is True
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is FAMILIES[family]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@families
+def test_decoding_and_left_padding_equal_one_pass_over_each_row(make_ids, left_pad, family):
+    model = add_memory(stock_model(family, torch.float64), gate_bias=1.0).eval()
+    rows, more = [make_ids(1, n, seed=n)[0] for n in (12, 5)], make_ids(2, 4)
+    ids, mask = left_pad(rows)
+    cache = model.new_cache()
+    prompt = model(ids, mask, past_key_values=cache).logits
+    steps = [model(token, past_key_values=cache).logits for token in more.split(1, dim=1)]
+    for i, row in enumerate(rows):
+        whole = model(torch.cat((row, more[i]))[None], use_cache=False).logits[0]
+        # RMSNorm and RoPE of transformers compute in fp32.
+        assert_close(prompt[i, mask[i] == 1], whole[: len(row)], rtol=1e-4, atol=1e-4)
+        assert_close(torch.cat(steps, 1)[i], whole[len(row) :], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["olmo2", "qwen3", "llama"])
+@pytest.mark.parametrize("position", ["after_norm", "before_norm"])
+def test_the_memory_stands_where_the_config_says(make_ids, family, position):
+    """Against Eq. 1 and the norms written out: OLMo2 norms all heads together, Qwen3 each one."""
+    settings = {"gate_bias": 0.5, "memory_position": position}
+    model = add_memory(stock_model(family, torch.float64), **settings).eval()
+    length, ids = 7, make_ids(1, 7)
+    layer = model.model.layers[0]
+    x = model.model.embed_tokens(ids)[0]
+    if family != "olmo2":  # OLMo2 norms what comes out of a layer, the others what goes in
+        x = layer.input_layernorm(x[None])[0]
+    attention = layer.self_attn
+    k, v = attention.k_proj(x), attention.v_proj(x)  # (T, 16)
+    gate = torch.sigmoid(x @ attention.memory.weight.T + attention.memory.bias)
+
+    def norm(k):
+        if family == "llama":
+            return k
+        rows = k if family == "olmo2" else k.view(length, 2, 8)
+        scale = (rows.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).rsqrt()
+        return (rows * scale * attention.k_norm.weight).reshape(length, 16)
+
+    def decayed(x):
+        rows, state = [], torch.zeros(16, dtype=torch.float64)
+        for t in range(length):
+            state = gate[t] * state + (1 - gate[t]) * x[t]
+            rows.append(state)
+        return torch.stack(rows)
+
+    k = decayed(norm(k)) if position == "after_norm" else norm(decayed(k))
+    base = model.config.rope_parameters["rope_theta"]
+    angle = torch.outer(torch.arange(length), base ** -(torch.arange(4, dtype=torch.float64) / 4))
+    turned = torch.complex(*k.view(length, 2, 2, 4).unbind(2))
+    turned = turned * torch.polar(torch.ones_like(angle), angle)[:, None]
+    cache = model.new_cache()
+    model(ids, past_key_values=cache)
+    keys = cache.layers[0].keys[0].transpose(0, 1)  # (T, 2, 8)
+    assert_close(keys, torch.cat((turned.real, turned.imag), -1), rtol=1e-4, atol=1e-4)
+    values = cache.layers[0].values[0].transpose(0, 1).flatten(1)
+    assert_close(values, decayed(v), rtol=1e-4, atol=1e-4)
+
+
+def test_the_output_gate_starts_as_one_and_then_gates(make_ids):
+    stock, ids = stock_model("olmo2"), make_ids(1, 9)
+    model = shut(add_memory(stock, output_gate=True)).eval()
+    assert torch.equal(model(ids).logits, stock(ids).logits)
+    attention, seen = model.model.layers[0].self_attn, []
+    attention.output_gate.weight.normal_()
+    with attention.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+        model(ids)
+        plain = attention.output_gate.weight.clone()
+        attention.output_gate.weight.zero_()
+        model(ids)
+    x = model.model.embed_tokens(ids)
+    assert_close(seen[0], seen[1] * 2 * torch.sigmoid(x @ plain.T))
+
+
+def test_gradients_reach_the_memory(make_ids):
+    model = add_memory(stock_model("olmo2"), output_gate=True).train()
+    with torch.enable_grad():
+        assert model(make_ids(2, 8)).past_key_values is None
+        model(make_ids(2, 8), labels=make_ids(2, 8)).loss.backward()
+    assert all(bool(p.grad.any()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("olmo2", {"memory_position": "inside"}, "use after_norm or before_norm"),
+        ("gemma", {}, "no memory for gemma models: use ratplus, olmo2, llama"),
+    ],
+)
+def test_what_no_family_has_is_refused(family, fields, message):
+    with pytest.raises(ValueError, match=message):
+        add_memory(stock_model(family), **fields)
+
+
+def test_an_architecture_becomes_a_config_and_fresh_weights_of_a_seed(make_ids):
+    architecture = TINY | {"model_type": "olmo2"}
+    state = torch.random.get_rng_state()
+    models = [new_model(config_for(architecture, memory), 3) for memory in (False, True)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [m.config.model_type for m in models] == ["olmo2", "olmo2_ratplus"]
+    assert all(m.new_cache().get_seq_length() == 0 for m in models)
+    again = new_model(config_for(architecture, True), 3)
+    assert torch.equal(again(make_ids(1, 5)).logits, models[1](make_ids(1, 5)).logits)
+    with torch.device("meta"):
+        assert new_model(config_for(architecture, True), 0).lm_head.weight.is_meta
+    with pytest.raises(ValueError, match="model_type=abacus is unknown"):
+        config_for({"model_type": "abacus"}, False)

@@ -1,0 +1,126 @@
+"""Folders saved by transformers itself: evaluated, given the memory, trained."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from transformers import Olmo2Config, Olmo2ForCausalLM
+
+from ratplus_exp.models import Olmo2RatPlusForCausalLM
+from ratplus_exp.models.loading import load_model, load_tokenizer, weight_files
+from ratplus_exp.results import Store, tidy
+
+
+@pytest.fixture(scope="module")
+def olmo2(tiny_models, tmp_path_factory):
+    """A tiny OLMo2 as transformers saves it, in several files, with the pocket's tokenizer."""
+    folder = tmp_path_factory.mktemp("olmo2")
+    tokenizer = load_tokenizer(tiny_models["attention"])
+    torch.manual_seed(0)
+    config = Olmo2Config(
+        vocab_size=len(tokenizer) + 3,  # real vocabularies are padded too
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    Olmo2ForCausalLM(config).save_pretrained(folder, max_shard_size="40KB")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def small(folder, model, **extra):
+    fields = {
+        "model": model,
+        "model.path": folder,
+        "data": "pocket",
+        "data.length": 128,
+        "data.tasks": "[S-1,MK-2]",
+        "data.examples": 3,
+        "budget": "1/4",
+        "stage.batch_size": 2,
+    } | extra
+    return [f"{key}={value}" for key, value in fields.items()]
+
+
+@pytest.mark.parametrize("method", ["dense", "quest", "moba", "snapkv", "dilated"])
+def test_a_stock_model_is_evaluated_under_every_method(job, olmo2, method):
+    job(*small(olmo2, "hf", method=method))
+    cells = tidy(Store(job.folder / "results"))
+    assert set(cells["n"]) == {3} and set(cells["backbone"]) == {"Attention"}
+    measured = cells["budget_measured"]
+    assert (measured == 1).all() if method == "dense" else (measured < 0.6).all()
+
+
+def test_the_checkpoint_of_a_cell_covers_all_weight_files(job, olmo2):
+    files = weight_files(olmo2)
+    assert len(files) > 1
+    sums = "".join(f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in files)
+    job(*small(olmo2, "hf"))
+    digests = {cell.key["checkpoint"] for cell in Store(job.folder / "results").cells("eval")}
+    assert digests == {hashlib.sha256(sums.encode()).hexdigest()[:16]}
+
+
+def test_a_missing_weight_file_is_named(job, olmo2, tmp_path):
+    for file in olmo2.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    last = weight_files(tmp_path)[-1]
+    last.unlink()
+    with pytest.raises(ValueError, match=f"there is no {last.name}"):
+        job(*small(tmp_path, "hf"))
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no index of weights"):
+        job(*small(tmp_path, "hf"))
+
+
+def test_weights_that_are_missing_are_named(job, olmo2, tmp_path):
+    """transformers itself would draw them at random and go on."""
+    for file in olmo2.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    lost = weight_files(tmp_path)[-1].name
+    kept = {name: file for name, file in index["weight_map"].items() if file != lost}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": kept}))
+    missing = min(set(index["weight_map"]) - set(kept))
+    with pytest.raises(ValueError, match=f"lack {missing}.*restore"):
+        job(*small(tmp_path, "hf"))
+
+
+def test_a_stock_model_is_no_ratplus_backbone(job, olmo2):
+    with pytest.raises(ValueError, match="memory=False, so it is no ratplus backbone"):
+        job(*small(olmo2, "olmo2_1b_ratplus"))
+
+
+def test_memory_added_trained_jointly_saved_and_evaluated(job, olmo2):
+    """The steps that made the pocket pair, on a model of another class."""
+    joint = "stage.joint={dilation: 8, local: 8, initial: 1}"
+    job(
+        "stage=pretrain",
+        "model=olmo2_1b_ratplus",
+        "data=pocket",
+        f"stage.init={olmo2}",
+        "stage.schedule=[[512,64]]",
+        "stage.tokens_per_step=128",
+        "stage.optimizer.log_every=2",
+        "stage.optimizer.checkpoint_every=2",
+        "stage.optimizer.precision=fp32",
+        "model.architecture.output_gate=true",
+        joint,
+    )
+    folder = job.folder / "training" / "olmo2_1b_ratplus_pretrain"
+    model = load_model(folder / "model", torch.device("cpu"))
+    assert type(model) is Olmo2RatPlusForCausalLM and model.config.output_gate
+    bias = torch.cat([layer.self_attn.memory.bias for layer in model.model.layers])
+    assert (bias != -4).all() and (bias + 4).abs().max() < 0.1
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all("sparse_loss" in row and row["gate_mean"] < 0.05 for row in rows)
+    job(*small(folder / "model", "olmo2_1b_ratplus"))
+    cells = tidy(Store(job.folder / "results"))
+    assert set(cells["backbone"]) == {"RAT+"}
+    assert cells["effective_memory_length"].between(1, 1.1).all()
