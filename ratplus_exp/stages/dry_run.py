@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ratplus_exp import cost
 from ratplus_exp.config import build, forms_of, plain, validate_method
 from ratplus_exp.cost import Shape
 from ratplus_exp.methods import Dilated
-from ratplus_exp.models import RatPlusConfig
+from ratplus_exp.models.building import config_for, memory_config, new_model
 from ratplus_exp.results import Table
-from ratplus_exp.stages.common import resolve
+from ratplus_exp.stages.common import model_folder, resolve
 from ratplus_exp.training import Schedule, TrainSettings
 
 Rows = list[tuple[str, str]]
@@ -43,16 +43,19 @@ def run(cfg: DictConfig) -> None:
 
 
 def shape_of(cfg: DictConfig) -> Shape:
-    """The shape of cfg.model: of the folder it names where that is there, else as configured."""
+    """The shape of cfg.model: of the folder it names where that is there, else as configured, or
+    where nothing is (model=hf_ratplus), of the model it starts from with the memory added."""
+    memory, architecture = cfg.model.backbone == "ratplus", plain(cfg.model.architecture)
     folder = resolve(cfg.model.path)
     if (folder / "config.json").is_file():
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    elif "hidden_size" in architecture:
+        config = config_for(architecture, memory)
     else:
-        config = RatPlusConfig(
-            **plain(cfg.model.architecture), memory=cfg.model.backbone == "ratplus"
-        )
+        start = AutoConfig.from_pretrained(model_folder(cfg), local_files_only=True)
+        config = memory_config(start, **architecture) if memory else start
     with torch.device("meta"):
-        return Shape.of(AutoModelForCausalLM.from_config(config))
+        return Shape.of(new_model(config, seed=0))
 
 
 def training_flops(cfg: DictConfig, shape: Shape) -> float:
