@@ -96,7 +96,7 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
         ("Tokens/s", f"{tokens / seconds:.3g}"),
     ]
     corpus = tokens * (2 if shape.vocabulary <= 1 << 16 else 4) if cfg.corpus else 0
-    disk = {
+    disk: dict[str, float] = {
         "a checkpoint (two while one is replaced)": cost.checkpoint_bytes(shape),
         "the model (fp32)": 4 * shape.parameters,
         "the corpus": corpus,
