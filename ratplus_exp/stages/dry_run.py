@@ -12,7 +12,7 @@ from ratplus_exp import cost
 from ratplus_exp.config import build, forms_of, plain, validate_method
 from ratplus_exp.cost import Shape
 from ratplus_exp.methods import Dilated
-from ratplus_exp.models import RatPlusConfig
+from ratplus_exp.models import config_for
 from ratplus_exp.results import Table
 from ratplus_exp.stages.common import resolve
 from ratplus_exp.training import Schedule, TrainSettings
@@ -48,9 +48,7 @@ def shape_of(cfg: DictConfig) -> Shape:
     if (folder / "config.json").is_file():
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     else:
-        config = RatPlusConfig(
-            **plain(cfg.model.architecture), memory=cfg.model.backbone == "ratplus"
-        )
+        config = config_for(plain(cfg.model.architecture), cfg.model.backbone == "ratplus")
     with torch.device("meta"):
         return Shape.of(AutoModelForCausalLM.from_config(config))
 
