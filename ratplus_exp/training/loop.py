@@ -81,9 +81,7 @@ class Trainer:
         self.shape = Shape.of(model)
         self.peak = settings.peak_tflops or peak_tflops(self.device)
         if settings.compile or settings.activation_checkpointing:
-            parallel.prepare_layers(
-                self.model.model.layers, settings.compile, settings.activation_checkpointing
-            )
+            parallel.prepare_layers(model, settings.compile, settings.activation_checkpointing)
         objective = parallel.Objective(model, settings.precision == "bf16")
         self.objective = parallel.spread(objective, settings.parallel, self.device)
         self.optimizer = _optimizer(model, settings, fused=True)

@@ -8,7 +8,7 @@ anything.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -115,18 +115,16 @@ class Objective(nn.Module):
         return F.cross_entropy(logits, labels, reduction="sum"), hits
 
 
-def prepare_layers(layers: Iterable[nn.Module], compile: bool, checkpointing: bool) -> None:
-    """Compile each decoder layer, and keep of its activations only its input.
+def prepare_layers(model: Any, compile: bool, checkpointing: bool) -> None:
+    """Compile each decoder layer of a causal model, and keep of its activations only its input.
 
     Both wrap `forward` in place, inside the hooks of FSDP, so that no parameter changes its name.
     """
-    for layer in layers:
+    for layer in model.model.layers:
         if compile:
-            layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+            layer.forward = torch.compile(layer.forward)
         if checkpointing:
-            layer.forward = partial(  # type: ignore[method-assign]
-                checkpoint, layer.forward, use_reentrant=False
-            )
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def spread(objective: Objective, kind: Kind, device: torch.device) -> nn.Module:
@@ -145,7 +143,8 @@ def spread(objective: Objective, kind: Kind, device: torch.device) -> nn.Module:
     mesh = init_device_mesh(device.type, (world_size(),))
     for layer in objective.model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(objective, mesh=mesh, mp_policy=policy)
+    fully_shard(objective, mesh=mesh, mp_policy=policy)
+    return objective
 
 
 def reduce_gradients(module: nn.Module, now: bool) -> None:

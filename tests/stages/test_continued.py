@@ -7,6 +7,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Olmo2Config, Olmo2ForCausalLM
+
+from ratplus_exp.models.loading import load_tokenizer
+from ratplus_exp.results import Store, tidy
 
 STAGE = [
     "model=pocket_ratplus",
@@ -54,3 +58,36 @@ def test_it_starts_from_a_model(job, corpus):
     for stage in ("tokenize", "continued_pretrain"):
         with pytest.raises(ValueError, match=f"stage={stage} starts from a trained model"):
             job(f"stage={stage}", *corpus)
+
+
+def test_a_stock_olmo2_goes_the_way_of_the_pocket_pair(job, tiny_models, corpus, tmp_path):
+    """As transformers saves it: memory added, joint training, SFT, evaluation, by the same code."""
+    tokenizer = load_tokenizer(tiny_models["attention"])
+    torch.manual_seed(0)
+    stock = Olmo2ForCausalLM(
+        Olmo2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    stock.save_pretrained(tmp_path / "olmo2")
+    tokenizer.save_pretrained(tmp_path / "olmo2")
+    model = ["model=olmo2_1b_ratplus", "data=pocket", "data.length=128"]
+    init = f"stage.init={tmp_path / 'olmo2'}"
+    job("stage=tokenize", *corpus, *model, init, "stage.workers=1")
+    job("stage=continued_pretrain", *corpus, *model, init, *STAGE[1:])
+    trained = tmp_path / "training/olmo2_1b_ratplus_continued/model"
+    weights = load_file(trained / "model.safetensors")
+    assert load_file(tmp_path / "olmo2/model.safetensors").keys() < weights.keys()
+
+    small = ["stage.schedule=[[256,128]]", "stage.tokens_per_step=256"]
+    job("stage=sft", *model, f"stage.init={trained}", *small)
+    tuned = tmp_path / "training/olmo2_1b_ratplus_sft/model"
+    job(*model, f"model.path={tuned}", "budget=1/4", "data.tasks=[S-1]", "data.examples=2")
+    [cell] = tidy(Store(tmp_path / "results")).itertuples()
+    assert cell.backbone == "RAT+" and cell.n == 2 and cell.method == "quest"
