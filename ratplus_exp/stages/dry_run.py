@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -171,5 +172,5 @@ def _cache(cfg: DictConfig, shape: Shape) -> Rows:
     return rows
 
 
-def _gigabytes(what: str, parts: dict[str, float]) -> Rows:
+def _gigabytes(what: str, parts: Mapping[str, float]) -> Rows:
     return [(f"{what}: {name}", f"{size / 1e9:.2f} GB") for name, size in parts.items() if size]
