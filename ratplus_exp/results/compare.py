@@ -79,9 +79,7 @@ def _pattern(table: str, scope: str, paper: pd.DataFrame, measured: np.ndarray) 
     here = measured[..., 1] - measured[..., 0]
     known = decisive & np.isfinite(here[0])
     signs = np.sign(np.round(here[:, known], 9)) * np.sign(difference[known])
-    agreement = (
-        100 * (signs == 1).mean(axis=1) if known.any() else np.full(len(measured), np.nan)
-    )
+    agreement = 100 * (signs == 1).mean(axis=1) if known.any() else np.full(len(measured), np.nan)
     whole = np.isfinite(measured[0]).all(axis=(1, 2))
     ours, theirs = measured[:, whole].mean(axis=2), printed[whole].mean(axis=1)
     return Pattern(
@@ -144,7 +142,9 @@ def paper_setting(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(top_k=frame["top_k"].where(blocks, 0).astype(int))
 
 
-def against_paper(paper_table: str, cells: pd.DataFrame, accuracy: str = "accuracy") -> pd.DataFrame:
+def against_paper(
+    paper_table: str, cells: pd.DataFrame, accuracy: str = "accuracy"
+) -> pd.DataFrame:
     """One row for each accuracy of a table of P1, beside what was measured.
 
     Args:
@@ -169,7 +169,9 @@ def against_paper(paper_table: str, cells: pd.DataFrame, accuracy: str = "accura
             row = {"measured": mean, "measured std": std, "seeds": len(found)}
             row |= {"n": found["n"].min(), "budget_measured": found["budget_measured"].mean()}
         rows.append(row)
-    measured = pd.DataFrame(rows, columns=["measured", "measured std", "n", "seeds", "budget_measured"])
+    measured = pd.DataFrame(
+        rows, columns=["measured", "measured std", "n", "seeds", "budget_measured"]
+    )
     original = paper_tables().query("table == @paper_table").reset_index(drop=True)
     return original[
         ["method", "block_size", "top_k", "budget", "selector", "backbone", "task"]
@@ -197,7 +199,17 @@ def against_paper_table(frame: pd.DataFrame, paper_table: str, tier: str) -> Tab
         cells += [number(row[name], digits) for name, digits in numbers.items()]
         cells += [MISSING if pd.isna(row["n"]) else str(row["n"]), str(row["seeds"])]
         rows.append((*cells, number(row["budget_measured"], 3)))
-    columns = ("Method", "P1 block", "P1 k", "Budget", "Selector", "Backbone", "Task", "P1", "P1 std")
+    columns = (
+        "Method",
+        "P1 block",
+        "P1 k",
+        "Budget",
+        "Selector",
+        "Backbone",
+        "Task",
+        "P1",
+        "P1 std",
+    )
     return Table(
         title=f"P1's Table {paper_table[-1]}, cell by cell, at tier {tier}",
         caption=(
@@ -256,4 +268,8 @@ def number(value: float, digits: int = 1, sign: str = "-") -> str:
 
 
 def _scale(tier: str) -> str:
-    return "" if tier == "paper" else f" (tier {tier} is not the paper's scale: read signs, not levels)"
+    return (
+        ""
+        if tier == "paper"
+        else f" (tier {tier} is not the paper's scale: read signs, not levels)"
+    )

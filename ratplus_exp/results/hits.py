@@ -57,7 +57,9 @@ def ranked_heads(rates: pd.DataFrame) -> pd.DataFrame:
 
     rates: rows of `hit_rates`. Returns SETTING, backbone, rank (from 1), layer, head, hit_rate.
     """
-    means = rates.groupby([*SETTING, "backbone", "layer", "head"], as_index=False)["hit_rate"].mean()
+    means = rates.groupby([*SETTING, "backbone", "layer", "head"], as_index=False)[
+        "hit_rate"
+    ].mean()
     means = means.sort_values("hit_rate", ascending=False, kind="stable")
     means["rank"] = means.groupby([*SETTING, "backbone"]).cumcount() + 1
     return means.sort_values([*SETTING, "backbone", "rank"], ignore_index=True)
