@@ -73,7 +73,7 @@ def patterns(
 
 def _pattern(table: str, scope: str, paper: pd.DataFrame, measured: np.ndarray) -> Pattern:
     """paper: one row a setting; measured: (n_boot + 1, settings, tasks, backbones)."""
-    printed = np.stack([paper[b].to_numpy() for b in BACKBONES], axis=-1)  # (S, tasks, 2)
+    printed = np.stack([np.stack(list(paper[b])) for b in BACKBONES], axis=-1)  # (S, tasks, 2)
     difference = printed[..., 1] - printed[..., 0]
     decisive = np.abs(difference) >= DECISIVE - 1e-9
     here = measured[..., 1] - measured[..., 0]
@@ -83,10 +83,13 @@ def _pattern(table: str, scope: str, paper: pd.DataFrame, measured: np.ndarray) 
     whole = np.isfinite(measured[0]).all(axis=(1, 2))
     ours, theirs = measured[:, whole].mean(axis=2), printed[whole].mean(axis=1)
     return Pattern(
-        table,
-        scope,
-        *(int(x) for x in (decisive.sum(), known.sum())),
-        *(int((signs[0] == sign).sum()) for sign in (1, -1, 0)),
+        table=table,
+        scope=scope,
+        decisive=int(decisive.sum()),
+        measured=int(known.sum()),
+        agree=int((signs[0] == 1).sum()),
+        against=int((signs[0] == -1).sum()),
+        tied=int((signs[0] == 0).sum()),
         settings=int(whole.sum()),
         agreement=Estimate.of(agreement),
         gain=_correlation(ours[..., 1] - ours[..., 0], theirs[:, 1] - theirs[:, 0]),
@@ -170,7 +173,7 @@ def against_paper(
             row |= {"n": found["n"].min(), "budget_measured": found["budget_measured"].mean()}
         rows.append(row)
     measured = pd.DataFrame(
-        rows, columns=["measured", "measured std", "n", "seeds", "budget_measured"]
+        rows, columns=_MEASURED
     )
     original = paper_tables().query("table == @paper_table").reset_index(drop=True)
     return original[
@@ -265,6 +268,9 @@ def pattern_table(found: list[Pattern], tier: str) -> Table:
 def number(value: float, digits: int = 1, sign: str = "-") -> str:
     """A number as tables print it."""
     return MISSING if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
+
+
+_MEASURED = ["measured", "measured std", "n", "seeds", "budget_measured"]
 
 
 def _scale(tier: str) -> str:

@@ -210,8 +210,16 @@ def _bars(panel: Any, labels: Sequence[str], sides: dict[str, list[Any]]) -> Non
     for shift, (backbone, (value, low, high)) in zip((-0.2, 0.2), sides.items(), strict=True):
         errors = [(value - low).clip(lower=0), (high - value).clip(lower=0)]
         places = [i + shift for i in range(len(labels))]
-        style = {"ecolor": "#333333", "elinewidth": 1, "capsize": 2}
-        panel.bar(places, value, 0.38, color=COLORS[backbone], label=backbone, yerr=errors, **style)
+        panel.bar(
+            places,
+            value,
+            0.38,
+            color=COLORS[backbone],
+            label=backbone,
+            yerr=errors,
+            capsize=2,
+            error_kw={"ecolor": "#333333", "elinewidth": 1},
+        )
     panel.set_xticks(range(len(labels)), labels, fontsize=9)
 
 

@@ -145,7 +145,8 @@ def hits_table(curves: pd.DataFrame, rates: pd.DataFrame, tier: str) -> Table:
     """
     first = curves[curves["rank"] == 1]
     ranked = ranked_heads(rates)
-    rows, breaks = [], set()
+    rows: list[tuple[str, ...]] = []
+    breaks = set()
     for setting, here in first.groupby(SETTING, sort=False):
         place = dict(zip(SETTING, setting, strict=True))
         by_task = here.set_index("task")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 
@@ -57,7 +59,7 @@ def _not_monotonic(samples: pd.DataFrame, score: str) -> list[str]:
     chosen = samples[(samples["method"] != "dense") & (samples["selector"] == "topk")]
     for (backbone, method, block), side in chosen.groupby(["backbone", "method", "block_size"]):
         budgets = sorted(side["budget"].unique(), key=lambda b: Budget.parse(b).fraction)
-        for small, large in zip(budgets, budgets[1:], strict=False):
+        for small, large in pairwise(budgets):
             a, b = (side[side["budget"] == budget] for budget in (small, large))
             gain = _gain(a, b, score)
             if gain and gain[1] > 0:
@@ -86,7 +88,7 @@ def _cut_prompts(store: Store, cells: set[str]) -> list[str]:
 
 
 def _gain(a: pd.DataFrame, b: pd.DataFrame, score: str) -> tuple[float, float] | None:
-    """Mean of a − b in points over the shared tasks, and its lower bound; None if none is shared."""
+    """Mean of a − b in points over shared tasks, and its lower bound; None if none is shared."""
     generator = np.random.default_rng(0)
     parts = []
     for task in TASKS:

@@ -1,8 +1,8 @@
 """stage=random_selector: H2 for one model, method and budget.
 
 The selector is swapped for a uniformly random one of equal size and nothing else: forced candidates
-are kept, Quest draws anew at every decoding step, layer and head, SnapKV once after the prompt, MoBA
-for every prompt token. Beside it the method's own choice, and an oracle that always selects what
+are kept, Quest draws anew at every decoding step, layer and head, SnapKV once after the prompt,
+MoBA for every prompt token. Beside it the method's own choice, and an oracle that always selects what
 holds the gold values. The cells are those of stage=eval with selector=random and so on, so that
 Tables 2 and 5 share them.
 """
@@ -13,7 +13,7 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from ratplus_exp.config import validate_method
-from ratplus_exp.results import MISSING, Table, mean_std, tidy
+from ratplus_exp.results import Table, mean_std, tidy
 from ratplus_exp.results.compare import number
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import job_folder
@@ -62,7 +62,7 @@ def _table(cfg: DictConfig, cells: pd.DataFrame) -> Table:
         caption=(
             "Accuracy in % by P2's score; ± is the standard deviation over selector seeds. random: "
             "as many candidates, uniformly, forced ones kept; oracle: always what holds the gold "
-            f"values, then the method's choice. n: samples a task and seed. {MISSING}: not measured."
+            "values, then the method's choice. n: samples a task and seed."
         ),
         columns=("Selector", *tasks, "Mean", "n", "seeds"),
         rows=tuple(rows),

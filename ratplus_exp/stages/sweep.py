@@ -93,10 +93,11 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
 def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> None:
     """Run the jobs' missing cells, in this process or several, under one progress bar."""
     cells: dict[str, Item] = {}
-    for job, task in ((job, task) for job in jobs for task in job.cells):
-        other = cells.setdefault(job.cells[task].id, (job, task))[0]
-        if job.cfg.data.examples > other.cfg.data.examples:
-            cells[job.cells[task].id] = (job, task)
+    for job in jobs:
+        for task, cell in job.cells.items():
+            other = cells.setdefault(cell.id, (job, task))[0]
+            if job.cfg.data.examples > other.cfg.data.examples:
+                cells[cell.id] = (job, task)
     items = [(j, t) for j, t in cells.values() if not j.cells[t].is_done(j.cfg.data.examples)]
     if not items:
         print(f"All {len(cells)} cells are there already; nothing to run.")
