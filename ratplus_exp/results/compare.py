@@ -172,9 +172,7 @@ def against_paper(
             row = {"measured": mean, "measured std": std, "seeds": len(found)}
             row |= {"n": found["n"].min(), "budget_measured": found["budget_measured"].mean()}
         rows.append(row)
-    measured = pd.DataFrame(
-        rows, columns=_MEASURED
-    )
+    measured = pd.DataFrame(rows, columns=_MEASURED)
     original = paper_tables().query("table == @paper_table").reset_index(drop=True)
     return original[
         ["method", "block_size", "top_k", "budget", "selector", "backbone", "task"]

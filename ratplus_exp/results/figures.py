@@ -57,7 +57,7 @@ def accuracy_by_budget(cells: pd.DataFrame, folder: Path, name: str, title: str)
         panel.set_xticks(range(len(budgets)), budgets)
         panel.set_xlabel("budget")
     panels[0].set_ylabel("mean accuracy, %")
-    panels[-1].legend(frameon=False, fontsize=9, loc="lower left")
+    _legend(figure, panels[-1])
     return _save(figure, folder, name)
 
 
@@ -90,7 +90,7 @@ def ranked_heads(
         panel.set_xlabel("rank of the head")
         panel.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel("hit rate, %")
-    panels[-1].legend(frameon=False, fontsize=9, loc="best")
+    _legend(figure, panels[-1])
     return _save(figure, folder, name)
 
 
@@ -114,7 +114,7 @@ def heads_by_task(
         )
         panel.set_title(NAMES.get(method, method), fontsize=11)
     panels[0].set_ylabel("hit rate of the best head, %")
-    panels[-1].legend(frameon=False, fontsize=9, loc="best")
+    _legend(figure, panels[-1])
     return _save(figure, folder, name)
 
 
@@ -142,7 +142,7 @@ def selectors(means: pd.DataFrame, folder: Path, name: str, title: str) -> list[
         budget = here["budget"].iloc[0]
         panel.set_title(f"{NAMES.get(method, method)}, budget {budget}", fontsize=11)
     panels[0].set_ylabel("mean accuracy, %")
-    panels[-1].legend(frameon=False, fontsize=9, loc="lower right")
+    _legend(figure, panels[-1])
     return _save(figure, folder, name)
 
 
@@ -174,10 +174,10 @@ def gains(against: pd.DataFrame, folder: Path, name: str, title: str) -> list[Pa
             )
     panel.axhline(0, color="black", lw=0.8)
     panel.axvline(0, color="black", lw=0.8)
-    panel.set_ylim(auto=True)
+    panel.autoscale()
     panel.set_xlabel("P1: RAT+ − Attention, points (filled: 5 or more)")
     panel.set_ylabel("measured: RAT+ − Attention, points")
-    panel.legend(frameon=False, fontsize=9, loc="best")
+    _legend(figure, panel)
     return _save(figure, folder, name)
 
 
@@ -200,9 +200,16 @@ def _panels(
     for panel in panels[0]:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", alpha=0.25)
+        panel.set_axisbelow(True)
         panel.set_ylim(0, 103)
     figure.suptitle(title, fontsize=10)
     return figure, list(panels[0])
+
+
+def _legend(figure: Any, panel: Any) -> None:
+    """Of one panel, beside the panels, where it hides nothing."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
 
 
 def _bars(panel: Any, labels: Sequence[str], sides: dict[str, list[Any]]) -> None:

@@ -7,6 +7,7 @@ candidates at every step (P1, Sec. on H1); the mean over tasks weighs every task
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,7 @@ def _resampled(
     """Of each setting: by task, percent (n_boot + 1, backbones, layers · heads); samples a task."""
     cells = {cell.id: cell for cell in store.cells(STAGE) if cell.done()}
     places = rates[[*SETTING, "task", "backbone", "cell"]].drop_duplicates()
-    for setting, here in places.groupby(SETTING):
+    for setting, here in sorted(places.groupby(SETTING), key=_by_size):
         generator = np.random.default_rng(seed)
         heads, n = {}, 0
         for task, pair in here.groupby("task"):
@@ -130,6 +131,11 @@ def _resampled(
             )
         if heads:
             yield setting if isinstance(setting, tuple) else (setting,), heads, n
+
+
+def _by_size(group: tuple[tuple[Any, ...], pd.DataFrame]) -> tuple[str, int, Fraction]:
+    method, block, budget = group[0]
+    return method, block, -Fraction(budget)
 
 
 def _rates(weights: np.ndarray, records: Sequence[dict[str, Any]]) -> np.ndarray:

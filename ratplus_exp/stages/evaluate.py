@@ -21,7 +21,6 @@ from ratplus_exp.tracking import log_frame
 from ratplus_exp.training.parallel import rank
 
 
-
 def run(cfg: DictConfig) -> None:
     """Run the cells that are missing, log them, and print and write the table of this job."""
     job = Job(cfg)
