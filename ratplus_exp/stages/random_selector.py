@@ -2,9 +2,9 @@
 
 The selector is swapped for a uniformly random one of equal size and nothing else: forced candidates
 are kept, Quest draws anew at every decoding step, layer and head, SnapKV once after the prompt,
-MoBA for every prompt token. Beside it the method's own choice, and an oracle that always selects what
-holds the gold values. The cells are those of stage=eval with selector=random and so on, so that
-Tables 2 and 5 share them.
+MoBA for every prompt token. Beside it the method's own choice, and an oracle that always selects
+what holds the gold values. The cells are those of stage=eval with selector=random and so on, so
+that Tables 2 and 5 share them.
 """
 
 from __future__ import annotations

@@ -82,8 +82,13 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
         job.data.examples = min(cfg.data.examples, entry.get("examples", cfg.data.examples))
         if "budget" in entry:
             job.budget.fraction = entry["budget"]
-        if "blocks" in entry:
-            job.method.block_size = cfg.data.length // entry["blocks"]
+        if blocks := entry.get("blocks"):
+            if cfg.data.length % blocks:
+                raise ValueError(
+                    f"a context of {cfg.data.length} tokens doesn't divide into {blocks} blocks: "
+                    "change data.length or the blocks of stage.cells"
+                )
+            job.method.block_size = cfg.data.length // blocks
         if "tasks" in entry:
             job.data.tasks = [task for task in entry["tasks"] if task in cfg.data.tasks]
     validate(job)
