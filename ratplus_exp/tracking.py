@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,7 @@ def log_frame(run: wandb.Run, name: str, frame: Any) -> None:
 
 
 def log_table(run: wandb.Run, name: str, table: Table) -> None:
+    name = re.sub(r"\W+", "_", name)
     run.log({name: wandb.Table(columns=list(table.columns), data=[list(r) for r in table.rows])})
 
 

@@ -55,6 +55,8 @@ def run(cfg: DictConfig) -> None:
     _write_provenance(evidence.store, ids, evidence.folder)
     for table in (table for part in parts for table in part.tables):
         print(table.to_text())
+    for reason in absent:
+        print(f"Left out: {reason}")
     warnings = warning_section(evidence)
     for point in warnings.points:
         print(f"Warning: {point}" if point != "None." else "No warnings.")
@@ -90,9 +92,10 @@ def gather(cfg: DictConfig) -> Evidence:
 
     def fitting(frame: pd.DataFrame) -> pd.DataFrame:
         first = frame["first_token"]
-        return select(frame, where)[first.isna() | (first == cfg.stage.first_token)]
+        return frame[first.isna() | (first == cfg.stage.first_token)]
 
-    cells, samples, rates = map(fitting, (tidy(store), sample_scores(store), hit_rates(store)))
+    frames = select(tidy(store), where), sample_scores(store, **where), hit_rates(store, **where)
+    cells, samples, rates = map(fitting, frames)
     if cells.empty and rates.empty:
         raise ValueError(
             f"no finished cells at tier {cfg.model.tier!r} and {cfg.data.length} tokens in "
