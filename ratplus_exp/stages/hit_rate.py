@@ -27,12 +27,15 @@ from ratplus_exp.stages.common import job_folder
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.golden import golden_answer
 from ratplus_exp.tracking import log_frame
+from ratplus_exp.training.parallel import rank
 
 
 def run(cfg: DictConfig) -> None:
     """Run the cells that are missing, and print and write the heads' hit rates."""
     job = checked(Job(cfg))
     fill_missing(job, lambda tracker: log_frame(tracker, "hit_rate", _frame(job)))
+    if rank() > 0:
+        return
     frame = _frame(job)
     table = _table(cfg, frame)
     frame.to_csv(job_folder() / "hit_rate.csv", index=False)
