@@ -13,13 +13,18 @@ STAMP  := $(VENV)/.installed
 # Both backbones; SET takes further settings, for instance SET='data.examples=200 seed=0,1,2'.
 PAIR := model=pocket_attention,pocket_ratplus
 SET  :=
+
+# Tables and figures: of the tier pocket, small or paper; at the last, of MODEL's pair.
+TIER  := pocket
+MODEL := ratplus_7b
+SWEEP  = $(RUN) experiment=$@ pair=$(if $(filter paper,$(TIER)),$(MODEL),$(TIER)) $(SET)
 POCKET := outputs/reference/pocket
 
 # What `make weights` runs, one conf/experiment/<name>.yaml each.
 WEIGHTS := pocket_scratch_attention pocket_scratch_ratplus pocket_attention_sft pocket_ratplus_sft
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint table3 table3-cells weights ship clean bench bench-cpu
+.PHONY: help install demo test test-slow lint weights ship clean bench bench-cpu
 
 help: ## list these targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -40,15 +45,6 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-table3: $(STAMP) ## Table 3 and its figure from the cells that are there
-	$(RUN) stage=report
-
-table3-cells: $(STAMP) ## run the cells of Table 3 on the pocket pair (finished ones are kept)
-	$(RUN) -m $(PAIR) method=dense $(SET)
-	$(RUN) -m $(PAIR) method=quest,moba,snapkv budget=1/4,1/8,1/16 $(SET)
-	$(RUN) -m $(PAIR) method=quest method.block_size=2 budget=1/64 $(SET)
-	$(RUN) -m $(PAIR) method=moba method.block_size=16 budget=1/8,1/16 $(SET)
 
 weights: $(STAMP) ## train the pocket pair again and ship it (hours; resumes)
 	set -e; for name in $(WEIGHTS); do $(RUN) experiment=$$name; done
@@ -85,3 +81,37 @@ bench: $(STAMP) ## measure kernels and models on the GPU, into outputs/bench/<de
 
 bench-cpu: $(STAMP) ## measure the forms of the memory scan on one CPU thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m ratplus_exp.bench --cpu
+
+# Each runs what is missing and writes what it makes to outputs/reports (docs/results.md).
+.PHONY: table2 table3 table4 table5 fig1 fig2 fig3 fig4 reproduce report
+
+table2: $(STAMP) ## Table 2: random selection, tasks with several keys, values or queries
+	$(SWEEP)
+
+table3: $(STAMP) ## Table 3: Quest, MoBA and SnapKV at all budgets and block sizes
+	$(SWEEP)
+
+table4: $(STAMP) ## Table 4: Table 3's settings on OLMo2-7B (TIER=paper MODEL=olmo2_7b)
+	$(SWEEP)
+
+table5: $(STAMP) ## Table 5: random selection, five seeds; oracle and top-k beside it
+	$(SWEEP)
+
+fig1: $(STAMP) ## Figure 1: accuracy against the budget
+	$(SWEEP)
+
+fig2: $(STAMP) ## Figure 2: hit rates of Quest's heads
+	$(SWEEP)
+
+fig3: $(STAMP) ## Figure 3: hit rates of SnapKV's heads
+	$(SWEEP)
+
+fig4: $(STAMP) ## Figure 4: hit rates by task
+	$(SWEEP)
+
+reproduce: $(STAMP) ## all tables, all figures and the report; TIER=pocket on two cores
+	$(SWEEP)
+
+report: $(STAMP) ## the report of what is there, without running anything
+	$(RUN) stage=report pair=$(if $(filter paper,$(TIER)),$(MODEL),$(TIER)) \
+	  stage.folder=outputs/reports/$(if $(filter paper,$(TIER)),$(MODEL),$(TIER)) $(SET)

@@ -39,7 +39,7 @@ class Table:
         shown = [i for i, name in enumerate(self.columns) if name not in self.text_hides]
         lines = [[line[i] for i in shown] for line in (self.columns, *self.rows)]
         sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        numbers = [self._is_number(i) for i in shown]
+        numbers = [self.is_number(i) for i in shown]
         gap = "  " if sum(sizes) + 2 * (len(sizes) - 1) <= width else " "
         rule = "─" * (sum(sizes) + len(gap) * (len(sizes) - 1))
 
@@ -56,7 +56,7 @@ class Table:
 
     def to_markdown(self) -> str:
         """A GitHub table under its title, the caption below."""
-        marks = ["---:" if self._is_number(i) else "---" for i in range(len(self.columns))]
+        marks = ["---:" if self.is_number(i) else "---" for i in range(len(self.columns))]
         lines = [
             "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |"
             for line in (self.columns, marks, *self.rows)
@@ -73,7 +73,7 @@ class Table:
 
     def to_latex(self) -> str:
         """A table* float; the document needs the booktabs package."""
-        align = "".join("r" if self._is_number(i) else "l" for i in range(len(self.columns)))
+        align = "".join("r" if self.is_number(i) else "l" for i in range(len(self.columns)))
         header, *rows = (
             " & ".join(map(escape_latex, line)) + r" \\" for line in (self.columns, *self.rows)
         )
@@ -103,7 +103,8 @@ class Table:
             write_atomically(folder / file, text)
         return [folder / file for file in texts]
 
-    def _is_number(self, column: int) -> bool:
+    def is_number(self, column: int) -> bool:
+        """Whether a column holds numbers, which are aligned to the right."""
         cells = [row[column] for row in self.rows if row[column] not in ("", MISSING)]
         return all(re.match(r"\[?[+−]?\d", cell) for cell in cells)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -60,3 +61,40 @@ def _strata(scores: pd.Series) -> list[np.ndarray]:
     if scores.index.nlevels == 1:
         return [scores.to_numpy()]
     return [group.to_numpy() for _, group in scores.groupby(level=0, sort=True)]
+
+
+def resamplings(n: int, n_boot: int, generator: np.random.Generator) -> np.ndarray:
+    """Bootstrap weights (n_boot + 1, n) of n samples: how often each one is drawn, over n.
+
+    Row 0 has every sample once, so that `weights @ scores` is the estimate, then its resamplings.
+    """
+    draws = generator.multinomial(n, np.full(n, 1 / n), size=n_boot)
+    return np.concatenate((np.ones((1, n)), draws)) / n
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % percentile interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, resampled: np.ndarray) -> Estimate:
+        """From (n_boot + 1,): the estimate, then its resamplings; NaN resamplings are left out."""
+        rest = resampled[1:][np.isfinite(resampled[1:])]
+        low, high = np.quantile(rest, (0.025, 0.975)) if len(rest) else (np.nan, np.nan)
+        return cls(float(resampled[0]), float(low), float(high))
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's, of each row of a (R, S) with b (S,) or with the same row of b (R, S).
+
+    Ties share their mean rank; NaN where one side is constant.
+    """
+    ranks = [pd.DataFrame(np.atleast_2d(x)).rank(axis=1).to_numpy() for x in (a, b)]
+    first, second = (x - x.mean(axis=1, keepdims=True) for x in ranks)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scale = np.sqrt((first**2).sum(1) * (second**2).sum(1))
+        return (first * second).sum(1) / scale

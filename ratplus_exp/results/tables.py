@@ -1,4 +1,4 @@
-"""P1's Tables 3-5 with measured numbers."""
+"""P1's Tables 2-5 with measured numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 
 from ratplus_exp.results.frame import sample_scores, select, tidy
 from ratplus_exp.results.layout import MISSING, Table
-from ratplus_exp.results.paper import BACKBONES, TASKS, paper_means
+from ratplus_exp.results.paper import BACKBONES, paper_means, paper_tables
 from ratplus_exp.results.stats import mean_std, paired_bootstrap
 from ratplus_exp.results.store import Store
 
@@ -19,7 +19,8 @@ SCORERS = {  # scorer: columns of `tidy` and of `sample_scores`, words for the c
     "p2": ("accuracy", "score_p2", "P2's score (overlap of the comma-separated values)"),
     "ruler": ("accuracy_ruler", "score_ruler", "RULER's score (gold values found as substrings)"),
 }
-PAPER_TABLES = {  # with all eight tasks; words for the caption
+PAPER_TABLES = {  # words for the caption
+    "table2": "random selection, OLMo2-7B (inferred)",
     "table3": "P2's 7B models",
     "table4": "OLMo2-7B",
     "table5": "random selection, OLMo2-7B (inferred)",
@@ -45,12 +46,12 @@ def accuracy_table(
     All the paper's settings appear, their block size scaled to the measured context, and after
     them the measured settings that the paper lacks. Only cells with the paper table's selector
     (top-k or random) count. An accuracy is the mean over seeds, ± their standard deviation if
-    there are several. A mean over tasks appears once all eight are there.
+    there are several. A mean over tasks appears once all of the paper table's are there.
 
     Args:
         source: a store, or what `tidy` and `sample_scores` return.
         tier: the one tier that the numbers are from.
-        paper_table: "table3", "table4" or "table5"; the P1 columns are from there, too.
+        paper_table: "table2" to "table5"; the tasks and the P1 columns are from there, too.
         scorer: "p2" or "ruler".
         first_token: cells in which an answer's first token came from the dense "prefill", or from
             a "decode" step; methods to which this is all the same always count.
@@ -64,8 +65,9 @@ def accuracy_table(
             raise ValueError(f"unknown {name!r}: choose one of {', '.join(known)}")
     accuracy, score, _ = SCORERS[scorer]
     paper = paper_means(paper_table)
+    tasks = tuple(paper_tables().query("table == @paper_table")["task"].unique())
     cells, samples = (tidy(source), sample_scores(source)) if isinstance(source, Store) else source
-    cells = select(cells, {"tier": tier, "backbone": BACKBONES, "task": TASKS} | where)
+    cells = select(cells, {"tier": tier, "backbone": BACKBONES, "task": tasks} | where)
     cells = cells[(cells["method"] == DENSE) | cells["selector"].isin(paper["selector"])]
     cells = cells[cells["first_token"].isna() | (cells["first_token"] == first_token)]
     if cells.empty:
@@ -76,21 +78,21 @@ def accuracy_table(
     samples = samples[["cell", "task", "id"]].assign(score=100 * samples[score])
 
     labels = ("Method", "Block", "k", "Budget", "Kept", "Backbone")
-    columns = (*labels, *TASKS, "Mean", "P1", "Δ", "Δ 95 %", "P1 Δ", "n", "seeds")
+    columns = (*labels, *tasks, "Mean", "P1", "Δ", "Δ 95 %", "P1 Δ", "n", "seeds")
     rows: list[tuple[str, ...]] = []
     breaks = set()
     for setting in _settings(paper, settings, context):
         here = cells[[other == setting for other in settings]]
         sides = {backbone: here[here["backbone"] == backbone] for backbone in BACKBONES}
         printed = setting.in_paper(paper, context)
-        gain = (*_gain(sides, samples), _number(printed.get("gain"), sign="+"))
+        gain = (*_gain(sides, samples, tasks), _number(printed.get("gain"), sign="+"))
         if rows and rows[-1][0] != setting.method:
             breaks.add(len(rows))
         for backbone, side in sides.items():
             rows.append(
                 setting.label(here, context)
                 + (_number(side["budget_measured"].mean(), digits=3), backbone)
-                + _accuracies(side.pivot(index=list(DRAW), columns="task", values=accuracy))
+                + _accuracies(side.pivot(index=list(DRAW), columns="task", values=accuracy), tasks)
                 + (_number(printed.get(backbone)),)
                 + (gain if backbone == "RAT+" else ("", "", ""))
                 + (_span(side["n"]), str(len(side[list(DRAW)].drop_duplicates()) or MISSING))
@@ -153,25 +155,27 @@ def _settings(paper: pd.DataFrame, measured: pd.Series, context: int) -> list[_S
     return list(dict.fromkeys([*found, *extra]))
 
 
-def _accuracies(percent: pd.DataFrame) -> tuple[str, ...]:
+def _accuracies(percent: pd.DataFrame, tasks: tuple[str, ...]) -> tuple[str, ...]:
     """Each task, then the mean over tasks; from a frame of seeds × tasks."""
-    percent = percent.reindex(columns=list(TASKS))
-    cells = [_spread(percent[task].dropna()) for task in TASKS]
+    percent = percent.reindex(columns=list(tasks))
+    cells = [_spread(percent[task].dropna()) for task in tasks]
     if MISSING in cells:
         return (*cells, MISSING)
     whole = percent.dropna().mean(axis=1)  # seeds that have all tasks
     return (*cells, _spread(whole) if len(whole) else _number(percent.mean().mean()))
 
 
-def _gain(sides: dict[str, pd.DataFrame], samples: pd.DataFrame) -> tuple[str, str]:
+def _gain(
+    sides: dict[str, pd.DataFrame], samples: pd.DataFrame, tasks: tuple[str, ...]
+) -> tuple[str, str]:
     """Mean of RAT+ minus mean of Attention, and its interval, over the samples of both."""
-    if any(set(side["task"]) != set(TASKS) for side in sides.values()):
+    if any(set(side["task"]) != set(tasks) for side in sides.values()):
         return MISSING, MISSING
     attention, ratplus = (
         samples[samples["cell"].isin(side["cell"])].groupby(["task", "id"])["score"].mean()
         for side in (sides[backbone] for backbone in BACKBONES)
     )
-    if set(attention.index.intersection(ratplus.index).get_level_values("task")) != set(TASKS):
+    if set(attention.index.intersection(ratplus.index).get_level_values("task")) != set(tasks):
         return MISSING, MISSING  # other seeds on either side: nothing to pair yet
     difference, low, high = paired_bootstrap(ratplus, attention)
     return _number(difference, sign="+"), f"[{_number(low)}, {_number(high)}]"

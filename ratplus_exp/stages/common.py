@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_method
 from omegaconf import DictConfig
@@ -27,6 +29,13 @@ def run(cfg: DictConfig) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     get_method("ratplus_exp.stages.dry_run.run" if cfg.dry_run else cfg.stage.run)(cfg)
+
+
+@cache
+def option(group: str, name: str) -> DictConfig:
+    """One option of a configuration group, its interpolations left open."""
+    where = [x for x in HydraConfig.get().overrides.hydra if x.startswith("hydra.searchpath")]
+    return compose("config", [*where, f"{group}={name}"])[group]
 
 
 def resolve(path: str) -> Path:

@@ -1,4 +1,5 @@
 import dataclasses
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,20 @@ class Job:
             )
         return cfg
 
-    def __call__(self, *overrides):
+    @contextmanager
+    def ready(self, *overrides):
+        """The composed configuration, with Hydra as a stage finds it."""
         cfg = self.compose(*overrides)
         cfg.hydra.runtime.output_dir = str(self.folder / "job")
         HydraConfig.instance().set_config(cfg)
         with open_dict(cfg):
             del cfg.hydra
-        stages.run(cfg)
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            yield cfg
+
+    def __call__(self, *overrides):
+        with self.ready(*overrides) as cfg:
+            stages.run(cfg)
         return cfg
 
 

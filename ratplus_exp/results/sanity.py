@@ -1,0 +1,113 @@
+"""What should make a reader doubt a result: checks that published tables rarely come with."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+
+from ratplus_exp.budget import Budget
+from ratplus_exp.results.compare import number
+from ratplus_exp.results.paper import TASKS
+from ratplus_exp.results.store import Store
+
+LEVEL = 0.999
+"""Of the one-sided bootstrap bound beyond which a difference is no noise: a report makes some two
+hundred comparisons."""
+FEWEST = 20
+"""Samples of a task without which nothing is said."""
+
+
+def warnings(store: Store, samples: pd.DataFrame, score: str) -> list[str]:
+    """One sentence for each thing to look at; empty if there is none.
+
+    Args:
+        store: for the prompts' lengths.
+        samples: rows of `sample_scores` to check, one model a backbone.
+        score: column of `samples`.
+    """
+    samples = samples[samples["task"].isin(TASKS)]
+    return [
+        *_sparse_beats_dense(samples, score),
+        *_not_monotonic(samples, score),
+        *_cut_prompts(store, set(samples["cell"])),
+    ]
+
+
+def _sparse_beats_dense(samples: pd.DataFrame, score: str) -> list[str]:
+    """Less attention can't know more; where it scores higher, dense attention is badly trained, or
+    the sparse run sees something that it shouldn't."""
+    found = []
+    for backbone, side in samples.groupby("backbone"):
+        dense = side[side["method"] == "dense"]
+        sparse = side[(side["method"] != "dense") & (side["selector"] == "topk")]
+        for setting, run in sparse.groupby(["method", "block_size", "budget"]):
+            for task in (None, *TASKS):
+                a, b = (x if task is None else x[x["task"] == task] for x in (run, dense))
+                gain = _gain(a, b, score)
+                if gain and gain[1] > 0:
+                    where = "on the mean of the tasks" if task is None else f"on {task}"
+                    found.append(
+                        f"Sparse beats dense: {backbone}, {_name(setting)}, {where} by "
+                        f"{number(gain[0])} points (99.9 % bound {number(gain[1])})."
+                    )
+    return found
+
+
+def _not_monotonic(samples: pd.DataFrame, score: str) -> list[str]:
+    """A larger budget should not cost accuracy, at the same method and block size."""
+    found = []
+    chosen = samples[(samples["method"] != "dense") & (samples["selector"] == "topk")]
+    for (backbone, method, block), side in chosen.groupby(["backbone", "method", "block_size"]):
+        budgets = sorted(side["budget"].unique(), key=lambda b: Budget.parse(b).fraction)
+        for small, large in pairwise(budgets):
+            a, b = (side[side["budget"] == budget] for budget in (small, large))
+            gain = _gain(a, b, score)
+            if gain and gain[1] > 0:
+                found.append(
+                    f"Not monotonic in the budget: {backbone}, {method} with block size {block} "
+                    f"is better at {small} than at {large} by {number(gain[0])} points "
+                    f"(99.9 % bound {number(gain[1])})."
+                )
+    return found
+
+
+def _cut_prompts(store: Store, cells: set[str]) -> list[str]:
+    """A prompt that leaves no room for its answer was cut, or will be."""
+    found = []
+    for cell in store.cells("eval"):
+        if cell.id not in cells:
+            continue
+        reserve = cell.key.get("data", {}).get("forms", {}).get("reserve", 0)
+        room = cell.key["context_length"] - reserve
+        long = sum(r.get("prompt_tokens", 0) > room for r in cell.records().values())
+        if long:
+            found.append(
+                f"Prompts were cut: {long} of cell {cell.path.name} have more than {room} tokens."
+            )
+    return found
+
+
+def _gain(a: pd.DataFrame, b: pd.DataFrame, score: str) -> tuple[float, float] | None:
+    """Mean of a − b in points over shared tasks, and its lower bound; None if none is shared."""
+    generator = np.random.default_rng(0)
+    parts = []
+    for task in TASKS:
+        sides = (x[x["task"] == task].groupby("id")[score].mean() for x in (a, b))
+        difference = next(sides).sub(next(sides)).dropna().to_numpy()
+        if len(difference) < FEWEST:
+            continue
+        # Few distinct values: drawing how often each occurs is the same resampling, and fast.
+        values, counts = np.unique(difference, return_counts=True)
+        draws = generator.multinomial(len(difference), counts / len(difference), size=4000)
+        parts.append((difference.mean(), draws @ values / len(difference)))
+    if not parts:
+        return None
+    means, resampled = (100 * np.mean(x, axis=0) for x in zip(*parts, strict=True))
+    return float(means), float(np.quantile(resampled, 1 - LEVEL))
+
+
+def _name(setting: tuple[str, int, str]) -> str:
+    method, block, budget = setting
+    return f"{method} at {budget}" + (f" with block size {block}" if block > 1 else "")

@@ -1,0 +1,149 @@
+"""stage=hit_rate: H1, per layer and head. One cell a task.
+
+Gold values are teacher-forced: the model is fed the right answer, so that every decoding step has a
+golden position, the one where the token to be said next stands in the prompt. A head hits a gold
+value if what it selected holds that position at every step of the value; a value that stands in the
+prompt several times is held by any of its occurrences. MV and MQ count each of their values. As in
+generation, the answer's first token comes from the prefill (stage.first_token), and is no step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+
+from ratplus_exp.methods import Engine
+from ratplus_exp.methods.hits import HitCounter
+from ratplus_exp.results import Table
+from ratplus_exp.results.compare import number
+from ratplus_exp.results.hits import hit_rates
+from ratplus_exp.stages.cells import Job, Loaded, fill_missing, padded, selector_of
+from ratplus_exp.stages.common import job_folder
+from ratplus_exp.tasks import Sample
+from ratplus_exp.tasks.golden import golden_answer
+from ratplus_exp.tracking import log_frame
+from ratplus_exp.training.parallel import rank
+
+
+def run(cfg: DictConfig) -> None:
+    """Run the cells that are missing, and print and write the heads' hit rates."""
+    job = checked(Job(cfg))
+    fill_missing(job, lambda tracker: log_frame(tracker, "hit_rate", _frame(job)))
+    if rank() > 0:
+        return
+    frame = _frame(job)
+    table = _table(cfg, frame)
+    frame.to_csv(job_folder() / "hit_rate.csv", index=False)
+    table.write(job_folder(), "heads")
+    print(table.to_text())
+    print(f"Written to {job_folder()}/hit_rate.csv and heads.md, .csv and .tex.")
+
+
+def checked(job: Job) -> Job:
+    """The job, if its method selects at all where H1 looks; ValueError with the reason if not."""
+    name, phase = job.cfg.method.name, job.method.phase
+    if phase == "prefill":
+        raise ValueError(
+            f"stage=hit_rate knows no {name}: it selects for prompt tokens and decodes densely, so "
+            "no decoding step has a selection that could hold the answer; use quest or snapkv"
+        )
+    if phase is None:
+        raise ValueError(f"stage=hit_rate needs a method that selects, not {name}: use quest")
+    return job
+
+
+@torch.inference_mode()
+def measure(job: Job, loaded: Loaded, samples: list[Sample]) -> list[dict[str, Any]]:
+    """Hits of a batch, by layer and head: see `cells.fill`."""
+    checked(job)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    answers = [golden_answer(sample, tokenizer) for sample in samples]
+    ids, mask = padded(samples, loaded)
+    lengths = mask.sum(1)
+    width = max(len(answer.ids) for answer in answers) - 1  # nothing follows EOS
+    golden = torch.zeros(len(samples), width, job.cfg.data.length, dtype=torch.bool)
+    forced = torch.full((len(samples), width), tokenizer.pad_token_id)
+    owners = [list(answer.values[:width]) for answer in answers]
+    for row, answer in enumerate(answers):
+        forced[row, : len(answer.ids) - 1] = torch.tensor(answer.ids[:-1])
+        for token, positions in enumerate(answer.positions[:width]):
+            golden[row, token, list(positions)] = True
+    # The query that predicts answer token a is the prompt's last token (a = 0) or token a − 1.
+    steps = torch.cat((ids[:, -1:], forced[:, :-1].to(ids.device)), dim=1)
+    if job.first_token == "prefill":
+        steps = steps[:, 1:]
+        owners = [[-1, *tokens[1:]] for tokens in owners]
+    else:
+        ids, mask = ids[:, :-1], mask[:, :-1]
+    if all(owner < 0 for tokens in owners for owner in tokens):
+        raise ValueError(
+            f"{samples[0].task}: every answer is one token long, so no decoding step has a golden "
+            "position: set stage.first_token=decode"
+        )
+    layers = model.config.num_hidden_layers
+    counter = HitCounter(job.method, golden.to(ids.device), lengths, layers)
+    engine = Engine(job.method, selector_of(job.cfg, samples, ids.device), counter)
+    cache = model.new_cache(engine)
+    model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+    if steps.shape[1]:
+        model(steps, past_key_values=cache, logits_to_keep=1)
+    last = lengths.cpu() + torch.tensor([len(answer.ids) - 3 for answer in answers])
+    fractions = engine.usage.fractions(len(samples), last)
+    values, hits = counter.values(owners)
+    return [
+        {
+            "id": sample.id,
+            "values": values[row],
+            "hits": hits[row],
+            "prompt_tokens": sample.length,
+            "budget_measured": round(float(fractions[row]), 6),
+        }
+        for row, sample in enumerate(samples)
+    ]
+
+
+def metrics(
+    job: Job, loaded: Loaded, records: Mapping[Any, Mapping[str, Any]], samples: list[Sample]
+) -> dict[str, Any]:
+    """Hit rates in percent, [layer][head], over all gold values: see `cells.fill`."""
+    values = sum(record["values"] for record in records.values())
+    hits = np.sum([record["hits"] for record in records.values()], axis=0)
+    rates = np.round(100 * hits / max(values, 1), 4)
+    measured = sum(r["budget_measured"] for r in records.values()) / len(records)
+    return {
+        "hit_rate": rates.tolist(),
+        "values": values,
+        "budget_measured": round(measured, 5),
+    }
+
+
+def _frame(job: Job) -> pd.DataFrame:
+    return hit_rates(job.store, cell=[cell.id for cell in job.cells.values()])
+
+
+def _table(cfg: DictConfig, frame: pd.DataFrame) -> Table:
+    """The job's heads, best first on the mean of its tasks."""
+    tasks = [task for task in cfg.data.tasks if task in set(frame["task"])]
+    wide = frame.pivot_table(index=["layer", "head"], columns="task", values="hit_rate")[tasks]
+    wide = wide.assign(Mean=wide.mean(axis=1)).sort_values("Mean", ascending=False, kind="stable")
+    rows = [
+        (str(rank), f"{layer}.{head}", *(number(x) for x in row))
+        for rank, ((layer, head), row) in enumerate(wide.head(32).iterrows(), start=1)
+    ]
+    first = frame.iloc[0]
+    return Table(
+        title=f"{cfg.model.name}, {cfg.method.name} at budget {first['budget']}: hit rate by head",
+        caption=(
+            "Share of gold values, in %, whose golden position the head's selected candidates hold "
+            f"at every decoding step, gold values teacher-forced; selector {cfg.selector}, "
+            f"n = {first['n']} samples a task; heads are layer.number, best first"
+            + (f"; {len(wide) - 32} more in hit_rate.csv." if len(wide) > 32 else ".")
+        ),
+        columns=("Rank", "Head", *tasks, "Mean"),
+        rows=tuple(rows),
+    )

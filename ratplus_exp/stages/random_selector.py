@@ -1,0 +1,69 @@
+"""stage=random_selector: H2 for one model, method and budget.
+
+The selector is swapped for a uniformly random one of equal size and nothing else: forced candidates
+are kept, Quest draws anew at every decoding step, layer and head, SnapKV once after the prompt,
+MoBA for every prompt token. Beside it the method's own choice, and an oracle that always selects
+what holds the gold values. The cells are those of stage=eval with selector=random and so on, so
+that Tables 2 and 5 share them.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+from omegaconf import DictConfig
+
+from ratplus_exp.config import validate_method
+from ratplus_exp.results import Table, mean_std, tidy
+from ratplus_exp.results.compare import number
+from ratplus_exp.stages.cells import Job
+from ratplus_exp.stages.common import job_folder
+from ratplus_exp.stages.sweep import configuration, fill_jobs
+from ratplus_exp.tracking import log_table, tracked
+
+
+def run(cfg: DictConfig) -> None:
+    """Run the cells that are missing, and print and write mean ± std over the seeds."""
+    if validate_method(cfg).phase is None:
+        raise ValueError(
+            f"stage=random_selector needs a method that selects, not {cfg.method.name}: "
+            "use quest, moba or snapkv"
+        )
+    entries = [{"selector": "random", "selector_seed": seed} for seed in cfg.stage.selector_seeds]
+    entries += [{"selector": "topk"}, {"selector": "oracle"}]
+    jobs = [Job(configuration(cfg, entry)) for entry in entries]
+    fill_jobs(cfg, jobs)
+    ids = [cell.id for job in jobs for cell in job.cells.values()]
+    cells = tidy(jobs[0].store)
+    table = _table(cfg, cells[cells["cell"].isin(ids)])
+    table.write(job_folder(), "random_selector")
+    print(table.to_text())
+    print(f"Written to {job_folder()}/random_selector.md, .csv and .tex.")
+    with tracked(cfg, job_folder()) as tracker:
+        log_table(tracker, "random_selector", table)
+
+
+def _table(cfg: DictConfig, cells: pd.DataFrame) -> Table:
+    """One row a selector, a column a task."""
+    tasks = list(cfg.data.tasks)
+    rows = []
+    for name, side in cells.groupby("selector", sort=False):
+        wide = side.pivot(index="selector_seed", columns="task", values="accuracy")[tasks]
+        columns = [*(wide[task] for task in tasks), wide.mean(axis=1)]
+        spreads = (mean_std(column) for column in columns)
+        texts = [
+            number(mean) + ("" if pd.isna(std) else f"±{number(std)}") for mean, std in spreads
+        ]
+        rows.append((str(name), *texts, str(side["n"].min()), str(len(wide))))
+    order = ["random", "topk", "oracle"]
+    rows.sort(key=lambda row: order.index(row[0]))
+    first = cells.iloc[0]
+    return Table(
+        title=f"{cfg.model.name}, {cfg.method.name} at budget {first['budget']}: who selects",
+        caption=(
+            "Accuracy in % by P2's score; ± is the standard deviation over selector seeds. random: "
+            "as many candidates, uniformly, forced ones kept; oracle: always what holds the gold "
+            "values, then the method's choice. n: samples a task and seed."
+        ),
+        columns=("Selector", *tasks, "Mean", "n", "seeds"),
+        rows=tuple(rows),
+    )

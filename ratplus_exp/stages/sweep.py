@@ -1,0 +1,227 @@
+"""stage=sweep: all cells that some tables and figures need, then the tables and figures.
+
+What a sweep runs is data: `stage.cells` in conf/experiment/table2.yaml and its neighbours, one
+entry a grid, its lists multiplied out and run for each of `stage.models`. Finished cells are
+skipped; the rest is dealt out to worker processes under one progress bar. A sweep that was killed
+goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from tqdm import tqdm
+
+from ratplus_exp.config import plain, validate
+from ratplus_exp.models.loading import load_tokenizer
+from ratplus_exp.results import StoreBusy
+from ratplus_exp.stages import report
+from ratplus_exp.stages.cells import Job, Loaded, Source, fill
+from ratplus_exp.stages.common import device_of, option
+
+MOST_WORKERS = 8  # on a CPU; more would read the same memory
+FIELDS = ("stage", "method", "budget", "blocks", "selector", "selector_seed", "tasks", "examples")
+
+Item = tuple[Job, str]
+
+
+def run(cfg: DictConfig) -> None:
+    """Run what is missing, then write `stage.outputs`."""
+    jobs = [Job(job) for job in expand(cfg)]
+    fill_jobs(cfg, jobs)
+    report.run(cfg)
+
+
+def expand(cfg: DictConfig) -> list[DictConfig]:
+    """The configurations of `stage.cells`, checked, model by model so that each is loaded once."""
+    grids = plain(cfg.stage.cells).values()
+    return [
+        configuration(cfg, {"model": model} | entry)
+        for model in cfg.stage.models
+        for grid in grids
+        for entry in _multiply(grid)
+    ]
+
+
+def _multiply(grid: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One entry for every combination of the grid's lists."""
+    if unknown := set(grid) - set(FIELDS):
+        raise ValueError(
+            f"stage.cells has the unknown field {min(unknown)!r}: use {', '.join(FIELDS)}"
+        )
+    axes = {k: v if isinstance(v, list) and k != "tasks" else [v] for k, v in grid.items()}
+    for values in product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
+    """A sweep's own configuration with the fields of one entry; stage=eval if it names none.
+
+    blocks: how many blocks a context has, which is how P1's block sizes carry over to any tier.
+    examples: at most so many a task.
+    """
+    job = cfg.copy()
+    with open_dict(job):
+        for group in ("model", "method"):
+            if group in entry:
+                job[group] = option(group, entry[group])
+        job.stage = option("stage", entry.get("stage", "eval"))
+        for field in ("first_token", "batch_size"):
+            job.stage[field] = cfg.stage[field]
+        for field in ("selector", "selector_seed"):
+            if field in entry:
+                job[field] = entry[field]
+        job.data.examples = min(cfg.data.examples, entry.get("examples", cfg.data.examples))
+        if "budget" in entry:
+            job.budget.fraction = entry["budget"]
+        if blocks := entry.get("blocks"):
+            if cfg.data.length % blocks:
+                raise ValueError(
+                    f"a context of {cfg.data.length} tokens doesn't divide into {blocks} blocks: "
+                    "change data.length or the blocks of stage.cells"
+                )
+            job.method.block_size = cfg.data.length // blocks
+        if "tasks" in entry:
+            job.data.tasks = [task for task in entry["tasks"] if task in cfg.data.tasks]
+    validate(job)
+    return job
+
+
+def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> None:
+    """Run the jobs' missing cells, in this process or several, under one progress bar."""
+    cells: dict[str, Item] = {}
+    for job in jobs:
+        for task, cell in job.cells.items():
+            other = cells.setdefault(cell.id, (job, task))[0]
+            if job.cfg.data.examples > other.cfg.data.examples:
+                cells[cell.id] = (job, task)
+    items = [(j, t) for j, t in cells.values() if not j.cells[t].is_done(j.cfg.data.examples)]
+    if not items:
+        print(f"All {len(cells)} cells are there already; nothing to run.")
+        return
+    for job in {job.path: job for job, _ in items}.values():
+        source = Source(job, load_tokenizer(job.path))
+        for task in job.cells:
+            source(task, 0)  # prompts that cannot be made are refused before anything is written
+    examples = sum(job.cfg.data.examples for job, _ in items)
+    have = sum(min(len(job.cells[t].records()), job.cfg.data.examples) for job, t in items)
+    done = len(cells) - len(items)
+    with tqdm(total=examples, initial=have, unit="example", smoothing=0.02) as bar:
+
+        def progress(samples: int, finished: int) -> None:
+            nonlocal done
+            done += finished
+            bar.set_description(f"{done}/{len(cells)} cells", refresh=False)
+            bar.update(samples)
+
+        workers = min(_workers(cfg), len(items))
+        busy = _fill_here(items, progress) if workers == 1 else _fill_in(workers, items, progress)
+    if busy:
+        print(f"{busy} cells are being written by another process: run this again after it.")
+
+
+def _workers(cfg: DictConfig) -> int:
+    """Processes: as asked, or one a core on a CPU, where two single threads beat one of two."""
+    if cfg.stage.workers:
+        return int(cfg.stage.workers)
+    if device_of(cfg).type != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, MOST_WORKERS)
+
+
+def _fill_here(items: list[Item], progress: Callable[[int, int], None]) -> int:
+    """Fills the items' cells; returns how many another process holds."""
+    bench, busy = Bench(), 0
+    for job, task in items:
+        try:
+            fill(job, task, *bench.ready(job), lambda n: progress(n, 0))
+            progress(0, 1)
+        except StoreBusy:
+            busy += 1
+    return busy
+
+
+class Bench:
+    """What a process keeps from one cell to the next: the model and the samples."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.sources: dict[str, Source] = {}
+
+    def ready(self, job: Job) -> tuple[Loaded, Source]:
+        if job.path != self.path:
+            self.loaded, self.path, self.sources = Loaded.of(job), job.path, {}
+        samples = str((plain(job.cfg.data), job.cfg.seed))
+        if samples not in self.sources:
+            self.sources[samples] = Source(job, self.loaded.tokenizer)
+        return self.loaded, self.sources[samples]
+
+
+def _fill_in(workers: int, items: list[Item], progress: Callable[[int, int], None]) -> int:
+    """`_fill_here` in several processes of one thread each, which take cell by cell."""
+    context = multiprocessing.get_context("spawn")
+    tasks, news = context.Queue(), context.Queue()
+    for job, task in items:
+        tasks.put((plain(job.cfg), task))
+    for _ in range(workers):
+        tasks.put(None)
+    processes = [
+        context.Process(target=_work, args=(tasks, news, os.getpid()), daemon=True)
+        for _ in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    running, busy = workers, 0
+    while running:
+        try:
+            kind, content = news.get(timeout=5)
+        except queue.Empty:
+            if any(process.exitcode not in (None, 0) for process in processes):
+                raise ValueError(
+                    "a worker process was killed, probably for memory: run again with "
+                    f"stage.workers={max(workers // 2, 1)}"
+                ) from None
+            continue
+        if kind == "progress":
+            progress(*content)
+        elif kind == "busy":
+            busy += 1
+        elif kind == "error":
+            for process in processes:
+                process.terminate()
+            raise ValueError(content)
+        else:
+            running -= 1
+    return busy
+
+
+def _work(tasks: Any, news: Any, parent: int) -> None:
+    """A worker: fills cells until there are none, and ends when its parent is gone."""
+    torch.set_num_threads(1)
+
+    def progress(samples: int, finished: int) -> None:
+        if os.getppid() != parent:
+            os._exit(1)
+        news.put(("progress", (samples, finished)))
+
+    bench = Bench()
+    while (item := tasks.get()) is not None:
+        job, task = Job(OmegaConf.create(item[0])), item[1]
+        try:
+            fill(job, task, *bench.ready(job), lambda n: progress(n, 0))
+            progress(0, 1)
+        except StoreBusy:
+            news.put(("busy", task))
+        except Exception as error:  # the parent says it
+            news.put(("error", f"{job.cells[task].path.name}: {type(error).__name__}: {error}"))
+            return
+    news.put(("end", None))

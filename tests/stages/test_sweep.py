@@ -1,0 +1,151 @@
+"""stage=sweep and stage=random_selector: what a table needs is run once, by whoever needs it."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ratplus_exp.results import Store, tidy
+from ratplus_exp.results.compare import paper_setting
+from ratplus_exp.results.paper import paper_tables
+from ratplus_exp.stages import sweep
+from ratplus_exp.stages.cells import Job
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def pair(tiny_models, tmp_path):
+    """Overrides for a sweep over two tiny models at 256 tokens, one task and two examples."""
+    conf = tmp_path / "conf"
+    for folder in ("model", "pair"):
+        (conf / folder).mkdir(parents=True)
+    names = []
+    for backbone, path in tiny_models.items():
+        text = (REPOSITORY / "conf" / "model" / f"pocket_{backbone}.yaml").read_text()
+        lines = [x for x in text.splitlines() if not x.startswith(("name:", "path:", "sha256:"))]
+        names.append(f"{tmp_path.name.replace('-', '_')}_{backbone}")
+        lines += [f"name: {names[-1]}", f"path: {path}"]
+        (conf / "model" / f"{names[-1]}.yaml").write_text("\n".join(lines))
+    text = (REPOSITORY / "conf" / "pair" / "pocket.yaml").read_text()
+    for backbone, name in zip(tiny_models, names, strict=True):
+        text = text.replace(f"pocket_{backbone}", name)
+    (conf / "pair" / "tiny.yaml").write_text(text)
+    return [
+        f"hydra.searchpath=[file://{conf}]",
+        "pair=tiny",
+        "data.length=256",
+        "data.block_size=4",
+        "data.tasks=[MV]",
+        "data.examples=2",
+        "stage.workers=1",
+    ]
+
+
+def keys(job, experiment, *overrides):
+    """The cells of an experiment, by table's setting."""
+    with job.ready(f"experiment={experiment}", *overrides) as cfg:
+        jobs = [Job(each) for each in sweep.expand(cfg)]
+    return {cell.id: cell.key for each in jobs for cell in each.cells.values()}
+
+
+def test_the_experiments_hold_the_papers_settings_and_share_cells(job):
+    of = {name: keys(job, name) for name in ("table2", "table3", "table4", "table5", "fig1")}
+    assert of["table3"].keys() == of["table4"].keys() >= of["fig1"].keys()
+    assert of["table2"].keys() < of["table5"].keys()
+    topk = {i for i, key in of["table5"].items() if key["selector"] == "topk"}
+    assert topk < of["table3"].keys() and len(topk) == 2 * 8 * 4
+    for table, cells in of.items():
+        if table == "fig1":
+            continue
+        frame = pd.DataFrame(cells.values())
+        frame["backbone"] = frame["backbone"].replace({"attention": "Attention", "ratplus": "RAT+"})
+        ours = paper_setting(frame[frame["method"] != "dense"])
+        theirs = paper_setting(paper_tables().query("table == @table"))
+        ours = ours[ours["selector"].isin(theirs["selector"])]
+        place = ["method", "budget", "top_k", "selector", "backbone", "task"]
+        found, wanted = (set(map(tuple, x[place].to_numpy())) for x in (ours, theirs))
+        assert found == wanted
+        random = "random" in set(ours["selector"])
+        assert set(ours["selector_seed"]) == ({0, 1, 2, 3, 4} if random else {0})
+    whole = keys(job, "reproduce")
+    assert all(cells.keys() < whole.keys() for cells in of.values())
+    hits = [key for key in whole.values() if key["stage"] == "hit_rate"]
+    assert len(hits) == 2 * 2 * 3 * 8 and {key["method"] for key in hits} == {"quest", "snapkv"}
+
+
+def test_a_sweep_runs_what_is_missing_and_writes_the_report(job, pair, capsys):
+    job("experiment=reproduce", *pair)
+    out = capsys.readouterr().out
+    folder = job.folder / "reports" / "tiny"
+    names = [f"table{i}" for i in (2, 3, 4, 5)]
+    names += ["selectors", "pattern", "fig2_heads", "fig3_heads"]
+    for name in names:
+        for suffix in ("md", "csv", "tex"):
+            assert (folder / f"{name}.{suffix}").stat().st_size, name
+    for name in ("fig1", "fig2", "fig3", "fig4", "selectors", "table3_gains"):
+        assert (folder / f"{name}.png").stat().st_size and (folder / f"{name}.pdf").stat().st_size
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 6 and "What is missing" in page
+    assert "P1's Table 5, measured at tier pocket" in out
+    cells = tidy(Store(job.folder / "results"))
+    assert len(cells) == 2 * (13 + 5 * 3 + 3)  # Table 3 and dense, random, oracle
+    assert set(cells["n"]) == {2}
+
+    before = {p: p.stat().st_mtime_ns for p in (job.folder / "results").rglob("samples.jsonl")}
+    job("experiment=table2", *pair)
+    assert "nothing to run" in capsys.readouterr().out
+    job("experiment=table5", *pair, "data.examples=3")
+    after = tidy(Store(job.folder / "results"))
+    assert len(after) == len(cells) and set(after["n"]) == {2, 3}
+    untouched = [p for p, stamp in before.items() if p.stat().st_mtime_ns == stamp]
+    assert len(before) - len(untouched) == 2 * (4 + 15 + 3)  # those of Table 5
+
+
+def test_random_selection_has_five_seeds_and_leaves_cells_for_the_tables(job, pair, capsys):
+    model = next(x for x in (job.folder / "conf" / "model").iterdir() if "ratplus" in x.name).stem
+    job("stage=random_selector", f"model={model}", "method=snapkv", "budget=1/4", *pair)
+    cells = tidy(Store(job.folder / "results"))
+    assert sorted(cells["selector_seed"][cells["selector"] == "random"].unique()) == [0, 1, 2, 3, 4]
+    assert set(cells["selector"]) == {"random", "topk", "oracle"}
+    table = pd.read_csv(job.folder / "job" / "random_selector.csv")
+    assert list(table["Selector"]) == ["random", "topk", "oracle"]
+    assert list(table["seeds"]) == [5, 1, 1] and "±" in table.loc[0, "Mean"]
+    capsys.readouterr()
+    job("stage=random_selector", f"model={model}", "method=snapkv", "budget=1/4", *pair)
+    assert "nothing to run" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="needs a method that selects"):
+        job("stage=random_selector", "method=dense")
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_of_two_processes_goes_on(pair, tmp_path):
+    command = [sys.executable, "run.py", f"output={tmp_path}", "tracking=disabled"]
+    command += ["experiment=table3", *pair, "stage.workers=2", "data.examples=10"]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    store = Store(tmp_path / "results")
+    while sum(cell.done() > 0 for cell in store.cells()) < 3:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(5)  # its workers notice that it is gone
+    done = {cell.path: (cell.path / "samples.jsonl").read_bytes() for cell in store.cells()}
+    assert 3 <= len(done) < 26
+    run = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    assert "26 cells" in run.stderr
+    cells = list(store.cells())
+    assert [cell.done() for cell in cells] == [10] * 26
+    for cell in cells:
+        assert len(set(cell.records())) == 10
+        assert (cell.path / "samples.jsonl").read_bytes().startswith(done.get(cell.path, b""))
+    shutil.rmtree(tmp_path / "reports")
+    again = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    assert "nothing to run" in again.stdout and (tmp_path / "reports" / "tiny").exists()
