@@ -85,3 +85,12 @@ bench: $(STAMP) ## measure kernels and models on the GPU, into outputs/bench/<de
 
 bench-cpu: $(STAMP) ## measure the forms of the memory scan on one CPU thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m ratplus_exp.bench --cpu
+
+# The small tier's trainings, in order; DRY=1 cuts everything down by conf/trial/small.yaml.
+SMALL := small_ratplus,small_attention,small_ratplus_sft,small_attention_sft
+TRIAL  = $(if $(DRY),trial=small)
+
+.PHONY: small
+small: $(STAMP) ## the small tier on one GPU, from nothing to the report (resumes; DRY=1: a trial)
+	$(RUN) -m experiment=$(SMALL) $(TRIAL)
+	$(RUN) experiment=reproduce pair=small $(TRIAL)
