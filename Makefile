@@ -115,3 +115,12 @@ reproduce: $(STAMP) ## all tables, all figures and the report; TIER=pocket on tw
 report: $(STAMP) ## the report of what is there, without running anything
 	$(RUN) stage=report pair=$(if $(filter paper,$(TIER)),$(MODEL),$(TIER)) \
 	  stage.folder=outputs/reports/$(if $(filter paper,$(TIER)),$(MODEL),$(TIER)) $(SET)
+
+# The small tier's trainings, in order; DRY=1 cuts everything down by conf/trial/small.yaml.
+SMALL := small_ratplus,small_attention,small_ratplus_sft,small_attention_sft
+TRIAL  = $(if $(DRY),trial=small)
+
+.PHONY: small
+small: $(STAMP) ## the small tier on one GPU, from nothing to the report (resumes; DRY=1: a trial)
+	$(RUN) -m experiment=$(SMALL) $(TRIAL)
+	$(RUN) experiment=reproduce pair=small $(TRIAL)

@@ -28,6 +28,7 @@ class ModelConfig:
     path: str = MISSING
     sha256: str | None = None  # of model.safetensors; checked where given
     architecture: dict[str, Any] = field(default_factory=dict)  # for training and converting
+    tokenizer: str | None = None  # a folder, for training from scratch; null: made of data.forms
 
 
 @dataclass
@@ -122,8 +123,11 @@ def budget_name(cfg: DictConfig, method: Method) -> str:
     return str(Budget(method.fraction(cfg.data.length)))
 
 
-def forms_of(cfg: DictConfig) -> Forms:
-    return build(Forms, plain(cfg.data.forms), "data.forms")
+def forms_of(cfg: DictConfig, style: DictConfig | None = None) -> Forms:
+    """The texts of data.forms; `style` replaces some of its fields."""
+    changes = plain(style) if style is not None else {}
+    where = "data.forms" if style is None else "stage.styles"
+    return build(Forms, plain(cfg.data.forms) | changes, where)
 
 
 def validate(cfg: DictConfig) -> None:
@@ -142,6 +146,7 @@ def validate(cfg: DictConfig) -> None:
         ("data.window", cfg.data.window, 1),
         ("threads", cfg.threads, 0),
         ("stage.batch_size", cfg.stage.get("batch_size", 1), 1),
+        ("stage.workers", cfg.stage.get("workers", 0), 0),
         ("seed", cfg.seed, 0),
         ("selector_seed", cfg.selector_seed, 0),
         ("cluster.gpus", cfg.cluster.gpus, 1),

@@ -96,14 +96,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return read_tokenizer(path, vocab_size)
 
 
-def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+def read_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer in a folder, for a model with vocab_size embeddings; it pads on the left."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         text = " ".join(str(error).split())[:120]
         raise ValueError(f"the tokenizer in {path} is broken ({text}): restore its files") from None
-    if len(tokenizer) > vocab_size:
+    if vocab_size is not None and len(tokenizer) > vocab_size:
         raise ValueError(
             f"the tokenizer in {path} has {len(tokenizer)} entries, the model only {vocab_size} "
             "embeddings: use the tokenizer that the model was trained with"

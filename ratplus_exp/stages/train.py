@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
@@ -23,22 +22,25 @@ from ratplus_exp.models.loading import (
     check_model,
     load_model,
     load_tokenizer,
+    read_tokenizer,
     weight_files,
     weights_digest,
 )
 from ratplus_exp.results import write_atomically
 from ratplus_exp.stages.common import device_of, model_folder, resolve, tokenizer_name
-from ratplus_exp.tasks import NIAH, pocket_tokenizer, target_ids
-from ratplus_exp.tasks.facts import IGNORE, Facts
+from ratplus_exp.tasks import pocket_tokenizer
+from ratplus_exp.tasks.answers import Answers
+from ratplus_exp.tasks.facts import Facts
 from ratplus_exp.tracking import tracked
-from ratplus_exp.training import Batch, Schedule, Trainer, TrainSettings
+from ratplus_exp.training import Schedule, Trainer, TrainSettings
+from ratplus_exp.training.ahead import BatchOf, made_ahead
 from ratplus_exp.training.corpus import Corpus
 from ratplus_exp.training.parallel import barrier, processes, rank, whole_state_dict, world_size
 
 # What a training may be continued with a change of.
 RATES = ("lr", "memory_lr", "spike", "log_every", "checkpoint_every")
 EXECUTION = ("accumulate", "activation_checkpointing", "compile", "parallel", "peak_tflops")
-OWN = ("folder", "optimizer")  # of a stage: not compared, or apart
+OWN = ("folder", "optimizer", "workers")  # of a stage: not compared, or apart
 
 
 def pretrain(cfg: DictConfig) -> None:
@@ -46,8 +48,9 @@ def pretrain(cfg: DictConfig) -> None:
     tokenizer = _tokenizer(cfg)
     drill_steps = cfg.stage.drill_tokens // cfg.stage.tokens_per_step
     stage, forms = cfg.stage, forms_of(cfg)
-    facts = Facts(tokenizer, forms, stage.other_rate, stage.several_rate, drill_steps)
-    _train(cfg, tokenizer, lambda step, rows, length: facts.batch(cfg.seed, step, rows, length))
+    styles = tuple(forms_of(cfg, style) for style in stage.get("styles", []))
+    facts = Facts(tokenizer, forms, stage.other_rate, stage.several_rate, drill_steps, styles)
+    _train(cfg, tokenizer, partial(facts.batch, cfg.seed))
 
 
 def continued_pretrain(cfg: DictConfig) -> None:
@@ -57,40 +60,18 @@ def continued_pretrain(cfg: DictConfig) -> None:
     corpus = Corpus(Path(cfg.corpus.folder), tokenizer_name(init))
     for _, length in cfg.stage.schedule:
         corpus.check(length)
-    _train(cfg, tokenizer, lambda *where: corpus.batch(cfg.seed, *where), corpus.id)
+    _train(cfg, tokenizer, partial(corpus.batch, cfg.seed), corpus.id)
 
 
 def sft(cfg: DictConfig) -> None:
     """Answer-only training on the NIAH training split, from `stage.init`."""
     tokenizer = load_tokenizer(model_folder(cfg))
-    tasks, weights = zip(*cfg.stage.mixture.items(), strict=True)
-    sources: dict[int, NIAH] = {}
     essay = str(resolve(cfg.data.essay)) if cfg.data.essay else None
-
-    def batch(step: int, rows: int, length: int) -> Batch:
-        if length not in sources:
-            sources[length] = NIAH(tokenizer, length, forms_of(cfg), essay)
-        draw = np.random.default_rng((cfg.seed, step))
-        chosen = draw.choice(len(tasks), rows, p=np.array(weights) / sum(weights))
-        ids = np.full((rows, length), tokenizer.pad_token_id, np.int64)
-        labels = np.full((rows, length), IGNORE, np.int64)
-        for row, task in enumerate(chosen):
-            sample = sources[length].sample(tasks[task], cfg.seed, step * rows + row, "train")
-            answer = target_ids(sample, tokenizer)
-            end = sample.length + len(answer)
-            ids[row, :end] = (*sample.input_ids, *answer)
-            labels[row, sample.length - 1 : end - 1] = answer
-        return ids, labels
-
-    _train(cfg, tokenizer, batch)
+    answers = Answers(tokenizer, forms_of(cfg), essay, plain(cfg.stage.mixture))
+    _train(cfg, tokenizer, partial(answers.batch, cfg.seed))
 
 
-def _train(
-    cfg: DictConfig,
-    tokenizer: Tokenizer,
-    batch: Callable[[int, int, int], Batch],
-    data: str = "",
-) -> None:
+def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = "") -> None:
     """Train in stage.folder, resuming there, and save the model in Hugging Face format."""
     folder = Path(cfg.stage.folder)
     target = folder / "model"
@@ -103,11 +84,14 @@ def _train(
     if weight_files(target)[0].exists():
         print(f"Trained already: {target}. Delete the folder to train again.")
         return
+    ahead = folder / "batches"
+    sizes = [(schedule.rows_at(step), schedule.length_at(step)) for step in range(schedule.steps)]
+    made = made_ahead(batch, sizes, ahead, cfg.stage.get("workers", 0))
     with processes(device):
         model = _model(cfg, tokenizer)
         if rank() == 0:
             _remember(cfg, folder)
-        with tracked(cfg, folder) as tracker:
+        with tracked(cfg, folder) as tracker, made as batch:
             trainer = Trainer(
                 model,
                 batch,
@@ -124,6 +108,7 @@ def _train(
         weights = whole_state_dict(model)
         if rank() == 0:
             save_model(model, tokenizer, target, weights)
+            shutil.rmtree(ahead, ignore_errors=True)
             print(f"Saved {target}, sha256 {weights_digest(target)}")
         barrier()
 
@@ -145,6 +130,8 @@ def save_model(
 def _tokenizer(cfg: DictConfig) -> Tokenizer:
     if cfg.stage.init:
         return load_tokenizer(resolve(cfg.stage.init))
+    if cfg.model.tokenizer:
+        return read_tokenizer(resolve(cfg.model.tokenizer))
     return pocket_tokenizer(forms_of(cfg))
 
 

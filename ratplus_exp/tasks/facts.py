@@ -3,6 +3,7 @@
 A document states facts ("otter is 4815."), alone or spread through prose or noise, restates some,
 and then asks for many of them in the NIAH tasks' own form. One document has as many recallable
 values as dozens of NIAH prompts, so that retrieval forms within millions of tokens, not billions.
+Facts and questions lie at all distances up to the length of the document.
 All values belong to the training split (`split_of`).
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -37,6 +39,9 @@ class Facts:
     drill_steps: for so many steps at first, a document is a random sequence of tokens, said over
         and over. On facts a young model stays for millions of tokens with a shortcut, any value
         of the document; on drills only matching what came before helps, and it forms in one.
+    styles: what documents look like instead of `forms`, one of them drawn for each; keys and values
+        are alike in all. RULER's needles and questions have three times as many words as values:
+        key–value lists and short sentences beside them ask more in as many tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -44,6 +49,19 @@ class Facts:
     other_rate: float = 0.1
     several_rate: float = 0.25
     drill_steps: int = 0
+    styles: tuple[Forms, ...] = ()
+
+    @cached_property
+    def _fact_sizes(self) -> dict[tuple[Forms, str, str], int]:
+        """Tokens of a fact in each style, and 2 for its share of what stands between facts."""
+        sizes = {}
+        for forms in self.styles or (self.forms,):
+            draw = Draw(forms, "train", random.Random(0))
+            for key, value, _ in _KINDS:
+                needle = _needle(forms, draw(key), draw(value), value)
+                tokens = self.tokenizer(f" {needle}", add_special_tokens=False).input_ids
+                sizes[forms, key, value] = len(tokens) + 2
+        return sizes
 
     def batch(self, seed: int, step: int, batch: int, length: int) -> Batch:
         """Token ids and labels (already those of the next token), both (batch, length) int64."""
@@ -53,19 +71,27 @@ class Facts:
         ids = np.empty((batch, length + 1), np.int64)
         recallable = np.empty((batch, length + 1), bool)
         for row in range(batch):
-            pieces = self._document(rng, length + 1)
-            encoded = self.tokenizer([text for text, _ in pieces], add_special_tokens=False)
-            eos = self.tokenizer.eos_token_id
-            tokens, marks = [], []
-            for piece, (_, answer) in zip(encoded.input_ids, pieces, strict=True):
-                ends = [eos] if answer == "answer" else []
-                tokens += piece + ends
-                marks += [bool(answer)] * (len(piece) + len(ends))
-            assert len(tokens) > length
-            ids[row], recallable[row] = tokens[: length + 1], marks[: length + 1]
+            tokens, marks = self._tokens(self._document(rng, length + 1), length + 1)
+            ids[row], recallable[row] = tokens, marks
         noise = np.random.default_rng(rng.getrandbits(64)).random(ids.shape)
         labels = np.where(recallable | (noise < self.other_rate), ids, IGNORE)
         return ids[:, :-1], labels[:, 1:]
+
+    def _tokens(self, pieces: list[tuple[str, str]], count: int) -> tuple[list[int], list[bool]]:
+        """The first `count` tokens of a document, and whether each can be recalled."""
+        tokens: list[int] = []
+        marks: list[bool] = []
+        for start in range(0, len(pieces), 64):  # a document goes on for longer than is needed
+            some = pieces[start : start + 64]
+            encoded = self.tokenizer([text for text, _ in some], add_special_tokens=False)
+            for piece, (_, mark) in zip(encoded.input_ids, some, strict=True):
+                ends = [self.tokenizer.eos_token_id] if mark == "answer" else []
+                tokens += piece + ends
+                marks += [bool(mark)] * (len(piece) + len(ends))
+            if len(tokens) >= count:
+                break
+        assert len(tokens) >= count
+        return tokens[:count], marks[:count]
 
     def _drills(self, rng: np.random.Generator, batch: int, length: int) -> Batch:
         ids = np.empty((batch, length + 1), np.int64)
@@ -85,15 +111,16 @@ class Facts:
         An answer is followed by EOS. Sizes are counted in words and digits, a close enough guess
         of tokens: the last question is cut off wherever the document is full.
         """
-        draw = Draw(self.forms, "train", rng)
+        # Only where there is a choice is a random number used up.
+        forms = rng.choice(self.styles) if self.styles[1:] else (*self.styles, self.forms)[0]
+        draw = Draw(forms, "train", rng)
         key_kind, value_kind = _weighted(rng, _KINDS)
         (haystack,) = _weighted(rng, _HAYSTACKS)
         context = int(length * rng.uniform(0.3, 0.9))
         several = rng.random() < self.several_rate
 
-        fact_size = 3 + (4 if key_kind == "uuid" else 1) + (4 if value_kind == "uuid" else 2)
         share = 1.0 if haystack == "needle" else rng.uniform(0.1, 0.6)
-        count = max(1, int(context * share / fact_size))
+        count = max(1, int(context * share / self._fact_sizes[forms, key_kind, value_kind]))
         facts: list[tuple[str, str]] = []
         while len(facts) < count:
             key = draw(key_kind)
@@ -101,32 +128,41 @@ class Facts:
                 facts.append((key, draw(value_kind)))
         rng.shuffle(facts)
 
-        pieces: list[tuple[str, str]] = []
-        for key, value in facts:
-            pieces.append((self.forms.needle.format(key=key, value=value, type_needle_v=""), ""))
+        pieces = [(_needle(forms, key, value, value_kind), "") for key, value in facts]
         filler = int(context * (1 - share))
         while filler > 0:
-            text = prose.sentence(rng).lower() if haystack == "essay" else self.forms.noise
+            text = prose.sentence(rng) if haystack == "essay" else forms.noise
+            text = text.lower() if forms.lowercase else text
             filler -= len(text.split()) + 1
             pieces.insert(rng.randint(0, len(pieces)), (text, ""))
         # What order the facts came to stand in is the order in which answers list them.
         values: dict[str, list[str]] = {}
         for key, value in facts:
             values.setdefault(key, []).append(value)
-        self._restate(rng, facts, values, pieces)
+        needles = {key: _needle(forms, key, own[0], value_kind) for key, own in values.items()}
+        self._restate(rng, facts, values, needles, pieces)
 
+        preamble, _, question = forms.template.partition("{context}")
+        question += forms.answer_prefix
+        if preamble:
+            pieces.insert(0, (_filled(preamble, "", f"{value_kind}s").strip(), ""))
         size = sum(len(text.split()) + 3 for text, _ in pieces)
+        # The units of a list or of noise stand apart as in a prompt; what is marked goes on.
+        apart = " " if haystack == "essay" else forms.separator
+        pieces = [((" " if mark else apart) + text, mark) for text, mark in pieces]
         keys = list(values)
         while size < 2 * length:  # certainly enough, whatever a word costs
             asked = rng.sample(keys, min(len(keys), rng.choice((1, 1, 1, 2, 3, 4))))
-            query = (
-                ", ".join(asked[:-1]) + (self.forms.query_joiner if asked[1:] else "") + asked[-1]
-            )
+            query = ", ".join(asked[:-1]) + (forms.query_joiner if asked[1:] else "") + asked[-1]
             answers = [value for key in asked for value in values[key]]
-            template = self.forms.template if answers[1:] else singular(self.forms.template)
-            question = template.format(context="", query=query, type_needle_v="").strip()
-            pieces += [(question, ""), (", ".join(answers), "answer")]
-            size += 6 + 4 * len(asked)
+            several_asked = len(answers) > 1
+            text = _filled(
+                question if several_asked else singular(question),
+                query,
+                f"{value_kind}s" if several_asked else value_kind,
+            )
+            pieces += [(text, ""), (" " + ", ".join(answers), "answer")]
+            size += max(6 + 4 * len(asked), len(text.split()) + len(answers))
         return pieces
 
     def _restate(
@@ -134,19 +170,28 @@ class Facts:
         rng: random.Random,
         facts: Sequence[tuple[str, str]],
         values: dict[str, list[str]],
+        needles: dict[str, str],
         pieces: list[tuple[str, str]],
     ) -> None:
         """Say some single-valued facts again further on in the text, where they are recallable."""
         for key, value in facts:
             if len(values[key]) > 1 or rng.random() > 0.15:
                 continue
-            needle = self.forms.needle.format(key=key, value=value, type_needle_v="")
+            needle = needles[key]
             first = next(i for i, (text, _) in enumerate(pieces) if text == needle)
             before, after = needle.split(value)
             spot = rng.randint(first + 1, len(pieces))
             while spot < len(pieces) and pieces[spot][1] == "fact":
                 spot += 1  # never between a restated key and its value
             pieces[spot:spot] = [(before.rstrip(), ""), (value + after, "fact")]
+
+
+def _needle(forms: Forms, key: str, value: str, kind: str) -> str:
+    return forms.needle.format(key=key, value=value, type_needle_v=f"{kind}s")
+
+
+def _filled(text: str, query: str, kind: str) -> str:
+    return text.format(query=query, type_needle_v=kind)
 
 
 def _weighted(rng: random.Random, table: Sequence[tuple]) -> tuple:

@@ -17,7 +17,7 @@ from ratplus_exp.tasks import prose
 _CHOICES = {
     "key_words": ("pair", "noun"),
     "uuid": ("uuid4", "short"),
-    "answer_order": ("creation", "document"),
+    "answer_order": ("creation", "document", "question"),
 }
 _FIELDS = {
     "needle": ({"key", "value"}, {"type_needle_v"}),
@@ -53,7 +53,9 @@ class Forms:
     number_digits: int = 7
     uuid: str = "uuid4"  # or 'short': four random bytes, as in 9f-3a-c0-1b
     lowercase: bool = False  # the whole prompt
-    answer_order: str = "creation"  # RULER's; 'document': as the values stand in the prompt
+    # RULER's; 'document': as the values stand in the prompt; 'question': as their keys are asked
+    # for, the values of one key as they stand in the prompt.
+    answer_order: str = "creation"
     reserve: int = 128  # tokens kept free for the answer
 
     def __post_init__(self) -> None:

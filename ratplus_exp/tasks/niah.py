@@ -116,8 +116,11 @@ class NIAH:
         filled = prompt(self._most_units(prompt, name))
         prefix = prefix.lower() if self.forms.lowercase else prefix
         sample = make_sample(name, task, filled, answers, self.tokenizer, prefix)
-        if self.forms.answer_order == "document":
-            ordered = tuple(sorted(answers, key=sample.gold_spans.__getitem__))
+        if self.forms.answer_order != "creation":
+            by_key = self.forms.answer_order == "question"
+            groups = [values[i] for i in asked] if by_key else [answers]
+            place = sample.gold_spans.__getitem__
+            ordered = tuple(value for group in groups for value in sorted(group, key=place))
             sample = replace(sample, answers=ordered)
         return sample
 

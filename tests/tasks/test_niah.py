@@ -248,3 +248,18 @@ def test_mistakes_of_the_caller_name_the_remedy(pocket, pocket_forms, small):
         small.sample("S-1", 0, 0, "test")
     with pytest.raises(ValueError, match="raise length or lower reserve"):
         NIAH(pocket, 16, pocket_forms)
+
+
+@pytest.mark.parametrize("task", ["MV", "MQ"])
+def test_question_order_follows_the_question_and_then_the_document(pocket, pocket_forms, task):
+    source = NIAH(pocket, 256, replace(pocket_forms, answer_order="question"))
+    for index in range(5):
+        sample = source.sample(task, 0, index)
+        place = {value: sample.prompt.index(value) for value in sample.answers}
+        question = sample.prompt[max(place.values()) :]
+        keys = [sample.prompt[: place[value]].split()[-1] for value in sample.answers]
+        order = [
+            (question.index(key), place[value])
+            for key, value in zip(keys, sample.answers, strict=True)
+        ]
+        assert order == sorted(order)

@@ -1,0 +1,77 @@
+"""The small tier's own tokenizer: a byte-level BPE of the generated text and RULER's forms.
+
+    python -m ratplus_exp.tasks.bpe outputs/reference/small/tokenizer
+
+writes the one that is shipped. It splits text as the tokenizers of current language models do: a
+word owns the space in front of it, digits come in groups of up to three from the left ("4815162" is
+481 516 2), and punctuation stands alone. A space in front of a number is a token, so a number of
+seven digits takes four tokens and the first of an answer says nothing.
+"""
+
+import random
+import sys
+from collections.abc import Iterator
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ratplus_exp.tasks import prose
+from ratplus_exp.tasks.forms import Forms
+from ratplus_exp.tasks.tokenizer import EOS, PAD
+
+VOCABULARY = 8192
+_PIECE = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
+
+
+def train_bpe(forms: Forms, size: int = VOCABULARY, documents: int = 3000) -> Tokenizer:
+    """Learn `size` entries from so many generated documents; the same on every machine.
+
+    Every byte has an entry, so any text comes back as it was; ids 0 and 1 are padding and EOS.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECE), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_texts(forms, documents), trainer)
+    return backend
+
+
+def _texts(forms: Forms, documents: int) -> Iterator[str]:
+    """Prompts as the tasks make them, in RULER's proportions of prose, words, numbers and uuids."""
+    rng = random.Random(0)
+    for _ in range(documents):
+        yield prose.paragraph(rng, 10)
+        key = rng.choice(("word", "word", "uuid"))
+        value = rng.choice(("number", "number", "uuid"))
+        pairs = [(forms.draw(key, rng), forms.draw(value, rng)) for _ in range(10)]
+        fields = {"type_needle_v": f"{value}s"}
+        needles = [forms.needle.format(key=k, value=v, **fields) for k, v in pairs]
+        yield forms.separator.join((forms.noise, *needles))
+        yield forms.template.format(context="", query=pairs[0][0], **fields)
+        yield forms.answer_prefix.format(query=pairs[1][0], **fields)
+        yield " " + ", ".join(v for _, v in pairs)
+
+
+def wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer in Hugging Face's class, which adds no special token to a text."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+if __name__ == "__main__":
+    wrapped(train_bpe(Forms())).save_pretrained(sys.argv[1])

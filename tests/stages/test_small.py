@@ -1,0 +1,43 @@
+"""The small tier: two backbones on equal terms, and its path from nothing to a measured cell."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from ratplus_exp.config import validate, validate_method
+from ratplus_exp.results import Store, tidy
+
+
+def test_the_attention_twin_has_twice_the_tokens_in_every_phase(job):
+    """RAT+ takes two optimizer steps a batch, so both take as many, at the same lengths."""
+    ratplus = job.compose("experiment=small_ratplus").stage
+    attention = job.compose("experiment=small_attention").stage
+    assert ratplus.joint.dilation == 64 and attention.joint is None
+    assert attention.drill_tokens == 2 * ratplus.drill_tokens
+    assert list(attention.schedule) == [[2 * tokens, n] for tokens, n in ratplus.schedule]
+    own = ("folder", "joint", "drill_tokens", "schedule")
+    rest = [
+        {k: v for k, v in OmegaConf.to_container(stage).items() if k not in own}
+        for stage in (ratplus, attention)
+    ]
+    assert rest[0] == rest[1]
+
+
+@pytest.mark.parametrize("method", ["quest", "moba", "snapkv"])
+def test_the_geometry_is_the_papers(job, method):
+    cfg = job.compose("model=small_ratplus", "data=small", f"method={method}", "budget=1/16")
+    validate(cfg)
+    assert validate_method(cfg).top_k == {"quest": 4, "moba": 4, "snapkv": 256}[method]
+    assert (cfg.data.length, cfg.data.block_size, cfg.data.examples) == (4096, 64, 500)
+
+
+def test_from_nothing_to_a_cell(job):
+    """What `make small DRY=1` runs, but for worker processes and the report."""
+    for name in ("small_ratplus", "small_ratplus_sft"):
+        job(f"experiment={name}", "trial=small", "stage.workers=0")
+    log = (job.folder / "training/small_ratplus/log.jsonl").read_text().splitlines()
+    assert [json.loads(row)["length"] for row in log] == [480, 480, 512, 512]
+    job("model=small_ratplus", "data=small", "trial=small", "method=quest", "budget=1/16")
+    cells = tidy(Store(job.folder / "results"))
+    assert list(cells["tier"].unique()) == ["small"] and len(cells) == 2
