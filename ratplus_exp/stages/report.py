@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ratplus_exp.config import plain
 from ratplus_exp.models.loading import check_model
@@ -83,7 +83,7 @@ def gather(cfg: DictConfig) -> Evidence:
     store = Store(resolve(cfg.results))
     where: dict[str, Any] = {"tier": cfg.model.tier, "context_length": cfg.data.length}
     if cfg.stage.models:
-        models = [option("model", name) for name in cfg.stage.models]
+        models = [_model(cfg, name) for name in cfg.stage.models]
         where["model"] = [model.name for model in models]
         where["checkpoint"] = [
             check_model(resolve(model.path), model.sha256, model.backbone)[:16] for model in models
@@ -104,6 +104,14 @@ def gather(cfg: DictConfig) -> Evidence:
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     tier, scorer, first = cfg.model.tier, cfg.stage.scorer, cfg.stage.first_token
     return Evidence(store, cells, samples, rates, tier, scorer, first, folder)
+
+
+def _model(cfg: DictConfig, name: str) -> DictConfig:
+    """One option of the group model, in this configuration: its folder may lie in `output`."""
+    job = cfg.copy()
+    with open_dict(job):
+        job.model = option("model", name)
+    return job.model
 
 
 def _page(

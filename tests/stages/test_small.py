@@ -26,7 +26,7 @@ def test_the_attention_twin_has_twice_the_tokens_in_every_phase(job):
 
 @pytest.mark.parametrize("method", ["quest", "moba", "snapkv"])
 def test_the_geometry_is_the_papers(job, method):
-    cfg = job.compose("model=small_ratplus", "data=small", f"method={method}", "budget=1/16")
+    cfg = job.compose("model=small_ratplus", f"method={method}", "budget=1/16")
     validate(cfg)
     assert validate_method(cfg).top_k == {"quest": 4, "moba": 4, "snapkv": 256}[method]
     assert (cfg.data.length, cfg.data.block_size, cfg.data.examples) == (4096, 64, 500)
@@ -38,6 +38,6 @@ def test_from_nothing_to_a_cell(job):
         job(f"experiment={name}", "trial=small", "stage.workers=0")
     log = (job.folder / "training/small_ratplus/log.jsonl").read_text().splitlines()
     assert [json.loads(row)["length"] for row in log] == [480, 480, 512, 512]
-    job("model=small_ratplus", "data=small", "trial=small", "method=quest", "budget=1/16")
+    job("model=small_ratplus", "trial=small", "method=quest", "budget=1/16")
     cells = tidy(Store(job.folder / "results"))
     assert list(cells["tier"].unique()) == ["small"] and len(cells) == 2
