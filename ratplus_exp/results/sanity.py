@@ -49,15 +49,15 @@ def _sparse_beats_dense(runs: dict[tuple[str, str, int, str], Run]) -> list[str]
     the sparse run sees something that it shouldn't."""
     found = []
     dense = {setting[0]: run for setting, run in runs.items() if setting[1] == "dense"}
-    for (backbone, *setting), run in runs.items():
-        if setting[0] == "dense" or backbone not in dense:
+    for (backbone, method, block, budget), run in runs.items():
+        if method == "dense" or backbone not in dense:
             continue
         for task in (None, *TASKS):
             gain = _gain(run, dense[backbone], TASKS if task is None else (task,))
             if gain and gain[1] > 0:
                 where = "on the mean of the tasks" if task is None else f"on {task}"
                 found.append(
-                    f"Sparse beats dense: {backbone}, {_name(*setting)}, {where} by "
+                    f"Sparse beats dense: {backbone}, {_name(method, block, budget)}, {where} by "
                     f"{number(gain[0])} points (99.9 % bound {number(gain[1])})."
                 )
     return found
@@ -70,8 +70,8 @@ def _not_monotonic(runs: dict[tuple[str, str, int, str], Run]) -> list[str]:
         budgets = [budget for *other, budget in runs if other == [backbone, method, block]]
         budgets.sort(key=lambda b: Budget.parse(b).fraction)
         for small, large in pairwise(budgets):
-            sides = (runs[backbone, method, block, budget] for budget in (small, large))
-            gain = _gain(*sides, TASKS)
+            a, b = (runs[backbone, method, block, budget] for budget in (small, large))
+            gain = _gain(a, b, TASKS)
             if gain and gain[1] > 0:
                 found.append(
                     f"Not monotonic in the budget: {backbone}, {method} with block size {block} "
