@@ -19,6 +19,10 @@ FEWEST = 20
 """Samples of a task without which nothing is said."""
 
 
+Run = dict[str, pd.Series]
+"""Mean score by sample id, of each task of one setting."""
+
+
 def warnings(store: Store, samples: pd.DataFrame, score: str) -> list[str]:
     """One sentence for each thing to look at; empty if there is none.
 
@@ -27,43 +31,47 @@ def warnings(store: Store, samples: pd.DataFrame, score: str) -> list[str]:
         samples: rows of `sample_scores` to check, one model a backbone.
         score: column of `samples`.
     """
-    samples = samples[samples["task"].isin(TASKS)]
+    chosen = samples[samples["task"].isin(TASKS) & (samples["selector"] == "topk")]
+    runs: dict[tuple[str, str, int, str], Run] = {}
+    place = ["backbone", "method", "block_size", "budget", "task"]
+    means = chosen.groupby([*place, "id"])[score].mean()
+    for (*setting, task), scores in means.groupby(level=place):
+        runs.setdefault(tuple(setting), {})[task] = scores.droplevel(place)
     return [
-        *_sparse_beats_dense(samples, score),
-        *_not_monotonic(samples, score),
+        *_sparse_beats_dense(runs),
+        *_not_monotonic(runs),
         *_cut_prompts(store, set(samples["cell"])),
     ]
 
 
-def _sparse_beats_dense(samples: pd.DataFrame, score: str) -> list[str]:
+def _sparse_beats_dense(runs: dict[tuple[str, str, int, str], Run]) -> list[str]:
     """Less attention can't know more; where it scores higher, dense attention is badly trained, or
     the sparse run sees something that it shouldn't."""
     found = []
-    for backbone, side in samples.groupby("backbone"):
-        dense = side[side["method"] == "dense"]
-        sparse = side[(side["method"] != "dense") & (side["selector"] == "topk")]
-        for setting, run in sparse.groupby(["method", "block_size", "budget"]):
-            for task in (None, *TASKS):
-                a, b = (x if task is None else x[x["task"] == task] for x in (run, dense))
-                gain = _gain(a, b, score)
-                if gain and gain[1] > 0:
-                    where = "on the mean of the tasks" if task is None else f"on {task}"
-                    found.append(
-                        f"Sparse beats dense: {backbone}, {_name(setting)}, {where} by "
-                        f"{number(gain[0])} points (99.9 % bound {number(gain[1])})."
-                    )
+    dense = {setting[0]: run for setting, run in runs.items() if setting[1] == "dense"}
+    for (backbone, method, block, budget), run in runs.items():
+        if method == "dense" or backbone not in dense:
+            continue
+        for task in (None, *TASKS):
+            gain = _gain(run, dense[backbone], TASKS if task is None else (task,))
+            if gain and gain[1] > 0:
+                where = "on the mean of the tasks" if task is None else f"on {task}"
+                found.append(
+                    f"Sparse beats dense: {backbone}, {_name(method, block, budget)}, {where} by "
+                    f"{number(gain[0])} points (99.9 % bound {number(gain[1])})."
+                )
     return found
 
 
-def _not_monotonic(samples: pd.DataFrame, score: str) -> list[str]:
+def _not_monotonic(runs: dict[tuple[str, str, int, str], Run]) -> list[str]:
     """A larger budget should not cost accuracy, at the same method and block size."""
     found = []
-    chosen = samples[(samples["method"] != "dense") & (samples["selector"] == "topk")]
-    for (backbone, method, block), side in chosen.groupby(["backbone", "method", "block_size"]):
-        budgets = sorted(side["budget"].unique(), key=lambda b: Budget.parse(b).fraction)
+    for backbone, method, block in dict.fromkeys(setting[:3] for setting in runs):
+        budgets = [budget for *other, budget in runs if other == [backbone, method, block]]
+        budgets.sort(key=lambda b: Budget.parse(b).fraction)
         for small, large in pairwise(budgets):
-            a, b = (side[side["budget"] == budget] for budget in (small, large))
-            gain = _gain(a, b, score)
+            a, b = (runs[backbone, method, block, budget] for budget in (small, large))
+            gain = _gain(a, b, TASKS)
             if gain and gain[1] > 0:
                 found.append(
                     f"Not monotonic in the budget: {backbone}, {method} with block size {block} "
@@ -89,13 +97,14 @@ def _cut_prompts(store: Store, cells: set[str]) -> list[str]:
     return found
 
 
-def _gain(a: pd.DataFrame, b: pd.DataFrame, score: str) -> tuple[float, float] | None:
+def _gain(a: Run, b: Run, tasks: tuple[str, ...]) -> tuple[float, float] | None:
     """Mean of a − b in points over shared tasks, and its lower bound; None if none is shared."""
     generator = np.random.default_rng(0)
     parts = []
-    for task in TASKS:
-        sides = (x[x["task"] == task].groupby("id")[score].mean() for x in (a, b))
-        difference = next(sides).sub(next(sides)).dropna().to_numpy()
+    for task in tasks:
+        if task not in a or task not in b:
+            continue
+        difference = a[task].sub(b[task]).dropna().to_numpy()
         if len(difference) < FEWEST:
             continue
         # Few distinct values: drawing how often each occurs is the same resampling, and fast.
@@ -108,6 +117,5 @@ def _gain(a: pd.DataFrame, b: pd.DataFrame, score: str) -> tuple[float, float] |
     return float(means), float(np.quantile(resampled, 1 - LEVEL))
 
 
-def _name(setting: tuple[str, int, str]) -> str:
-    method, block, budget = setting
+def _name(method: str, block: int, budget: str) -> str:
     return f"{method} at {budget}" + (f" with block size {block}" if block > 1 else "")
