@@ -22,7 +22,7 @@ POCKET := outputs/reference/pocket
 
 # What `make weights` runs, one conf/experiment/<name>.yaml each.
 WEIGHTS := pocket_scratch_attention pocket_scratch_ratplus pocket_attention_sft pocket_ratplus_sft \
-  pocket_attention_sft_long pocket_ratplus_sft_long
+  pocket_attention_sft_long pocket_ratplus_sft_long pocket_attention_sft_last pocket_ratplus_sft_last
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint weights ship clean bench bench-cpu
@@ -36,8 +36,8 @@ install: $(STAMP) ## create .venv and install the pinned versions into it
 demo: $(STAMP) ## the main job: Quest at budget 1/16 on both pocket models
 	$(RUN) -m $(PAIR) method=quest budget=1/16 $(SET)
 
-test: $(STAMP) ## the fast tests, on a CPU
-	$(BIN)/python -m pytest -q
+test: $(STAMP) ## the fast tests, on every core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test-slow: $(STAMP) ## the slow tests, on a CPU
 	$(BIN)/python -m pytest -q -m 'slow and not gpu' --timeout=1800
@@ -57,7 +57,7 @@ ship: $(STAMP) ## put the pair of outputs/training in the place of the shipped o
 	  cp outputs/training/$$name/log.jsonl outputs/training/$$name/provenance.json $$log; done
 	@set -e; for backbone in attention ratplus; do \
 	  model=$(POCKET)/models/$$backbone; conf=conf/model/pocket_$$backbone.yaml; \
-	  cp outputs/training/pocket_$${backbone}_sft_long/model/* $$model; \
+	  cp outputs/training/pocket_$${backbone}_sft_last/model/* $$model; \
 	  digest=$$(openssl dgst -sha256 -r $$model/model.safetensors | cut -d' ' -f1); \
 	  sed "s/^sha256: .*/sha256: $$digest/" $$conf > $$conf.new; mv $$conf.new $$conf; \
 	  echo "$$model has sha256 $$digest"; done
