@@ -21,8 +21,8 @@ SWEEP  = $(RUN) experiment=$@ pair=$(if $(filter paper,$(TIER)),$(MODEL),$(TIER)
 POCKET := outputs/reference/pocket
 
 # What `make weights` runs, one conf/experiment/<name>.yaml each.
-WEIGHTS := pocket_scratch_attention pocket_scratch_ratplus pocket_attention_sft pocket_ratplus_sft \
-  pocket_attention_sft_long pocket_ratplus_sft_long pocket_attention_sft_last pocket_ratplus_sft_last
+WEIGHTS := $(foreach part,scratch_% %_sft %_sft_long %_sft_last %_sft_end, \
+  $(foreach backbone,attention ratplus,pocket_$(subst %,$(backbone),$(part))))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint weights ship clean bench bench-cpu
@@ -57,7 +57,7 @@ ship: $(STAMP) ## put the pair of outputs/training in the place of the shipped o
 	  cp outputs/training/$$name/log.jsonl outputs/training/$$name/provenance.json $$log; done
 	@set -e; for backbone in attention ratplus; do \
 	  model=$(POCKET)/models/$$backbone; conf=conf/model/pocket_$$backbone.yaml; \
-	  cp outputs/training/pocket_$${backbone}_sft_last/model/* $$model; \
+	  cp outputs/training/pocket_$${backbone}_sft_end/model/* $$model; \
 	  digest=$$(openssl dgst -sha256 -r $$model/model.safetensors | cut -d' ' -f1); \
 	  sed "s/^sha256: .*/sha256: $$digest/" $$conf > $$conf.new; mv $$conf.new $$conf; \
 	  echo "$$model has sha256 $$digest"; done
