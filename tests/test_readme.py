@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -63,3 +64,15 @@ def test_every_configuration_composes_and_validates():
             if group != "hydra":  # needs the SLURM launcher: tests/test_launcher.py
                 stage = ["stage=tokenize"] if group == "corpus" else []
                 validate(compose("config", [*stage, f"{group}={option}"]))
+
+
+def test_the_reference_table_is_of_the_shipped_weights():
+    cells = pd.read_csv(REPOSITORY / "outputs/reference/pocket/cells.csv")
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        digests = {
+            name: compose("config", [f"model={name}"]).model.sha256[:16]
+            for name in ("pocket_attention", "pocket_ratplus")
+        }
+    assert dict(cells[["model", "checkpoint"]].drop_duplicates().to_numpy()) == digests
+    assert len(cells[["model", "checkpoint"]].drop_duplicates()) == 2
+    assert (cells["n"] >= 200).all()

@@ -100,11 +100,19 @@ class Job:
         essay, forms = self.cfg.data.essay, forms_of(self.cfg)
         data: dict[str, Any]
         if file := self.files.get(task):
-            data = {"file": provenance.sha256(file), "reserve": forms.reserve}
+            data = {"file": _file_digest(file, "data.path"), "reserve": forms.reserve}
         else:
-            data = {"forms": asdict(forms), "essay": essay and provenance.sha256(resolve(essay))}
+            digest = essay and _file_digest(resolve(essay), "data.essay")
+            data = {"forms": asdict(forms), "essay": digest}
         seed = 0 if file else self.cfg.seed  # of the generated samples
         return setting | {"task": task, "seed": seed, "data": data}
+
+
+def _file_digest(path: Path, field: str) -> str:
+    try:
+        return provenance.sha256(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): set {field}") from None
 
 
 @cache

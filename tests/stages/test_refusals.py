@@ -23,6 +23,8 @@ REPOSITORY = Path(__file__).parents[2]
         (["data.tasks=[S-9]"], "use one of S-1"),
         (["data.examples=0"], "use at least 1"),
         (["data.forms.needle=x"], "add it to the text"),
+        (["data.essay=nowhere.txt"], "nowhere.txt cannot be read .* set data.essay"),
+        (["stage.first_token=guess"], "use one of prefill, decode"),
         (["model.path=nowhere"], "set model.path"),
         (["device=abacus"], "use auto, cpu or cuda"),
         (["method.window=8.5", "method=snapkv"], "whole number"),
