@@ -3,20 +3,27 @@
     k̃_t = g_t ⊙ k̃_{t-1} + (1 − g_t) ⊙ k_t        ṽ_t = g_t ⊙ ṽ_{t-1} + (1 − g_t) ⊙ v_t
 
 with g_t = sigmoid(z_t). The torch forms below are the definition; on a GPU the Triton kernels of
-memory_scan_triton.py run instead. `memory_scan_torch` walks over tokens, all batches,
-heads and channels of K and V in one operation a token: on a CPU this beats log-depth and chunked
-scans, because it touches each number once and needs no product of gates (so a long run of small
-gates underflows to the right answer, zero, instead of to 0/0).
+memory_scan_triton.py run instead. `memory_scan_torch` walks over tokens, all batches, heads and
+channels of K and V in one operation, by tiles that fit into a core's cache. On a CPU this beats
+associative_scan and log-depth scans, which touch each number again at every level
+(docs/kernels.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import use_triton
+
+# Numbers of K's and V's states in a tile: with what belongs to them, most of a core's L2 cache.
+_TILE = 128 * 1024
+# Numbers that one operation should have at the least, to be worth its launch.
+_OPERATION = 8 * 1024
 
 
 class Blocks(NamedTuple):
@@ -118,11 +125,12 @@ def memory_scan_torch(
     batch, length, heads, dim = z.shape
     if initial_state is None:
         initial_state = z.new_zeros(2, batch, heads, dim, dtype=dtype)
-    kv = torch.stack((k, v)).to(dtype)  # (2, B, T, H, D)
-    memory = _Scan.apply(z.to(dtype), kv, initial_state.to(dtype))  # (2, B, T, H, D)
+    if not z.numel():
+        return k, v, initial_state.to(dtype)
+    k_out, v_out = _Scan.apply(*(x.to(dtype) for x in (z, k, v, initial_state)))
     # A copy, since a view would keep the states of all tokens alive in a cache.
-    final_state = memory[:, :, -1].clone() if length else initial_state
-    return memory[0].to(k.dtype), memory[1].to(v.dtype), final_state
+    final_state = torch.stack((k_out[:, -1], v_out[:, -1]))
+    return k_out.to(k.dtype), v_out.to(v.dtype), final_state
 
 
 @torch.no_grad()
@@ -155,30 +163,88 @@ def _same_shapes(z: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 class _Scan(torch.autograd.Function):
-    """h_t = g_t h_{t-1} + (1 − g_t) x_t, time-major inside so that each step is contiguous."""
+    """h_t = g_t h_{t-1} + (1 − g_t) x_t for K and V, time-major inside: h is (T, 2, B, H, D)."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, x: Tensor, initial: Tensor) -> Tensor:
-        z = z.movedim(1, 0)  # (T, B, H, D)
-        x = x.movedim(2, 0)  # (T, 2, B, H, D)
-        gate = torch.sigmoid(z).contiguous()
-        # 1 − g as sigmoid(−z): exact where g rounds to 1.
-        states = torch.mul(x, torch.sigmoid(-z).unsqueeze(1)).contiguous()
-        h = initial
-        for g_t, h_t in zip(gate.unbind(0), states.unbind(0), strict=True):
-            h = h_t.addcmul_(g_t, h)  # h_t held (1 − g_t) x_t
-        ctx.save_for_backward(z, x, gate, states, initial)
-        return states.movedim(0, 2)
+    def forward(ctx, z: Tensor, k: Tensor, v: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+        gate = z.new_empty(z.shape[1] + 1, *initial.shape[1:])
+        gate[-1] = 0  # nothing comes after the last token
+        states = z.new_empty(z.shape[1], *initial.shape)
+        state = initial
+        for tile, segments in _tiles(z.shape[1], initial.numel()):
+            z_t, k_t, v_t = (x[:, tile].movedim(1, 0) for x in (z, k, v))
+            torch.sigmoid(z_t, out=gate[tile])
+            keep = torch.sigmoid(-z_t)  # 1 − g, exact where g rounds to 1
+            torch.mul(k_t, keep, out=states[tile, 0])
+            torch.mul(v_t, keep, out=states[tile, 1])
+            state = _recur(gate[tile], states[tile], state, segments)
+        ctx.save_for_backward(z, k, v, gate, states, initial)
+        return states[:, 0].movedim(0, 1), states[:, 1].movedim(0, 1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z, x, gate, states, initial = ctx.saved_tensors
-        # D_t = dh_t + g_{t+1} D_{t+1}: the same recurrence, walked backwards, in place.
-        d = grad.movedim(2, 0).clone(memory_format=torch.contiguous_format)
-        gates, steps = gate.unbind(0), d.unbind(0)
-        for t in range(len(steps) - 2, -1, -1):
-            steps[t].addcmul_(gates[t + 1], steps[t + 1])
-        previous = torch.cat((initial.unsqueeze(0), states[:-1]))  # h_{t-1}
-        dx = d * torch.sigmoid(-z).unsqueeze(1)
-        dz = (d * (previous - x)).sum(1) * gate * torch.sigmoid(-z)
-        return dz.movedim(0, 1), dx.movedim(0, 2), gate[0] * d[0]
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        z, k, v, gate, states, initial = ctx.saved_tensors
+        dz, dk, dv = (torch.empty_like(gate[:-1]) for _ in range(3))
+        d = torch.zeros_like(initial)
+        for tile, segments in reversed(list(_tiles(z.shape[1], initial.numel()))):
+            z_t, k_t, v_t, *grads_t = (x[:, tile].movedim(1, 0) for x in (z, k, v, *grads))
+            # D_t = dh_t + g_{t+1} D_{t+1}: the same recurrence, walked backwards.
+            steps = torch.stack(grads_t, dim=1)
+            following = gate[tile.start + 1 : tile.stop + 1]
+            d = _recur(following, steps, d, segments, backwards=True)
+            dk_t, dv_t = steps.unbind(1)
+            before = initial if tile.start == 0 else states[tile.start - 1]
+            previous = torch.cat((before[None], states[tile][:-1]))  # h_{t-1}
+            keep = torch.sigmoid(-z_t)
+            change = dk_t * (previous[:, 0] - k_t) + dv_t * (previous[:, 1] - v_t)
+            torch.mul(change, keep.mul(gate[tile]), out=dz[tile])
+            torch.mul(dk_t, keep, out=dk[tile])
+            torch.mul(dv_t, keep, out=dv[tile])
+        return *(x.movedim(0, 1) for x in (dz, dk, dv)), gate[0] * d
+
+
+def _tiles(length: int, row: int) -> Iterator[tuple[slice, int]]:
+    """Cuts `length` tokens of `row` numbers into tiles of whole segments: (tokens, segments).
+
+    What a tile holds stays in a core's second-level cache between the passes over it.
+    """
+    segments = min(max(_OPERATION // row, 1), 16)
+    size = max(_TILE // row // segments, 16) * segments
+    start = 0
+    while start < length:
+        left = min(size, length - start)
+        if left >= 8 * segments:
+            left -= left % segments
+        else:
+            segments = 1
+        yield slice(start, start + left), segments
+        start += left
+
+
+def _recur(
+    gate: Tensor, h: Tensor, state: Tensor, segments: int, backwards: bool = False
+) -> Tensor:
+    """h_t += g_t h_{t-1} in place, on from state h_{-1}, and the last h; backwards from the end.
+
+    gate (T, B, H, D), h (T, 2, B, H, D), state (2, B, H, D). The tokens are cut into segments that
+    step together, since a token alone may be too few numbers to be worth an operation. What came
+    before a segment is then added, times the product of the gates since; products, not quotients
+    of products, so small gates underflow to the right answer.
+    """
+    order = slice(None, None, -1) if backwards else slice(None)
+    first = -1 if backwards else 0
+    gate = gate.unsqueeze(1).unflatten(0, (segments, -1))
+    h = h.unflatten(0, (segments, -1))  # (segments, tokens, 2, B, H, D)
+    gates, steps = gate.unbind(1)[order], h.unbind(1)[order]
+    steps[0][first].addcmul_(gates[0][first], state)
+    for g, before, step in zip(gates[1:], steps, steps[1:], strict=False):
+        step.addcmul_(g, before)
+    if segments > 1:
+        product = gate.clone()
+        products = product.unbind(1)[order]
+        for before, step in pairwise(products):
+            step.mul_(before)
+        whole = zip(product.unbind(0)[order], h.unbind(0)[order], strict=True)
+        for (_, before), (decay, segment) in pairwise(whole):
+            segment.addcmul_(decay, before[-1 - first])
+    return steps[-1][-1 - first]

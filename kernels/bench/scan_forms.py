@@ -17,11 +17,11 @@ Recurrence = Callable[[Tensor, Tensor], Tensor]
 
 def naive_loop(z: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The equation as it stands; autograd finds the backward pass."""
-    gate, kv = torch.sigmoid(z.float()), torch.stack((k, v)).float()
-    state = torch.zeros_like(kv[:, :, 0])
+    gates, kv = torch.sigmoid(z.float()).unbind(1), torch.stack((k, v)).float().unbind(2)
+    state = torch.zeros_like(kv[0])
     out = []
-    for t in range(z.shape[1]):
-        state = gate[:, t] * state + (1 - gate[:, t]) * kv[:, :, t]
+    for g, x in zip(gates, kv, strict=True):
+        state = g * state + (1 - g) * x
         out.append(state)
     memory = torch.stack(out, dim=2)
     return memory[0].to(k.dtype), memory[1].to(v.dtype)
