@@ -83,6 +83,7 @@ class Config:
     checkpoint: str | None = None  # stage=convert: one of P2's .pth files
     selector: str = "topk"
     selector_seed: int = 0  # of selector=random
+    oracle_heads: list[str] = field(default_factory=list)  # of selector=oracle: layer-head; []: all
     seed: int = 0  # of the samples; in training, of the data and the initial weights
     device: str = "auto"  # auto: a GPU if there is one
     threads: int = 0  # of torch on a CPU; 0: one a core
@@ -155,6 +156,20 @@ def validate(cfg: DictConfig) -> None:
             raise ValueError(f"{name}={value} is too small: use at least {least}")
     _one_of("stage.first_token", cfg.stage.get("first_token", "prefill"), ("prefill", "decode"))
     forms_of(cfg)
+    oracle_heads(cfg)
+
+
+def oracle_heads(cfg: DictConfig) -> tuple[tuple[int, int], ...]:
+    """(layer, head) of oracle_heads, in order; ValueError where they can't be meant."""
+    if cfg.oracle_heads and cfg.selector != "oracle":
+        raise ValueError(f"oracle_heads needs selector=oracle, not {cfg.selector}")
+    heads = set()
+    for name in cfg.oracle_heads:
+        layer, dash, head = name.partition("-")
+        if not (dash and layer.isdecimal() and head.isdecimal()):
+            raise ValueError(f"oracle_heads: {name} is no head: write layer-head, as in [1-0,1-3]")
+        heads.add((int(layer), int(head)))
+    return tuple(sorted(heads))
 
 
 def validate_method(cfg: DictConfig) -> Method:

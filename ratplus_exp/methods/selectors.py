@@ -69,20 +69,27 @@ class Oracle:
     """Candidates that hold gold positions first, then the method's own choice.
 
     gold: (B, T) bool, true at every token of every gold value.
+    heads: the (layer, head) that are told; empty: all. Heads are those that select: KV heads where
+        a group of query heads shares what is kept.
     """
 
     gold: Tensor
+    heads: tuple[tuple[int, int], ...] = ()
 
     def __call__(self, scores: Tensor, *, layer: int, positions: Tensor, block_size: int) -> Tensor:
         candidates = scores.shape[-1]
         gold = self.gold[:, : candidates * block_size]
         gold = torch.nn.functional.pad(gold, (0, candidates * block_size - gold.shape[1]))
         holds_gold = gold.view(len(gold), candidates, block_size).any(-1)
-        best = torch.finfo(scores.dtype).max
-        return scores.masked_fill(holds_gold.to(scores.device)[:, None, None, None], best)
+        told = holds_gold.to(scores.device)[:, None, None, None]
+        if self.heads:
+            knows = torch.zeros(scores.shape[1] * scores.shape[2], dtype=torch.bool)
+            knows[[head for place, head in self.heads if place == layer]] = True
+            told = told & knows.to(scores.device).view(1, *scores.shape[1:3], 1, 1)
+        return scores.masked_fill(told, torch.finfo(scores.dtype).max)
 
     def rows(self, index: Tensor) -> Oracle:
-        return Oracle(self.gold[index.to(self.gold.device)])
+        return Oracle(self.gold[index.to(self.gold.device)], self.heads)
 
 
 _MASK = 0xFFFFFFFF

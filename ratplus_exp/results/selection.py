@@ -37,6 +37,7 @@ def selector_means(
     samples = samples.assign(
         selector=samples["selector"].where(samples["method"] != "dense", "dense")
     )
+    samples = samples[samples["selector"].isin([*SELECTORS, "dense"])]
     rows = []
     randoms = samples[samples["selector"] == "random"]
     for setting, _ in randoms.groupby(SETTING):

@@ -25,9 +25,10 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from ratplus_exp import provenance
-from ratplus_exp.config import budget_name, forms_of, plain, validate_method
+from ratplus_exp.config import budget_name, forms_of, oracle_heads, plain, validate_method
 from ratplus_exp.methods import Oracle, Random, Selector, TopK
 from ratplus_exp.models.loading import (
     check_model,
@@ -91,10 +92,26 @@ class Job:
             "top_k": method.top_k,
             "budget": budget_name(cfg, method),
             "first_token": self.first_token if method.phase in DECODING else None,
-            "selector": cfg.selector,
+            "selector": cfg.selector + self._told(),
             "selector_seed": cfg.selector_seed if cfg.selector == "random" else 0,
             "context_length": cfg.data.length,
         }
+
+    def _told(self) -> str:
+        """ ":1-0,1-3" where an oracle tells these heads only; ValueError for one that isn't there."""
+        heads = oracle_heads(self.cfg)
+        if not heads:
+            return ""
+        model = AutoConfig.from_pretrained(self.path)
+        shared = self.method.phase == "once"
+        count = model.num_key_value_heads if shared else model.num_attention_heads
+        for layer, head in heads:
+            if layer >= model.num_hidden_layers or head >= count:
+                raise ValueError(
+                    f"oracle_heads: there is no {layer}-{head}: {self.cfg.model.name} has layers "
+                    f"0 to {model.num_hidden_layers - 1} with heads 0 to {count - 1}"
+                )
+        return ":" + ",".join(f"{layer}-{head}" for layer, head in heads)
 
     def _key(self, setting: dict[str, Any], task: str) -> dict[str, Any]:
         essay, forms = self.cfg.data.essay, forms_of(self.cfg)
@@ -251,7 +268,7 @@ def selector_of(cfg: DictConfig, samples: list[Sample], device: torch.device) ->
         for row, sample in zip(gold, samples, strict=True):
             for start, end in (span for spans in sample.gold_spans.values() for span in spans):
                 row[start:end] = True
-        return Oracle(gold.to(device))
+        return Oracle(gold.to(device), oracle_heads(cfg))
     return TopK()
 
 

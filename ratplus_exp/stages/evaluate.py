@@ -134,7 +134,9 @@ def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
         caption += f" Effective memory length: {memory:.1f} tokens."
     if others:
         caption += f" {others[0]}: the other backbone in the same setting, by P2's score."
-    title = f"{cfg.model.name}, {cfg.method.name} at budget {first.budget}, selector {cfg.selector}"
+    title = (
+        f"{cfg.model.name}, {cfg.method.name} at budget {first.budget}, selector {first.selector}"
+    )
     columns = ("Task", *shown.values(), *others, "n")
     table = Table(title, caption, columns, tuple(rows), frozenset({len(rows) - 1}))
     table.write(job_folder(), "table")

@@ -229,3 +229,21 @@ def test_what_is_recorded_names_the_rows_of_the_batch_even_where_all_is_kept():
     assert set(told) == {(0, 2), (1,)}
     assert told[0, 2].shape[-1] == 30 and (told[0, 2].sum(-1) == 12).all()
     assert told[1,].shape[-1] == 9 and told[1,].all()  # nine tokens fit into twelve
+
+
+@pytest.mark.parametrize("method", [QUEST, SnapKV(top_k=12, window=4)])
+def test_an_oracle_tells_only_the_heads_it_names(method):
+    torch.manual_seed(0)
+    size = method.block_size
+    scores = torch.randn(2, 2, 2 if method is QUEST else 1, 3, 8)
+    gold = torch.zeros(2, 8 * size, dtype=torch.bool)
+    gold[0, 3 * size], gold[1, 5 * size] = True, True
+    positions = torch.full((2, 3), 8 * size - 1)
+    given = {"positions": positions, "block_size": size}
+    everyone = Oracle(gold)(scores, layer=1, **given)
+    named = Oracle(gold, ((0, 0), (1, 1)))
+    assert torch.equal(named(scores, layer=2, **given), scores)
+    told = named.rows(torch.tensor([1]))(scores[1:], layer=1, **given).flatten(1, 2)
+    assert torch.equal(told[:, 1], everyone[1:].flatten(1, 2)[:, 1])
+    assert torch.equal(told[:, 0], scores[1:].flatten(1, 2)[:, 0])
+    assert not torch.equal(everyone, scores)

@@ -82,6 +82,7 @@ def test_a_changed_setting_is_another_cell(job, tiny_models):
         {"budget": "1/8"},
         {"seed": 1},
         {"selector": "oracle"},
+        {"selector": "oracle", "oracle_heads": "[0-1]"},
         {"selector": "random"},
         {"selector": "random", "selector_seed": 1},
         {"stage.first_token": "decode"},
