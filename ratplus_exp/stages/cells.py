@@ -98,7 +98,7 @@ class Job:
         }
 
     def _told(self) -> str:
-        """ ":1-0,1-3" where an oracle tells these heads only; ValueError for one that isn't there."""
+        """Which heads an oracle tells, as in ":1-0,1-3"; ValueError for one that isn't there."""
         heads = oracle_heads(self.cfg)
         if not heads:
             return ""
