@@ -57,10 +57,20 @@ class Method:
         return None
 
     def attend_decode(
-        self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor, positions: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        representatives: Tensor | None,
+        positions: Tensor,
+        all_seen: bool,
     ) -> Tensor | None:
         """Attention of new tokens q (B, H, Q, D) at positions (B, Q) to k and v (B, K, T, D),
-        which hold them already, by representatives (B, K, N, *) of the blocks."""
+        which hold them already.
+
+        representatives (B, K, N, *) of the blocks, for methods that select while decoding;
+        all_seen, whether Q is 1 and every row's new token is the last of T.
+        """
         return None
 
     def keep(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:

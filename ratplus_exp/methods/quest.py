@@ -32,8 +32,15 @@ class Quest(BlockMethod):
         return halves @ representatives.unsqueeze(2).transpose(-1, -2)
 
     def attend_decode(
-        self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor, positions: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        representatives: Tensor | None,
+        positions: Tensor,
+        all_seen: bool,
     ) -> Tensor | None:
+        assert representatives is not None
         # The kernel has this very score: a subclass may have another.
         if type(self) is not Quest or not use_triton(q, k, v, representatives):
             return None

@@ -69,17 +69,20 @@ def test_a_subclass_does_not_inherit_a_kernel_for_another_score(method):
     positions = torch.tensor([[19]])
     with interpreted():
         assert other.attend_prefill(q, k, k) is None
-        assert other.attend_decode(q[:, :, -1:], k, k, torch.zeros(1, 2, 5, 16), positions) is None
+        representatives = torch.zeros(1, 2, 5, 16)
+        last = q[:, :, -1:]
+        assert other.attend_decode(last, k, k, representatives, positions, True) is None
         assert other.keep(q[:, :, -4:], k, k) is None
 
 
 @pytest.mark.parametrize("length", [1, 5, 30, 47])
-@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+@pytest.mark.parametrize(("chunk", "at_once"), [(1, 2), (7, 16), (16, 1), (64, 16)])
 @pytest.mark.parametrize(
     "sizes", [(4, 2, 1), (4, 9, 3), (3, 0, 0), (4, 2, 9), (0, 3, 2), (1, 2, 0), (50, 2, 1)]
 )
-def test_dilated_prefill_in_chunks_is_its_mask(monkeypatch, length, chunk, sizes):
+def test_dilated_prefill_in_chunks_is_its_mask(monkeypatch, length, chunk, at_once, sizes):
     monkeypatch.setattr(dilated_module, "CHUNK", chunk)
+    monkeypatch.setattr(dilated_module, "AT_ONCE", at_once)
     method = Dilated(**dict(zip(("dilation", "local", "initial"), sizes, strict=True)))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
