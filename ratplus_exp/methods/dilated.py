@@ -74,7 +74,7 @@ class Dilated(Method):
             )
             seen = self._seen_in_bands(first, chunk, window, far)
             seen = seen.repeat(len(q), 1, 1)[:, None]  # (B n, 1, C, far + W + C)
-            part = attend(*(x.flatten(0, 1) for x in (queries, keys, values)), seen)
+            part = attend(queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), seen)
             out.append(part.unflatten(0, queries.shape[:2]))
         whole = torch.cat(out, dim=1).transpose(1, 2).flatten(2, 3)
         return whole[:, :, :length] if behind else whole
