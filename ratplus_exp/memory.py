@@ -55,6 +55,9 @@ class Memory(nn.Module):
         if lengths is not None:
             behind = torch.arange(z.shape[1], device=z.device) >= lengths[:, None]
             z = z.masked_fill(behind[..., None, None], torch.inf)
+        if z.shape[1] == 1 and state is not None:
+            k, v, state = kernels.memory_step(z[:, 0], k[:, 0], v[:, 0], state)
+            return k[:, None], v[:, None], state
         return kernels.memory_scan(z, k, v, state)
 
     @torch.no_grad()

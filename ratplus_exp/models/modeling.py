@@ -132,7 +132,8 @@ class RatPlusModel(RatPlusPreTrainedModel):
         )
         x = self.embed_tokens(input_ids)
         cos, sin = _rope(forward_pass.step.positions, self.config.head_dim, self.config.rope_theta)
-        rope = (cos.to(x.dtype), sin.to(x.dtype))
+        dtype = _projected_dtype(x)  # under autocast x itself is fp32
+        rope = (cos.to(dtype), sin.to(dtype))
         for layer in self.layers:
             x = layer(x, rope, forward_pass)
         x = forward_pass.close(self.norm(x))
@@ -177,6 +178,12 @@ def _rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tenso
     angle = positions[..., None].float() * theta**-exponent
     angle = torch.cat((angle, angle), dim=-1)[:, :, None]
     return angle.cos(), angle.sin()
+
+
+def _projected_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear layer makes of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
-from ratplus_exp.methods import Engine, Quest
+from ratplus_exp.methods import Dense, Engine, Quest, SnapKV
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM, RatPlusModel, add_memory
+from ratplus_exp.models.cache import ROOM
 
 backbones = pytest.mark.parametrize("memory", [False, True], ids=["attention", "ratplus"])
 heads = pytest.mark.parametrize("kv_heads", [1, 2, 4], ids=["one KV head", "GQA", "MHA"])
@@ -164,7 +165,58 @@ def test_a_layer_is_memory_then_gated_attention(make_model, make_ids):
     assert_close(found[0][0], wanted, rtol=1e-5, atol=1e-5)  # RoPE's angles are fp32
 
 
+@backbones
+def test_everything_in_attention_is_bf16_under_autocast(make_model, make_ids, monkeypatch, memory):
+    model, ids = make_model(memory=memory, dtype=torch.float32), make_ids(1, 6)
+    seen = []
+    prefill = Engine.prefill
+
+    def watched(self, q, k, v, *rest):
+        seen.extend((q.dtype, k.dtype, v.dtype))
+        return prefill(self, q, k, v, *rest)
+
+    monkeypatch.setattr(Engine, "prefill", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, use_cache=False)
+    assert set(seen) == {torch.bfloat16}
+
+
 # The cache.
+
+
+@backbones
+@heads
+@pytest.mark.parametrize(
+    "method", [Dense(), Quest(4, 2), SnapKV(top_k=12, window=4)], ids=["dense", "quest", "snapkv"]
+)
+@pytest.mark.parametrize("lengths", [(20, 20), (20, 9, 13)], ids=["alike", "of different length"])
+def test_a_cache_keeps_keys_and_values_alive_and_nothing_else(
+    make_model, make_ids, left_pad, memory, kv_heads, method, lengths
+):
+    model = make_model(memory=memory, num_key_value_heads=kv_heads)
+    ids, mask = left_pad([make_ids(1, n)[0] for n in lengths])
+    cache = model.new_cache(Engine(method))
+    model(ids, mask, past_key_values=cache)
+    stored = 12 if method.phase == "once" else 20
+    before = []
+    for layer in cache.layers:
+        for states in (layer.keys, layer.values):
+            assert states.untyped_storage().nbytes() == states.numel() * states.element_size()
+            assert states.shape == (len(lengths), kv_heads, stored + ROOM, 8)
+            before.append(states.data_ptr())
+    model(ids[:, :1], past_key_values=cache)  # the first new token copies none of them
+    after = [x.data_ptr() for layer in cache.layers for x in (layer.keys, layer.values)]
+    assert before == after
+
+
+def test_lengths_of_rows_are_asked_for_once_a_pass(make_model, make_ids, left_pad, monkeypatch):
+    model = make_model(num_hidden_layers=3)
+    ids, mask = left_pad([make_ids(1, n)[0] for n in (20, 9, 20)])
+    asked = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: asked.append(x) or tolist(x))
+    model(ids, mask, past_key_values=model.new_cache(Engine(SnapKV(top_k=12, window=4))))
+    assert len(asked) == 1
 
 
 @backbones
