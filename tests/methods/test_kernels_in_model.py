@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
 import kernels
-from kernels.dispatch import interpreted
 from ratplus_exp.methods import Dilated, Engine, MoBA, Quest, SnapKV
 from ratplus_exp.methods import dilated as dilated_module
 
@@ -22,57 +19,53 @@ METHODS = {
 
 def generate(model, ids, mask, engine):
     out = model.generate(
-        ids,
-        attention_mask=mask,
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
         past_key_values=model.new_cache(engine),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
+    return out.sequences[:, ids.shape[1] :].cpu(), torch.stack(out.logits, 1).cpu()
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("lengths", [(22, 22), (22, 9, 17)], ids=["alike", "of different length"])
 def test_generates_through_its_kernel_as_without(
-    make_model, make_ids, left_pad, monkeypatch, name, lengths
+    make_model, make_ids, left_pad, monkeypatch, triton_device, name, lengths
 ):
     # Small, since the interpreter is slow.
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = make_model(dtype=torch.float32, memory=False, num_hidden_layers=1, **sizes)
+    model = make_model(memory=False, num_hidden_layers=1, **sizes)
     ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
     plain, through = Engine(METHODS[name]), Engine(METHODS[name])
-    tokens, logits = generate(model, ids, mask, plain)
+    tokens, logits = generate(model, ids, mask, plain)  # float64 never goes to a kernel
     called = []
     kernel = getattr(kernels, name)
     monkeypatch.setattr(kernels, name, lambda *a, **b: called.append(name) or kernel(*a, **b))
     monkeypatch.setattr(Engine, "select_blocks", None)  # nothing may select beside the kernel
-    with interpreted():
-        tokens_through, logits_through = generate(model, ids, mask, through)
+    model = model.to(triton_device, torch.float32)
+    tokens_through, logits_through = generate(model, ids, mask, through)
     assert called
     assert torch.equal(tokens_through, tokens)
-    torch.testing.assert_close(logits_through, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_through, logits.float(), rtol=1e-4, atol=1e-4)
     rows = len(lengths)
     torch.testing.assert_close(through.usage.fractions(rows), plain.usage.fractions(rows))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_a_subclass_does_not_inherit_a_kernel_for_another_score(method):
-    if not importlib.util.find_spec("triton"):
-        pytest.skip("triton is not installed")
+def test_a_subclass_does_not_inherit_a_kernel_for_another_score(triton_device, method):
     other = type("Other", (type(method),), {})(**vars(method))
-    q, k = torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
-    positions = torch.tensor([[19]])
-    with interpreted():
-        assert other.attend_prefill(q, k, k) is None
-        representatives = torch.zeros(1, 2, 5, 16)
-        last = q[:, :, -1:]
-        assert other.attend_decode(last, k, k, representatives, positions, True) is None
-        assert other.keep(q[:, :, -4:], k, k) is None
+    q, k = torch.randn(2, 1, 2, 20, 8, device=triton_device)
+    positions = torch.tensor([[19]], device=triton_device)
+    representatives = torch.zeros(1, 2, 5, 16, device=triton_device)
+    last = q[:, :, -1:]
+    assert other.attend_prefill(q, k, k) is None
+    assert other.attend_decode(last, k, k, representatives, positions, True) is None
+    assert other.keep(q[:, :, -4:], k, k) is None
 
 
 @pytest.mark.parametrize("length", [1, 5, 30, 47])
