@@ -43,7 +43,9 @@ class Dilated(Method):
             seen = seen | ((key + 1) % self.dilation == 0)
         return seen
 
-    def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    def attend_prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor | None = None
+    ) -> Tensor | None:
         """`pattern`, chunk by chunk: its queries see the band of keys that their windows reach
         and, of what lies before the band, the few keys that everybody sees."""
         if type(self) is not Dilated:  # a subclass may have another pattern

@@ -82,22 +82,31 @@ class Engine:
         return self.recorder is None and type(self.selector) is TopK
 
     def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, layer: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None,
+        layer: int,
+        representatives: Tensor | None = None,
     ) -> Tensor:
         """Attention of a whole prompt to itself.
 
-        q (B, H, T, D), k and v (B, K, T, D), lengths (B,) real tokens of each row (None: all T).
+        q (B, H, T, D), k and v (B, K, T, D), lengths (B,) real tokens of each row (None: all T),
+        representatives (B, K, N, *) of the blocks (None: found here where needed).
         Returns (B, H, T, D); what it holds behind a row's length is meaningless.
         """
         length = q.shape[2]
         position = torch.arange(length, device=q.device)
-        out = self.method.attend_prefill(q, k, v) if self._alone else None
+        out = self.method.attend_prefill(q, k, v, representatives) if self._alone else None
         if out is not None:
             attended = self.method.attended(position).float()
             self._count(attended.expand(len(q), -1), position, lengths)
             return out
         if self.method.phase == "prefill":
-            return self._sparse_prefill(q, k, v, lengths, layer)
+            if representatives is None:
+                representatives = self.block_representatives(k)
+            return self._sparse_prefill(q, k, v, lengths, layer, representatives)
         seen = self.method.pattern(position[:, None], position)
         if seen is None:
             return attend(q, k, v, causal=True)
@@ -113,10 +122,15 @@ class Engine:
         self.usage.add(attended, positions)
 
     def _sparse_prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, layer: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None,
+        layer: int,
+        representatives: Tensor,
     ) -> Tensor:
         size, length = self.method.block_size, q.shape[2]
-        representatives = self.block_representatives(k)
         key = torch.arange(length, device=q.device)
         out = []
         for start in range(0, length, QUERY_CHUNK):

@@ -31,6 +31,9 @@ class Quest(BlockMethod):
         halves = torch.cat((queries.clamp(max=0), queries.clamp(min=0)), dim=-1)
         return halves @ representatives.unsqueeze(2).transpose(-1, -2)
 
+    def represent_blocks(self, blocks: kernels.Blocks) -> Tensor | None:
+        return blocks.bounds if type(self) is Quest else None
+
     def attend_decode(
         self,
         q: Tensor,

@@ -107,8 +107,10 @@ class SparseCache(Cache):
         """Attention of the step's tokens, which are stored on the way: (B, H, T, D)."""
         store, engine = self.layers[layer], self.engine
         if self.is_empty:
-            out = engine.prefill(q, k, v, step.lengths, layer)
-            if engine.method.phase == "decode":
+            out = engine.prefill(q, k, v, step.lengths, layer, store.representatives)
+            if engine.method.phase != "decode":
+                store.representatives = None
+            elif store.representatives is None:
                 store.representatives = engine.block_representatives(k)
             self._store_prompt(layer, q, k, v, step)
             return out

@@ -6,9 +6,15 @@ import pytest
 import torch
 
 import kernels
-from ratplus_exp.methods import Dilated, Engine, MoBA, Quest, SnapKV
+from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Quest, SnapKV
 from ratplus_exp.methods import dilated as dilated_module
+from ratplus_exp.models import forward_pass
 
+both_lengths = pytest.mark.parametrize(
+    "lengths", [(22, 22), (22, 9, 17)], ids=["alike", "of different length"]
+)
+# Small, since the interpreter is slow.
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
 NEW_TOKENS = 4  # from the sixth block into the seventh
 METHODS = {
     "quest_decode": Quest(block_size=4, top_k=3),
@@ -32,13 +38,11 @@ def generate(model, ids, mask, engine):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("lengths", [(22, 22), (22, 9, 17)], ids=["alike", "of different length"])
+@both_lengths
 def test_generates_through_its_kernel_as_without(
     make_model, make_ids, left_pad, monkeypatch, triton_device, name, lengths
 ):
-    # Small, since the interpreter is slow.
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = make_model(memory=False, num_hidden_layers=1, **sizes)
+    model = make_model(memory=False, num_hidden_layers=1, **SIZES)
     ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
     plain, through = Engine(METHODS[name]), Engine(METHODS[name])
     tokens, logits = generate(model, ids, mask, plain)  # float64 never goes to a kernel
@@ -53,6 +57,71 @@ def test_generates_through_its_kernel_as_without(
     torch.testing.assert_close(logits_through, logits.float(), rtol=1e-4, atol=1e-4)
     rows = len(lengths)
     torch.testing.assert_close(through.usage.fractions(rows), plain.usage.fractions(rows))
+
+
+@pytest.fixture
+def ratplus(make_model):
+    return make_model(num_hidden_layers=1, **SIZES)
+
+
+@pytest.fixture
+def prefills(monkeypatch):
+    """The results of `kernels.memory_prefill`; representatives are found nowhere else."""
+    results, prefill = [], kernels.memory_prefill
+
+    def watched(*args):
+        monkeypatch.setattr(Engine, "block_representatives", None)
+        results.append(prefill(*args))
+        return results[-1]
+
+    monkeypatch.setattr(kernels, "memory_prefill", watched)
+    return results
+
+
+@torch.no_grad()
+@both_lengths
+@pytest.mark.parametrize("name", ["quest_decode", "moba_prefill"])
+def test_one_pass_of_memory_rope_and_blocks_gives_the_same(
+    ratplus, make_ids, left_pad, triton_device, prefills, name, lengths
+):
+    ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
+    tokens, logits = generate(ratplus, ids, mask, Engine(METHODS[name]))
+    assert not prefills
+    model = ratplus.to(triton_device, torch.float32)
+    tokens_through, logits_through = generate(model, ids, mask, Engine(METHODS[name]))
+    assert len(prefills) == 1
+    assert torch.equal(tokens_through, tokens)
+    torch.testing.assert_close(logits_through, logits.float(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@both_lengths
+@pytest.mark.parametrize("name", ["quest_decode", "moba_prefill"])
+def test_one_pass_is_defined_as_the_separate_ones(
+    ratplus, make_ids, left_pad, monkeypatch, prefills, name, lengths
+):
+    """With its torch definition in place of the kernel."""
+    ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
+    tokens, logits = generate(ratplus, ids, mask, Engine(METHODS[name]))
+    monkeypatch.setattr(forward_pass, "use_triton", lambda *tensors: True)
+    tokens_through, logits_through = generate(ratplus, ids, mask, Engine(METHODS[name]))
+    assert len(prefills) == 1
+    assert torch.equal(tokens_through, tokens)
+    torch.testing.assert_close(logits_through, logits)
+
+
+@pytest.mark.parametrize(
+    "method", [Dense(), SnapKV(top_k=12, window=4), Quest(block_size=6, top_k=3)], ids=str
+)
+def test_one_pass_is_for_blocks_that_it_can_make(ratplus, make_ids, monkeypatch, prefills, method):
+    monkeypatch.setattr(forward_pass, "use_triton", lambda *tensors: True)
+    with torch.no_grad():
+        ratplus(make_ids(1, 22), past_key_values=ratplus.new_cache(Engine(method)))
+    quest = METHODS["quest_decode"]
+    ratplus(make_ids(1, 22), past_key_values=ratplus.new_cache(Engine(quest)))  # with gradients
+    with torch.no_grad():
+        ratplus(make_ids(1, 22), use_cache=False, engine=Engine(quest))
+    assert not prefills
 
 
 @torch.no_grad()
