@@ -51,35 +51,28 @@ class Dilated(Method):
         if type(self) is not Dilated:  # a subclass may have another pattern
             return None
         length = q.shape[2]
-        chunk = min(max(CHUNK, self.local), length)  # then a band holds at most twice its chunk
-        window = min(self.local, length)
-        chunks = -(-length // chunk)
-        behind = chunks * chunk - length
-        q = _padded(q, 0, behind).unflatten(2, (chunks, chunk)).transpose(1, 2)  # (B, n, H, C, D)
+        chunk = min(max(CHUNK, self.local), length)
+        window = min(self.local, chunk)  # so a band ends in a chunk and begins in the one before
         far_k, far_v = (self._seen_from_afar(x) for x in (k, v))
-        # Views of overlapping bands, and splits instead of slices, whose gradients would each be
-        # a tensor of full size.
-        bands_k, bands_v = (
-            _padded(x, window, behind).unfold(2, window + chunk, chunk).permute(0, 2, 1, 4, 3)
-            for x in (k, v)
-        )  # (B, n, K, W + C, D)
-        parts = zip(*(x.split(AT_ONCE, dim=1) for x in (q, bands_k, bands_v)), strict=True)
+        q, k, v = (_in_chunks(x, chunk) for x in (q, k, v))
+        near_k, near_v = (_ends_of_chunks_before(x, window) for x in (k, v))
+        # Splits, since each slice of these would have a gradient of full size.
+        parts = zip(*(x.split(AT_ONCE, 1) for x in (q, k, near_k, v, near_v)), strict=True)
         out = []
-        for i, (queries, *bands) in enumerate(parts):
+        for i, (queries, own_k, before_k, own_v, before_v) in enumerate(parts):
             first = torch.arange(queries.shape[1], device=q.device) + i * AT_ONCE
             first = first[:, None, None] * chunk  # (n, 1, 1), each chunk's first position
             last_band = (i * AT_ONCE + queries.shape[1] - 1) * chunk - window
             far = self._count_before(max(0, last_band))
             keys, values = (
-                torch.cat((x[:, None, :, :far].expand(-1, len(first), -1, -1, -1), band), dim=3)
-                for x, band in zip((far_k, far_v), bands, strict=True)
+                torch.cat((x[:, None, :, :far].expand(-1, len(first), -1, -1, -1), *band), dim=3)
+                for x, *band in ((far_k, before_k, own_k), (far_v, before_v, own_v))
             )
             seen = self._seen_in_bands(first, chunk, window, far)
             seen = seen.repeat(len(q), 1, 1)[:, None]  # (B n, 1, C, far + W + C)
             part = attend(queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), seen)
             out.append(part.unflatten(0, queries.shape[:2]))
-        whole = torch.cat(out, dim=1).transpose(1, 2).flatten(2, 3)
-        return whole[:, :, :length] if behind else whole
+        return torch.cat(out, dim=1).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
     def attend_decode(
         self,
@@ -128,8 +121,14 @@ class Dilated(Method):
         return initial + position // self.dilation - initial // self.dilation
 
 
-def _padded(states: Tensor, before: int, behind: int) -> Tensor:
-    """states (B, ·, T, D) with zeros around."""
-    if not before and not behind:  # F.pad would copy
-        return states
-    return F.pad(states, (0, 0, before, behind))
+def _in_chunks(states: Tensor, chunk: int) -> Tensor:
+    """(B, ·, T, D) -> (B, n, ·, chunk, D), zeros at the end."""
+    if missing := -states.shape[2] % chunk:  # padding by nothing would copy
+        states = F.pad(states, (0, 0, 0, missing))
+    return states.unflatten(2, (-1, chunk)).transpose(1, 2)
+
+
+def _ends_of_chunks_before(states: Tensor, window: int) -> Tensor:
+    """(B, n, ·, C, D) -> (B, n, ·, window, D), zeros before the first chunk."""
+    ends = states[:, :-1, :, states.shape[3] - window :]
+    return F.pad(ends, (0, 0, 0, 0, 0, 0, 1, 0))
