@@ -51,11 +51,32 @@ class Memory(nn.Module):
         T real tokens, lengths (B,) says how many: the gates are shut behind them (g = 1), so the
         final state is the one at each row's last token.
         """
-        z = self.gate_logits(x)
-        if lengths is not None:
-            behind = torch.arange(z.shape[1], device=z.device) >= lengths[:, None]
-            z = z.masked_fill(behind[..., None, None], torch.inf)
+        z = self._gate_logits_of_rows(x, lengths)
+        if z.shape[1] == 1 and state is not None:
+            k, v, state = kernels.memory_step(z[:, 0], k[:, 0], v[:, 0], state)
+            return k[:, None], v[:, None], state
         return kernels.memory_scan(z, k, v, state)
+
+    def prefill(
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor],
+        block_size: int,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, kernels.Blocks]:
+        """`forward` of a whole prompt, RoPE on k̃, and its blocks, in one pass: see
+        `kernels.memory_prefill`. For inference."""
+        z = self._gate_logits_of_rows(x, lengths)
+        return kernels.memory_prefill(z, k, v, rope, block_size)
+
+    def _gate_logits_of_rows(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        z = self.gate_logits(x)
+        if lengths is None:
+            return z
+        behind = torch.arange(z.shape[1], device=z.device) >= lengths[:, None]
+        return z.masked_fill(behind[..., None, None], torch.inf)
 
     @torch.no_grad()
     def initialize(self, std: float, bias: float | tuple[float, float]) -> None:

@@ -1,8 +1,10 @@
-"""What all tests share: one torch thread, and tiny backbones."""
+"""What all tests share: one torch thread, tiny backbones, and where Triton kernels are tested."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,11 +13,27 @@ if not torch.cuda.is_available():
     # Triton reads this once, when it is first imported; kernels.dispatch alone doesn't heed it.
     os.environ["TRITON_INTERPRET"] = "1"
 
+from kernels.dispatch import interpreted
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 
 torch.set_num_threads(1)
 
 VOCABULARY = 29
+
+
+@pytest.fixture
+def triton_device() -> Iterator[torch.device]:
+    """A device on which `kernels.<name>` runs its Triton kernel while the test lasts.
+
+    On the CPU that is the interpreter, which is right in fp32 only and slow: use tiny shapes there.
+    """
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+    else:
+        with interpreted():
+            yield torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

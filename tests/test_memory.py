@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import kernels
 from ratplus_exp.memory import Memory, effective_length
 
 B, T, C, H, D = 3, 10, 6, 2, 4
@@ -41,6 +42,18 @@ def test_prefill_then_steps_equal_the_full_prefill(memory):
     assert_close(torch.cat(ks, 1), k_full)
     assert_close(torch.cat(vs, 1), v_full)
     assert_close(state, last)
+
+
+@pytest.mark.parametrize(("length", "steps"), [(1, 1), (2, 0)])
+def test_a_single_token_after_others_is_a_step(memory, monkeypatch, length, steps):
+    called = []
+    step = kernels.memory_step
+    monkeypatch.setattr(kernels, "memory_step", lambda *a: called.append(a) or step(*a))
+    x, k, v = inputs(length)
+    *_, state = memory(x, k, v)
+    assert not called
+    memory(x, k, v, state)
+    assert len(called) == steps
 
 
 def test_a_right_padded_row_ends_in_the_state_of_the_row_alone(memory):

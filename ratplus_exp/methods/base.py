@@ -12,6 +12,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from kernels import Blocks
+
 Unit = Literal["block", "token"]
 Phase = Literal["decode", "prefill", "once"]
 
@@ -46,21 +48,38 @@ class Method:
         """s(q, r_i) of Eq. 3: queries (B, K, G, Q, D), result (B, K, G, Q, N); higher is better."""
         raise TypeError(f"{type(self).__name__} selects nothing, so it scores nothing")
 
+    def represent_blocks(self, blocks: Blocks) -> Tensor | None:
+        """`represent` of all blocks (B, K, N, *), where their statistics say it already."""
+        return None
+
     # A method may attend without a mask, all at once. The engine asks where nobody else picks the
     # candidates and nobody watches; None says that this method, here, goes the engine's way.
 
-    def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    def attend_prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor | None = None
+    ) -> Tensor | None:
         """Attention of a whole prompt to itself: q, result (B, H, T, D), k and v (B, K, T, D).
 
         Rows start at their first token, and what follows a query has no influence on it.
+        representatives (B, K, N, *) of the blocks, where something has them already.
         """
         return None
 
     def attend_decode(
-        self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor, positions: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        representatives: Tensor | None,
+        positions: Tensor,
+        all_seen: bool,
     ) -> Tensor | None:
         """Attention of new tokens q (B, H, Q, D) at positions (B, Q) to k and v (B, K, T, D),
-        which hold them already, by representatives (B, K, N, *) of the blocks."""
+        which hold them already.
+
+        representatives (B, K, N, *) of the blocks, for methods that select while decoding;
+        all_seen, whether Q is 1 and every row's new token is the last of T.
+        """
         return None
 
     def keep(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:

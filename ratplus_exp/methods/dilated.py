@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ratplus_exp.methods.attention import attend
 from ratplus_exp.methods.base import Method
 
-CHUNK = 256  # queries that attend at a time
+CHUNK = 256  # queries of a chunk, which share their keys
+AT_ONCE = 16  # chunks that attend in one call
+
+Position = TypeVar("Position", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -38,34 +43,67 @@ class Dilated(Method):
             seen = seen | ((key + 1) % self.dilation == 0)
         return seen
 
-    def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        """`pattern`, some queries at a time: they see the band of keys that their windows reach
+    def attend_prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor | None = None
+    ) -> Tensor | None:
+        """`pattern`, chunk by chunk: its queries see the band of keys that their windows reach
         and, of what lies before the band, the few keys that everybody sees."""
         if type(self) is not Dilated:  # a subclass may have another pattern
             return None
         length = q.shape[2]
+        chunk = min(max(CHUNK, self.local), length)
+        window = min(self.local, chunk)  # so a band ends in a chunk and begins in the one before
         far_k, far_v = (self._seen_from_afar(x) for x in (k, v))
-        position = torch.arange(length, device=q.device)
+        q, k, v = (_in_chunks(x, chunk) for x in (q, k, v))
+        near_k, near_v = (_ends_of_chunks_before(x, window) for x in (k, v))
+        # Splits, since each slice of these would have a gradient of full size.
+        parts = zip(*(x.split(AT_ONCE, 1) for x in (q, k, near_k, v, near_v)), strict=True)
         out = []
-        for start in range(0, length, CHUNK):
-            end, band = min(start + CHUNK, length), max(0, start - self.local)
-            queries, keys = position[start:end, None], position[band:end]
-            far = int(self._count_before(torch.tensor(band)))
-            seen = F.pad(self.pattern(queries, keys) & (keys <= queries), (far, 0), value=True)
-            out.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, start:end],
-                    torch.cat((far_k[:, :, :far], k[:, :, band:end]), dim=2),
-                    torch.cat((far_v[:, :, :far], v[:, :, band:end]), dim=2),
-                    attn_mask=seen,
-                    enable_gqa=q.shape[1] != k.shape[1],
-                )
+        for i, (queries, own_k, before_k, own_v, before_v) in enumerate(parts):
+            first = torch.arange(queries.shape[1], device=q.device) + i * AT_ONCE
+            first = first[:, None, None] * chunk  # (n, 1, 1), each chunk's first position
+            last_band = (i * AT_ONCE + queries.shape[1] - 1) * chunk - window
+            far = self._count_before(max(0, last_band))
+            keys, values = (
+                torch.cat((x[:, None, :, :far].expand(-1, len(first), -1, -1, -1), *band), dim=3)
+                for x, *band in ((far_k, before_k, own_k), (far_v, before_v, own_v))
             )
-        return torch.cat(out, dim=2)
+            seen = self._seen_in_bands(first, chunk, window, far)
+            seen = seen.repeat(len(q), 1, 1)[:, None]  # (B n, 1, C, far + W + C)
+            part = attend(queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), seen)
+            out.append(part.unflatten(0, queries.shape[:2]))
+        return torch.cat(out, dim=1).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+    def attend_decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        representatives: Tensor | None,
+        positions: Tensor,
+        all_seen: bool,
+    ) -> Tensor | None:
+        if type(self) is not Dilated or not all_seen:
+            return None
+        band = max(0, k.shape[2] - 1 - self.local)
+        k, v = (
+            torch.cat((self._seen_from_afar(x[:, :, :band]), x[:, :, band:]), dim=2) for x in (k, v)
+        )
+        return attend(q, k, v)
 
     def attended(self, positions: Tensor) -> Tensor:
         band = (positions - self.local).clamp(min=0)
         return self._count_before(band) + positions - band + 1
+
+    def _seen_in_bands(self, first: Tensor, chunk: int, window: int, far: int) -> Tensor:
+        """Which of its `far` keys and of its band each query sees, (n, C, far + W + C), for chunks
+        that begin at first (n, 1, 1)."""
+        query = first + torch.arange(chunk, device=first.device)[:, None]
+        key = first - window + torch.arange(window + chunk, device=first.device)
+        near = self.pattern(query, key) & (key <= query) & (key >= 0)
+        before = self._count_before((first - window).clamp(min=0))
+        afar = torch.arange(far, device=first.device) < before
+        return torch.cat((afar.expand(-1, chunk, -1), near), dim=2)
 
     def _seen_from_afar(self, states: Tensor) -> Tensor:
         """Of states (B, K, T, D) those that all later queries see, in order."""
@@ -74,9 +112,23 @@ class Dilated(Method):
         first = (self.initial // self.dilation + 1) * self.dilation - 1  # not an initial one
         return torch.cat((states[:, :, : self.initial], states[:, :, first :: self.dilation]), 2)
 
-    def _count_before(self, position: Tensor) -> Tensor:
+    def _count_before(self, position: Position) -> Position:
         """How many positions before each of these all later queries see."""
-        initial = position.clamp(max=self.initial)
+        # The smaller of the two, of ints as of tensors.
+        initial = position - (position - self.initial) * (position > self.initial)
         if not self.dilation:
             return initial
         return initial + position // self.dilation - initial // self.dilation
+
+
+def _in_chunks(states: Tensor, chunk: int) -> Tensor:
+    """(B, ·, T, D) -> (B, n, ·, chunk, D), zeros at the end."""
+    if missing := -states.shape[2] % chunk:  # padding by nothing would copy
+        states = F.pad(states, (0, 0, 0, missing))
+    return states.unflatten(2, (-1, chunk)).transpose(1, 2)
+
+
+def _ends_of_chunks_before(states: Tensor, window: int) -> Tensor:
+    """(B, n, ·, C, D) -> (B, n, ·, window, D), zeros before the first chunk."""
+    ends = states[:, :-1, :, states.shape[3] - window :]
+    return F.pad(ends, (0, 0, 0, 0, 0, 0, 1, 0))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.selection import select
+from ratplus_exp.methods.attention import attend
 from ratplus_exp.methods.base import Dense, Method
 from ratplus_exp.methods.selectors import Selector, TopK
 
@@ -81,28 +82,37 @@ class Engine:
         return self.recorder is None and type(self.selector) is TopK
 
     def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, layer: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None,
+        layer: int,
+        representatives: Tensor | None = None,
     ) -> Tensor:
         """Attention of a whole prompt to itself.
 
-        q (B, H, T, D), k and v (B, K, T, D), lengths (B,) real tokens of each row (None: all T).
+        q (B, H, T, D), k and v (B, K, T, D), lengths (B,) real tokens of each row (None: all T),
+        representatives (B, K, N, *) of the blocks (None: found here where needed).
         Returns (B, H, T, D); what it holds behind a row's length is meaningless.
         """
         length = q.shape[2]
         position = torch.arange(length, device=q.device)
-        out = self.method.attend_prefill(q, k, v) if self._alone else None
+        out = self.method.attend_prefill(q, k, v, representatives) if self._alone else None
         if out is not None:
             attended = self.method.attended(position).float()
             self._count(attended.expand(len(q), -1), position, lengths)
             return out
         if self.method.phase == "prefill":
-            return self._sparse_prefill(q, k, v, lengths, layer)
+            if representatives is None:
+                representatives = self.block_representatives(k)
+            return self._sparse_prefill(q, k, v, lengths, layer, representatives)
         seen = self.method.pattern(position[:, None], position)
         if seen is None:
-            return _attend(q, k, v, causal=True)
+            return attend(q, k, v, causal=True)
         seen = seen & (position <= position[:, None])
         self._count(seen.sum(-1).expand(len(q), -1).float(), position, lengths)
-        return _attend(q, k, v, seen[None, None])
+        return attend(q, k, v, seen[None, None])
 
     def _count(self, attended: Tensor, position: Tensor, lengths: Tensor | None) -> None:
         """Usage of prompt queries: attended (B, Q), position (Q,)."""
@@ -112,10 +122,15 @@ class Engine:
         self.usage.add(attended, positions)
 
     def _sparse_prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, layer: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None,
+        layer: int,
+        representatives: Tensor,
     ) -> Tensor:
         size, length = self.method.block_size, q.shape[2]
-        representatives = self.block_representatives(k)
         key = torch.arange(length, device=q.device)
         out = []
         for start in range(0, length, QUERY_CHUNK):
@@ -124,7 +139,7 @@ class Engine:
             blocks = self.select_blocks(queries, representatives, position[None], layer)
             seen = blocks.repeat_interleave(size, dim=-1)[..., :length].flatten(1, 2)
             seen = seen & (key <= position[:, None])
-            out.append(_attend(queries, k, v, seen))
+            out.append(attend(queries, k, v, seen))
             self._count(seen.sum(-1).float().mean(1), position, lengths)
         return torch.cat(out, dim=2)
 
@@ -147,9 +162,8 @@ class Engine:
         all_seen, whether every query comes after all T slots, so that no mask is needed.
         """
         method = self.method
-        if self._alone and method.phase == "decode":
-            assert representatives is not None
-            out = method.attend_decode(q, k, v, representatives, positions)
+        if self._alone:
+            out = method.attend_decode(q, k, v, representatives, positions, all_seen)
             if out is not None:
                 self.usage.add(method.attended(positions).float(), positions)
                 return out
@@ -158,7 +172,7 @@ class Engine:
         if all_seen and pattern is None and method.phase != "decode":
             if method.phase == "once":
                 self.usage.add((slots + 1).float(), positions)
-            return _attend(q, k, v)
+            return attend(q, k, v)
         seen = (slot <= slots[..., None])[:, None]  # (B, 1, Q, T)
         if method.phase == "decode":
             assert representatives is not None
@@ -169,7 +183,7 @@ class Engine:
             seen = seen & pattern[:, None]
         if method.phase in ("decode", "once") or pattern is not None:
             self.usage.add(seen.sum(-1).float().mean(1), positions)
-        return _attend(q, k, v, seen)
+        return attend(q, k, v, seen)
 
     def select_blocks(
         self, q: Tensor, representatives: Tensor, positions: Tensor, layer: int
@@ -206,7 +220,8 @@ class Engine:
         forced, so what its representative says is never read.
         """
         size = self.method.block_size
-        k = F.pad(k, (0, 0, 0, -k.shape[2] % size))
+        if missing := -k.shape[2] % size:  # padding by nothing would copy all keys
+            k = F.pad(k, (0, 0, 0, missing))
         return self.method.represent(k.unflatten(2, (-1, size)))
 
     def keep(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor] | None:
@@ -254,11 +269,3 @@ class Engine:
 def _grouped(q: Tensor, kv_heads: int) -> Tensor:
     """(B, H, Q, D) -> (B, K, G, Q, D)."""
     return q.unflatten(1, (kv_heads, -1))
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-    )

@@ -25,8 +25,14 @@ class MoBA(BlockMethod):
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         return queries @ representatives.unsqueeze(2).transpose(-1, -2)
 
-    def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    def represent_blocks(self, blocks: kernels.Blocks) -> Tensor | None:
+        return blocks.mean if type(self) is MoBA else None
+
+    def attend_prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor | None = None
+    ) -> Tensor | None:
         # The kernel has this very score: a subclass may have another.
         if type(self) is not MoBA or not use_triton(q, k, v):
             return None
-        return kernels.moba_prefill(q, k, v, block_size=self.block_size, top_k=self.top_k)
+        sizes = {"block_size": self.block_size, "top_k": self.top_k}
+        return kernels.moba_prefill(q, k, v, means=representatives, **sizes)

@@ -31,9 +31,19 @@ class Quest(BlockMethod):
         halves = torch.cat((queries.clamp(max=0), queries.clamp(min=0)), dim=-1)
         return halves @ representatives.unsqueeze(2).transpose(-1, -2)
 
+    def represent_blocks(self, blocks: kernels.Blocks) -> Tensor | None:
+        return blocks.bounds if type(self) is Quest else None
+
     def attend_decode(
-        self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor, positions: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        representatives: Tensor | None,
+        positions: Tensor,
+        all_seen: bool,
     ) -> Tensor | None:
+        assert representatives is not None
         # The kernel has this very score: a subclass may have another.
         if type(self) is not Quest or not use_triton(q, k, v, representatives):
             return None

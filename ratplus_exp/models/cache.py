@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ratplus_exp.methods import Engine
 
-_ROOM = 64  # slots allocated ahead of need
+ROOM = 64  # slots allocated ahead of need
 
 
 class SparseLayer(DynamicLayer):
@@ -31,6 +32,10 @@ class SparseLayer(DynamicLayer):
         self.memory_state: Tensor | None = None
         self.representatives: Tensor | None = None
 
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Store the prompt's, in storage of their own: they may be views of far larger tensors."""
+        self.keys, self.values = (_with_room(x, x.shape[2]) for x in (keys, values))
+
     def map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
         """Replace every tensor by function(tensor, its batch dimension)."""
         for name in ("keys", "values", "representatives"):
@@ -39,6 +44,12 @@ class SparseLayer(DynamicLayer):
                 setattr(self, name, function(tensor, 0))
         if self.memory_state is not None:
             self.memory_state = function(self.memory_state, 1)
+
+
+def _with_room(states: Tensor, slots: int) -> Tensor:
+    """A copy of states (B, K, T, D) in a tensor of `slots` slots and ROOM more."""
+    room = slots + ROOM - states.shape[2]
+    return torch.cat((states, states.new_zeros(*states.shape[:2], room, states.shape[3])), dim=2)
 
 
 @dataclass
@@ -51,6 +62,16 @@ class Step:
 
     positions: Tensor
     lengths: Tensor | None = None
+
+    @cached_property
+    def rows_of_length(self) -> dict[int, Tensor]:
+        """The rows that have each of the lengths; asked of the device once for all layers."""
+        assert self.lengths is not None
+        rows: dict[int, list[int]] = {}
+        for row, length in enumerate(self.lengths.tolist()):
+            rows.setdefault(length, []).append(row)
+        device = self.lengths.device
+        return {length: torch.tensor(those, device=device) for length, those in rows.items()}
 
 
 class SparseCache(Cache):
@@ -86,11 +107,12 @@ class SparseCache(Cache):
         """Attention of the step's tokens, which are stored on the way: (B, H, T, D)."""
         store, engine = self.layers[layer], self.engine
         if self.is_empty:
-            out = engine.prefill(q, k, v, step.lengths, layer)
-            if engine.method.phase == "decode":
+            out = engine.prefill(q, k, v, step.lengths, layer, store.representatives)
+            if engine.method.phase != "decode":
+                store.representatives = None
+            elif store.representatives is None:
                 store.representatives = engine.block_representatives(k)
-            kept = self._evict(layer, q, k, v, step.lengths)
-            store.keys, store.values = kept if kept else (k, v)
+            self._store_prompt(layer, q, k, v, step)
             return out
         assert self.processed is not None and self.stored is not None
         new = q.shape[2]
@@ -130,36 +152,28 @@ class SparseCache(Cache):
             self.longest += length
             self.processed, self.stored = self.processed + new, self.stored + new
 
-    def _evict(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """Keys and values that stay after the prompt, or None for all of them.
+    def _store_prompt(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> None:
+        """Store the keys and values that stay after the prompt.
 
         Rows of equal length are handled together: an observation window ends with its own row.
         """
-        method = self.engine.method
-        if method.phase != "once":
-            return None
-        if lengths is None:
-            return self.engine.keep(q, k, v, layer)
-        keys, values = k[:, :, : method.top_k].clone(), v[:, :, : method.top_k].clone()
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero()[:, 0]
-            engine = self.engine.for_rows(rows)
+        store, method = self.layers[layer], self.engine.method
+        if method.phase != "once" or step.lengths is None:
+            store.hold(*(self.engine.keep(q, k, v, layer) or (k, v)))
+            return
+        store.hold(k[:, :, : method.top_k], v[:, :, : method.top_k])
+        assert store.keys is not None and store.values is not None
+        for length, rows in step.rows_of_length.items():
             q_rows, k_rows, v_rows = (x[rows][:, :, :length] for x in (q, k, v))
-            kept = engine.keep(q_rows, k_rows, v_rows, layer)
+            kept = self.engine.for_rows(rows).keep(q_rows, k_rows, v_rows, layer)
             if kept is not None:
-                keys[rows], values[rows] = kept
-        return keys, values
+                store.keys[rows, :, : method.top_k], store.values[rows, :, : method.top_k] = kept
 
     def _append(self, store: SparseLayer, k: Tensor, v: Tensor, slots: Tensor, needed: int) -> None:
         for name, new in (("keys", k), ("values", v)):
             tensor = getattr(store, name)
             if needed > tensor.shape[2]:
-                room = tensor.new_zeros(
-                    *tensor.shape[:2], needed - tensor.shape[2] + _ROOM, tensor.shape[3]
-                )
-                tensor = torch.cat((tensor, room), dim=2)
+                tensor = _with_room(tensor, needed)
             index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
             setattr(store, name, tensor.scatter_(2, index, new))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.dispatch import use_triton
 from ratplus_exp.memory import Memory
 from ratplus_exp.methods import Engine
 from ratplus_exp.models.cache import SparseCache, Step
@@ -78,6 +79,39 @@ class ForwardPass:
             self.cache.layers[layer].memory_state = state
         return k, v
 
+    def keys_and_values(
+        self,
+        memory: Memory | None,
+        layer: int,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """What queries attend to, (B, T, K, D): k̃ of Eq. 1 after RoPE, and ṽ, or k and v where
+        there is no memory.
+
+        x (B, T, C), k before RoPE and v (B, T, K, D), rope as in `rotate`.
+        """
+        if memory is not None and self.cache is not None and self._takes_one_pass(k, v):
+            method, store = self.cache.engine.method, self.cache.layers[layer]
+            k, v, store.memory_state, blocks = memory.prefill(
+                x, k, v, rope, method.block_size, self.step.lengths
+            )
+            store.representatives = method.represent_blocks(blocks)
+            return k, v
+        if memory is not None:
+            k, v = self.memorise(memory, layer, x, k, v)
+        return rotate(k, rope), v
+
+    def _takes_one_pass(self, k: Tensor, v: Tensor) -> bool:
+        """Whether memory, RoPE and blocks of this prompt are left to one kernel."""
+        if self.cache is None or not self.cache.is_empty or torch.is_grad_enabled():
+            return False
+        method = self.cache.engine.method
+        power_of_2 = method.block_size & (method.block_size - 1) == 0
+        return method.unit == "block" and power_of_2 and use_triton(k, v)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the pass's tokens: q (B, H, T, D), k and v (B, K, T, D); (B, H, T, D)."""
         if self.cache is None:
@@ -93,6 +127,12 @@ class ForwardPass:
         length = x.shape[1]
         index = torch.arange(length, device=x.device)
         return x.gather(1, ((index - self.pads[:, None]) % length)[..., None].expand_as(x))
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE of x (B, T, ·, D) by cosines and sines (B or 1, T, 1, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * rope[0] + torch.cat((-second, first), dim=-1) * rope[1]
 
 
 def _left_padding(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -23,7 +23,7 @@ from ratplus_exp.memory import Memory
 from ratplus_exp.methods import Engine
 from ratplus_exp.models.cache import SparseCache
 from ratplus_exp.models.configuration import RatPlusConfig
-from ratplus_exp.models.forward_pass import ForwardPass
+from ratplus_exp.models.forward_pass import ForwardPass, rotate
 from ratplus_exp.models.generation import SavedWithCode
 
 
@@ -50,13 +50,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], forward_pass: ForwardPass) -> Tensor:
         o, q, k, v = self.in_proj(x).split(self.shares, dim=-1)
         q, k, v = (share.unflatten(-1, (-1, self.head_dim)) for share in (q, k, v))  # (B, T, ·, D)
-        if self.memory is not None:
-            k, v = forward_pass.memorise(self.memory, self.layer, x, k, v)
-        q, k, v = (
-            _rotate(q, rope).transpose(1, 2),
-            _rotate(k, rope).transpose(1, 2),
-            v.transpose(1, 2),
-        )
+        k, v = forward_pass.keys_and_values(self.memory, self.layer, x, k, v, rope)
+        q, k, v = (share.transpose(1, 2) for share in (rotate(q, rope), k, v))
         out = forward_pass.attend(self.layer, q, k, v).transpose(1, 2).flatten(2)
         return self.out_proj(torch.sigmoid(o) * out)
 
@@ -132,7 +127,8 @@ class RatPlusModel(RatPlusPreTrainedModel):
         )
         x = self.embed_tokens(input_ids)
         cos, sin = _rope(forward_pass.step.positions, self.config.head_dim, self.config.rope_theta)
-        rope = (cos.to(x.dtype), sin.to(x.dtype))
+        dtype = _projected_dtype(x)  # under autocast x itself is fp32
+        rope = (cos.to(dtype), sin.to(dtype))
         for layer in self.layers:
             x = layer(x, rope, forward_pass)
         x = forward_pass.close(self.norm(x))
@@ -179,9 +175,10 @@ def _rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tenso
     return angle.cos(), angle.sin()
 
 
-def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * rope[0] + torch.cat((-second, first), dim=-1) * rope[1]
+def _projected_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear layer makes of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 AutoConfig.register("ratplus", RatPlusConfig)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
 import kernels
-from kernels.dispatch import interpreted
-from ratplus_exp.methods import Dilated, Engine, MoBA, Quest, SnapKV
+from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Quest, SnapKV
 from ratplus_exp.methods import dilated as dilated_module
+from ratplus_exp.models import forward_pass
 
+both_lengths = pytest.mark.parametrize(
+    "lengths", [(22, 22), (22, 9, 17)], ids=["alike", "of different length"]
+)
+# Small, since the interpreter is slow.
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
 NEW_TOKENS = 4  # from the sixth block into the seventh
 METHODS = {
     "quest_decode": Quest(block_size=4, top_k=3),
@@ -22,64 +25,126 @@ METHODS = {
 
 def generate(model, ids, mask, engine):
     out = model.generate(
-        ids,
-        attention_mask=mask,
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
         past_key_values=model.new_cache(engine),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
+    return out.sequences[:, ids.shape[1] :].cpu(), torch.stack(out.logits, 1).cpu()
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("lengths", [(22, 22), (22, 9, 17)], ids=["alike", "of different length"])
+@both_lengths
 def test_generates_through_its_kernel_as_without(
-    make_model, make_ids, left_pad, monkeypatch, name, lengths
+    make_model, make_ids, left_pad, monkeypatch, triton_device, name, lengths
 ):
-    # Small, since the interpreter is slow.
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = make_model(dtype=torch.float32, memory=False, num_hidden_layers=1, **sizes)
+    model = make_model(memory=False, num_hidden_layers=1, **SIZES)
     ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
     plain, through = Engine(METHODS[name]), Engine(METHODS[name])
-    tokens, logits = generate(model, ids, mask, plain)
+    tokens, logits = generate(model, ids, mask, plain)  # float64 never goes to a kernel
     called = []
     kernel = getattr(kernels, name)
     monkeypatch.setattr(kernels, name, lambda *a, **b: called.append(name) or kernel(*a, **b))
     monkeypatch.setattr(Engine, "select_blocks", None)  # nothing may select beside the kernel
-    with interpreted():
-        tokens_through, logits_through = generate(model, ids, mask, through)
+    model = model.to(triton_device, torch.float32)
+    tokens_through, logits_through = generate(model, ids, mask, through)
     assert called
     assert torch.equal(tokens_through, tokens)
-    torch.testing.assert_close(logits_through, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_through, logits.float(), rtol=1e-4, atol=1e-4)
     rows = len(lengths)
     torch.testing.assert_close(through.usage.fractions(rows), plain.usage.fractions(rows))
 
 
+@pytest.fixture
+def ratplus(make_model):
+    return make_model(num_hidden_layers=1, **SIZES)
+
+
+@pytest.fixture
+def prefills(monkeypatch):
+    """The results of `kernels.memory_prefill`; representatives are found nowhere else."""
+    results, prefill = [], kernels.memory_prefill
+
+    def watched(*args):
+        monkeypatch.setattr(Engine, "block_representatives", None)
+        results.append(prefill(*args))
+        return results[-1]
+
+    monkeypatch.setattr(kernels, "memory_prefill", watched)
+    return results
+
+
+@torch.no_grad()
+@both_lengths
+@pytest.mark.parametrize("name", ["quest_decode", "moba_prefill"])
+def test_one_pass_of_memory_rope_and_blocks_gives_the_same(
+    ratplus, make_ids, left_pad, triton_device, prefills, name, lengths
+):
+    ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
+    tokens, logits = generate(ratplus, ids, mask, Engine(METHODS[name]))
+    assert not prefills
+    model = ratplus.to(triton_device, torch.float32)
+    tokens_through, logits_through = generate(model, ids, mask, Engine(METHODS[name]))
+    assert len(prefills) == 1
+    assert torch.equal(tokens_through, tokens)
+    torch.testing.assert_close(logits_through, logits.float(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@both_lengths
+@pytest.mark.parametrize("name", ["quest_decode", "moba_prefill"])
+def test_one_pass_is_defined_as_the_separate_ones(
+    ratplus, make_ids, left_pad, monkeypatch, prefills, name, lengths
+):
+    """With its torch definition in place of the kernel."""
+    ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
+    tokens, logits = generate(ratplus, ids, mask, Engine(METHODS[name]))
+    monkeypatch.setattr(forward_pass, "use_triton", lambda *tensors: True)
+    tokens_through, logits_through = generate(ratplus, ids, mask, Engine(METHODS[name]))
+    assert len(prefills) == 1
+    assert torch.equal(tokens_through, tokens)
+    torch.testing.assert_close(logits_through, logits)
+
+
+@pytest.mark.parametrize(
+    "method", [Dense(), SnapKV(top_k=12, window=4), Quest(block_size=6, top_k=3)], ids=str
+)
+def test_one_pass_is_for_blocks_that_it_can_make(ratplus, make_ids, monkeypatch, prefills, method):
+    monkeypatch.setattr(forward_pass, "use_triton", lambda *tensors: True)
+    with torch.no_grad():
+        ratplus(make_ids(1, 22), past_key_values=ratplus.new_cache(Engine(method)))
+    quest = METHODS["quest_decode"]
+    ratplus(make_ids(1, 22), past_key_values=ratplus.new_cache(Engine(quest)))  # with gradients
+    with torch.no_grad():
+        ratplus(make_ids(1, 22), use_cache=False, engine=Engine(quest))
+    assert not prefills
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_a_subclass_does_not_inherit_a_kernel_for_another_score(method):
-    if not importlib.util.find_spec("triton"):
-        pytest.skip("triton is not installed")
+def test_a_subclass_does_not_inherit_a_kernel_for_another_score(triton_device, method):
     other = type("Other", (type(method),), {})(**vars(method))
-    q, k = torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
-    positions = torch.tensor([[19]])
-    with interpreted():
-        assert other.attend_prefill(q, k, k) is None
-        assert other.attend_decode(q[:, :, -1:], k, k, torch.zeros(1, 2, 5, 16), positions) is None
-        assert other.keep(q[:, :, -4:], k, k) is None
+    q, k = torch.randn(2, 1, 2, 20, 8, device=triton_device)
+    positions = torch.tensor([[19]], device=triton_device)
+    representatives = torch.zeros(1, 2, 5, 16, device=triton_device)
+    last = q[:, :, -1:]
+    assert other.attend_prefill(q, k, k) is None
+    assert other.attend_decode(last, k, k, representatives, positions, True) is None
+    assert other.keep(q[:, :, -4:], k, k) is None
 
 
 @pytest.mark.parametrize("length", [1, 5, 30, 47])
-@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+@pytest.mark.parametrize(("chunk", "at_once"), [(1, 2), (7, 16), (16, 1), (64, 16)])
 @pytest.mark.parametrize(
     "sizes", [(4, 2, 1), (4, 9, 3), (3, 0, 0), (4, 2, 9), (0, 3, 2), (1, 2, 0), (50, 2, 1)]
 )
-def test_dilated_prefill_in_chunks_is_its_mask(monkeypatch, length, chunk, sizes):
+def test_dilated_prefill_in_chunks_is_its_mask(monkeypatch, length, chunk, at_once, sizes):
     monkeypatch.setattr(dilated_module, "CHUNK", chunk)
+    monkeypatch.setattr(dilated_module, "AT_ONCE", at_once)
     method = Dilated(**dict(zip(("dilation", "local", "initial"), sizes, strict=True)))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (

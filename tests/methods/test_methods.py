@@ -10,6 +10,7 @@ from brute_force import attend, attend_by_hand, kept, rows_of, seen, states
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Quest, SnapKV
 from ratplus_exp.methods import engine as engine_module
+from ratplus_exp.models.cache import ROOM
 
 # A new method adds its line here. Its definition in brute_force.py makes these tests independent of
 # its own score; a method that selects tokens or has a pattern needs one.
@@ -120,7 +121,7 @@ def test_snapkv_stores_exactly_what_it_keeps(method, kv_heads):
     prompts = [30, 9, 17]
     _, cache = attend(Engine(method), q, k, v, prompts, 0)
     layer = cache.layers[0]
-    assert layer.keys.shape[2] == layer.values.shape[2] == method.top_k
+    assert layer.keys.shape[2] == layer.values.shape[2] == method.top_k + ROOM
     for b, row in enumerate(rows_of(q, k, v, prompts, 0)):
         for head in range(kv_heads):
             where = kept(method, row, head)

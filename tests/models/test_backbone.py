@@ -1,14 +1,13 @@
-"""The backbone as a Hugging Face model: saving, gates, the cache, padding, the loss."""
+"""The backbone as a Hugging Face model: saving, gates, padding, the loss."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from ratplus_exp.methods import Engine, Quest
+from ratplus_exp.methods import Engine
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM, RatPlusModel, add_memory
 
 backbones = pytest.mark.parametrize("memory", [False, True], ids=["attention", "ratplus"])
@@ -164,99 +163,20 @@ def test_a_layer_is_memory_then_gated_attention(make_model, make_ids):
     assert_close(found[0][0], wanted, rtol=1e-5, atol=1e-5)  # RoPE's angles are fp32
 
 
-# The cache.
-
-
 @backbones
-@heads
-def test_prefill_and_decode_equal_one_forward_pass(make_model, make_ids, memory, kv_heads):
-    model, ids = make_model(memory=memory, num_key_value_heads=kv_heads), make_ids(2, 16)
-    whole = model(ids, use_cache=False).logits
-    for splits in ([10] + [1] * 6, [4, 5, 7], [1] * 16):
-        cache = model.new_cache()
-        parts = [model(part, past_key_values=cache).logits for part in ids.split(splits, dim=1)]
-        assert_close(torch.cat(parts, dim=1), whole)
-        assert cache.get_seq_length() == 16
+def test_everything_in_attention_is_bf16_under_autocast(make_model, make_ids, monkeypatch, memory):
+    model, ids = make_model(memory=memory, dtype=torch.float32), make_ids(1, 6)
+    seen = []
+    prefill = Engine.prefill
 
+    def watched(self, q, k, v, *rest):
+        seen.extend((q.dtype, k.dtype, v.dtype))
+        return prefill(self, q, k, v, *rest)
 
-@backbones
-def test_chunks_after_a_left_padded_prompt_equal_the_unpadded_rows(
-    make_model, make_ids, left_pad, memory
-):
-    model = make_model(memory=memory)
-    rows, more = [make_ids(1, n, seed=n)[0] for n in (12, 5)], make_ids(2, 6)
-    ids, mask = left_pad(rows)
-    cache = model.new_cache()
-    prompt = model(ids, mask, past_key_values=cache).logits
-    chunk = model(more, F.pad(mask, (0, 6), value=1), past_key_values=cache).logits
-    for i, row in enumerate(rows):
-        alone = model(torch.cat((row, more[i]))[None], use_cache=False).logits[0]
-        assert_close(prompt[i, mask[i] == 1], alone[: len(row)])
-        assert_close(chunk[i], alone[len(row) :])
-
-
-@backbones
-def test_generation_is_the_argmax_of_full_passes(make_model, make_ids, left_pad, memory):
-    """With the default cache, without one, and row by row."""
-    model = make_model(memory=memory)
-    rows = [make_ids(1, n, seed=n)[0] for n in (12, 5, 1)]
-    ids, mask = left_pad(rows)
-    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
-    tokens = model.generate(ids, **settings)[:, 12:]
-    assert torch.equal(tokens, model.generate(ids, use_cache=False, **settings)[:, 12:])
-    for row, new in zip(rows, tokens, strict=True):
-        for token in new:
-            assert model(row[None], use_cache=False).logits[0, -1].argmax() == token
-            row = torch.cat((row, token[None]))
-
-
-@backbones
-def test_beam_search_with_the_default_cache_is_beam_search_without(
-    make_model, make_ids, left_pad, memory
-):
-    model = make_model(memory=memory)
-    ids, mask = left_pad([make_ids(1, 12)[0], make_ids(1, 7)[0]])
-    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "num_beams": 2}
-    tokens = model.generate(ids, **settings)
-    assert torch.equal(tokens, model.generate(ids, use_cache=False, **settings))
-    assert not torch.equal(tokens, model.generate(ids, **settings | {"num_beams": 1}))
-
-
-def test_a_cache_decodes_with_its_own_engine_only(make_model, make_ids):
-    model, ids = make_model(), make_ids(1, 30)
-    cache = model.new_cache(Engine(Quest(4, 2)))
-    model(ids[:, :29], past_key_values=cache)
-    sparse = model(ids[:, 29:], past_key_values=cache).logits
-    assert not torch.allclose(sparse, model(ids, use_cache=False).logits[:, 29:])
-    assert cache.engine.usage.fractions(1) < 0.3
-
-
-def test_a_reset_cache_starts_over(make_model, make_ids):
-    model, ids = make_model(), make_ids(2, 10)
-    cache = model.new_cache()
-    first = model(ids, past_key_values=cache).logits
-    cache.reset()
-    assert cache.get_seq_length() == 0
-    assert torch.equal(model(ids, past_key_values=cache).logits, first)
-
-
-@pytest.mark.parametrize("how", ["forward", "generate"])
-def test_a_foreign_cache_is_refused(make_model, make_ids, how):
-    model, ids = make_model(), make_ids(1, 5)
-    call, settings = (model, {}) if how == "forward" else (model.generate, {"max_new_tokens": 2})
-    with pytest.raises(TypeError, match="SparseCache, not DynamicCache; pass past_key_values="):
-        call(ids, past_key_values=DynamicCache(), **settings)
-
-
-def test_cropping_is_refused(make_model):
-    with pytest.raises(ValueError, match="cannot be cropped.*run the shorter prompt again"):
-        make_model().new_cache().crop(3)
-
-
-def test_training_mode_keeps_no_cache(make_model, make_ids):
-    model, ids = make_model(), make_ids(1, 5)
-    assert model(ids).past_key_values is not None
-    assert model.train()(ids).past_key_values is None
+    monkeypatch.setattr(Engine, "prefill", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, use_cache=False)
+    assert set(seen) == {torch.bfloat16}
 
 
 # Padding and the loss.

@@ -27,7 +27,7 @@ class Job:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose(
                 "config",
-                [f"output={self.folder}", "tracking=disabled", *overrides],
+                [f"output={self.folder}", "tracking=disabled", "device=cpu", *overrides],
                 return_hydra_config=True,
             )
         return cfg

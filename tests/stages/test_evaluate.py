@@ -156,8 +156,8 @@ def test_rulers_own_files_can_be_evaluated(job, tiny_models, tmp_path):
 
 
 def test_sigkill_costs_and_repeats_no_example(tiny_models, tmp_path):
-    command = [sys.executable, "run.py", f"output={tmp_path}", "tracking=disabled", "threads=1"]
-    command += small(tiny_models, **{"data.examples": 40, "stage.batch_size": 2})
+    command = [sys.executable, "run.py", f"output={tmp_path}", "tracking=disabled", "device=cpu"]
+    command += ["threads=1", *small(tiny_models, **{"data.examples": 40, "stage.batch_size": 2})]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

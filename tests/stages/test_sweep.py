@@ -125,7 +125,7 @@ def test_random_selection_has_five_seeds_and_leaves_cells_for_the_tables(job, pa
 
 @pytest.mark.slow
 def test_a_killed_sweep_of_two_processes_goes_on(pair, tmp_path):
-    command = [sys.executable, "run.py", f"output={tmp_path}", "tracking=disabled"]
+    command = [sys.executable, "run.py", f"output={tmp_path}", "tracking=disabled", "device=cpu"]
     command += ["experiment=table3", *pair, "stage.workers=2", "data.examples=10"]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

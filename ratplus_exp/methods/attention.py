@@ -1,0 +1,31 @@
+"""Softmax attention: the one call of PyTorch's that all methods go through."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# On Hopper PyTorch prefers cuDNN, which plans anew for every length of the keys: tens of
+# milliseconds at each decoding step. A process-wide switch costs nothing a call and needs nothing
+# of torch.compile.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Attention (B, H, Q, D) of q (B, H, Q, D) to k and v (B, K, T, D) with K dividing H.
+
+    seen: bool, broadcasts to (B, H, Q, T); None: all keys, or those up to the query where causal.
+    """
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if seen is None or heads == kv_heads:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=heads != kv_heads
+        )
+    # With a mask, CUDA's fused kernels know no groups: a group's heads become further queries.
+    seen = seen.expand(-1, heads, -1, -1)
+    queries, seen = (x.unflatten(1, (kv_heads, -1)).flatten(2, 3) for x in (q, seen))
+    out = F.scaled_dot_product_attention(queries, k, v, attn_mask=seen)
+    return out.unflatten(2, (-1, q.shape[2])).flatten(1, 2)

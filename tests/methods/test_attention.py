@@ -1,0 +1,72 @@
+"""How the methods call PyTorch's attention: with what keys, masks and back ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from brute_force import attend, attend_by_hand, states
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ratplus_exp.methods import Dilated, Engine, MoBA
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of scaled_dot_product_attention: (keys, whether masked, whether grouped)."""
+    calls = []
+    attention = F.scaled_dot_product_attention
+
+    def watched(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+        calls.append((k.shape[2], attn_mask is not None, enable_gqa))
+        return attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    return calls
+
+
+def test_cudnn_which_plans_anew_for_every_length_is_off():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("method", [Dilated(4, 2, 1), MoBA(4, 4)], ids=str)
+def test_no_call_has_both_a_mask_and_groups(calls, method):
+    """CUDA's fused kernels take one of the two."""
+    q, k, v = states(2)
+    attend(Engine(method), q, k, v, [30, 9, 17], 3)
+    assert any(masked for _, masked, _ in calls)
+    assert not any(masked and grouped for _, masked, grouped in calls)
+
+
+@pytest.mark.parametrize("sizes", [(4, 2, 1), (4, 9, 3), (3, 0, 0), (0, 3, 2), (50, 40, 1)])
+def test_dilated_decoding_reads_what_the_pattern_sees(calls, sizes):
+    method = Dilated(*sizes)
+    q, k, v = states(2, batch=2)
+    engine = Engine(method)
+    out, _ = attend(engine, q, k, v, [30, 30], 7)
+    decoded = calls[-7:]
+    attended = method.attended(torch.arange(30, 37)).tolist()
+    assert decoded == [(keys, False, True) for keys in attended]
+    torch.testing.assert_close(out, attend_by_hand(method, q, k, v, [30, 30], 7))
+
+
+def test_dilated_attention_is_one_graph():
+    """In training each layer is compiled."""
+    q, k, v = states(2, length=600)
+    compiled = torch.compile(Dilated(64, 64, 1).attend_prefill, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v), Dilated(64, 64, 1).attend_prefill(q, k, v))
+
+
+def test_dilated_training_takes_few_operations():
+    """Slices of whole sequences would give as many gradients of full size."""
+    counted = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            counted.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    q, k, v = (torch.randn(1, 1, 4096, 4, requires_grad=True) for _ in range(3))
+    with Count():
+        Dilated(64, 64, 1).attend_prefill(q, k, v).sum().backward()
+    assert len(counted) < 150
