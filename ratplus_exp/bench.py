@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     dry = arguments.dry
+    if arguments.cpu and (arguments.only or arguments.match):
+        sys.exit("--only and --match pick from the GPU's run: leave them out with --cpu")
     if device.type == "cpu" and not (arguments.cpu or dry):
         sys.exit("no CUDA GPU is there: run `make bench-cpu`, or with --dry to test the bench")
     if dry and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -88,6 +91,8 @@ def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
 
 def _about(arguments: argparse.Namespace) -> dict[str, Any]:
     about = provenance({key: str(value) for key, value in vars(arguments).items()})
+    if arguments.cpu:  # whether there is a GPU or not
+        about["device"] = f"{platform.processor() or platform.machine()} CPU"
     about["command"] = "python -m ratplus_exp.bench " + " ".join(sys.argv[1:])
     for name in PACKAGES:
         try:

@@ -141,7 +141,9 @@ def test_runs_of_parts_add_up_and_the_later_row_counts(tmp_path):
     assert json.loads((tmp_path / "bench.json").read_text())["fastest_plans"] == {
         "t: plans": {"b": "Q 2 µs"}
     }
-    with pytest.raises(ValueError, match="device=D and this run E: set another folder"):
+    with pytest.raises(
+        ValueError, match="device=D and this run E: remove it, or set another folder"
+    ):
         report.read(tmp_path, a_run([], device="E").about)
     (tmp_path / "bench.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"bench\.json is not a bench's: remove it"):
@@ -210,6 +212,11 @@ def test_without_a_gpu_the_way_out_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="make bench-cpu"):
         bench.main([])
+
+
+def test_parts_are_of_the_gpus_run():
+    with pytest.raises(SystemExit, match="leave them out with --cpu"):
+        bench.main(["--cpu", "--match", "T=256"])
 
 
 dry = pytest.mark.skipif(

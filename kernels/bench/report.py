@@ -44,7 +44,7 @@ def read(folder: Path, about: dict[str, Any]) -> list[Run]:
             if run.about[name] != about[name]:
                 raise ValueError(
                     f"{path} has {name}={run.about[name]} and this run {about[name]}: "
-                    "set another folder with --out"
+                    "remove it, or set another folder with --out"
                 )
     return runs
 
