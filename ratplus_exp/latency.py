@@ -1,7 +1,9 @@
 """Prefill and decoding of whole models with random weights: latency, throughput and peak memory.
 
 P2's Figures 2 and 4 in our own measurements: its 1.5B and 7B shapes, for attention, RAT+, and RAT+
-with each sparse method at budget 1/16. Wall time of the model's own forward, launches included.
+with each sparse method at budget 1/16. Times are wall time of the model's own forward, launches
+included; the GPU time beside them is that of its kernels alone. Decoding uses no CUDA graph, so a
+step at a small batch takes as long as its launches.
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from kernels.bench.timing import Machine, Row, failure
+from ratplus_exp.cost import Shape
 from ratplus_exp.methods import Dense, Dilated, Engine, Method, MoBA, Quest, SnapKV
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 from ratplus_exp.models.cache import SparseCache
@@ -30,42 +33,54 @@ LENGTHS = (4096, 16_384, 65_536)
 SUITES = ("prefill latency", "decoding latency, one row", "decoding throughput, a row's token")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A model with or without the memory, a method, and the share of the context it attends to."""
+class Variant(NamedTuple):
+    """A model with or without the memory, and a method."""
 
     name: str
     memory: bool
     method: Method
-    prefill_share: float = 1.0
-    decode_share: float = 1.0
+
+    def prefill_keys(self, length: int) -> float:
+        """Keys that a prompt's query attends to, on average."""
+        method = self.method
+        every = torch.arange(length)
+        sparse = method.phase == "prefill" or isinstance(method, Dilated)
+        return float((method.attended(every) if sparse else every + 1).double().mean())
+
+    def decode_states(self, length: int) -> float:
+        """Cached tokens whose key and value a decoding step reads, after `length` of them; Quest
+        reads two vectors of each block besides."""
+        method = self.method
+        if isinstance(method, SnapKV):
+            return min(length, method.top_k)
+        if method.phase == "decode" or isinstance(method, Dilated):
+            blocks = length / method.block_size if method.phase == "decode" else 0
+            return int(method.attended(torch.tensor(length - 1))) + blocks
+        return length
 
 
 def variants(length: int, block: int = 64) -> list[Variant]:
     """The six of P2's and P1's comparisons, for prompts of `length` tokens in blocks of `block`."""
     blocks = max(2, length // block // 16)
-    tokens = blocks * block
-    share = tokens / length
-    dilated = Dilated(dilation=block, local=block, initial=1)
-    dilated_share = min(1.0, 1 / block + block / length)
     return [
         Variant("attention, dense", False, Dense()),
         Variant("RAT+, dense", True, Dense()),
-        Variant("RAT+, Quest", True, Quest(block_size=block, top_k=blocks), 1, share + 1 / block),
-        Variant("RAT+, MoBA", True, MoBA(block_size=block, top_k=blocks), share, 1),
-        Variant("RAT+, SnapKV", True, SnapKV(top_k=tokens, window=min(64, block)), 1, share),
-        Variant("RAT+, dilated", True, dilated, dilated_share, dilated_share),
+        Variant("RAT+, Quest", True, Quest(block_size=block, top_k=blocks)),
+        Variant("RAT+, MoBA", True, MoBA(block_size=block, top_k=blocks)),
+        Variant("RAT+, SnapKV", True, SnapKV(top_k=blocks * block, window=min(64, block))),
+        Variant("RAT+, dilated", True, Dilated(dilation=block, local=block, initial=1)),
     ]
 
 
 @torch.inference_mode()
-def rows(machine: Machine) -> Iterator[Row]:
-    """Rows of every model, length and variant; what runs out of memory says so."""
-    models = {"tiny": TINY} if machine.dry else MODELS
-    for name, sizes in models.items():
-        for memory in (False, True):
+def rows(machine: Machine, matches: Callable[[str], bool] = lambda _: True) -> Iterator[Row]:
+    """Rows of every model and length that matches, and variant; what runs out of memory says so."""
+    for name, sizes in ({"tiny": TINY} if machine.dry else MODELS).items():
+        every = (16,) if machine.dry else LENGTHS
+        lengths = [length for length in every if matches(f"{name} T={length}")]
+        for memory in (False, True) if lengths else ():
             model = _model(sizes | {"memory": memory}, machine)
-            for length in (16,) if machine.dry else LENGTHS:
+            for length in lengths:
                 for variant in variants(length, 4 if machine.dry else 64):
                     if variant.memory == memory:
                         yield from _variant(model, f"{name} T={length}", length, variant, machine)
@@ -86,13 +101,13 @@ def _variant(
     model: RatPlusForCausalLM, case: str, length: int, variant: Variant, machine: Machine
 ) -> Iterator[Row]:
     prefill, decode, throughput = (Row(suite, case, variant.name) for suite in SUITES)
-    config = model.config
-    weights = sum(p.numel() for p in model.parameters())
-    width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    prefill.flops = 2 * weights * length + 2 * width * length**2 * variant.prefill_share
+    config, shape, itemsize = model.config, Shape.of(model), machine.dtype.itemsize
+    prefill.flops = length * shape.forward_flops(variant.prefill_keys(length))
+    # Logits are asked for at the last token alone.
+    prefill.flops -= 2 * (length - 1) * shape.vocabulary * shape.hidden
     prefill.floor = prefill.flops / machine.matmul
-    cached = 2 * width * length * variant.decode_share * machine.dtype.itemsize
-    decode.bytes = weights * machine.dtype.itemsize + cached
+    cached = shape.kv_bytes(1, itemsize) * variant.decode_states(length)
+    decode.bytes = shape.multiplied * itemsize + cached
     decode.floor = decode.bytes / machine.bandwidth
     ids = torch.randint(config.vocab_size, (1, length), device=machine.device)
     cache: SparseCache | None = None
@@ -108,6 +123,7 @@ def _variant(
     with _memory_watched(prefill, machine):
         run_prefill()  # compiles what needs compiling
         prefill.seconds = _median(run_prefill, 1 if machine.dry else 3, machine)
+        prefill.gpu_seconds = _gpu_seconds(run_prefill, machine)
     yield prefill
     if prefill.seconds is None or cache is None:
         return
@@ -115,6 +131,7 @@ def _variant(
     with _memory_watched(decode, machine):
         run_step(ids[:, :1])
         decode.seconds = _median(lambda: run_step(ids[:, :1]), steps, machine)
+        decode.gpu_seconds = _gpu_seconds(lambda: run_step(ids[:, :1]), machine)
     yield decode
     batch = 1
     with _memory_watched(throughput, machine):
@@ -128,7 +145,7 @@ def _variant(
                 throughput.seconds = took
                 throughput.note = f"{1 / took:.0f} tokens/s at batch {batch}"
     if throughput.seconds is not None:
-        throughput.bytes = decode.bytes - weights * machine.dtype.itemsize
+        throughput.bytes = cached
         throughput.floor = throughput.bytes / machine.bandwidth  # weights shared by very many rows
     yield throughput
 
@@ -159,6 +176,17 @@ def _median(run: Callable[[], None], repeats: int, machine: Machine) -> float:
         _wait(machine)
         took.append(time.perf_counter() - start)
     return median(took)
+
+
+def _gpu_seconds(run: Callable[[], None], machine: Machine) -> float | None:
+    """What the kernels, copies and fills of one run take together, without the gaps between."""
+    if machine.device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as watched:
+        run()
+        _wait(machine)
+    found = [x for x in watched.events() or [] if x.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(x.time_range.elapsed_us() for x in found) / 1e6 or None
 
 
 def _wait(machine: Machine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ if not torch.cuda.is_available():
 
 from kernels.dispatch import interpreted
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
+from ratplus_exp.tasks import prompts
 
 torch.set_num_threads(1)
 
@@ -86,3 +88,14 @@ def left_pad():
         return ids, mask
 
     return pad
+
+
+@pytest.fixture
+def makers_are_threads(monkeypatch):
+    """Prompts are made ahead without the seconds that processes take to start."""
+
+    def pool(niah, workers):
+        return ThreadPoolExecutor(workers, initializer=lambda: setattr(prompts, "_niah", niah))
+
+    monkeypatch.setattr(prompts, "_pool", pool)
+    monkeypatch.setattr(prompts, "_kept", {})

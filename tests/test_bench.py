@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from kernels.bench import cpu_cases, report, timing
+from kernels.bench import cpu_cases, report, sparse_cases, timing
 from kernels.bench.scan_cases import both
 from kernels.bench.timing import Case, Form, Machine, Row
 from ratplus_exp import bench, latency
@@ -71,23 +71,123 @@ def test_a_form_that_fails_is_a_row_without_a_number():
     ]
 
 
+@pytest.mark.parametrize(
+    ("inputs", "touched", "held", "wanted"),
+    [
+        (67e6, 5.2e6, 68e6, 77),  # Quest at 4096 tokens: few of its inputs are read
+        (67e6, 0, 134e6, 6),  # nothing said: all inputs are
+        (1e5, 1e5, 2e5, 4001),  # a memory step: many, to touch 400 MB
+        (1e3, 1e3, 1e3, 4096),  # but not without end
+        (2e9, 167e6, 2e9, 3),
+        (2e9, 10e6, 2e9, 10),  # 20 GB of memory at most
+        (40e9, 40e9, 80e9, 1),
+    ],
+)
+def test_inputs_go_round_until_the_cache_has_forgotten_them(inputs, touched, held, wanted):
+    assert timing.copies(inputs, touched, held) == wanted
+
+
+def test_what_a_replay_leaves_is_checked():
+    outputs = [(torch.zeros(4), torch.zeros(2, dtype=torch.long)) for _ in range(2)]
+    wanted = [torch.ones(4, dtype=torch.float64)]
+
+    def replay(fills):
+        return lambda: [out[0][:n].fill_(x) for out, (n, x) in zip(outputs, fills, strict=True)]
+
+    assert timing.checked(replay([(4, 1.0), (4, 3.0)]), outputs, wanted) == 0
+    assert timing.checked(replay([(4, 1.5), (4, 3.0)]), outputs, wanted) == 0.5
+    assert timing.checked(replay([(4, 1.0), (4, 3.0)]), outputs, None) is None
+    for fills in ([(3, 1.0), (4, 3.0)], [(4, 1.0), (3, 3.0)]):  # one is not written
+        with pytest.raises(ValueError, match="NaN after a replay"):
+            timing.checked(replay(fills), outputs, wanted)
+
+
+def a_run(rows, **about):
+    fields = {"device": "D", "date": "2026", "commit": "c", "command": "x", "threads": 1}
+    return report.Run(
+        report.about_run(fields | {"versions": {"torch": "2"}} | about, MACHINE), rows
+    )
+
+
 def test_the_table_shows_time_floor_and_ratios():
     rows = [
         Row("scan", "T=8", "kernel", seconds=2e-5, floor=1e-5, bytes=3e9),
         Row("scan", "T=8", "torch", seconds=5e-4, floor=1e-5, error=1e-3),
         Row("scan", "T=8", "other", note="not installed: other"),
+        Row("scan", "T=8", "tiles", seconds=1e-3, flops=1e8, executed=5e8, gpu_seconds=5e-4),
     ]
-    about = {
-        "device": "D",
-        "date": "2026",
-        "commit": "c",
-        "command": "x",
-        "versions": {"torch": "2"},
-    }
-    text = report.markdown(rows, MACHINE, about | {"threads": 1})
+    text = report.markdown([a_run(rows)])
     assert "| T=8 | kernel | 20 µs | 3 |  | 10 µs | 2.00 | 1.00 |" in text
     assert "| T=8 | torch | 500 µs |  |  | 10 µs | 50.00 | 25.00 | 1.0e-03 |" in text
     assert "| T=8 | other | — |" in text and "not installed: other |" in text
+    assert "GPU 500 µs; 5.00 × the FLOPs on the tiles it computes, 50% of the matrix" in text
+
+
+def test_runs_of_parts_add_up_and_the_later_row_counts(tmp_path):
+    first = a_run([Row("s", "a", "kernel", 1.0), Row("s", "a", "torch", 2.0)], command="first")
+    second = a_run([Row("t: plans", "b", p, s) for p, s in (("P", 3e-6), ("Q", 2e-6))])
+    report.write(tmp_path, [first], plot=False)
+    report.write(tmp_path, [*report.read(tmp_path, second.about), second], plot=False)
+    again = a_run([Row("s", "a", "kernel", 0.5)], command="again")
+    report.write(tmp_path, [*report.read(tmp_path, again.about), again], plot=True)
+
+    found = report.read(tmp_path, again.about)
+    assert [run.about["command"] for run in found] == ["first", "x", "again"]
+    assert [[row.form for row in run.rows] for run in found] == [["torch"], ["P", "Q"], ["kernel"]]
+    text = (tmp_path / "bench.md").read_text()
+    assert text.index("| a | kernel | 500 ms") < text.index("| a | torch | 2 s")
+    assert "| 4.00 |" in text  # of the first form, which the later run measured
+    assert "- t: plans, b: Q 2 µs" in text
+    assert json.loads((tmp_path / "bench.json").read_text())["fastest_plans"] == {
+        "t: plans": {"b": "Q 2 µs"}
+    }
+    with pytest.raises(
+        ValueError, match="device=D and this run E: remove it, or set another folder"
+    ):
+        report.read(tmp_path, a_run([], device="E").about)
+    (tmp_path / "bench.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"bench\.json is not a bench's: remove it"):
+        report.read(tmp_path, again.about)
+
+
+def test_moba_is_charged_for_the_tiles_that_it_computes():
+    """Queries that agree need few blocks a tile; random ones nearly all of them."""
+    done = []
+    for correlated in (False, True):
+        shape, size, top_k = (1, 2, 2, 1024, 16), 16, 4
+        case = sparse_cases._moba(shape, size, top_k, correlated, MACHINE)
+        q, k, v, means = case.inputs(0)
+        assert q.std() == pytest.approx(1, abs=0.1)
+        scores = (q @ means.transpose(-1, -2)).masked_fill(
+            torch.arange(64) >= torch.arange(1024)[:, None] // 16, -torch.inf
+        )
+        own = torch.arange(1024) // 16
+        tiles = 0
+        for head in range(2):
+            for start in range(0, 1024, 128):
+                blocks = {0, *own[start : start + 128].tolist()}
+                for t in range(start, start + 128):
+                    ranked = scores[0, head, t, 1:].argsort(descending=True) + 1
+                    free = [b for b in ranked.tolist()[:2] if b < own[t]]
+                    blocks.update(free)
+                tiles += len(blocks)
+        gate = 2 * 16 * 1024 * 64
+        executed = case.forms[0].executed
+        assert executed is not None and executed(q, k, v, means) == tiles * 128 * 16 * 4 * 16 + gate
+        done.append(executed(q, k, v, means))
+    assert done[1] < 0.8 * done[0]
+
+
+def test_a_models_floors_are_what_its_method_reads():
+    attends = {variant.name: variant for variant in latency.variants(4096)}
+    assert attends["RAT+, dense"].decode_states(4096) == 4096
+    assert attends["RAT+, Quest"].decode_states(4096) == 4 * 64 + 64  # and its blocks' bounds
+    assert attends["RAT+, SnapKV"].decode_states(4096) == 256
+    assert attends["RAT+, dilated"].decode_states(4096) == 65 + 1 + 62  # window, first, multiples
+    assert attends["RAT+, MoBA"].prefill_keys(4096) == pytest.approx(
+        sum(min(n + 1, 4) * 64 - 31.5 for n in range(64)) / 64
+    )
+    assert attends["RAT+, Quest"].prefill_keys(4096) == 2048.5
 
 
 def test_a_compiled_form_that_does_not_finish_is_timed_out(monkeypatch):
@@ -114,20 +214,41 @@ def test_without_a_gpu_the_way_out_is_named(monkeypatch):
         bench.main([])
 
 
+def test_parts_are_of_the_gpus_run():
+    with pytest.raises(SystemExit, match="leave them out with --cpu"):
+        bench.main(["--cpu", "--match", "T=256"])
+
+
+dry = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
+    reason="needs Triton's interpreter",
+)
+
+
+@dry
+def test_parts_run_one_after_the_other_end_in_one_report(tmp_path, capsys):
+    for part in (["models"], ["scan", "--match", "memory step"], ["sparse", "--match", "gather"]):
+        bench.main(["--dry", "--out", str(tmp_path), "--only", *part])
+    runs = json.loads((tmp_path / "bench.json").read_text())["runs"]
+    suites = [{row["suite"] for row in run["rows"]} for run in runs]
+    assert suites == [set(latency.SUITES), {"memory step"}, {"SnapKV gather"}]
+    text = (tmp_path / "bench.md").read_text()
+    assert all(f"## {suite}\n" in text for part in suites for suite in part)
+    with pytest.raises(SystemExit, match="no case has that"):
+        bench.main(["--dry", "--out", str(tmp_path), "--only", "plans", "--match", "nothing"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "suites"),
     [(["scan", "plans"], {"memory"}), (["sparse"], {"Quest", "MoBA", "SnapKV"})],
     ids=["scan", "sparse"],
 )
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
-    reason="needs Triton's interpreter",
-)
+@dry
 def test_a_dry_run_measures_every_kernel_and_writes_its_report(parts, suites, tmp_path):
     bench.main(["--dry", "--only", *parts, "--out", str(tmp_path)])
     record = json.loads((tmp_path / "bench.json").read_text())
-    rows = [Row(**row) for row in record["rows"]]
+    rows = [Row(**row) for run in record["runs"] for row in run["rows"]]
     failed = [f"{row.suite}: {row.form}: {row.note}" for row in rows if "failed" in row.note]
     assert not failed
     assert {row.suite.split(",")[0].split(" ")[0] for row in rows} == suites

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.selection import select_blocks
 
-_TILE = 128  # queries that FlexAttention handles together
+TILE = 128  # queries that FlexAttention, and our kernel in bf16, handle together
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: object) -> Tensor:
@@ -48,7 +48,7 @@ def decode_inputs(size: int, top_k: int) -> Callable[..., tuple]:
         count, index = _indices(chosen)
         mask = BlockMask.from_kv_blocks(
             torch.zeros_like(count), index, count, index,
-            BLOCK_SIZE=(_TILE, size), seq_lengths=(1, k.shape[2]),
+            BLOCK_SIZE=(TILE, size), seq_lengths=(1, k.shape[2]),
         )  # fmt: skip
         return q, k, v, mask
 
@@ -58,28 +58,40 @@ def decode_inputs(size: int, top_k: int) -> Callable[..., tuple]:
 def prefill_inputs(size: int, top_k: int) -> Callable[..., tuple]:
     """setup for a prompt: tiles of queries over the union of their choices, and a bit a pair."""
 
-    def setup(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+    def setup(q: Tensor, k: Tensor, v: Tensor, means: Tensor) -> tuple:
         from torch.nn.attention.flex_attention import BlockMask
 
         length = q.shape[2]
-        means = k.unflatten(2, (-1, size)).mean(3).unsqueeze(2).transpose(-1, -2)
-        position = torch.arange(length, device=q.device)
-        chosen = []
-        for queries, at in zip(q.split(4096, dim=2), position.split(4096), strict=True):
-            scores = (queries.unflatten(1, (k.shape[1], -1)) @ means).flatten(1, 2)
-            chosen.append(select_blocks(scores, at[None], block_size=size, top_k=top_k))
-        bits = torch.cat(chosen, dim=2)  # (B, H, T, N)
-        count, index = _indices(bits.unflatten(2, (-1, _TILE)).any(3))
+        bits = selected(q, k, means, size, top_k)
+        count, index = _indices(bits.unflatten(2, (-1, TILE)).any(3))
 
         def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return bits[b, h, query, key // size] & (key <= query)
 
         mask = BlockMask.from_kv_blocks(
-            count, index, BLOCK_SIZE=(_TILE, size), mask_mod=seen, seq_lengths=(length, length)
+            count, index, BLOCK_SIZE=(TILE, size), mask_mod=seen, seq_lengths=(length, length)
         )
         return q, k, v, mask
 
     return setup
+
+
+def selected(
+    q: Tensor, k: Tensor, means: Tensor, size: int, top_k: int, unite: bool = False
+) -> Tensor:
+    """MoBA's choice for every query, (B, H, T, N) bool; united, what any of a tile's queries
+    selects, (B, H, T / TILE, N): the blocks that a kernel computes for that tile."""
+    means = means.unsqueeze(2).transpose(-1, -2)
+    position = torch.arange(q.shape[2], device=q.device)
+    chosen = []
+    for queries, at in zip(q.split(8 * TILE, dim=2), position.split(8 * TILE), strict=True):
+        scores = (queries.unflatten(1, (k.shape[1], -1)) @ means).flatten(1, 2)
+        bits = select_blocks(scores, at[None], block_size=size, top_k=top_k)
+        if unite:
+            tiles = [tile.any(2, keepdim=True) for tile in bits.split(TILE, dim=2)]
+            bits = torch.cat(tiles, dim=2)
+        chosen.append(bits)
+    return torch.cat(chosen, dim=2)
 
 
 def _indices(chosen: Tensor) -> tuple[Tensor, Tensor]:

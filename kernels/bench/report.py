@@ -1,54 +1,152 @@
-"""One run of the bench on paper: bench.json, a table (bench.md) and a plot (bench.png)."""
+"""The bench on paper: bench.json, a table (bench.md) and a plot (bench.png).
+
+A folder holds the bench of one device, measured by one run or by several, a part each. A run keeps
+what it was: command, date, commit, versions and the rates that its floors are made of. Its rows
+take the place of earlier runs' rows of the same suite, case and form.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kernels.bench.timing import Machine, Row
 
 
-def write(
-    folder: Path, rows: list[Row], machine: Machine, about: dict[str, Any], plot: bool = True
-) -> None:
-    """about: device, versions, date and command, as they stand in every result of the project."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = about | {
+class Run(NamedTuple):
+    """Rows, and where they come from: device, versions, date, command, rates."""
+
+    about: dict[str, Any]
+    rows: list[Row]
+
+
+def about_run(about: dict[str, Any], machine: Machine) -> dict[str, Any]:
+    """about, as it stands in every result of the project, with what was measured of the device."""
+    return about | {
         "dtype": str(machine.dtype).removeprefix("torch."),
         "dry": machine.dry,
         "copy_bytes_per_second": machine.bandwidth,
         "matmul_flop_per_second": machine.matmul,
-        "rows": [asdict(row) for row in rows],
+    }
+
+
+def read(folder: Path, about: dict[str, Any]) -> list[Run]:
+    """Earlier runs in a folder; ValueError where they are not of the same device and kind."""
+    path = folder / "bench.json"
+    if not path.exists():
+        return []
+    runs = [Run(run.pop("about"), [Row(**row) for row in run["rows"]]) for run in _load(path)]
+    for run in runs:
+        for name in ("device", "dtype", "dry"):
+            if run.about[name] != about[name]:
+                raise ValueError(
+                    f"{path} has {name}={run.about[name]} and this run {about[name]}: "
+                    "remove it, or set another folder with --out"
+                )
+    return runs
+
+
+def _load(path: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(path.read_text())["runs"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a bench's: remove it, or set --out") from None
+
+
+def merged(runs: Sequence[Run]) -> list[Run]:
+    """The runs, oldest first, each without the rows that a later one measured again."""
+    kept: list[Run] = []
+    seen: set[tuple[str, str, str]] = set()
+    for run in reversed(runs):
+        rows = [row for row in run.rows if _key(row) not in seen]
+        seen.update(map(_key, run.rows))
+        if rows:
+            kept.append(Run(run.about, rows))
+    return kept[::-1]
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    return row.suite, row.case, row.form
+
+
+def write(folder: Path, runs: Sequence[Run], plot: bool = True) -> None:
+    """bench.json and bench.md of all runs, and the plot, where it is asked for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = merged(runs)
+    record = {
+        "fastest_plans": fastest_plans(runs),
+        "runs": [{"about": run.about, "rows": [asdict(row) for row in run.rows]} for run in runs],
     }
     (folder / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "bench.md").write_text(markdown(rows, machine, about))
-    if plot:
-        _plot(folder / "bench.png", rows, about["device"])
+    (folder / "bench.md").write_text(markdown(runs))
+    if plot and runs:
+        rows = [row for row in _rows(runs) if not row.suite.endswith(PLANS)]
+        _plot(folder / "bench.png", rows, runs[-1].about["device"])
 
 
-def markdown(rows: list[Row], machine: Machine, about: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    lines = [
-        f"# Bench on {about['device']}",
+PLANS = ": plans"  # ends the names of the suites whose forms are plans
+
+
+def fastest_plans(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+    """The plan that took the least time, by suite and case."""
+    best: dict[str, dict[str, Row]] = {}
+    for row in _rows(runs):
+        if row.suite.endswith(PLANS) and row.seconds:
+            found = best.setdefault(row.suite, {})
+            if row.case not in found or row.seconds < (found[row.case].seconds or 0):
+                found[row.case] = row
+    return {
+        suite: {case: f"{row.form} {seconds(row.seconds)}" for case, row in cases.items()}
+        for suite, cases in best.items()
+    }
+
+
+def _rows(runs: Sequence[Run]) -> list[Row]:
+    """All rows, those of one case together. Where a later run was cut short in a case, its rows
+    come first: they have the first form."""
+    cases: dict[tuple[str, str], list[Row]] = {
+        (row.suite, row.case): [] for run in runs for row in run.rows
+    }
+    for run in reversed(runs):
+        for row in run.rows:
+            cases[row.suite, row.case].append(row)
+    return [row for case in cases.values() for row in case]
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    lines = [f"# Bench on {runs[-1].about['device']}" if runs else "# Bench", ""]
+    for about in (run.about for run in runs):
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        lines.append(
+            f"- {about['date']}, commit {about['commit']}, `{about['command']}`: device copy "
+            f"{about['copy_bytes_per_second'] / 1e12:.3g} TB/s, matrix product ({about['dtype']}) "
+            f"{about['matmul_flop_per_second'] / 1e12:.3g} TFLOP/s; {versions}; "
+            f"{about['threads']} CPU threads"
+        )
+    lines += [
         "",
-        f"{about['date']}, commit {about['commit']}, `{about['command']}`",
-        f"{versions}; {about['threads']} CPU threads",
-        "",
-        f"Measured here: device copy {machine.bandwidth / 1e12:.3g} TB/s, matrix product "
-        f"({str(machine.dtype).removeprefix('torch.')}) {machine.matmul / 1e12:.3g} TFLOP/s. "
-        "Floor: the larger of bytes over the one and FLOPs over the other. × first: how many times "
-        "the time of the case's first form. Error: relative to float64.",
+        "Floor: the larger of bytes over the one rate and FLOPs over the other, both measured in "
+        "the same run. × first: how many times the time of the case's first form. Error: relative "
+        "to float64. Models run without CUDA graphs: where their GPU time, all kernels together, "
+        "is well below the time, launches set it.",
     ]
-    if machine.dry:
+    if any(run.about["dry"] for run in runs):
         lines += ["", "**A dry run on tiny shapes: its times mean nothing.**"]
+    matmul = {_key(row): run.about["matmul_flop_per_second"] for run in runs for row in run.rows}
+    rows = _rows(runs)
     for suite in dict.fromkeys(row.suite for row in rows):
         lines += ["", f"## {suite}", "", _HEADER, "|---|---|" + "---:|" * 8 + "---|"]
         mine = [row for row in rows if row.suite == suite]
         for case in dict.fromkeys(row.case for row in mine):
-            lines += _table(row for row in mine if row.case == case)
+            lines += _table((row for row in mine if row.case == case), matmul)
+    if plans := fastest_plans(runs):
+        lines += ["", "## Fastest plans", ""]
+        lines += [
+            f"- {suite}, {case}: {plan}" for suite in plans for case, plan in plans[suite].items()
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -58,7 +156,7 @@ _HEADER = (
 )
 
 
-def _table(rows: Iterable[Row]) -> Iterable[str]:
+def _table(rows: Iterable[Row], matmul: dict[tuple, float]) -> Iterable[str]:
     first = None
     for i, row in enumerate(rows):
         first = row.seconds if i == 0 else first
@@ -73,9 +171,23 @@ def _table(rows: Iterable[Row]) -> Iterable[str]:
             f"{row.seconds / first:.2f}" if row.seconds and first else "",
             f"{row.error:.1e}" if row.error is not None else "",
             f"{row.peak_memory / 1e9:.2f} GB" if row.peak_memory is not None else "",
-            row.note.replace("|", "/"),
+            note(row, matmul[_key(row)]).replace("|", "/"),
         ]
         yield "| " + " | ".join(cells) + " |"
+
+
+def note(row: Row, matmul: float) -> str:
+    """What a row says of itself, its GPU time, and how well it used the FLOPs that it did."""
+    parts = [row.note] if row.note else []
+    if row.gpu_seconds is not None:
+        parts.append(f"GPU {seconds(row.gpu_seconds)}")
+    if row.executed and row.seconds:
+        share = row.executed / row.seconds / matmul
+        parts.append(
+            f"{row.executed / row.flops:.2f} × the FLOPs on the tiles it computes, "
+            f"{share:.0%} of the matrix peak on them"
+        )
+    return "; ".join(parts)
 
 
 def seconds(value: float | None) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import kernels
 from kernels.bench import scan_forms
+from kernels.bench.report import PLANS
 from kernels.bench.timing import Case, Form, Machine
 from kernels.memory_scan import memory_prefill_torch, memory_scan_torch
 
@@ -46,11 +47,12 @@ def plans(machine: Machine) -> Iterator[Case]:
         for chunks in cuts
         for warps in widths
     ]
-    for shape in [(1, 5, 2, 4)] if machine.dry else [(1, 4096, 32, 128), (1, 32_768, 32, 128)]:
+    shapes = [(1, 4096, 32, 128), (1, 32_768, 32, 128), (1, 32_768, 8, 128)]
+    for shape in [(1, 5, 2, 4)] if machine.dry else shapes:
         for case, passes in ((_forward(shape, machine), 0), (_backward(shape, machine), 1)):
             yield replace(
                 case,
-                suite=f"{case.suite}: plans",
+                suite=case.suite + PLANS,
                 forms=[Form(str(plan), *_planned(plan, passes)) for plan in candidates],
             )
 
@@ -172,7 +174,8 @@ def _step(shape: tuple[int, ...], machine: Machine) -> Case:
 
     def inputs(seed: int) -> tuple:
         z, k, v = _inputs((b, 1, h, d), machine)(seed)
-        state = torch.randn(2, b, h, d, device=machine.device)
+        generator = torch.Generator(machine.device).manual_seed(seed)
+        state = torch.randn(2, b, h, d, device=machine.device, generator=generator)
         return z[:, 0], k[:, 0], v[:, 0], state
 
     def in_torch(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Any:

@@ -29,7 +29,8 @@ BACKENDS = {
 def cases(machine: Machine) -> Iterator[Case]:
     if machine.dry:
         yield _quest((1, 2, 1, 12, 4), 4, 2, machine)
-        yield _moba((1, 2, 1, 12, 4), 4, 2, machine)
+        for correlated in (False, True):
+            yield _moba((1, 2, 1, 12, 4), 4, 2, correlated, machine)
         yield from _snapkv((1, 2, 1, 12, 4), 4, 6, machine)
         return
     for length in (4096, 32_768, 131_072):
@@ -38,7 +39,8 @@ def cases(machine: Machine) -> Iterator[Case]:
             for batch, kv_heads in ((1, 32), (1, 8), (16, 32)):
                 if batch * length <= 16 * 32_768:
                     yield _quest((batch, 32, kv_heads, length, 128), 64, top_k, machine)
-            yield _moba((1, 32, 32, length, 128), 64, top_k, machine)
+            for correlated in (False, True):
+                yield _moba((1, 32, 32, length, 128), 64, top_k, correlated, machine)
         for kv_heads in (32, 8):
             yield from _snapkv((1, 32, kv_heads, length, 128), 64, length // 16, machine)
 
@@ -118,14 +120,36 @@ def _quest(shape: tuple[int, ...], size: int, top_k: int, machine: Machine) -> C
     )  # fmt: skip
 
 
-def _moba(shape: tuple[int, ...], size: int, top_k: int, machine: Machine) -> Case:
+def _moba(
+    shape: tuple[int, ...], size: int, top_k: int, correlated: bool, machine: Machine
+) -> Case:
     b, h, _, t, d = shape
     blocks = t // size
 
-    kernel = partial(kernels.moba_prefill, block_size=size, top_k=top_k)
-    definition = partial(moba_prefill_torch, block_size=size, top_k=top_k)
+    def inputs(seed: int) -> tuple:
+        q, k, v = _qkv(shape, t, machine, seed)
+        if correlated:
+            q = _slow_walk(q, seed)
+        # Given, so that a form's error is not that of other means, which select other blocks.
+        return q, k, v, k.unflatten(2, (-1, size)).mean(3)
 
-    forms = [Form("kernel", kernel), *_dense(causal=True)]
+    def kernel(q: Tensor, k: Tensor, v: Tensor, means: Tensor | None) -> Tensor:
+        return kernels.moba_prefill(q, k, v, block_size=size, top_k=top_k, means=means)
+
+    def definition(q: Tensor, k: Tensor, v: Tensor, means: Tensor) -> Tensor:
+        return moba_prefill_torch(q, k, v, size, top_k, means)
+
+    gate = b * h * d * t * blocks  # its causal half
+
+    def executed(q: Tensor, k: Tensor, v: Tensor, means: Tensor) -> float:
+        tiles = flex.selected(q, k, means, size, top_k, unite=True)
+        return float(tiles.sum()) * flex.TILE * size * 4 * d + gate
+
+    forms = [
+        Form("kernel", kernel, executed=executed),
+        Form("kernel, finding the means", lambda q, k, v, _: kernel(q, k, v, None), check=False),
+        *([] if correlated else _dense(causal=True)),  # to which queries make no difference
+    ]
     if t <= 4096:
         forms.append(Form("torch definition", definition))
     if t <= 32_768:  # its mask takes H · T² / block_size bytes
@@ -135,16 +159,33 @@ def _moba(shape: tuple[int, ...], size: int, top_k: int, machine: Machine) -> Ca
                 flex.attend,
                 flex.prefill_inputs(size, top_k),
                 gpu=True,
+                executed=executed,
             )
         )
     seen = sum(min(n + 1, top_k) - 0.5 for n in range(blocks)) * size * size  # pairs a head
     return Case(
-        "MoBA prefill", f"{_name(shape)} k={top_k}",
-        lambda seed: tuple(_qkv(shape, t, machine, seed)), forms,
+        "MoBA prefill, correlated queries" if correlated else "MoBA prefill, random queries",
+        f"{_name(shape)} k={top_k}", inputs, forms,
         bytes=4 * b * h * t * d * machine.dtype.itemsize,
-        flops=b * h * d * (4 * seen + t * blocks),  # attention, and the gate's causal half
+        flops=b * h * d * 4 * seen + gate,
         reference=definition if t <= 4096 else None,
     )  # fmt: skip
+
+
+def _slow_walk(noise: Tensor, seed: int) -> Tensor:
+    """Queries that change slowly from token to token, as those of a real prompt do.
+
+    q_t = g q_{t-1} + √(1 − g²) noise_t with g = 0.99, from a first token of the same variance: a
+    query correlates by 0.5 with that 69 tokens before. Random queries are the worst case of a
+    kernel that computes the union of its tile's choices.
+    """
+    b, h, _, d = noise.shape
+    gate, x = 0.99, noise.transpose(1, 2)
+    scale = math.sqrt((1 + gate) / (1 - gate))  # Eq. 1 weighs its input by 1 − g
+    generator = torch.Generator(noise.device).manual_seed(seed + 1_000_003)
+    start = torch.randn(2, b, h, d, device=noise.device, generator=generator) / scale
+    z = torch.full_like(x, math.log(gate / (1 - gate)))
+    return (kernels.memory_scan(z, x, x, start)[0] * scale).transpose(1, 2).contiguous()
 
 
 def _snapkv(shape: tuple[int, ...], window: int, kept: int, machine: Machine) -> Iterator[Case]:
@@ -189,7 +230,8 @@ def _snapkv(shape: tuple[int, ...], window: int, kept: int, machine: Machine) ->
 
     def choice(seed: int) -> tuple:
         _, k, v = _qkv(shape, window, machine, seed)
-        scores = torch.rand(b, kv, t, device=machine.device)
+        generator = torch.Generator(machine.device).manual_seed(seed)
+        scores = torch.rand(b, kv, t, device=machine.device, generator=generator)
         return k, v, scores.topk(kept, dim=-1).indices.sort(-1).values
 
     def gather(k: Tensor, v: Tensor, best: Tensor) -> tuple:

@@ -11,6 +11,7 @@ A measuring stage is a module with two functions, which `fill` calls:
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache
 from importlib import import_module
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,13 @@ from ratplus_exp.models.loading import (
 from ratplus_exp.results import Cell
 from ratplus_exp.stages.common import device_of, job_folder, resolve, store_of
 from ratplus_exp.tasks import NIAH, TASKS, Sample, read_jsonl
+from ratplus_exp.tasks.niah import sample_name
+from ratplus_exp.tasks.prompts import prompts_of
 from ratplus_exp.tracking import tracked
 from ratplus_exp.training.parallel import barrier, from_first, processes, rank, world_size
 
 DECODING = ("decode", "once")  # phases of methods that leave the prefill dense
+MOST_MAKERS = 4  # of prompts: 15 ms each at 4096 tokens is less than a GPU takes for one
 
 
 class Job:
@@ -151,27 +156,44 @@ class Loaded:
 
 
 class Source:
-    """Samples by task and index, generated or from RULER's files, and then kept."""
+    """Samples by task and index, generated or from RULER's files.
+
+    Generated ones are kept for all settings of this process, and for a GPU, which would have to
+    wait for them, made ahead of it by other processes.
+    """
 
     def __init__(self, job: Job, tokenizer: Any) -> None:
         cfg, files = job.cfg, job.files
         forms = forms_of(cfg)
         essay = str(resolve(cfg.data.essay)) if cfg.data.essay else None
         self.seed = cfg.seed
-        self.niah = NIAH(tokenizer, cfg.data.length, forms, essay)
+        niah = NIAH(tokenizer, cfg.data.length, forms, essay)
+        self.prompts = prompts_of(niah, cfg.seed, _makers(device_of(cfg)))
         self.read: dict[str, list[Sample]] = {}
         for task, file in files.items():
             self.read[task] = read_jsonl(file, tokenizer, cfg.data.length - forms.reserve, task)
             if (found := len(self.read[task])) < cfg.data.examples:
                 raise ValueError(f"{file} has {found} samples: set data.examples={found}")
-        self.made: dict[tuple[str, int], Sample] = {}
 
     def __call__(self, task: str, index: int) -> Sample:
-        if self.read:
-            return self.read[task][index]
-        if (task, index) not in self.made:
-            self.made[task, index] = self.niah.sample(task, self.seed, index)
-        return self.made[task, index]
+        return self.read[task][index] if self.read else self.prompts(task, index)
+
+    def id(self, task: str, index: int) -> str:
+        """A sample's id, without making the sample."""
+        return self.read[task][index].id if self.read else sample_name(task, self.seed, index)
+
+    def ahead(self, task: str, indices: list[int]) -> None:
+        """These samples are going to be asked for, in this order."""
+        if not self.read:
+            self.prompts.ahead(task, indices)
+
+
+def _makers(device: torch.device) -> int:
+    """Processes that make prompts ahead. On a CPU, cores have the model to run; and a sweep's own
+    worker processes, which share a GPU, may start none and make prompts while others use it."""
+    if device.type != "cuda" or current_process().daemon:
+        return 0
+    return max(0, min(MOST_MAKERS, (os.cpu_count() or 1) - 1))
 
 
 def fill_missing(job: Job, log: Callable[[Any], None]) -> None:
@@ -188,6 +210,8 @@ def _fill_all(job: Job, missing: list[str], log: Callable[[Any], None]) -> None:
     cfg, source = job.cfg, Source(job, load_tokenizer(job.path))
     for task in missing:
         source(task, 0)  # prompts that cannot be made are refused before anything is written
+    for task in missing[:1]:  # while the model is loaded
+        source.ahead(task, _lacking(job, task, source)[rank() :: world_size()])
     with tracked(cfg, job_folder()) as tracker:
         loaded = Loaded.of(job)
         have = sum(min(len(job.cells[t].records()), cfg.data.examples) for t in missing)
@@ -210,14 +234,10 @@ def fill(job: Job, task: str, loaded: Loaded, source: Source, done: Callable[[in
     """
     cfg, cell = job.cfg, job.cells[task]
     stage = import_module(cfg.stage.run.rpartition(".")[0])
-
-    def lacking() -> list[int]:
-        have, every = cell.records(), range(cfg.data.examples)
-        return [index for index in every if source(task, index).id not in have]
-
     with _opened(cell, cfg):
-        todo = from_first(lacking)
+        todo = from_first(lambda: _lacking(job, task, source))
         mine, left = todo[rank() :: world_size()], len(todo)
+        source.ahead(task, mine)
         for start in range(0, len(mine), cfg.stage.batch_size):
             batch = [source(task, index) for index in mine[start : start + cfg.stage.batch_size]]
             began = time.perf_counter()
@@ -234,6 +254,11 @@ def fill(job: Job, task: str, loaded: Loaded, source: Source, done: Callable[[in
         first = [source(task, index) for index in range(min(16, cfg.data.examples))]
         seconds = round(sum(record.get("seconds", 0.0) for record in every.values()), 3)
         cell.finish(stage.metrics(job, loaded, every, first) | {"seconds": seconds})
+
+
+def _lacking(job: Job, task: str, source: Source) -> list[int]:
+    have, every = job.cells[task].records(), range(job.cfg.data.examples)
+    return [index for index in every if source.id(task, index) not in have]
 
 
 @contextmanager

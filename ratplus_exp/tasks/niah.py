@@ -89,7 +89,7 @@ class NIAH:
             raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: use train or validation")
-        spec, name = TASKS[task], f"{task}/{split}/{seed}/{index}"
+        spec, name = TASKS[task], sample_name(task, seed, index, split)
         rng = seeded_random(name)
         draw = Draw(self.forms, split, rng)
 
@@ -202,6 +202,11 @@ class Draw:
             f"the prompt needs more than the {len(self.used)} {kind}s there are: shorten length,"
             " or raise forms.key_count or number_digits"
         )
+
+
+def sample_name(task: str, seed: int, index: int, split: str = "validation") -> str:
+    """A sample's id, which is all that it depends on."""
+    return f"{task}/{split}/{seed}/{index}"
 
 
 def seeded_random(name: str) -> random.Random:

@@ -11,7 +11,8 @@ import pytest
 from ratplus_exp.config import forms_of
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.results import Store, tidy
-from ratplus_exp.tasks import NIAH, TASKS, write_jsonl
+from ratplus_exp.stages import cells
+from ratplus_exp.tasks import NIAH, TASKS, prompts, write_jsonl
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -153,6 +154,36 @@ def test_rulers_own_files_can_be_evaluated(job, tiny_models, tmp_path):
     (folder / "validation.jsonl").write_text("\n".join([text[0], "{broken", text[2]]))
     with pytest.raises(ValueError, match=r"validation\.jsonl.*2"):
         job(*overrides)
+
+
+def test_prompts_are_made_once_and_only_where_they_are_needed(job, tiny_models, monkeypatch):
+    made, make = [], NIAH.sample
+    monkeypatch.setattr(NIAH, "sample", lambda self, *x: [made.append(x), make(self, *x)][1])
+    monkeypatch.setattr(prompts, "_kept", {})
+    setting = {"data.tasks": "[S-1]", "data.examples": 20}
+    job(*small(tiny_models, **setting))
+    job(*small(tiny_models, method="snapkv", **setting))
+    job(*small(tiny_models, "attention", **setting))
+    assert made == [("S-1", 0, i) for i in range(20)]
+    monkeypatch.setattr(prompts, "_kept", {})
+    job(*small(tiny_models, **setting | {"data.examples": 22}))
+    assert set(made[20:]) == {("S-1", 0, i) for i in (*range(16), 20, 21)}  # 16 for the metrics
+
+
+def test_prompts_made_ahead_change_nothing(job, tiny_models, monkeypatch, makers_are_threads):
+    found = []
+    for workers in (0, 2):
+        monkeypatch.setattr(cells, "_makers", lambda _, n=workers: n)
+        job(*small(tiny_models, **{"data.examples": 5}))
+        job(*small(tiny_models, **{"data.examples": 8}))
+        found.append([without_times(cell) for cell in Store(job.folder / "results").cells()])
+        shutil.rmtree(job.folder / "results")
+    assert found[0] == found[1]
+    assert prompts._kept.popitem()[1].pool is not None
+
+
+def without_times(cell):
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in cell.records().values()]
 
 
 def test_sigkill_costs_and_repeats_no_example(tiny_models, tmp_path):
