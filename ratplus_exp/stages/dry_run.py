@@ -80,14 +80,15 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
     gpus = cfg.cluster
     schedule.check(gpus.gpus)
     tokens, length = sum(t for t, _ in schedule.stages), max(n for _, n in schedule.stages)
-    rows = max(1, schedule.tokens_per_step // length) // gpus.gpus
+    share = max(1, schedule.tokens_per_step // length) // gpus.gpus
+    rows = min(share, settings.rows_per_pass or share)
     flops = training_flops(cfg, shape)
     memory = cost.training_memory(
         shape,
         shards=gpus.gpus if settings.parallel == "fsdp" else 1,
-        rows=-(-rows // settings.accumulate),
+        rows=rows,
         length=length,
-        accumulate=settings.accumulate,
+        passes=-(-share // rows),
         checkpointing=settings.activation_checkpointing,
         bf16=settings.precision == "bf16",
     )
@@ -101,7 +102,7 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
     ]
     corpus = tokens * (2 if shape.vocabulary <= 1 << 16 else 4) if cfg.corpus else 0
     disk = {
-        "a checkpoint (two while one is replaced)": cost.checkpoint_bytes(shape),
+        "checkpoints (two, and one being written)": 3 * cost.checkpoint_bytes(shape),
         "the model (fp32)": 4 * shape.parameters,
         "the corpus": corpus,
     }
