@@ -43,7 +43,9 @@ def test_text_becomes_shards_and_trains_an_attention_model_with_fresh_gates(
         job(*train)
     job("stage=tokenize", *corpus, init, "stage.workers=1", "model=pocket_ratplus")
     assert "tokens in" in capsys.readouterr().out
+    capsys.readouterr()
     job(*train)
+    assert re.search(r"has [\d,]+ tokens: the schedule reads it 0\.\d", out := capsys.readouterr().out) is None
     folder = job.folder / "training/pocket_ratplus_continued"
     weights = load_file(folder / "model/model.safetensors")
     before = load_file(tiny_models["attention"] / "model.safetensors")
