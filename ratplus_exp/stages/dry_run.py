@@ -95,7 +95,7 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
     seconds = cost.hours(flops, gpus.gpus, gpus.peak_tflops, gpus.mfu) * 3600
     work = [
         ("Tokens", f"{tokens:.3g} in {schedule.steps} steps of {schedule.tokens_per_step}"),
-        ("Passes a batch", "2: dilated and dense" if cfg.stage.joint else "1: dense"),
+        ("Passes a batch", _passes(cfg, tokens)),
         ("FLOPs", f"{flops:.3g}"),
         ("Hours", f"{seconds / 3600:.3g}"),
         ("Tokens/s", f"{tokens / seconds:.3g}"),
@@ -107,6 +107,12 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
         "the corpus": corpus,
     }
     return [work, _memory(memory, cfg), _gigabytes("Disk", disk)]
+
+
+def _passes(cfg: DictConfig, tokens: int) -> str:
+    if not cfg.stage.joint:
+        return "1: dense"
+    return "1: dilated" if cfg.stage.sparse_only_tokens >= tokens else "2: dilated and dense"
 
 
 def evaluation(cfg: DictConfig, shape: Shape) -> list[Rows]:
