@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import hydra
@@ -10,6 +11,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ratplus_exp.stages import UserError, run
+
+WAIT = 3.0  # seconds; torchrun looks after its processes ten times a second
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -32,11 +35,19 @@ def fail(error: BaseException) -> None:
             message = "SLURM launchers need a package: pip install -e '.[slurm]'"
         if group == "budget":
             message += "; or set budget.fraction, for instance budget.fraction=3/4"
+    elif isinstance(error, FileNotFoundError) and error.filename:
+        message = f"there is no {error.filename}: check the path"
     elif isinstance(error, OSError) and error.filename:
-        message = f"cannot write {error.filename} ({error.strerror}): set output=DIR"
+        message = f"cannot use {error.filename} ({error.strerror}): for an output, set output=DIR"
     elif error.__cause__ is not None:
         message = f"{message}: {error.__cause__}"
-    sys.exit("error: " + " ".join(message.split()))
+    where = ""
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        # Most errors are every process's. The first then says it, and torchrun or srun ends the
+        # others while they wait; what is wrong with one of them alone is said by that one.
+        time.sleep(WAIT)
+        where = f" on rank {rank}"
+    sys.exit(f"error{where}: " + " ".join(message.split()))
 
 
 if __name__ == "__main__":

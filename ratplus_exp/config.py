@@ -40,6 +40,7 @@ class BudgetConfig:
 class DataConfig:
     name: str = MISSING
     length: int = MISSING  # context length in tokens, answer included
+    batch_size: int = 50  # prompts at a time in evaluation, unless stage.batch_size says otherwise
     block_size: int = MISSING  # the tier's block size; 64 in the paper
     window: int = MISSING  # SnapKV's observation window; 64 in the paper
     tasks: list[str] = field(default_factory=lambda: list(TASKS))

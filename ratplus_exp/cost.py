@@ -20,6 +20,8 @@ from ratplus_exp.methods import Method
 # Dense bf16 TFLOP/s from the makers' data sheets; the first name found in the device's counts.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H200 NVL": 835.0,
     "GH200": 989.0,
     "H200": 989.0,
     "H100": 989.0,
@@ -119,17 +121,18 @@ def training_memory(
     shards: int,
     rows: int,
     length: int,
-    accumulate: int = 1,
+    passes: int = 1,
     checkpointing: bool = False,
     bf16: bool = True,
 ) -> dict[str, float]:
     """Bytes on one GPU by what they are for, with FSDP over `shards` GPUs (1: one GPU or DDP).
 
-    rows: of one micro-batch on this GPU. States are exact: fp32 weights, gradients and Adam's two
+    rows, passes: of one pass on this GPU, and how many it makes of its share of a batch. States are exact: fp32 weights, gradients and Adam's two
     moments. Activations are an estimate: with flash-like attention a layer keeps about
     10 · hidden + 3 · ffn + 4 · kv values a token (inputs and outputs of its products and
     norms); with checkpointing its input alone, and one layer at a time everything. Logits count
-    the fp32 logits, their gradient and log-probabilities.
+    the fp32 logits, their gradient and log-probabilities, and with bf16 the product's own logits
+    and their gradient.
     """
     size = 2 if bf16 else 4
     tokens = rows * length
@@ -138,14 +141,14 @@ def training_memory(
     inputs = tokens * size * shape.hidden
     activations = shape.layers * inputs + layer if checkpointing else shape.layers * layer
     gathered = 2 * size * shape.parameters / shape.layers if shards > 1 else 0
-    # Between micro-batches FSDP keeps whole gradients, so as to reduce them once.
-    whole_gradients = 4 * shape.parameters if shards > 1 and accumulate > 1 else 0
+    # Between passes FSDP keeps whole gradients, so as to reduce them once.
+    whole_gradients = 4 * shape.parameters if shards > 1 and passes > 1 else 0
     return {
         "weights, gradients, Adam (fp32)": 16 * shape.parameters / shards,
         "gathered layers": gathered,
-        "gradients between micro-batches": whole_gradients,
+        "gradients between passes": whole_gradients,
         "activations": activations,
-        "logits": 3 * 4 * tokens * shape.vocabulary,
+        "logits": (3 * 4 + (2 * 2 if bf16 else 0)) * tokens * shape.vocabulary,
     }
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -51,7 +52,8 @@ def new_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
 
 
 def add_memory(model: PreTrainedModel, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A RAT+ model that starts from a trained attention model: the same weights and fresh gates.
+    """A RAT+ model that starts from a trained attention model: the same weights and fresh gates,
+    which see nothing of x at first (W_g = 0): their bias says where they start.
 
     Takes P2's backbone and the families of docs/models.md; the dtype stays. settings are fields of
     the new config, above all those of MEMORY_SETTINGS.
@@ -71,6 +73,9 @@ def add_memory(model: PreTrainedModel, seed: int = 0, **settings: Any) -> PreTra
     logging.set_verbosity(level)
     new = (".memory.", ".output_gate.")
     assert all(any(part in name for part in new) for name in report["missing_keys"])
+    for name in report["missing_keys"]:
+        if name.endswith(".memory.weight"):
+            nn.init.zeros_(ratplus.get_parameter(name))
     return ratplus
 
 
@@ -85,10 +90,10 @@ def memory_config(config: PretrainedConfig, **settings: Any) -> PretrainedConfig
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Initial weights from a seed: transformers draws them from the global generator, which is put
-    back afterwards."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    """Initial weights from a seed: transformers draws them from the CPU's global generator, which is
+    put back afterwards; those of GPUs are left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
 
 

@@ -55,7 +55,8 @@ class MemoryFields:
 
     memory: False gives the attention baseline in the very same class.
     gate_bias: where the gates start, as in RatPlusConfig; −4 lets each token keep 98 % of itself,
-        so that training starts near the stock model.
+        so that training starts near the stock model. The bias alone says it, for W_g = 0 at first:
+        in OLMo2 x is the residual stream without a norm, and a random W_g would swamp any bias.
     memory_position: whether the memory sees keys "after_norm" or "before_norm", where the family
         has a k-norm (OLMo2, Qwen3); P1 leaves it open.
     output_gate: whether the attention output is multiplied by a gate of x, as in P2's models; P1
@@ -157,7 +158,7 @@ class _Gated:
         if isinstance(module, Memory):
             bias = config.gate_bias
             bias = bias if isinstance(bias, int | float) else tuple(bias)
-            module.initialize(config.initializer_range, bias)
+            module.initialize(0.0, bias)
         elif isinstance(module, OutputGate):
             nn.init.zeros_(module.weight)
         else:

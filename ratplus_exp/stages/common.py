@@ -18,6 +18,9 @@ from ratplus_exp.results import Store, StoreBusy
 from ratplus_exp.training import LossDiverged, Stopped
 from ratplus_exp.training.parallel import local_rank, world_size
 
+SHARED = ("pretrain", "continued_pretrain", "sft", "eval", "hit_rate")
+"""The stages that several processes share; the others run in one."""
+
 UserError = (ValueError, OSError, StoreBusy, LossDiverged, Stopped)
 """What a user can cause: shown as one line, without a traceback."""
 
@@ -26,6 +29,12 @@ def run(cfg: DictConfig) -> None:
     """Validate, then hand the configuration to its stage (`stage.run` names the function), or to
     the estimate of what that would cost."""
     validate(cfg)
+    if world_size() > 1 and (cfg.dry_run or cfg.stage.name not in SHARED):
+        what = "dry_run=true" if cfg.dry_run else f"stage={cfg.stage.name}"
+        raise ValueError(
+            f"{what} runs in one process: start it with python run.py; torchrun is for stage="
+            + ", ".join(SHARED)
+        )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     get_method("ratplus_exp.stages.dry_run.run" if cfg.dry_run else cfg.stage.run)(cfg)
@@ -60,6 +69,12 @@ def tokenizer_name(folder: Path) -> str:
     return provenance.sha256(folder / "tokenizer.json")
 
 
+def corpus_folder(cfg: DictConfig, init: Path) -> Path:
+    """Where the tokens of the corpus lie: below corpus.folder, one folder a tokenizer, so that
+    models with the same tokenizer share them."""
+    return Path(cfg.corpus.folder) / tokenizer_name(init)[:12]
+
+
 def store_of(cfg: DictConfig) -> Store:
     """The results store; OSError, before any work, where its folder can't be written."""
     root = Path(cfg.results)
@@ -80,13 +95,16 @@ def job_folder() -> Path:
 
 
 def device_of(cfg: DictConfig) -> torch.device:
-    """cfg.device; among several processes on GPUs, each one's own."""
+    """cfg.device; among several processes on GPUs, each one's own. A GPU with a number becomes the
+    current one, which is where kernels run that are told of none."""
     if cfg.device == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     else:
         device = _named_device(cfg.device)
     if device.type == "cuda" and world_size() > 1:
-        return torch.device("cuda", local_rank())
+        device = torch.device("cuda", local_rank())
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

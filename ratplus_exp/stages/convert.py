@@ -7,21 +7,21 @@ from omegaconf import DictConfig
 
 from ratplus_exp.config import plain
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM, config_for
-from ratplus_exp.models.loading import read_tokenizer, weight_files, weights_digest
+from ratplus_exp.models.loading import (
+    SPECIAL_TOKENS,
+    read_tokenizer,
+    weight_files,
+    weights_digest,
+)
 from ratplus_exp.models.p2_checkpoint import from_p2, read_p2
 from ratplus_exp.stages.common import resolve
 from ratplus_exp.stages.train import save_model
 
 
 def run(cfg: DictConfig) -> None:
-    """Read `checkpoint`, write model.path: weights, config and the tokenizer of stage.tokenizer."""
+    """Read `checkpoint`, write model.path: weights, config, and stage.tokenizer where that is set."""
     if not cfg.checkpoint:
         raise ValueError("stage=convert reads one of P2's .pth files: set checkpoint=FILE")
-    if not cfg.stage.tokenizer:
-        raise ValueError(
-            "stage=convert needs the folder of the model's tokenizer (Llama-2's, for P2's models): "
-            "set stage.tokenizer=DIR"
-        )
     config = config_for(plain(cfg.model.architecture), cfg.model.backbone == "ratplus")
     if not isinstance(config, RatPlusConfig):
         raise ValueError(
@@ -31,9 +31,11 @@ def run(cfg: DictConfig) -> None:
     target = resolve(cfg.model.path)
     if weight_files(target)[0].exists():
         raise ValueError(f"{target} holds a model already: delete the folder or set model.path")
-    tokenizer = read_tokenizer(resolve(cfg.stage.tokenizer), config.vocab_size)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(tokenizer, name))
+    tokenizer = None
+    if cfg.stage.tokenizer:
+        tokenizer = read_tokenizer(resolve(cfg.stage.tokenizer), config.vocab_size)
+        for name in SPECIAL_TOKENS:
+            setattr(config, name, getattr(tokenizer, name))
     state = from_p2(read_p2(resolve(cfg.checkpoint)), config)
     if cfg.stage.dtype:
         state = {name: tensor.to(_dtype(cfg.stage.dtype)) for name, tensor in state.items()}
@@ -45,6 +47,11 @@ def run(cfg: DictConfig) -> None:
     save_model(model.eval(), tokenizer, target)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"Saved {target}: {count:,} parameters, sha256 {weights_digest(target)}")
+    if tokenizer is None:
+        print(
+            f"It has no tokenizer yet: copy the files of the model's own (Llama-2's, for P2's "
+            f"models) into {target}."
+        )
 
 
 def _dtype(name: str) -> torch.dtype:

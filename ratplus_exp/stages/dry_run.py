@@ -80,32 +80,39 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
     gpus = cfg.cluster
     schedule.check(gpus.gpus)
     tokens, length = sum(t for t, _ in schedule.stages), max(n for _, n in schedule.stages)
-    rows = max(1, schedule.tokens_per_step // length) // gpus.gpus
+    share = max(1, schedule.tokens_per_step // length) // gpus.gpus
+    rows = min(share, settings.rows_per_pass or share)
     flops = training_flops(cfg, shape)
     memory = cost.training_memory(
         shape,
         shards=gpus.gpus if settings.parallel == "fsdp" else 1,
-        rows=-(-rows // settings.accumulate),
+        rows=rows,
         length=length,
-        accumulate=settings.accumulate,
+        passes=-(-share // rows),
         checkpointing=settings.activation_checkpointing,
         bf16=settings.precision == "bf16",
     )
     seconds = cost.hours(flops, gpus.gpus, gpus.peak_tflops, gpus.mfu) * 3600
     work = [
         ("Tokens", f"{tokens:.3g} in {schedule.steps} steps of {schedule.tokens_per_step}"),
-        ("Passes a batch", "2: dilated and dense" if cfg.stage.joint else "1: dense"),
+        ("Passes a batch", _passes(cfg, tokens)),
         ("FLOPs", f"{flops:.3g}"),
         ("Hours", f"{seconds / 3600:.3g}"),
         ("Tokens/s", f"{tokens / seconds:.3g}"),
     ]
     corpus = tokens * (2 if shape.vocabulary <= 1 << 16 else 4) if cfg.corpus else 0
     disk = {
-        "a checkpoint (two while one is replaced)": cost.checkpoint_bytes(shape),
+        "checkpoints (two, and one being written)": 3 * cost.checkpoint_bytes(shape),
         "the model (fp32)": 4 * shape.parameters,
         "the corpus": corpus,
     }
     return [work, _memory(memory, cfg), _gigabytes("Disk", disk)]
+
+
+def _passes(cfg: DictConfig, tokens: int) -> str:
+    if not cfg.stage.joint:
+        return "1: dense"
+    return "1: dilated" if cfg.stage.sparse_only_tokens >= tokens else "2: dilated and dense"
 
 
 def evaluation(cfg: DictConfig, shape: Shape) -> list[Rows]:

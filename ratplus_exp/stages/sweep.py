@@ -26,6 +26,7 @@ from ratplus_exp.results import StoreBusy
 from ratplus_exp.stages import report
 from ratplus_exp.stages.cells import Job, Loaded, Source, fill
 from ratplus_exp.stages.common import device_of, option
+from ratplus_exp.training.parallel import cores
 
 MOST_WORKERS = 8  # on a CPU; more would read the same memory
 FIELDS = ("stage", "method", "budget", "blocks", "selector", "selector_seed", "tasks", "examples")
@@ -134,8 +135,7 @@ def _workers(cfg: DictConfig) -> int:
         return int(cfg.stage.workers)
     if device_of(cfg).type != "cpu":
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, MOST_WORKERS)
+    return min(cores(), MOST_WORKERS)
 
 
 def _fill_here(items: list[Item], progress: Callable[[int, int], None]) -> int:

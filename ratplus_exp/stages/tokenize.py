@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from omegaconf import DictConfig
 
 from ratplus_exp.config import build, plain
 from ratplus_exp.models.loading import load_tokenizer
-from ratplus_exp.stages.common import model_folder, tokenizer_name
+from ratplus_exp.stages.common import corpus_folder, model_folder, tokenizer_name
 from ratplus_exp.training.corpus import Corpus
 from ratplus_exp.training.shards import Source, write_shards
 
@@ -16,11 +14,12 @@ from ratplus_exp.training.shards import Source, write_shards
 def run(cfg: DictConfig) -> None:
     """Tokenise the corpus with the tokenizer of stage.init, going on where a run was killed."""
     settings = plain(cfg.corpus)
-    folder = Path(settings.pop("folder"))
+    settings.pop("folder")
     source = build(Source, settings, "corpus")
     if cfg.stage.workers < 1:
         raise ValueError(f"stage.workers={cfg.stage.workers} is too small: use at least 1")
     init = model_folder(cfg)
-    name = tokenizer_name(init)
-    write_shards(source, load_tokenizer(init), name, folder, cfg.stage.workers)
+    tokenizer = load_tokenizer(init)
+    folder, name = corpus_folder(cfg, init), tokenizer_name(init)
+    write_shards(source, tokenizer, name, folder, cfg.stage.workers)
     print(f"{Corpus(folder, name).tokens:,} tokens in {folder}")

@@ -27,7 +27,13 @@ from ratplus_exp.models.loading import (
     weights_digest,
 )
 from ratplus_exp.results import write_atomically
-from ratplus_exp.stages.common import device_of, model_folder, resolve, tokenizer_name
+from ratplus_exp.stages.common import (
+    corpus_folder,
+    device_of,
+    model_folder,
+    resolve,
+    tokenizer_name,
+)
 from ratplus_exp.tasks import pocket_tokenizer
 from ratplus_exp.tasks.answers import Answers
 from ratplus_exp.tasks.facts import Facts
@@ -39,7 +45,7 @@ from ratplus_exp.training.parallel import barrier, processes, rank, whole_state_
 
 # What a training may be continued with a change of.
 RATES = ("lr", "memory_lr", "spike", "log_every", "checkpoint_every")
-EXECUTION = ("accumulate", "activation_checkpointing", "compile", "parallel", "peak_tflops")
+EXECUTION = ("rows_per_pass", "activation_checkpointing", "compile", "parallel", "peak_tflops")
 OWN = ("folder", "optimizer", "workers")  # of a stage: not compared, or apart
 
 
@@ -57,9 +63,13 @@ def continued_pretrain(cfg: DictConfig) -> None:
     """Next-token training of `stage.init` on the corpus that stage=tokenize wrote."""
     init = model_folder(cfg)
     tokenizer = load_tokenizer(init)
-    corpus = Corpus(Path(cfg.corpus.folder), tokenizer_name(init))
-    for _, length in cfg.stage.schedule:
+    corpus = Corpus(corpus_folder(cfg, init), tokenizer_name(init))
+    passes = 0.0
+    for tokens, length in cfg.stage.schedule:
         corpus.check(length)
+        passes += tokens / (corpus.windows(length) * length)
+    if passes > 1 and rank() == 0:
+        print(f"The corpus has {corpus.tokens:,} tokens: the schedule reads it {passes:.1f} times.")
     _train(cfg, tokenizer, partial(corpus.batch, cfg.seed), corpus.id)
 
 
@@ -86,7 +96,7 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
         return
     ahead = folder / "batches"
     sizes = [(schedule.rows_at(step), schedule.length_at(step)) for step in range(schedule.steps)]
-    made = made_ahead(batch, sizes, ahead, cfg.stage.get("workers", 0))
+    made = made_ahead(batch, sizes, ahead, cfg.stage.get("workers", 0), len(tokenizer))
     with processes(device):
         model = _model(cfg, tokenizer)
         if rank() == 0:
@@ -115,7 +125,7 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
 
 def save_model(
     model: PreTrainedModel,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     target: Path,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
@@ -123,7 +133,8 @@ def save_model(
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, state_dict=weights)
-    tokenizer.save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
     os.replace(partial, target)
 
 
@@ -140,13 +151,9 @@ def _model(cfg: DictConfig, tokenizer: Tokenizer) -> PreTrainedModel:
     architecture: dict[str, Any] = plain(cfg.model.architecture)
     memory = cfg.model.backbone == "ratplus"
     if not cfg.stage.init:
-        sizes = {
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": cfg.data.length,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-        return new_model(config_for(sizes | architecture, memory), cfg.seed)
+        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": cfg.data.length}
+        special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
+        return new_model(config_for(sizes | architecture | special, memory), cfg.seed)
     start = resolve(cfg.stage.init)
     has_memory = (
         json.loads((start / "config.json").read_text()).get("memory") if start.exists() else None
@@ -158,7 +165,21 @@ def _model(cfg: DictConfig, tokenizer: Tokenizer) -> PreTrainedModel:
         return add_memory(model, cfg.seed, **settings)
     if has_memory and not memory:
         raise ValueError(f"{start} has the memory: set model to a ratplus backbone")
+    if has_memory:
+        _refuse_another_memory(model.config, architecture, start)
     return model
+
+
+def _refuse_another_memory(config: Any, architecture: dict[str, Any], start: Path) -> None:
+    """A trained memory is what it is: what the configuration says of it must be so."""
+    for name in MEMORY_SETTINGS:
+        has, asked = getattr(config, name, None), architecture.get(name)
+        has = list(has) if isinstance(has, tuple) else has
+        if name in architecture and asked != has:
+            raise ValueError(
+                f"the memory in {start} was made with {name}={has}, not {asked}: set "
+                f"model.architecture.{name}={has}, or start from a model without the memory"
+            )
 
 
 def _past(folder: Path) -> list[dict[str, Any]]:

@@ -3,13 +3,17 @@
 A batch is a pure function of the step, so it may be made by anybody at any time: a training gives
 the same weights with and without workers, and what a killed run had made is still good.
 
-    <folder>/000123.npy     the batch of step 123: (2, rows, length) uint16, ids and labels
+    <folder>/000123.npy     the batch of step 123: (2, rows, length), ids and labels; uint16, or
+                            uint32 for a large vocabulary, with the type's last value for labels < 0
+
+Of several training processes, which share the folder, each has every so many-th step made.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,36 +21,41 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ratplus_exp.training.loop import Batch
+from ratplus_exp.training.parallel import cores, local_world_size, rank, world_size
+from ratplus_exp.training.settings import Batch
 
 BatchOf = Callable[[int, int, int], Batch]  # of (step, rows, length)
-NO_LABEL = np.iinfo(np.uint16).max  # stands for every label below 0
+WAIT = 0.2  # seconds between looks for a file that another process makes
 
 
 @contextmanager
 def made_ahead(
-    batch: BatchOf, sizes: list[tuple[int, int]], folder: Path, workers: int
+    batch: BatchOf, sizes: list[tuple[int, int]], folder: Path, workers: int, vocabulary: int
 ) -> Iterator[BatchOf]:
     """`batch`, but made by so many processes from the first step on; waits where they are slower.
 
-    batch must be picklable, and its ids below 65 535. sizes: (rows, length) of every step. workers:
-    one a core at most; 0 gives `batch` as it is.
+    batch must be picklable, and its ids below vocabulary. sizes: (rows, length) of every step.
+    workers: of this process; one a core at most, shared with the others of its machine. 0 gives
+    `batch` as it is.
     """
     if not workers:
         yield batch
         return
     folder.mkdir(parents=True, exist_ok=True)
     pool = ProcessPoolExecutor(
-        min(workers, os.cpu_count() or 1),
+        min(workers, max(1, cores() // local_world_size())),
         mp_context=get_context("spawn"),
         initializer=_begin,
         initargs=(os.getpid(), batch),
     )
-    missing = (step for step in range(len(sizes)) if not _file(folder, step).exists())
-    jobs = {step: pool.submit(_make, folder, step, *sizes[step]) for step in missing}
+    dtype = np.dtype("uint16" if vocabulary < 1 << 16 else "uint32")
+    mine = range(rank(), len(sizes), world_size())
+    missing = [step for step in mine if not _file(folder, step).exists()]
+    jobs = {step: pool.submit(_make, folder, step, *sizes[step], dtype) for step in missing}
     try:
         yield lambda step, rows, length: _read(folder, step, jobs)
     finally:
@@ -56,8 +65,11 @@ def made_ahead(
 def _read(folder: Path, step: int, jobs: dict[int, Future[None]]) -> Batch:
     if step in jobs:
         jobs[step].result()
-    ids, labels = np.load(_file(folder, step), mmap_mode="r").astype(np.int64)
-    return ids, np.where(labels == NO_LABEL, -100, labels)
+    while not _file(folder, step).exists():  # of another process, whose death ends this one too
+        time.sleep(WAIT)
+    made = np.load(_file(folder, step), mmap_mode="r")
+    ids, labels = made.astype(np.int64)
+    return ids, np.where(labels == np.iinfo(made.dtype).max, -100, labels)
 
 
 _batch: BatchOf  # of a worker process
@@ -79,12 +91,13 @@ def _begin(parent: int, batch: BatchOf) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _make(folder: Path, step: int, rows: int, length: int) -> None:
+def _make(folder: Path, step: int, rows: int, length: int, dtype: np.dtype[Any]) -> None:
     ids, labels = _batch(step, rows, length)
-    assert ids.max() < NO_LABEL
-    partial = _file(folder, step).with_suffix(f".{os.getpid()}")
+    no_label = np.iinfo(dtype).max
+    maker = f"{socket.gethostname()}-{rank()}-{os.getpid()}"  # an earlier run's may still be there
+    partial = folder / f"{_file(folder, step).name}.{maker}"
     with partial.open("wb") as file:
-        np.save(file, np.stack((ids, np.where(labels < 0, NO_LABEL, labels))).astype(np.uint16))
+        np.save(file, np.stack((ids, np.where(labels < 0, no_label, labels))).astype(dtype))
     os.replace(partial, _file(folder, step))
 
 

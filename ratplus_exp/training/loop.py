@@ -1,21 +1,21 @@
 """One training loop for pretraining, continued pretraining and SFT, on one process or many.
 
 A batch is a pure function of the step, so the step number is all the data position there is, and a
-run that was killed goes on bit for bit from its last checkpoint. Many processes share each batch
-by rows; the checkpoint of any number of them can be continued by any other number.
+run that was killed goes on from its last checkpoint: on as many CPU processes bit for bit, on GPUs
+up to what their kernels leave to chance (the backward pass of attention and of the embedding adds
+in no fixed order). Many processes share each batch by rows; the checkpoint of any number of them
+can be continued by any other number.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,13 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ratplus_exp.cost import Shape, attended_keys, peak_tflops
-from ratplus_exp.memory import Memory, gate_statistics
+from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine, Method
 from ratplus_exp.training import parallel
 from ratplus_exp.training.checkpoint import Checkpoints
+from ratplus_exp.training.divergence import Watch
+from ratplus_exp.training.optimizer import adamw, set_learning_rates
 from ratplus_exp.training.settings import Batch, Schedule, TrainSettings
-
-
-class LossDiverged(RuntimeError):
-    """The loss is not finite or has jumped; the message names the last good checkpoint."""
 
 
 class Stopped(RuntimeError):
@@ -84,15 +82,15 @@ class Trainer:
             parallel.prepare_layers(model, settings.compile, settings.activation_checkpointing)
         objective = parallel.Objective(model, settings.precision == "bf16")
         self.objective = parallel.spread(objective, settings.parallel, self.device)
-        self.optimizer = _optimizer(model, settings, fused=True)
+        self.optimizer = adamw(model, settings)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
         self._flops = 0.0  # of the steps since the last logged row
-        self._recent: dict[bool, deque[float]] = {s: deque(maxlen=100) for s in (True, False)}
         self._signalled = self._stopping = False
         folder.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(folder)
+        self.watch = Watch(settings.spike, self.checkpoints)
         self._load()
 
     def run(self, description: str = "training") -> None:
@@ -118,7 +116,7 @@ class Trainer:
             while ahead is not None:
                 micro_batches = ahead.result()
                 ahead = pool.submit(self._data, self.step + 1) if self.step + 1 < total else None
-                scale = self._set_learning_rates(self.step / total)
+                scale = set_learning_rates(self.optimizer, settings, self.step, total)
                 for name, value in self._train_step(micro_batches).items():
                     sums.setdefault(name, []).append(value)
                 tokens = sum(ids.numel() for ids, _ in micro_batches) * parallel.world_size()
@@ -140,9 +138,7 @@ class Trainer:
                     if self.peak:
                         peak = self.peak * 1e12 * parallel.world_size()
                         row["mfu"] = round(self._flops / (now - started) / peak, 4)
-                    row |= gate_statistics(
-                        self.model, micro_batches[0][0][:4], forward=self.objective
-                    )
+                    row |= self._gate_statistics(micro_batches[0][0][:4])
                     if first:
                         self._write_log(row)
                     bar.set_postfix(loss=row.get("loss"), accuracy=row.get("accuracy"))
@@ -167,8 +163,8 @@ class Trainer:
         ids, labels = (
             torch.from_numpy(x[mine]).to(self.device) for x in self.batch(step, rows, length)
         )
-        parts = self.settings.accumulate
-        return list(zip(ids.chunk(parts), labels.chunk(parts), strict=True))
+        rows = self.settings.rows_per_pass or share
+        return list(zip(ids.split(rows), labels.split(rows), strict=True))
 
     def _train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         row = {}
@@ -199,10 +195,11 @@ class Trainer:
             keys = attended_keys(engine.method if engine else None, ids.shape[1])
             self._flops += ids.numel() * world * self.shape.training_flops(keys)
         loss_sum, correct = parallel.total([loss_sum, correct], self.device)
-        self._check("loss", loss_sum / labelled, self._recent[engine is None])
+        kind = "dense" if engine is None else "sparse"
+        self.watch.check("loss", loss_sum / labelled, self.step, kind)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self._check("gradient's norm", float(norm))
+        self.watch.check("gradient's norm", float(norm), self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {
@@ -215,23 +212,11 @@ class Trainer:
         """Summed cross-entropy of the labelled tokens, and how many of them are argmax-right."""
         return self.objective(ids, labels, engine)
 
-    def _check(self, what: str, value: float, recent: deque[float] | None = None) -> None:
-        """Refuse a value that is not finite, or far above the recent ones, before it does harm."""
-        good = f"the last good checkpoint is {self.checkpoints.latest()}"
-        if not math.isfinite(value):
-            raise LossDiverged(
-                f"the {what} is {value} at step {self.step}; {good}: lower the learning rate and "
-                "run again"
-            )
-        if recent is None:
-            return
-        spike, mean = self.settings.spike, sum(recent) / max(1, len(recent))
-        if spike and len(recent) >= 20 and value > spike * mean:
-            raise LossDiverged(
-                f"the {what} rose to {value:.3f} at step {self.step}, from {mean:.3f} on average; "
-                f"{good}: lower the learning rate, or raise optimizer.spike, and run again"
-            )
-        recent.append(value)
+    def _gate_statistics(self, ids: Tensor) -> dict[str, float]:
+        """Of a few rows; compiled layers run eagerly here, since hooks would recompile them."""
+        compiled = self.settings.compile
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            return gate_statistics(self.model, ids, forward=self.objective)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -252,18 +237,6 @@ class Trainer:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _set_learning_rates(self, progress: float) -> float:
-        """Linear warmup, then a cosine to min_lr_ratio; returns the factor on the peak rates."""
-        warmup, floor = self.settings.warmup, self.settings.min_lr_ratio
-        if progress < warmup:
-            scale = (progress * self.schedule.steps + 1) / max(1, warmup * self.schedule.steps)
-        else:
-            turn = math.cos(math.pi * (progress - warmup) / (1 - warmup))
-            scale = floor + (1 - floor) * 0.5 * (1 + turn)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * min(scale, 1.0)
-        return min(scale, 1.0)
-
     def _write_log(self, row: dict[str, Any]) -> None:
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -277,6 +250,7 @@ class Trainer:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "data": self.data,
+            "recent": self.watch.state(),
         }
 
     def _blank_state(self) -> dict[str, Any]:
@@ -300,29 +274,9 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.watch.load(state["recent"])
         log = self.folder / "log.jsonl"
         if log.exists() and parallel.rank() == 0:  # later rows will be written again
             lines = log.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]
             log.write_text("".join(x for x in whole if json.loads(x)["step"] <= self.step))
-
-
-def _optimizer(model: nn.Module, settings: TrainSettings, fused: bool) -> torch.optim.AdamW:
-    """AdamW over three groups: the memory, and the rest with and without weight decay."""
-    memory = {id(p) for m in model.modules() if isinstance(m, Memory) for p in m.parameters()}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    rest = [p for p in parameters if id(p) not in memory]
-    groups = [
-        ([p for p in rest if p.ndim >= 2], settings.lr, settings.weight_decay),
-        ([p for p in rest if p.ndim < 2], settings.lr, 0.0),
-        ([p for p in parameters if id(p) in memory], settings.memory_lr, 0.0),
-    ]
-    return torch.optim.AdamW(
-        [
-            {"params": params, "lr": lr, "peak_lr": lr, "weight_decay": decay}
-            for params, lr, decay in groups
-            if params
-        ],
-        betas=settings.betas,
-        fused=fused,
-    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -41,6 +42,18 @@ def world_size() -> int:
 def local_rank() -> int:
     """Which of its machine's processes, and so which GPU, this is."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """How many processes share this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def cores() -> int:
+    """CPU cores that this process may use, which on a shared node are fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager
@@ -120,6 +133,12 @@ def prepare_layers(model: Any, compile: bool, checkpointing: bool) -> None:
 
     Both wrap `forward` in place, inside the hooks of FSDP, so that no parameter changes its name.
     """
+    if compile:
+        # The layers share one code object, which is compiled again for each layer's number and for
+        # each kind of pass; behind torch's limit of 8 the rest would silently run uncompiled.
+        dynamo, needed = torch._dynamo.config, 8 * (len(model.model.layers) + 1)
+        dynamo.recompile_limit = max(dynamo.recompile_limit, needed)
+        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 2 * needed)
     for layer in model.model.layers:
         if compile:
             layer.forward = torch.compile(layer.forward)
@@ -128,19 +147,25 @@ def prepare_layers(model: Any, compile: bool, checkpointing: bool) -> None:
 
 
 def spread(objective: Objective, kind: Kind, device: torch.device) -> nn.Module:
-    """The objective on its device: whole in a single process, else a replica or a shard of it.
-
-    FSDP shards each decoder layer and gathers it in bf16 where the objective says so; gradients
-    are reduced in fp32. A model on the CPU goes to the GPU layer by layer.
-    """
+    """The objective on its device: whole in a single process, else a replica or a shard of it."""
     if world_size() == 1:
         return objective.to(device)
     if kind == "ddp":
         return DistributedDataParallel(objective.to(device), broadcast_buffers=False)
-    policy = MixedPrecisionPolicy()
+    return shard(objective, init_device_mesh(device.type, (world_size(),)))
+
+
+def shard(objective: Objective, mesh: DeviceMesh) -> nn.Module:
+    """FSDP: each decoder layer is sharded, and gathered in bf16 where the objective says so.
+
+    Gradients are reduced in fp32. Inputs of a layer are left as they come: the residual stream is
+    bf16 from the embedding on, whose gathered weights are, and RoPE's tables stay in the precision
+    in which the model makes them, as in evaluation. A model on the CPU goes to the GPU layer by
+    layer.
+    """
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if objective.bf16:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    mesh = init_device_mesh(device.type, (world_size(),))
+        policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in objective.model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(objective, mesh=mesh, mp_policy=policy)

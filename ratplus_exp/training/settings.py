@@ -52,7 +52,8 @@ class Schedule:
 class TrainSettings:
     """Optimizer and execution. lr is for all parameters but the memory's, which have memory_lr.
 
-    accumulate: micro-batches that a process makes of its share of a batch.
+    rows_per_pass: rows that a process takes through the model at a time; its gradients are added up
+        over its share of a batch, whatever the number of processes. None: the whole share at once.
     precision: "fp32", or "bf16": matmuls in bfloat16, weights and the memory's scan in fp32.
     spike: stop where a loss exceeds the mean of the last 100 this many times; None: never.
     activation_checkpointing: keep only the input of each layer and compute the rest again.
@@ -68,7 +69,7 @@ class TrainSettings:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
-    accumulate: int = 1
+    rows_per_pass: int | None = None
     precision: str = "fp32"
     spike: float | None = None
     activation_checkpointing: bool = False
@@ -81,8 +82,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision is {self.precision}: use fp32 or bf16")
-        if min(self.log_every, self.checkpoint_every, self.accumulate) < 1:
-            raise ValueError("log_every, checkpoint_every and accumulate must be at least 1")
+        if min(self.log_every, self.checkpoint_every) < 1:
+            raise ValueError("log_every and checkpoint_every must be at least 1")
+        if self.rows_per_pass is not None and self.rows_per_pass < 1:
+            raise ValueError(f"rows_per_pass is {self.rows_per_pass}: use at least 1, or null")
         if self.spike is not None and self.spike <= 1:
             raise ValueError(f"spike is {self.spike}: use more than 1, for instance 2, or null")
         if self.checkpoint_every % self.log_every:  # a checkpoint holds no half-averaged row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from ratplus_exp.memory import Memory
 from ratplus_exp.methods import Engine, Quest
 from ratplus_exp.models import FAMILIES, add_memory, carry, config_for, new_model
 
@@ -167,8 +169,25 @@ def test_stock_weights_keep_their_names_and_gates_start_at_minus_four(family):
         f"model.layers.{i}.self_attn.memory.{part}" for i in (0, 1) for part in ("bias", "weight")
     ]
     assert all((x == -4).all() for name, x in new.items() if name.endswith("bias"))
-    spread = torch.cat([x.flatten() for name, x in new.items() if name.endswith("weight")]).std()
-    assert float(spread) == pytest.approx(TINY["initializer_range"], rel=0.1)
+    assert not any(x.any() for name, x in new.items() if name.endswith("weight"))
+
+
+@pytest.mark.parametrize("family", ["olmo2", "ratplus"])
+def test_gates_start_at_their_bias_whatever_the_width_and_the_residual_stream(family):
+    """OLMo2's memory sees the residual stream without a norm, whose size grows with depth."""
+    wide = {"hidden_size": 4096, "num_hidden_layers": 1, "intermediate_size": 8}
+    wide |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 29}
+    model = new_model(config_for(wide | {"model_type": family}, False), 0)
+    model = add_memory(model, gate_bias=-4.0)
+    [memory] = (m for m in model.modules() if isinstance(m, Memory))
+    gates = memory.gate_logits(4 * torch.randn(2, 16, 4096)).sigmoid()
+    assert float(gates.mean()) == pytest.approx(1 / (1 + math.exp(4)), rel=1e-5)
+
+
+def test_the_backbone_from_scratch_has_random_gates():
+    config = config_for({"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}, True)
+    [memory] = (m for m in new_model(config, 0).modules() if isinstance(m, Memory))
+    assert float(memory.weight.std()) == pytest.approx(config.initializer_range, rel=0.1)
 
 
 @families

@@ -17,7 +17,7 @@ STAGE = [
     "stage.schedule=[[512,32]]",
     "stage.tokens_per_step=128",
     "stage.joint={dilation:4,local:4,initial:1}",
-    "stage.optimizer.accumulate=2",
+    "stage.optimizer.rows_per_pass=2",
     "stage.optimizer.log_every=1",
     "stage.optimizer.checkpoint_every=2",
     "stage.optimizer.peak_tflops=0.1",
@@ -43,7 +43,10 @@ def test_text_becomes_shards_and_trains_an_attention_model_with_fresh_gates(
         job(*train)
     job("stage=tokenize", *corpus, init, "stage.workers=1", "model=pocket_ratplus")
     assert "tokens in" in capsys.readouterr().out
+    assert len(list((job.folder / "corpus/local").iterdir())) == 1  # of this tokenizer
+    capsys.readouterr()
     job(*train)
+    assert "the schedule reads it" not in capsys.readouterr().out
     folder = job.folder / "training/pocket_ratplus_continued"
     weights = load_file(folder / "model/model.safetensors")
     before = load_file(tiny_models["attention"] / "model.safetensors")
@@ -52,6 +55,18 @@ def test_text_becomes_shards_and_trains_an_attention_model_with_fresh_gates(
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert {"sparse_loss", "loss", "mfu", "tokens_per_second", "gate_mean"} <= rows[0].keys()
+
+
+def test_a_corpus_that_is_read_several_times_is_told_so(job, tiny_models, corpus, capsys):
+    init = f"stage.init={tiny_models['attention']}"
+    job("stage=tokenize", *corpus, init, "stage.workers=1", "model=pocket_ratplus")
+    tokens = int(capsys.readouterr().out.split(" tokens")[0].split()[-1].replace(",", ""))
+    windows = (tokens - 1) // 32
+    schedule = f"stage.schedule=[[{2 * 32 * windows},32]]"
+    steps = ["stage.tokens_per_step=32768", "stage.optimizer.rows_per_pass=null"]
+    job("stage=continued_pretrain", *corpus, init, *STAGE, schedule, *steps)
+    out = capsys.readouterr().out
+    assert f"The corpus has {tokens:,} tokens: the schedule reads it 2.0 times." in out
 
 
 def test_it_starts_from_a_model(job, corpus):

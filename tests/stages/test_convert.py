@@ -57,6 +57,16 @@ def test_converted_loaded_and_evaluated(job, checkpoint, tmp_path, capsys):
         job(*overrides)
 
 
+def test_converted_without_a_tokenizer_which_is_then_asked_for(job, checkpoint, tmp_path, capsys):
+    """The command with the checkpoint alone."""
+    job(*checkpoint[1], "stage.tokenizer=null")
+    folder = tmp_path / "converted"
+    assert f"no tokenizer yet: copy the files of the model's own" in capsys.readouterr().out
+    assert load_model(folder, torch.device("cpu")).config.hidden_size == 16
+    with pytest.raises(ValueError, match="there is no tokenizer.json in"):
+        job("model=ratplus_7b", f"model.path={folder}", "method=dense")
+
+
 def test_weights_are_saved_in_the_dtype_asked_for(job, checkpoint, tmp_path):
     model, overrides = checkpoint
     job(*overrides)
@@ -70,7 +80,6 @@ def test_weights_are_saved_in_the_dtype_asked_for(job, checkpoint, tmp_path):
     [
         ("checkpoint=null", "set checkpoint=FILE"),
         ("checkpoint=nowhere.pth", "there is no .*nowhere.pth"),
-        ("stage.tokenizer=null", "set stage.tokenizer=DIR"),
         ("stage.tokenizer=nowhere", "tokenizer in .*nowhere is broken"),
         ("stage.dtype=fp17", "use bfloat16, float32 or null"),
         ("model=olmo2_7b", "not of P2's architecture: use model=ratplus_7b"),

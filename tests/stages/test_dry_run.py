@@ -1,4 +1,7 @@
-"""dry_run=true: every configuration there is composes and is estimated, the largest included."""
+"""dry_run=true: every configuration there is composes and is estimated, the largest included.
+
+All of it together takes some 15 seconds on one core, and is to stay under a minute.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,8 @@ JOBS = [
     *(f"method={name}" for name in options("method")),
     *(f"data={name}" for name in options("data")),
     *(f"tracking={name}" for name in options("tracking")),
+    *(f"experiment=table3 pair={name}" for name in options("pair")),
+    *(f"experiment={name} trial=small" for name in options("experiment") if "small" in name),
     *(f"stage=tokenize corpus={name}" for name in options("corpus")),
     *(f"budget=1/{path.stem}" for path in (CONF / "budget/1").glob("*.yaml")),
 ]
@@ -43,7 +48,45 @@ def test_every_configuration_is_estimated(job, capsys, line):
     if line.startswith("model=hf"):
         extra = ["model.path=outputs/reference/pocket/models/attention"]
     text = estimate(job, capsys, *line.split(), *extra)
-    assert "Parameters" in text and "KV cache" in text
+    assert "Parameters" in text and "KV cache" in text and "too much" not in text
+
+
+DOCS = CONF.parent / "docs"
+GPUS_A_NODE = 4  # of docs/cluster.md's train.sh
+
+
+def documented():
+    """The commands of the paper's tier in the pages, each with the number of its GPUs; of a sweep,
+    the largest setting."""
+    pages = [DOCS / "cluster.md", DOCS / "models.md"]
+    text = "\n".join(page.read_text() for page in pages)
+    found = set()
+    [models] = re.findall(r"^for model in (.*); do$", text, re.MULTILINE)
+    [run] = re.findall(r'^  run="(python run\.py .*)"$', text, re.MULTILINE)
+    rows = re.findall(r"^  \$run (.*?) *#", text, re.MULTILINE)
+    assert len(rows) == 6
+    loop = [
+        re.sub(r"\$\{?model\}?", model, f"{run} {row}") for model in models.split() for row in rows
+    ]
+    lines = re.findall(r"^ {4}((?:python run\.py|torchrun|sbatch) .*)$", text, re.MULTILINE)
+    for line in [*lines, *loop]:
+        processes, nodes = (
+            re.search(rf"--{name}=(\d+)", line) for name in ("nproc-per-node", "nodes")
+        )
+        gpus = int(processes[1]) if processes else GPUS_A_NODE * int(nodes[1]) if nodes else 1
+        rest = line.partition("train.sh" if nodes else "run.py")[2].split()
+        words = [w.split(",")[0] for w in rest if w not in ("-m", "dry_run=true", "…")]
+        words = [w for w in words if not w.startswith(("hydra", "cluster.gpus"))]
+        stages = ("stage=tokenize", "stage=convert", "stage=report")  # work without a GPU
+        if not any(w in stages or w.startswith("model=hf") for w in words):
+            at = re.search(r"cluster\.gpus=(\d+)", line)
+            found.add((" ".join(words), int(at[1]) if at else gpus))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("line", "gpus"), documented())
+def test_what_the_pages_say_fits_on_their_gpus(job, capsys, line, gpus):
+    assert "(fits)" in estimate(job, capsys, *line.split(), f"cluster.gpus={gpus}")
 
 
 def number(text, what):
@@ -71,6 +114,9 @@ def test_the_papers_training_of_a_7b_model(job, capsys):
     assert number(memory, "Hours") == pytest.approx(10, rel=0.25)
     halved = estimate(job, capsys, *P2_7B, "cluster.gpus=64", "cluster.mfu=0.2")
     assert number(halved, "Hours") == pytest.approx(2 * number(text, "Hours"), rel=0.01)
+    few = estimate(job, capsys, *P2_7B, "cluster.gpus=16")
+    rest = ("GPU memory: activations", "GPU memory: logits")  # of a pass, on any number of GPUs
+    assert [number(few, what) for what in rest] == [number(text, what) for what in rest]
     alone = estimate(job, capsys, *P2_7B, "cluster.gpus=1")
     assert "too much" in alone
 

@@ -36,7 +36,7 @@ def test_olmo2_takes_the_same_path_as_the_pocket_pair(job, tiny_models, tmp_path
     both = ["model=olmo2_1b_ratplus", "data=pocket"]
     corpus = ["corpus=local", f"corpus.path={texts}", f"stage.init={start}"]
     small = ["stage.tokens_per_step=128", "stage.optimizer.log_every=1"]
-    small += ["stage.optimizer.checkpoint_every=2", "stage.optimizer.accumulate=2"]
+    small += ["stage.optimizer.checkpoint_every=2", "stage.optimizer.rows_per_pass=2"]
     job("stage=tokenize", *both, *corpus, "stage.workers=1")
     joint = ["stage.schedule=[[512,32]]", "stage.joint={dilation:4,local:4,initial:1}"]
     job("stage=continued_pretrain", *both, *corpus, *small, *joint)

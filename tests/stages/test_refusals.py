@@ -1,11 +1,15 @@
 """Everything wrong is refused before a model loads, in one line that names the remedy."""
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ratplus_exp.stages.common import device_of
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -90,6 +94,7 @@ def test_the_wrong_backbone_is_refused(job, tiny_models):
         (["seed=x"], "could not be converted to Integer"),
         (["data.colour=red"], "Key 'colour' not in"),
         (["output=/dev/null/x"], "set output=DIR"),
+        (["stage=tokenize", "stage.init=nowhere"], "there is no model in"),
     ],
 )
 def test_the_command_line_says_it_in_one_line(overrides, message, tmp_path):
@@ -99,3 +104,38 @@ def test_the_command_line_says_it_in_one_line(overrides, message, tmp_path):
     assert done.returncode != 0
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["stage=tokenize"], ["stage=report"], ["stage=sweep"], ["stage=convert"], ["dry_run=true"]],
+)
+def test_what_runs_in_one_process_is_refused_to_several(job, monkeypatch, overrides):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="runs in one process: .* torchrun is for stage=pretrain"):
+        job(*overrides)
+
+
+def test_one_of_several_processes_says_which_it_is(tmp_path):
+    """After the first has had the time to say it for all: then torchrun ends the others."""
+    command = [sys.executable, "run.py", f"output={tmp_path}", "selector=best"]
+    ranks = {"RANK": "3", "WORLD_SIZE": "4"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | ranks, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error on rank 3: selector=best is unknown")
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "current"),
+    [("cuda", 1, None), ("cuda:1", 1, "cuda:1"), ("cuda", 4, "cuda:2")],
+)
+def test_the_gpu_that_is_named_becomes_the_current_one(job, monkeypatch, name, world, current):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    device = device_of(job.compose(f"device={name}"))
+    assert chosen == ([current] if current else []) and str(device) == (current or "cuda")

@@ -68,6 +68,13 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(job):
         train(job, "pocket_scratch_attention", other_rate=0.5)
 
 
+@pytest.mark.parametrize("change", ["gate_bias=-2.0", "gate_bias=[1.5,8.0]"])
+def test_a_trained_memory_is_not_made_otherwise(job, tiny_models, change):
+    how = ["experiment=pocket_ratplus_sft", *TINY, f"stage.init={tiny_models['ratplus']}"]
+    with pytest.raises(ValueError, match="was made with gate_bias=0.0, not .* set model.arch"):
+        job(*how, f"model.architecture.{change}")
+
+
 def test_an_attention_model_cannot_start_from_ratplus(job):
     ratplus = train(job, "pocket_scratch_ratplus")
     with pytest.raises(ValueError, match="has the memory"):

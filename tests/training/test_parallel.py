@@ -55,13 +55,17 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("checkpoint*"))
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     return final(folder, 1, joint=True), log(folder)
 
 
-@pytest.mark.parametrize("how", [{"parallel": "fsdp"}, {"parallel": "ddp", "accumulate": 2}])
+@pytest.mark.parametrize("how", [{"parallel": "fsdp"}, {"parallel": "ddp", "rows_per_pass": 1}])
 def test_two_processes_take_the_steps_of_one(tmp_path, alone, how):
     """Though the labels are spread unevenly over their rows."""
     weights = final(tmp_path, joint=True, **how)
@@ -76,12 +80,11 @@ def test_two_processes_take_the_steps_of_one(tmp_path, alone, how):
 
 def test_a_killed_rank_costs_nothing_but_the_steps_since_the_checkpoint(tmp_path, alone):
     """FSDP2, SIGKILL of rank 1 at step 6: on two processes bit for bit, on one to rounding."""
-    how = {"parallel": "fsdp", "accumulate": 2, "activation_checkpointing": True, "joint": True}
+    how = {"parallel": "fsdp", "rows_per_pass": 1, "activation_checkpointing": True, "joint": True}
     whole = final(tmp_path / "whole", **how)
     codes, _ = start(tmp_path / "killed", interrupt=(1, 6, "SIGKILL"), **how)
     assert codes[1] == -9 and codes[0] != 0
-    [checkpoint] = (tmp_path / "killed").glob("checkpoint*")
-    assert checkpoint.name == "checkpoint-4"
+    assert checkpoints(tmp_path / "killed") == ["checkpoint-4"]
     copied = tmp_path / "one"
     subprocess.run(["cp", "-r", tmp_path / "killed", copied], check=True)
 
@@ -94,14 +97,14 @@ def test_a_killed_rank_costs_nothing_but_the_steps_since_the_checkpoint(tmp_path
     for name, value in whole.items():
         torch.testing.assert_close(one[name], value, rtol=1e-3, atol=1e-4)
     assert [row["loss"] for row in log(copied)] == pytest.approx(losses[0], rel=1e-3)
-    assert [path.name for path in copied.glob("checkpoint*")] == ["checkpoint.pt"]
+    assert checkpoints(copied) == ["checkpoint-10.pt", "checkpoint-8.pt"]
 
 
 def test_sigterm_of_one_rank_stops_all_with_a_checkpoint(tmp_path, alone):
     """And a checkpoint of one process goes on with two."""
     codes, texts = start(tmp_path, 1, joint=True, interrupt=(0, 2, "SIGTERM"))
     assert codes == [3] and "stopped by a signal after step 3" in texts[0]
-    assert (tmp_path / "checkpoint.pt").exists()
+    assert checkpoints(tmp_path) == ["checkpoint-3.pt"]
     codes, texts = start(tmp_path, joint=True, interrupt=(1, 6, "SIGTERM"))
     assert codes == [3, 3], texts
     assert "checkpoint-7: run the same command to go on" in texts[0]
