@@ -127,8 +127,9 @@ def training_memory(
 ) -> dict[str, float]:
     """Bytes on one GPU by what they are for, with FSDP over `shards` GPUs (1: one GPU or DDP).
 
-    rows, passes: of one pass on this GPU, and how many it makes of its share of a batch. States are exact: fp32 weights, gradients and Adam's two
-    moments. Activations are an estimate: with flash-like attention a layer keeps about
+    rows, passes: of one pass on this GPU, and how many it makes of its share of a batch. States are
+    exact: fp32 weights, gradients and Adam's two moments. Activations are an estimate: with
+    flash-like attention a layer keeps about
     10 · hidden + 3 · ffn + 4 · kv values a token (inputs and outputs of its products and
     norms); with checkpointing its input alone, and one layer at a time everything. Logits count
     the fp32 logits, their gradient and log-probabilities, and with bf16 the product's own logits

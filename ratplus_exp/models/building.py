@@ -90,8 +90,8 @@ def memory_config(config: PretrainedConfig, **settings: Any) -> PretrainedConfig
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Initial weights from a seed: transformers draws them from the CPU's global generator, which is
-    put back afterwards; those of GPUs are left alone."""
+    """Initial weights from a seed: transformers draws them from the CPU's global generator, which
+    is put back afterwards; those of GPUs are left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

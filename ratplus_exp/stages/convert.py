@@ -19,7 +19,7 @@ from ratplus_exp.stages.train import save_model
 
 
 def run(cfg: DictConfig) -> None:
-    """Read `checkpoint`, write model.path: weights, config, and stage.tokenizer where that is set."""
+    """Read `checkpoint`, write model.path: weights, config, and stage.tokenizer where it is set."""
     if not cfg.checkpoint:
         raise ValueError("stage=convert reads one of P2's .pth files: set checkpoint=FILE")
     config = config_for(plain(cfg.model.architecture), cfg.model.backbone == "ratplus")
