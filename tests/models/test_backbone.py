@@ -71,16 +71,16 @@ def test_gates_start_where_the_config_says(tmp_path, gate_bias, logits):
     config = RatPlusConfig(**config_arguments(), gate_bias=gate_bias)
     attention = RatPlusForCausalLM(RatPlusConfig(**config_arguments(), memory=False))
     attention.save_pretrained(tmp_path)
-    for model in (
-        RatPlusForCausalLM(config),
-        AutoModelForCausalLM.from_config(config),
-        RatPlusForCausalLM.from_pretrained(tmp_path, config=config),
-        add_memory(attention, gate_bias=gate_bias),
+    for model, std in (
+        (RatPlusForCausalLM(config), 0.02),
+        (AutoModelForCausalLM.from_config(config), 0.02),
+        (RatPlusForCausalLM.from_pretrained(tmp_path, config=config), 0.02),
+        (add_memory(attention, gate_bias=gate_bias), 0.0),  # the bias alone
     ):
         for layer in model.model.layers:
             gate = layer.attention.memory
             assert_close(gate.bias, logits.repeat(4), rtol=1e-4, atol=1e-4)
-            assert float(gate.weight.std()) == pytest.approx(0.02, rel=0.15)
+            assert float(gate.weight.std()) == pytest.approx(std, rel=0.15)
 
 
 def test_a_memory_added_to_a_trained_model_leaves_its_weights(make_model):
