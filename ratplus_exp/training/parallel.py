@@ -69,6 +69,7 @@ def processes(device: torch.device, timeout: timedelta = timedelta(minutes=30)) 
         dist.init_process_group("gloo", timeout=timeout)
     try:
         yield
+        dist.barrier()  # nobody takes its group down while another still talks to it
     finally:
         dist.destroy_process_group()
 
