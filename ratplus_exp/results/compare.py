@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ratplus_exp.results.layout import MISSING, Table
+from ratplus_exp.results.layout import MISSING, Table, number
 from ratplus_exp.results.paper import BACKBONES, paper_tables
 from ratplus_exp.results.stats import Estimate, mean_std, rank_correlation, resamplings
 
@@ -261,11 +261,6 @@ def pattern_table(found: list[Pattern], tier: str) -> Table:
         rows=tuple(rows),
         breaks=frozenset(i for i, p in enumerate(found) if i and p.scope == "all"),
     )
-
-
-def number(value: float, digits: int = 1, sign: str = "-") -> str:
-    """A number as tables print it."""
-    return MISSING if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
 
 
 _MEASURED = ["measured", "measured std", "n", "seeds", "budget_measured"]

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ratplus_exp.results.compare import number
 from ratplus_exp.results.frame import select, tidy
-from ratplus_exp.results.layout import MISSING, Table
+from ratplus_exp.results.layout import MISSING, Table, number
 from ratplus_exp.results.paper import BACKBONES, TASKS
 from ratplus_exp.results.stats import Estimate, resamplings
 from ratplus_exp.results.store import Store

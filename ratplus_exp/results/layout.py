@@ -9,7 +9,9 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from ratplus_exp.results.store import write_atomically
+import pandas as pd
+
+from ratplus_exp.results.files import write_atomically
 
 MISSING = "—"
 
@@ -107,6 +109,11 @@ class Table:
         """Whether a column holds numbers, which are aligned to the right."""
         cells = [row[column] for row in self.rows if row[column] not in ("", MISSING)]
         return all(re.match(r"\[?[+−]?\d", cell) for cell in cells)
+
+
+def number(value: float | None, digits: int = 1, sign: str = "-") -> str:
+    """A number as tables print it; sign "+" shows that of positive ones, too."""
+    return MISSING if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
 
 
 def escape_latex(text: str) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from ratplus_exp.results.files import write_atomically
 from ratplus_exp.results.layout import Table
-from ratplus_exp.results.store import write_atomically
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ratplus_exp.budget import Budget
-from ratplus_exp.results.compare import number
+from ratplus_exp.results.layout import number
 from ratplus_exp.results.paper import TASKS
 from ratplus_exp.results.store import Store
 

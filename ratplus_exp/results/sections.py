@@ -10,8 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from ratplus_exp.results import compare, figures, hits, sanity, selection
-from ratplus_exp.results.compare import number
-from ratplus_exp.results.layout import Table
+from ratplus_exp.results.layout import Table, number
 from ratplus_exp.results.page import Section
 from ratplus_exp.results.paper import BACKBONES
 from ratplus_exp.results.store import Store

@@ -10,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ratplus_exp.results.compare import number
-from ratplus_exp.results.layout import MISSING, Table
+from ratplus_exp.results.layout import MISSING, Table, number
 from ratplus_exp.results.paper import BACKBONES, TASKS
 from ratplus_exp.results.stats import Estimate, resamplings
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ratplus_exp.results.frame import sample_scores, select, tidy
-from ratplus_exp.results.layout import MISSING, Table
+from ratplus_exp.results.layout import MISSING, Table, number
 from ratplus_exp.results.paper import BACKBONES, paper_means, paper_tables
 from ratplus_exp.results.stats import mean_std, paired_bootstrap
 from ratplus_exp.results.store import Store
@@ -85,15 +85,15 @@ def accuracy_table(
         here = cells[[other == setting for other in settings]]
         sides = {backbone: here[here["backbone"] == backbone] for backbone in BACKBONES}
         printed = setting.in_paper(paper, context)
-        gain = (*_gain(sides, samples, tasks), _number(printed.get("gain"), sign="+"))
+        gain = (*_gain(sides, samples, tasks), number(printed.get("gain"), sign="+"))
         if rows and rows[-1][0] != setting.method:
             breaks.add(len(rows))
         for backbone, side in sides.items():
             rows.append(
                 setting.label(here, context)
-                + (_number(side["budget_measured"].mean(), digits=3), backbone)
+                + (number(side["budget_measured"].mean(), digits=3), backbone)
                 + _accuracies(side.pivot(index=list(DRAW), columns="task", values=accuracy), tasks)
-                + (_number(printed.get(backbone)),)
+                + (number(printed.get(backbone)),)
                 + (gain if backbone == "RAT+" else ("", "", ""))
                 + (_span(side["n"]), str(len(side[list(DRAW)].drop_duplicates()) or MISSING))
             )
@@ -162,7 +162,7 @@ def _accuracies(percent: pd.DataFrame, tasks: tuple[str, ...]) -> tuple[str, ...
     if MISSING in cells:
         return (*cells, MISSING)
     whole = percent.dropna().mean(axis=1)  # seeds that have all tasks
-    return (*cells, _spread(whole) if len(whole) else _number(percent.mean().mean()))
+    return (*cells, _spread(whole) if len(whole) else number(percent.mean().mean()))
 
 
 def _gain(
@@ -178,7 +178,7 @@ def _gain(
     if set(attention.index.intersection(ratplus.index).get_level_values("task")) != set(tasks):
         return MISSING, MISSING  # other seeds on either side: nothing to pair yet
     difference, low, high = paired_bootstrap(ratplus, attention)
-    return _number(difference, sign="+"), f"[{_number(low)}, {_number(high)}]"
+    return number(difference, sign="+"), f"[{number(low)}, {number(high)}]"
 
 
 def _check_unmixed(cells: pd.DataFrame) -> int:
@@ -211,7 +211,7 @@ def _caption(cells: pd.DataFrame, tier: str, paper_table: str, scorer: str) -> s
         for backbone in BACKBONES:
             values = cells.loc[cells["backbone"] == backbone, column].dropna()
             if values.dtype == float:
-                text = _number(values.mean())
+                text = number(values.mean())
             else:
                 text = ", ".join(sorted(map(str, values.unique()))) or MISSING
             texts.append(f"{backbone} {text}")
@@ -237,11 +237,7 @@ def _spread(values: pd.Series) -> str:
     if values.empty:
         return MISSING
     mean, std = mean_std(values)
-    return _number(mean) if pd.isna(std) else f"{_number(mean)}±{_number(std)}"
-
-
-def _number(value: float | None, digits: int = 1, sign: str = "-") -> str:
-    return MISSING if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
+    return number(mean) if pd.isna(std) else f"{number(mean)}±{number(std)}"
 
 
 def _span(values: pd.Series) -> str:
