@@ -50,6 +50,8 @@ _FLOATS = (
     "effective_memory_length",
     "gate_mean",
 )
+SETTING = ["method", "block_size", "budget"]
+"""Columns that say how a method was run."""
 _ORDER = (
     *("tier", "model", "backbone", "method", "block_size", "budget", "first_token", "variant"),
     *("selector", "selector_seed", "task", "seed"),
