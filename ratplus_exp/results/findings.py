@@ -84,11 +84,12 @@ def _heads(curves: pd.DataFrame) -> Iterator[str]:
     """H1 by method: the best heads of either backbone, at every budget."""
     top = curves[(curves["task"] == hits.MEAN) & (curves["rank"] <= hits.TOP)]
     for method, here in top.groupby("method", sort=False):
-        parts, verdicts, ahead = [], {}, 0
+        parts, verdicts, ahead, behind = [], {}, 0, 0
         for row in here.to_dict("records"):
             bounds = (row[f"difference{end}"] for end in ("", " low", " high"))
             difference = Estimate(*bounds)
             ahead += difference.low > 0
+            behind += difference.high < 0
             if row["rank"] == 1:
                 verdicts[row["budget"]] = verdict(difference, P1_IN_H1)
                 sides = f"{number(row['RAT+'])} against {number(row['Attention'])} %"
@@ -98,7 +99,7 @@ def _heads(curves: pd.DataFrame) -> Iterator[str]:
             f"H1, {METHODS.get(method, method)}, best heads: the hit rate of the very best is with "
             f"the memory, minus without, {', '.join(parts)} points: {_together(verdicts)}. "
             f"Rank by rank over the {ranks} best, RAT+ is ahead beyond the interval in {ahead} of "
-            f"{len(here)} comparisons."
+            f"{len(here)} comparisons and behind in {behind}."
         )
 
 
@@ -113,7 +114,7 @@ def _random(samples: pd.DataFrame, score: str) -> Iterator[str]:
             theirs = printed.set_index("task")["gain"]
             parts = []
             for tasks, name in (
-                (hard, f"{hard[0]} to {hard[-1]} (the tasks of P1's Table 2)"),
+                (hard, f"{hard[0]} to {hard[-1]}, the tasks of P1's Table 2"),
                 (list(theirs.index), f"all {len(theirs)} tasks"),
             ):
                 x, printed_gain = gain(here, score, tasks), theirs[tasks].mean()

@@ -29,7 +29,7 @@ def missing(cells: pd.DataFrame, rates: pd.DataFrame, outputs: Iterable[str]) ->
         outputs: names as in stage.outputs.
     """
     found: dict[str, list[str]] = {}
-    for output in outputs:
+    for output in sorted(outputs, key=lambda name: (name not in PAPER_TABLES, name)):
         label = f"{'Table' if output in PAPER_TABLES else 'Figure'} {output[-1]}"
         for what in _lacking(output, cells, rates):
             found.setdefault(what, []).append(label)

@@ -153,7 +153,7 @@ def _page(
     introduction = [*_INTRODUCTION, _ONE_TRAINING.format(first_token_note(evidence.first_token))]
     introduction += [] if evidence.tier == "paper" else [_SCALE]
     # What is seen at a glance comes first, the long tables last.
-    order = sorted(parts, key=lambda part: _ORDER.index(part.title.split()[0]))
+    order = sorted(parts, key=lambda part: (_ORDER.index(part.title.split()[0]), part.title))
     first = [part for part in order if part.title == "Figure 1"]
     found = findings(evidence.samples, evidence.score, evidence.curves, evidence.patterns)
     return [

@@ -69,11 +69,22 @@ def test_h2_is_told_on_both_sets_of_tasks_with_those_that_say_the_opposite():
     frame = samples("table5", right)
     quest, _, snapkv = findings(frame, "score_p2", NO_CURVES, [])
     assert "H2, Quest at 1/4 choosing at random: RAT+ minus Attention is +30.0 [" in quest
-    assert "on MK-1 to MQ (the tasks of P1's Table 2) (P1 +25.5: as in P1) and +0.0 [" in quest
+    assert "on MK-1 to MQ, the tasks of P1's Table 2 (P1 +25.5: as in P1) and +0.0 [" in quest
     assert "on all 8 tasks (P1 +27.3: undecided)" in quest
     for text in (quest, snapkv):
         assert "The opposite on its own: S-1 −50.0 [" in text and "S-3 −50.0" in text
         assert "MQ +" not in text
+
+
+def test_the_best_heads_are_told_rank_by_rank():
+    rows = []
+    for rank, gap in enumerate((20.0, 10.0, 0.0, -10.0), start=1):
+        row = {"method": "quest", "task": "mean", "rank": rank, "budget": "1/4"}
+        row |= {"RAT+": 50 + gap, "Attention": 50.0, "difference": gap}
+        rows.append(row | {"difference low": gap - 2, "difference high": gap + 2})
+    (told,) = findings(samples("table3", lambda cell: 20)[:0], "score_p2", pd.DataFrame(rows), [])
+    assert "+20.0 [18.0, 22.0] at 1/4 (70.0 against 50.0 %) points: as in P1." in told
+    assert "ahead beyond the interval in 2 of 4 comparisons and behind in 1." in told
 
 
 OUTPUTS = [f"table{i}" for i in (2, 3, 4, 5)] + [f"fig{i}" for i in (1, 2, 3, 4)]
