@@ -7,20 +7,31 @@ in 512.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ratplus_exp.results.layout import MISSING, Table
+from ratplus_exp.results.labels import first_token_note, measured_at, scale_note
+from ratplus_exp.results.layout import MISSING, Table, number
 from ratplus_exp.results.paper import BACKBONES, paper_tables
-from ratplus_exp.results.stats import Estimate, mean_std, rank_correlation, resamplings
+from ratplus_exp.results.stats import (
+    RESAMPLES,
+    Estimate,
+    paired_bootstrap,
+    rank_correlation,
+    resamplings,
+)
 
 DECISIVE = 5.0
 """Points between P1's backbones from which a cell counts as decisive."""
+FEWEST = 5
+"""Settings from which a rank correlation is given: over three or four it takes few values, so that
+an interval of no width would look like certainty."""
 
-SETTING = ["method", "budget", "top_k"]
+PAPER_SETTING = ["method", "budget", "top_k"]
+"""Columns by which P1's settings are recognised."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Pattern:
 
 
 def patterns(
-    paper_table: str, samples: pd.DataFrame, score: str, n_boot: int = 2000, seed: int = 0
+    paper_table: str, samples: pd.DataFrame, score: str, n_boot: int = RESAMPLES, seed: int = 0
 ) -> list[Pattern]:
     """The pattern over the whole table, then over each of its methods.
 
@@ -99,9 +110,28 @@ def _pattern(table: str, scope: str, paper: pd.DataFrame, measured: np.ndarray) 
 
 
 def _correlation(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
-    if len(theirs) < 3:
+    if len(theirs) < FEWEST:
         return Estimate(np.nan, np.nan, np.nan)
     return Estimate.of(rank_correlation(ours, theirs))
+
+
+def gain(samples: pd.DataFrame, score: str, tasks: Iterable[str]) -> Estimate:
+    """RAT+ minus Attention in points: mean over `tasks`, with an interval over paired samples.
+
+    Args:
+        samples: rows of `sample_scores` of one setting; several of a sample are averaged.
+
+    Returns:
+        NaN where a backbone lacks one of the tasks, or the two share no sample of it.
+    """
+    wide = samples[samples["task"].isin(wanted := set(tasks))].pivot_table(
+        index=["task", "id"], columns="backbone", values=score, aggfunc="mean"
+    )
+    wide = wide.reindex(columns=list(BACKBONES)).dropna()
+    if set(wide.index.get_level_values("task")) != wanted:
+        return Estimate(np.nan, np.nan, np.nan)
+    found = paired_bootstrap(wide["RAT+"].astype(float), wide["Attention"].astype(float))
+    return Estimate(*(100 * x for x in found))
 
 
 def _accuracies(
@@ -111,8 +141,8 @@ def _accuracies(
     measured percent (n_boot + 1, settings, tasks, backbones), NaN where nothing was measured."""
     printed = paper_setting(paper_tables().query("table == @paper_table"))
     tasks = list(printed["task"].unique())
-    settings = printed[SETTING].drop_duplicates()
-    wide = printed.set_index([*SETTING, "backbone", "task"])["accuracy"]
+    settings = printed[PAPER_SETTING].drop_duplicates()
+    wide = printed.set_index([*PAPER_SETTING, "backbone", "task"])["accuracy"]
     paper = settings.copy()
     for backbone in BACKBONES:
         paper[backbone] = [
@@ -124,7 +154,7 @@ def _accuracies(
     measured = np.full((n_boot + 1, len(settings), len(tasks), len(BACKBONES)), np.nan)
     for t, task in enumerate(tasks):
         scores = ours[ours["task"] == task].pivot_table(
-            index="id", columns=[*SETTING, "backbone"], values=score, aggfunc="mean"
+            index="id", columns=[*PAPER_SETTING, "backbone"], values=score, aggfunc="mean"
         )
         if scores.empty:
             continue
@@ -145,86 +175,7 @@ def paper_setting(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(top_k=frame["top_k"].where(blocks, 0).astype(int))
 
 
-def against_paper(
-    paper_table: str, cells: pd.DataFrame, accuracy: str = "accuracy"
-) -> pd.DataFrame:
-    """One row for each accuracy of a table of P1, beside what was measured.
-
-    Args:
-        cells: rows of `tidy`, one model a backbone, one context length.
-        accuracy: column of `cells` to compare.
-
-    Returns:
-        method, block_size and k (P1's), budget, selector, backbone, task, P1, P1 std, measured,
-        measured std (over seeds and selector seeds), difference (measured minus P1, points), n (a
-        seed), seeds, budget_measured. What is missing is NaN.
-    """
-    printed = paper_setting(paper_tables().query("table == @paper_table")).reset_index(drop=True)
-    ours = paper_setting(cells[cells["selector"].isin(printed["selector"])])
-    place = [*SETTING, "backbone", "task"]
-    rows = []
-    groups = dict(iter(ours.groupby(place)))
-    for paper in printed.itertuples():
-        found = groups.get((paper.method, paper.budget, paper.top_k, paper.backbone, paper.task))
-        row: dict[str, Any] = {"measured": np.nan, "measured std": np.nan, "seeds": 0}
-        if found is not None:
-            mean, std = mean_std(found[accuracy])
-            row = {"measured": mean, "measured std": std, "seeds": len(found)}
-            row |= {"n": found["n"].min(), "budget_measured": found["budget_measured"].mean()}
-        rows.append(row)
-    measured = pd.DataFrame(rows, columns=_MEASURED)
-    original = paper_tables().query("table == @paper_table").reset_index(drop=True)
-    return original[
-        ["method", "block_size", "top_k", "budget", "selector", "backbone", "task"]
-    ].assign(
-        **{
-            "P1": original["accuracy"],
-            "P1 std": original["std"],
-            "measured": measured["measured"],
-            "measured std": measured["measured std"],
-            "difference": measured["measured"] - original["accuracy"],
-            "n": measured["n"].astype("Int64"),
-            "seeds": measured["seeds"].astype("Int64"),
-            "budget_measured": measured["budget_measured"],
-        }
-    )
-
-
-def against_paper_table(frame: pd.DataFrame, paper_table: str, tier: str) -> Table:
-    """`against_paper` as a table to read."""
-    numbers = {"P1": 1, "P1 std": 2, "measured": 1, "measured std": 2, "difference": 1}
-    rows = []
-    for row in frame.to_dict("records"):
-        cells = [str(row[c]) for c in ("method", "block_size", "top_k", "budget", "selector")]
-        cells += [row["backbone"], row["task"]]
-        cells += [number(row[name], digits) for name, digits in numbers.items()]
-        cells += [MISSING if pd.isna(row["n"]) else str(row["n"]), str(row["seeds"])]
-        rows.append((*cells, number(row["budget_measured"], 3)))
-    columns = (
-        "Method",
-        "P1 block",
-        "P1 k",
-        "Budget",
-        "Selector",
-        "Backbone",
-        "Task",
-        "P1",
-        "P1 std",
-    )
-    return Table(
-        title=f"P1's Table {paper_table[-1]}, cell by cell, at tier {tier}",
-        caption=(
-            f"P1: accuracy in % as printed (4096 tokens, n = 500). Measured: at tier {tier}, block "
-            "sizes scaled so that a context has as many blocks; std over seeds. Difference: "
-            f"measured minus P1, in points{_scale(tier)}. Kept: fraction of the KV entries that "
-            f"was attended or stored. {MISSING}: not measured, or not in P1."
-        ),
-        columns=(*columns, "measured", "std", "difference", "n", "seeds", "Kept"),
-        rows=tuple(rows),
-    )
-
-
-def pattern_table(found: list[Pattern], tier: str) -> Table:
+def pattern_table(found: list[Pattern], tier: str, first_token: str = "prefill") -> Table:
     """All patterns as one table."""
 
     def estimate(x: Estimate, digits: int) -> str:
@@ -244,15 +195,17 @@ def pattern_table(found: list[Pattern], tier: str) -> Table:
         for p in found
     ]
     return Table(
-        title=f"Paper against measured, by pattern, at tier {tier}",
+        title=f"Paper against measured, by pattern, at {measured_at(tier, first_token)}",
         caption=(
             f"Decisive: cells of P1 (setting × task) whose backbones are {DECISIVE:g} points or "
-            "more apart; all of them favour RAT+. Measured: those with both backbones measured; "
-            "agree, against, tied: their sign here. Agreement: agree over measured in %. "
+            "more apart. Measured: those with both backbones measured; agree, against, tied: their "
+            "sign here. Agreement: agree over measured in %; since all of P1's decisive cells "
+            "favour RAT+, this is the share of them in which RAT+ is ahead at all. "
             "ρ: Spearman's rank correlation over fully measured settings, P1 with measured, of "
-            "the gain (RAT+ minus Attention) and of either backbone's mean accuracy; from three "
-            "settings on. In brackets: 95 % bootstrap intervals over samples, drawn alike for all "
-            f"settings and backbones{_scale(tier)}."
+            "the gain (RAT+ minus Attention) and of either backbone's mean accuracy, from "
+            f"{FEWEST} settings on. In brackets: 95 % bootstrap intervals over samples, drawn "
+            f"alike for all settings and backbones{scale_note(tier)}. "
+            f"{first_token_note(first_token)}"
         ),
         columns=(
             *("Of P1", "Methods", "Decisive", "Measured", "agree", "against", "tied"),
@@ -260,20 +213,4 @@ def pattern_table(found: list[Pattern], tier: str) -> Table:
         ),
         rows=tuple(rows),
         breaks=frozenset(i for i, p in enumerate(found) if i and p.scope == "all"),
-    )
-
-
-def number(value: float, digits: int = 1, sign: str = "-") -> str:
-    """A number as tables print it."""
-    return MISSING if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
-
-
-_MEASURED = ["measured", "measured std", "n", "seeds", "budget_measured"]
-
-
-def _scale(tier: str) -> str:
-    return (
-        ""
-        if tier == "paper"
-        else f" (tier {tier} is not the paper's scale: read signs, not levels)"
     )

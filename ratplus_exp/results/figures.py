@@ -10,50 +10,63 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 from ratplus_exp.budget import Budget
+from ratplus_exp.results.compare import DECISIVE
 from ratplus_exp.results.hits import MEAN
+from ratplus_exp.results.labels import METHODS, SELECTORS
 from ratplus_exp.results.paper import BACKBONES, TASKS
+from ratplus_exp.results.stats import paired_bootstrap
 
-NAMES = {"quest": "Quest", "moba": "MoBA", "snapkv": "SnapKV"}
 COLORS = {"Attention": "#8a8a8a", "RAT+": "#c23b22"}
 METHOD_COLORS = {"quest": "#1f77b4", "moba": "#2a9d5c", "snapkv": "#c98a1b"}
 
 
-def accuracy_by_budget(cells: pd.DataFrame, folder: Path, name: str, title: str) -> list[Path]:
+DASHES = {"Attention": (0, (4, 4)), "RAT+": (4, (4, 4))}
+"""Of the dense lines: each fills the other's gaps, so that equal accuracies show both."""
+
+
+def accuracy_by_budget(
+    samples: pd.DataFrame, score: str, folder: Path, name: str, title: str
+) -> list[Path]:
     """Mean accuracy over the tasks against the budget: a panel a method, a line a backbone.
 
-    cells: rows of `tidy` of one tier. Only a method's most frequent block size is drawn, and only
-    points with every task that the frame has. A dotted line is the backbone's dense accuracy.
+    samples: rows of `sample_scores` of one tier; score: its column to show. Only a method's most
+    frequent block size is drawn, and only points with every task that the frame has. Bars are 95 %
+    bootstrap intervals over samples; a dashed line is the backbone's dense accuracy.
     """
-    cells = cells[cells["selector"] == "topk"]
-    tasks = cells["task"].nunique()
-    methods = _methods(set(cells["method"]) - {"dense", "dilated"})
+    samples = samples[samples["selector"] == "topk"]
+    tasks = samples["task"].nunique()
+    methods = _methods(set(samples["method"]) - {"dense", "dilated"})
     if not methods:
         return []
     figure, panels = _panels(len(methods), title)
     for panel, method in zip(panels, methods, strict=True):
-        here = cells[cells["method"] == method]
+        here = samples[samples["method"] == method]
         here = here[here["block_size"] == here["block_size"].mode()[0]]
         budgets = by_size(here)
         for backbone in BACKBONES:
-            side = here[here["backbone"] == backbone].groupby("budget")
-            means = side["accuracy"].mean()[side["task"].nunique() >= tasks]
-            shown = [b for b in budgets if b in means]
-            panel.plot(
-                [budgets.index(b) for b in shown],
-                [means[b] for b in shown],
-                marker="o",
-                color=COLORS[backbone],
-                label=backbone,
-            )
-            dense = cells[(cells["method"] == "dense") & (cells["backbone"] == backbone)]
+            color = COLORS[backbone]
+            dense = samples[(samples["method"] == "dense") & (samples["backbone"] == backbone)]
             if len(dense):
-                panel.axhline(
-                    dense["accuracy"].mean(), color=COLORS[backbone], ls=":", lw=1, alpha=0.8
-                )
-        panel.set_title(NAMES.get(method, method), fontsize=11)
+                level = 100 * dense.groupby(["task", "id"])[score].mean().groupby("task").mean()
+                style = {"color": color, "ls": DASHES[backbone], "lw": 1.6}
+                panel.axhline(level.mean(), label=f"{backbone}, dense", **style)
+            points = []
+            for i, budget in enumerate(budgets):
+                mine = here[(here["backbone"] == backbone) & (here["budget"] == budget)]
+                if mine["task"].nunique() == tasks:
+                    scores = 100 * mine.groupby(["task", "id"])[score].mean()
+                    points.append((i, *paired_bootstrap(scores, 0 * scores)))
+            if points:
+                x, y, low, high = map(np.array, zip(*points, strict=True))
+                panel.errorbar(
+                    x, y, [y - low, high - y], marker="o", ms=4, capsize=3, color=color,
+                    label=backbone,
+                )  # fmt: skip
+        panel.set_title(METHODS.get(method, method), fontsize=11)
         panel.set_xticks(range(len(budgets)), budgets)
         panel.set_xlabel("budget")
     panels[0].set_ylabel("mean accuracy, %")
@@ -112,7 +125,7 @@ def heads_by_task(
             tasks,
             {b: [mine[b], mine[f"{b} low"], mine[f"{b} high"]] for b in BACKBONES},
         )
-        panel.set_title(NAMES.get(method, method), fontsize=11)
+        panel.set_title(METHODS.get(method, method), fontsize=11)
     panels[0].set_ylabel("hit rate of the best head, %")
     _legend(figure, panels[-1])
     return _save(figure, folder, name)
@@ -129,18 +142,14 @@ def selectors(means: pd.DataFrame, folder: Path, name: str, title: str) -> list[
     figure, panels = _panels(len(methods), title, width=3.6)
     for panel, method in zip(panels, methods, strict=True):
         here = means[means["method"] == method].drop_duplicates("name").set_index("name")
-        kinds = [
-            kind
-            for kind in ("random", "topk", "oracle", "dense")
-            if all(f"{b} {kind}" in here.index for b in BACKBONES)
-        ]
+        kinds = [kind for kind in SELECTORS if all(f"{b} {kind}" in here.index for b in BACKBONES)]
         sides = {}
         for backbone in BACKBONES:
             mine = here.loc[[f"{backbone} {kind}" for kind in kinds]]
             sides[backbone] = [mine["value"], mine["low"], mine["high"]]
-        _bars(panel, ["top-k" if kind == "topk" else kind for kind in kinds], sides)
+        _bars(panel, [SELECTORS[kind] for kind in kinds], sides)
         budget = here["budget"].iloc[0]
-        panel.set_title(f"{NAMES.get(method, method)}, budget {budget}", fontsize=11)
+        panel.set_title(f"{METHODS.get(method, method)}, budget {budget}", fontsize=11)
     panels[0].set_ylabel("mean accuracy, %")
     _legend(figure, panels[-1])
     return _save(figure, folder, name)
@@ -160,7 +169,7 @@ def gains(against: pd.DataFrame, folder: Path, name: str, title: str) -> list[Pa
     for method in _methods(set(wide.index.get_level_values("method"))):
         mine = wide.index.get_level_values("method") == method
         for decisive in (True, False):
-            chosen = mine & ((paper.abs() >= 5) == decisive).to_numpy()
+            chosen = mine & ((paper.abs() >= DECISIVE) == decisive).to_numpy()
             color = METHOD_COLORS.get(method, "#555555")
             panel.scatter(
                 paper[chosen],
@@ -170,7 +179,7 @@ def gains(against: pd.DataFrame, folder: Path, name: str, title: str) -> list[Pa
                 facecolors=color if decisive else "none",
                 lw=0.8,
                 alpha=0.8,
-                label=NAMES.get(method, method) if decisive else None,
+                label=METHODS.get(method, method) if decisive else None,
             )
     panel.axhline(0, color="black", lw=0.8)
     panel.axvline(0, color="black", lw=0.8)
@@ -182,7 +191,7 @@ def gains(against: pd.DataFrame, folder: Path, name: str, title: str) -> list[Pa
 
 
 def _methods(found: set[str]) -> list[str]:
-    return sorted(found, key=lambda m: (m not in NAMES, [*NAMES, m].index(m)))
+    return sorted(found, key=lambda m: (m not in METHODS, [*METHODS, m].index(m)))
 
 
 def by_size(frame: pd.DataFrame) -> list[str]:

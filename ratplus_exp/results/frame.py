@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from ratplus_exp.results.store import Cell, Store, write_atomically
+from ratplus_exp.results.files import write_atomically
+from ratplus_exp.results.store import Cell, Store
 
 LABELS = {"attention": "Attention", "ratplus": "RAT+"}
 """P1's names of the backbones, for those who configure them in lower case."""
@@ -49,6 +50,8 @@ _FLOATS = (
     "effective_memory_length",
     "gate_mean",
 )
+SETTING = ["method", "block_size", "budget"]
+"""Columns that say how a method was run."""
 _ORDER = (
     *("tier", "model", "backbone", "method", "block_size", "budget", "first_token", "variant"),
     *("selector", "selector_seed", "task", "seed"),

@@ -6,24 +6,25 @@ candidates at every step (P1, Sec. on H1); the mean over tasks weighs every task
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ratplus_exp.results.compare import number
-from ratplus_exp.results.frame import select, tidy
-from ratplus_exp.results.layout import MISSING, Table
+from ratplus_exp.results.frame import SETTING, select, tidy
+from ratplus_exp.results.labels import first_token_note, measured_at
+from ratplus_exp.results.layout import MISSING, Table, number
 from ratplus_exp.results.paper import BACKBONES, TASKS
-from ratplus_exp.results.stats import Estimate, resamplings
+from ratplus_exp.results.stats import RESAMPLES, resamplings
 from ratplus_exp.results.store import Store
 
 STAGE = "hit_rate"
-SETTING = ["method", "block_size", "budget"]
 MEAN = "mean"
 """Stands in the task column for the mean over tasks."""
+TOP = 4
+"""Heads of either backbone that are compared one by one."""
 
 
 def hit_rates(store: Store, **where: Any) -> pd.DataFrame:
@@ -67,7 +68,7 @@ def ranked_heads(rates: pd.DataFrame) -> pd.DataFrame:
 
 
 def rank_curves(
-    store: Store, rates: pd.DataFrame, n_boot: int = 1000, seed: int = 0
+    store: Store, rates: pd.DataFrame, n_boot: int = RESAMPLES, seed: int = 0
 ) -> pd.DataFrame:
     """Hit rate by rank, with 95 % bootstrap intervals; heads are ranked anew in every resampling.
 
@@ -82,37 +83,12 @@ def rank_curves(
         RAT+ and difference (RAT+ minus Attention at the same rank) the value, and "… low" and
         "… high"; n is the number of samples of a task.
     """
-    rows = []
-    for setting, heads, n in _resampled(store, rates, n_boot, seed):
-        tasks = [task for task in TASKS if task in heads]
-        everything = np.mean([heads[task] for task in tasks], axis=0)
-        for task, rate in (*heads.items(), (MEAN, everything)):
-            ordered = -np.sort(-rate, axis=-1)  # (n_boot + 1, backbones, heads)
-            gap = ordered[:, 1] - ordered[:, 0]
-            for rank in range(ordered.shape[-1]):
-                row = dict(zip(SETTING, setting, strict=True)) | {"task": task, "rank": rank + 1}
-                for name, values in zip(
-                    (*BACKBONES, "difference"),
-                    (ordered[:, 0, rank], ordered[:, 1, rank], gap[:, rank]),
-                    strict=True,
-                ):
-                    estimate = Estimate.of(values)
-                    row |= {name: estimate.value}
-                    row |= {f"{name} low": estimate.low, f"{name} high": estimate.high}
-                rows.append(row | {"n": n})
-    bounds = [f"{x}{end}" for x in (*BACKBONES, "difference") for end in ("", " low", " high")]
-    return pd.DataFrame(rows, columns=[*SETTING, "task", "rank", *bounds, "n"])
-
-
-def _resampled(
-    store: Store, rates: pd.DataFrame, n_boot: int, seed: int
-) -> Iterator[tuple[tuple[Any, ...], dict[str, np.ndarray], int]]:
-    """Of each setting: by task, percent (n_boot + 1, backbones, layers · heads); samples a task."""
+    frames = []
     cells = {cell.id: cell for cell in store.cells(STAGE) if cell.done()}
     places = rates[[*SETTING, "task", "backbone", "cell"]].drop_duplicates()
     for setting, here in sorted(places.groupby(SETTING), key=_by_size):
+        total, count, n = np.zeros(()), 0, 0
         generator = np.random.default_rng(seed)
-        heads, n = {}, 0
         for task, pair in here.groupby("task"):
             ids = pair.set_index("backbone")["cell"]
             if not ids.index.is_unique:
@@ -126,11 +102,26 @@ def _resampled(
             shared = sorted(set(records[0]) & set(records[1]))
             n = len(shared)
             weights = resamplings(n, n_boot, generator)
-            heads[str(task)] = np.stack(
-                [_rates(weights, [side[i] for i in shared]) for side in records], axis=1
-            )
-        if heads:
-            yield setting if isinstance(setting, tuple) else (setting,), heads, n
+            heads = np.stack([_rates(weights, [side[i] for i in shared]) for side in records], 1)
+            total, count = total + heads, count + 1
+            frames.append(_curve(setting, str(task), heads, n))
+        if count:
+            frames.append(_curve(setting, MEAN, total / count, n))
+    bounds = [f"{x}{end}" for x in (*BACKBONES, "difference") for end in ("", " low", " high")]
+    columns = [*SETTING, "task", "rank", *bounds, "n"]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+
+
+def _curve(setting: tuple[Any, ...], task: str, heads: np.ndarray, n: int) -> pd.DataFrame:
+    """Rows of `rank_curves` from percent (n_boot + 1, backbones, layers · heads)."""
+    ordered = -np.sort(-heads, axis=-1)
+    place = dict(zip(SETTING, setting, strict=True)) | {"task": task}
+    found: dict[str, Any] = {"rank": np.arange(1, ordered.shape[-1] + 1)}
+    sides = (ordered[:, 0], ordered[:, 1], ordered[:, 1] - ordered[:, 0])
+    for name, values in zip((*BACKBONES, "difference"), sides, strict=True):
+        low, high = np.quantile(values[1:], (0.025, 0.975), axis=0)
+        found |= {name: values[0], f"{name} low": low, f"{name} high": high}
+    return pd.DataFrame({**found, "n": n}).assign(**place)[[*SETTING, "task", *found, "n"]]
 
 
 def _by_size(group: tuple[tuple[Any, ...], pd.DataFrame]) -> tuple[str, int, Fraction]:
@@ -144,7 +135,9 @@ def _rates(weights: np.ndarray, records: Sequence[dict[str, Any]]) -> np.ndarray
     return 100 * (weights @ hits) / (weights @ values)[:, None]
 
 
-def hits_table(curves: pd.DataFrame, rates: pd.DataFrame, tier: str) -> Table:
+def hits_table(
+    curves: pd.DataFrame, rates: pd.DataFrame, tier: str, first_token: str = "prefill"
+) -> Table:
     """The best head, and the mean of all heads, of both backbones: setting × (tasks and mean).
 
     curves: from `rank_curves`; rates: the rows of `hit_rates` that it was made from.
@@ -182,7 +175,7 @@ def hits_table(curves: pd.DataFrame, rates: pd.DataFrame, tier: str) -> Table:
                 )
             )
     return Table(
-        title=f"H1: hit rate of the best head, at tier {tier}",
+        title=f"H1: hit rate of the best head, at {measured_at(tier, first_token)}",
         caption=(
             "Share of gold values, in %, whose golden position the head's selected candidates hold "
             "at every decoding step; gold values are teacher-forced, and every occurrence of the "
@@ -190,7 +183,8 @@ def hits_table(curves: pd.DataFrame, rates: pd.DataFrame, tier: str) -> Table:
             "on the mean of the tasks, named by layer and number in Head. Δ: RAT+ minus Attention "
             "there, with a 95 % bootstrap interval over samples, heads ranked anew in each "
             "resampling. All heads: mean over heads and tasks. MoBA selects nothing while "
-            f"decoding, so it has no hit rate. {MISSING}: not measured with both backbones."
+            f"decoding, so it has no hit rate. {first_token_note(first_token)} {MISSING}: not "
+            "measured with both backbones."
         ),
         columns=(
             *("Method", "Block", "Budget", "Backbone", *TASKS, "Best of mean", "Δ", "Δ 95 %"),
@@ -199,3 +193,41 @@ def hits_table(curves: pd.DataFrame, rates: pd.DataFrame, tier: str) -> Table:
         rows=tuple(rows),
         breaks=frozenset(breaks),
     )
+
+
+def top_heads_table(curves: pd.DataFrame, tier: str, first_token: str = "prefill") -> Table:
+    """The heads of the first ranks on the mean of the tasks, and their difference, by setting."""
+    rows: list[tuple[str, ...]] = []
+    breaks = set()
+    top = curves[(curves["task"] == MEAN) & (curves["rank"] <= TOP)]
+    ranks = sorted(top["rank"].unique())
+    for setting, here in top.groupby(SETTING, sort=False):
+        if rows:
+            breaks.add(len(rows))
+        by_rank = here.set_index("rank")
+        n = str(here["n"].min())
+        for backbone in BACKBONES:
+            values = (number(by_rank.loc[rank, backbone]) for rank in ranks)
+            rows.append((*map(str, setting), backbone, *values, n))
+        gaps = (by_rank.loc[rank, _GAP] for rank in ranks)
+        texts = (f"{number(x, sign='+')} [{number(low)}, {number(high)}]" for x, low, high in gaps)
+        rows.append((*map(str, setting), "RAT+ − Attention", *texts, n))
+    return Table(
+        title=f"H1: the {len(ranks)} best heads, at {measured_at(tier, first_token)}",
+        caption=(
+            "Hit rate in %, mean over the tasks, of each backbone's best head, its second best and "
+            "so on, and their difference in points, with 95 % bootstrap intervals over samples, "
+            f"heads ranked anew in each resampling. {first_token_note(first_token)} n: samples a "
+            "task."
+        ),
+        columns=(
+            *("Method", "Block", "Budget", "Backbone"),
+            *(f"rank {rank}" for rank in ranks),
+            "n",
+        ),
+        rows=tuple(rows),
+        breaks=frozenset(breaks),
+    )
+
+
+_GAP = ["difference", "difference low", "difference high"]

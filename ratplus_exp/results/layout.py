@@ -6,10 +6,14 @@ import csv
 import io
 import re
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ratplus_exp.results.store import write_atomically
+import pandas as pd
+
+from ratplus_exp.results.files import write_atomically
+from ratplus_exp.results.labels import METHODS
 
 MISSING = "—"
 
@@ -34,10 +38,30 @@ class Table:
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.columns) for row in self.rows), "one string a column"
 
+    def lines(self) -> list[tuple[str, ...]]:
+        """The columns' names, then the rows as people read them: with the methods' proper names."""
+        named = [name in ("Method", "Methods") for name in self.columns]
+        return [
+            self.columns,
+            *(
+                tuple(
+                    METHODS.get(cell, cell) if name else cell
+                    for cell, name in zip(row, named, strict=True)
+                )
+                for row in self.rows
+            ),
+        ]
+
+    def without(self, columns: Container[str]) -> Table:
+        """The table without some of its columns."""
+        kept = [i for i, name in enumerate(self.columns) if name not in columns]
+        rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
+        return replace(self, columns=tuple(self.columns[i] for i in kept), rows=rows)
+
     def to_text(self, width: int = 120) -> str:
         """For a terminal; tighter where it would not fit in `width` characters."""
         shown = [i for i, name in enumerate(self.columns) if name not in self.text_hides]
-        lines = [[line[i] for i in shown] for line in (self.columns, *self.rows)]
+        lines = [[line[i] for i in shown] for line in self.lines()]
         sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
         numbers = [self.is_number(i) for i in shown]
         gap = "  " if sum(sizes) + 2 * (len(sizes) - 1) <= width else " "
@@ -56,15 +80,16 @@ class Table:
 
     def to_markdown(self) -> str:
         """A GitHub table under its title, the caption below."""
+        header, *rows = self.lines()
         marks = ["---:" if self.is_number(i) else "---" for i in range(len(self.columns))]
         lines = [
             "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |"
-            for line in (self.columns, marks, *self.rows)
+            for line in (header, marks, *rows)
         ]
         return "\n".join([f"### {self.title}", "", *lines, "", self.caption]) + "\n"
 
     def to_csv(self) -> str:
-        """Header and rows as shown, but with ASCII minus signs; no title or caption."""
+        """Header and rows with ASCII minus signs and the methods' configured names; no caption."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(self.columns)
@@ -74,9 +99,7 @@ class Table:
     def to_latex(self) -> str:
         """A table* float; the document needs the booktabs package."""
         align = "".join("r" if self.is_number(i) else "l" for i in range(len(self.columns)))
-        header, *rows = (
-            " & ".join(map(escape_latex, line)) + r" \\" for line in (self.columns, *self.rows)
-        )
+        header, *rows = (" & ".join(map(escape_latex, line)) + r" \\" for line in self.lines())
         lines = [
             r"\begin{table*}",
             rf"\caption{{{escape_latex(f'{self.title}. {self.caption}')}}}",
@@ -107,6 +130,11 @@ class Table:
         """Whether a column holds numbers, which are aligned to the right."""
         cells = [row[column] for row in self.rows if row[column] not in ("", MISSING)]
         return all(re.match(r"\[?[+−]?\d", cell) for cell in cells)
+
+
+def number(value: float | None, digits: int = 1, sign: str = "-") -> str:
+    """A number as tables print it; sign "+" shows that of positive ones, too."""
+    return MISSING if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
 
 
 def escape_latex(text: str) -> str:

@@ -6,9 +6,17 @@ import base64
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
+from ratplus_exp.results.files import write_atomically
 from ratplus_exp.results.layout import Table
-from ratplus_exp.results.store import write_atomically
+
+
+class Picture(NamedTuple):
+    """A PNG file and its caption."""
+
+    path: Path
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -18,7 +26,7 @@ class Section:
     Attributes:
         words: paragraphs before the tables and pictures.
         points: a list of sentences after the words.
-        pictures: PNG files.
+        pictures: PNG files with what stands under them.
         code: text to show as it is, folded away.
     """
 
@@ -26,7 +34,7 @@ class Section:
     words: tuple[str, ...] = ()
     points: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
-    pictures: tuple[Path, ...] = ()
+    pictures: tuple[Picture, ...] = ()
     code: str = ""
 
 
@@ -45,7 +53,8 @@ def to_markdown(title: str, sections: list[Section]) -> str:
         parts += [f"## {section.title}", *section.words]
         if section.points:
             parts.append("\n".join(f"- {point}" for point in section.points))
-        parts += [f"![{_alt(section, picture)}]({picture.name})" for picture in section.pictures]
+        for picture in section.pictures:
+            parts += [f"![{_alt(section, picture)}]({picture.path.name})", picture.caption]
         parts += [table.to_markdown().rstrip() for table in section.tables]
         if section.code:
             parts.append(f"```yaml\n{section.code.rstrip()}\n```")
@@ -74,9 +83,12 @@ def _html_section(index: int, section: Section) -> str:
         points = "".join(f"<li>{escape(point)}</li>" for point in section.points)
         parts.append(f"<ul>{points}</ul>")
     for picture in section.pictures:
-        data = base64.b64encode(picture.read_bytes()).decode()
+        data = base64.b64encode(picture.path.read_bytes()).decode()
         alt = escape(_alt(section, picture), quote=True)
-        parts.append(f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>')
+        parts.append(
+            f'<figure><img alt="{alt}" src="data:image/png;base64,{data}">'
+            f"<figcaption class=c>{escape(picture.caption)}</figcaption></figure>"
+        )
     parts += [_html_table(table) for table in section.tables]
     if section.code:
         parts.append(f"<details><summary>Show</summary><pre>{escape(section.code)}</pre></details>")
@@ -93,17 +105,18 @@ def _html_table(table: Table) -> str:
         )
         return f"<tr{css}>{inner}</tr>"
 
+    header, *body = table.lines()
     rows = "\n".join(
-        line(row, "td", " class=b" if i in table.breaks else "") for i, row in enumerate(table.rows)
+        line(row, "td", " class=b" if i in table.breaks else "") for i, row in enumerate(body)
     )
     return (
-        f"<h3>{escape(table.title)}</h3>\n<div class=t><table><thead>{line(table.columns, 'th')}"
+        f"<h3>{escape(table.title)}</h3>\n<div class=t><table><thead>{line(header, 'th')}"
         f"</thead>\n<tbody>{rows}</tbody></table></div>\n<p class=c>{escape(table.caption)}</p>"
     )
 
 
-def _alt(section: Section, picture: Path) -> str:
-    return f"{section.title}: {picture.stem}"
+def _alt(section: Section, picture: Picture) -> str:
+    return f"{section.title}: {picture.path.stem}"
 
 
 _STYLE = """

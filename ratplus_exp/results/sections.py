@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
 from ratplus_exp.results import compare, figures, hits, sanity, selection
-from ratplus_exp.results.compare import number
-from ratplus_exp.results.layout import Table
-from ratplus_exp.results.page import Section
-from ratplus_exp.results.paper import BACKBONES
+from ratplus_exp.results.against import against_paper, against_paper_table
+from ratplus_exp.results.labels import METHODS, first_token_note, measured_at
+from ratplus_exp.results.layout import Table, number
+from ratplus_exp.results.page import Picture, Section
+from ratplus_exp.results.paper import TASKS
 from ratplus_exp.results.store import Store
 from ratplus_exp.results.tables import PAPER_TABLES, SCORERS, accuracy_table
 
@@ -63,71 +64,83 @@ class Evidence:
 
     def titled(self, what: str) -> str:
         context = self.cells["context_length"] if len(self.cells) else self.rates["context_length"]
-        return f"{what}; tier {self.tier}, {context.iloc[0]} tokens"
+        where = measured_at(self.tier, self.first_token)
+        return f"{what}; {where}, {context.iloc[0]} tokens"
 
 
-def section(evidence: Evidence, output: str) -> Section:
+def section(evidence: Evidence, output: str, brief: bool = False) -> Section:
     """A table (table2 … table5) or figure (fig1 … fig4), whose files are written on the way.
+
+    brief: a table without its columns of tasks.
 
     Raises:
         ValueError: nothing of it was measured, or the output is unknown.
     """
     if output in PAPER_TABLES:
-        return _table(evidence, output)
+        return _table(evidence, output, brief)
     if output not in _FIGURES:
         known = ", ".join((*PAPER_TABLES, *_FIGURES))
         raise ValueError(f"stage.outputs has the unknown {output!r}: use some of {known}, report")
     return _FIGURES[output](evidence, output)
 
 
-def _table(evidence: Evidence, name: str) -> Section:
+def _table(evidence: Evidence, name: str, brief: bool) -> Section:
+    tier, first = evidence.tier, evidence.first_token
     table = accuracy_table(
-        (evidence.cells, evidence.samples),
-        evidence.tier,
-        name,
-        evidence.scorer,
-        first_token=evidence.first_token,
+        (evidence.cells, evidence.samples), tier, name, evidence.scorer, first_token=first
     )
-    frame = compare.against_paper(name, evidence.cells, evidence.accuracy)
+    frame = against_paper(name, evidence.cells, evidence.accuracy)
     table.write(evidence.folder, name)
-    compare.against_paper_table(frame, name, evidence.tier).write(
-        evidence.folder, f"{name}_against_paper"
-    )
+    against_paper_table(frame, name, tier, first).write(evidence.folder, f"{name}_against_paper")
     words = [_TABLE_WORDS[name]]
+    if brief:
+        words.append(f"Its measured cells are Table 3's; task by task they are in {name}.md, too.")
+        table = table.without(TASKS)
     words.append(f"Accuracy by accuracy beside the paper's: {name}_against_paper.md, .csv, .tex.")
     tables, pictures = [table], []
+    caption = f"Seeds and n as below. {first_token_note(first)}"
     if name in ("table3", "table4"):
-        title = f"RAT+ minus Attention: P1's Table {name[-1]} and tier {evidence.tier}"
+        title = f"RAT+ minus Attention: P1's Table {name[-1]} and {measured_at(tier, first)}"
         pictures = figures.gains(frame, evidence.folder, f"{name}_gains", title)
+        caption = f"A point a setting and task; filled: P1's decisive cells. {caption}"
     if name == "table5" and len(evidence.selector_means):
-        extra = selection.selector_table(evidence.selector_means, evidence.cells, evidence.tier)
+        extra = selection.selector_table(
+            evidence.selector_means, evidence.cells, tier, evidence.accuracy, first
+        )
         extra.write(evidence.folder, "selectors")
         tables.append(extra)
         title = evidence.titled("Who selects: mean accuracy over the tasks")
         pictures = figures.selectors(evidence.selector_means, evidence.folder, "selectors", title)
-    return Section(
-        f"Table {name[-1]}", tuple(words), tables=tuple(tables), pictures=tuple(pictures[:1])
-    )
+        caption = f"Whiskers: 95 % bootstrap intervals over samples. {caption}"
+    shown = tuple(Picture(path, caption) for path in pictures[:1])
+    return Section(f"Table {name[-1]}", tuple(words), tables=tuple(tables), pictures=shown)
 
 
 def _fig1(evidence: Evidence, name: str) -> Section:
-    title = evidence.titled("Mean accuracy over the tasks (dotted: dense)")
-    pictures = figures.accuracy_by_budget(evidence.cells, evidence.folder, name, title)
-    return _figure(name, "Mean accuracy of both backbones against the budget.", pictures)
+    title = evidence.titled("Mean accuracy over the tasks (dashed: dense)")
+    cells = evidence.cells[evidence.cells["selector"] == "topk"]
+    pictures = figures.accuracy_by_budget(
+        evidence.samples, evidence.score, evidence.folder, name, title
+    )
+    words = (
+        "Mean accuracy of both backbones against the budget, the share of the context that is "
+        "looked at. Whiskers are 95 % bootstrap intervals over samples."
+    )
+    return _figure(evidence, name, words, pictures, cells)
 
 
 def _ranked(method: str) -> Callable[[Evidence, str], Section]:
     def build(evidence: Evidence, name: str) -> Section:
-        title = evidence.titled(
-            f"H1, {figures.NAMES[method]}: heads by hit rate, mean of the tasks"
-        )
+        title = evidence.titled(f"H1, {METHODS[method]}: heads by hit rate, mean of the tasks")
         pictures = figures.ranked_heads(evidence.curves, method, evidence.folder, name, title)
         words = (
-            f"H1 for {figures.NAMES[method]}: how often the candidates that a head selected hold "
+            f"H1 for {METHODS[method]}: how often the candidates that a head selected hold "
             "the golden answer position at every decoding step. Heads from best to worst, which is "
             "done anew in every resampling; bands are 95 % bootstrap intervals over samples."
         )
-        return _with_heads(evidence, _figure(name, words, pictures), method, name)
+        rates = evidence.rates[evidence.rates["method"] == method]
+        found = _figure(evidence, name, words, pictures, rates)
+        return _with_heads(evidence, found, method, name)
 
     return build
 
@@ -136,11 +149,15 @@ def _with_heads(evidence: Evidence, found: Section, method: str, name: str) -> S
     curves, rates = (
         frame[frame["method"] == method] for frame in (evidence.curves, evidence.rates)
     )
-    table = hits.hits_table(curves, rates, evidence.tier)
-    table.write(evidence.folder, f"{name}_heads")
+    tables = (
+        hits.hits_table(curves, rates, evidence.tier, evidence.first_token),
+        hits.top_heads_table(curves, evidence.tier, evidence.first_token),
+    )
+    for table, what in zip(tables, ("heads", "top_heads"), strict=True):
+        table.write(evidence.folder, f"{name}_{what}")
     curves.to_csv(evidence.folder / f"{name}_ranks.csv", index=False)
     hits.ranked_heads(rates).to_csv(evidence.folder / f"{name}_ranked_heads.csv", index=False)
-    return Section(found.title, found.words, tables=(table,), pictures=found.pictures)
+    return replace(found, tables=tables)
 
 
 def _fig4(evidence: Evidence, name: str) -> Section:
@@ -151,13 +168,22 @@ def _fig4(evidence: Evidence, name: str) -> Section:
         title += f", budget {budgets[-1]}"
         pictures = figures.heads_by_task(evidence.curves, budgets[-1], evidence.folder, name, title)
     words = "H1 task by task: for each task the head that is best there, at the smallest budget."
-    return _figure(name, words, pictures)
+    return _figure(evidence, name, words, pictures, evidence.rates)
 
 
-def _figure(name: str, words: str, pictures: list[Path]) -> Section:
+def _figure(
+    evidence: Evidence, name: str, words: str, pictures: list[Path], cells: pd.DataFrame
+) -> Section:
     if not pictures:
         raise ValueError(f"no finished cells for {name}: run make {name}")
-    return Section(f"Figure {name[-1]}", (words,), pictures=tuple(pictures[:1]))
+    low, high = cells["n"].min(), cells["n"].max()
+    seeds = ", ".join(map(str, sorted(cells["seed"].unique())))
+    caption = (
+        f"n = {low if low == high else f'{low}–{high}'} samples a task, seeds {seeds}. "
+        f"{first_token_note(evidence.first_token)}"
+    )
+    shown = tuple(Picture(path, caption) for path in pictures[:1])
+    return Section(f"Figure {name[-1]}", (words,), pictures=shown)
 
 
 _FIGURES: dict[str, Callable[[Evidence, str], Section]] = {
@@ -167,7 +193,10 @@ _FIGURES: dict[str, Callable[[Evidence, str], Section]] = {
     "fig4": _fig4,
 }
 _TABLE_WORDS = {
-    "table2": "H2, as in P1's Table 2: Quest and MoBA choose their blocks at random.",
+    "table2": (
+        "H2, as in P1's Table 2, where Quest and MoBA choose their blocks at random; SnapKV's rows "
+        "and dense attention's are this project's."
+    ),
     "table3": "P1's main table: the three methods at several budgets and block sizes.",
     "table4": "The settings of Table 3 beside P1's Table 4, whose models are OLMo2-7B.",
     "table5": (
@@ -179,7 +208,7 @@ _TABLE_WORDS = {
 
 def pattern_section(evidence: Evidence) -> Section:
     """Paper against measured; its files are written on the way."""
-    table = compare.pattern_table(evidence.patterns, evidence.tier)
+    table = compare.pattern_table(evidence.patterns, evidence.tier, evidence.first_token)
     table.write(evidence.folder, "pattern")
     words = (
         "Models of another size can't have the paper's levels, but they can have its pattern: "
@@ -188,80 +217,11 @@ def pattern_section(evidence: Evidence) -> Section:
     return Section("Paper against measured", (words,), tables=(table,))
 
 
-def findings(evidence: Evidence) -> list[str]:
-    """What the cells say about P1's two questions and its tables, one sentence each."""
-    found = []
-    for pattern in evidence.patterns:
-        if pattern.scope == "all":
-            x = pattern.agreement
-            found.append(
-                f"Table {pattern.table[-1]}: of P1's {pattern.decisive} decisive cells, "
-                f"{pattern.measured} were measured and {pattern.agree} have its sign "
-                f"({number(x.value, 0)} % [{number(x.low, 0)}, {number(x.high, 0)}]; "
-                f"{pattern.against} against, {pattern.tied} tied)."
-            )
-    best = evidence.curves
-    best = best[(best["rank"] == 1) & (best["task"] == hits.MEAN)]
-    for row in best.to_dict("records"):
-        low, high = row["difference low"], row["difference high"]
-        found.append(
-            f"H1, {figures.NAMES.get(row['method'], row['method'])} at {row['budget']}: the best "
-            f"head's hit rate is {number(row['RAT+'])} % with the memory and "
-            f"{number(row['Attention'])} % without (difference {number(row['difference'])} "
-            f"[{number(low)}, {number(high)}] points: {_verdict(low, high)})."
-        )
-    means = evidence.selector_means
-    for row in means[means["name"] == "gap random"].to_dict("records"):
-        place = (means[selection.SETTING] == [row[c] for c in selection.SETTING]).all(axis=1)
-        sides = means[place].set_index("name")["value"]
-        found.append(
-            f"H2, {figures.NAMES.get(row['method'], row['method'])} at {row['budget']} choosing at "
-            f"random: {number(sides['RAT+ random'])} % with the memory and "
-            f"{number(sides['Attention random'])} % without (difference {number(row['value'])} "
-            f"[{number(row['low'])}, {number(row['high'])}] points: "
-            f"{_verdict(row['low'], row['high'])})."
-        )
-    return found
-
-
-def _verdict(low: float, high: float) -> str:
-    """P1 finds RAT+ ahead in all of H1 and H2."""
-    if low > 0:
-        return "as in P1"
-    return "against P1" if high < 0 else "undecided"
-
-
-def missing(evidence: Evidence, outputs: list[str]) -> list[str]:
-    """Settings of P1's tables that were not measured, or with fewer tasks than there."""
-    found = []
-    for name in (output for output in outputs if output in PAPER_TABLES):
-        frame = compare.against_paper(name, evidence.cells, evidence.accuracy)
-        place = ["method", "block_size", "budget", "selector", "backbone"]
-        for setting, here in frame.groupby(place, sort=False):
-            lacking = here.loc[here["measured"].isna(), "task"]
-            if len(lacking):
-                method, block, budget, selector, backbone = setting
-                text = f"Table {name[-1]}: {backbone}, {method} at {budget}"
-                text += f" with P1's block size {block}" if block > 1 else ""
-                text += ", random selection" if selector == "random" else ""
-                all_of_it = len(lacking) == len(here)
-                found.append(text + ("" if all_of_it else f", tasks {', '.join(lacking)}") + ".")
-    measured = {tuple(x) for x in evidence.rates[["method", "backbone"]].to_numpy()}
-    for method, figure in (("quest", "fig2"), ("snapkv", "fig3")):
-        if figure in outputs:
-            found += [
-                f"Figure {figure[-1]}: {backbone}, hit rates of {method}."
-                for backbone in BACKBONES
-                if (method, backbone) not in measured
-            ]
-    return found
-
-
 def warning_section(evidence: Evidence) -> Section:
     points = sanity.warnings(evidence.store, evidence.samples, evidence.score)
     words = (
         "Checked: sparse attention better than dense beyond noise; a smaller budget better than a "
-        "larger one beyond noise; prompts that were cut."
+        "larger one beyond noise, on the mean of the tasks; prompts that were cut."
     )
     return Section("Warnings", (words,), tuple(points) or ("None.",))
 

@@ -2,7 +2,8 @@
 
 The oracle always selects what holds the gold values. What it wins over the method's own choice is
 the share of the loss that is selection's; what it still lacks to dense attention is due to all else
-that is not attended.
+that is not attended. It takes as many candidates as the method, so what holds the values displaces
+others, and where those mattered it can lose.
 """
 
 from __future__ import annotations
@@ -10,17 +11,15 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ratplus_exp.results.compare import number
-from ratplus_exp.results.layout import MISSING, Table
+from ratplus_exp.results.frame import SETTING
+from ratplus_exp.results.labels import SELECTORS, first_token_note, measured_at
+from ratplus_exp.results.layout import MISSING, Table, number
 from ratplus_exp.results.paper import BACKBONES, TASKS
-from ratplus_exp.results.stats import Estimate, resamplings
-
-SELECTORS = ("random", "topk", "oracle")
-SETTING = ["method", "block_size", "budget"]
+from ratplus_exp.results.stats import RESAMPLES, Estimate, resamplings
 
 
 def selector_means(
-    samples: pd.DataFrame, score: str, n_boot: int = 2000, seed: int = 0
+    samples: pd.DataFrame, score: str, n_boot: int = RESAMPLES, seed: int = 0
 ) -> pd.DataFrame:
     """Mean accuracies over the tasks by selector, for settings that were run at random too.
 
@@ -37,7 +36,7 @@ def selector_means(
     samples = samples.assign(
         selector=samples["selector"].where(samples["method"] != "dense", "dense")
     )
-    samples = samples[samples["selector"].isin([*SELECTORS, "dense"])]
+    samples = samples[samples["selector"].isin(SELECTORS)]
     rows = []
     randoms = samples[samples["selector"] == "random"]
     for setting, _ in randoms.groupby(SETTING):
@@ -45,7 +44,7 @@ def selector_means(
         here = samples[own | (samples["selector"] == "dense")]
         means, n = _means(here, score, n_boot, seed)
         derived = dict(means)
-        for kind in (*SELECTORS, "dense"):
+        for kind in SELECTORS:
             if all(f"{b} {kind}" in means for b in BACKBONES):
                 derived[f"gap {kind}"] = means[f"RAT+ {kind}"] - means[f"Attention {kind}"]
         for b in BACKBONES:
@@ -83,10 +82,16 @@ def _means(
     return {name: np.mean([task[name] for task in by_task], axis=0) for name in names}, least
 
 
-def selector_table(means: pd.DataFrame, cells: pd.DataFrame, tier: str) -> Table:
+def selector_table(
+    means: pd.DataFrame,
+    cells: pd.DataFrame,
+    tier: str,
+    accuracy: str = "accuracy",
+    first_token: str = "prefill",
+) -> Table:
     """`selector_means` to read: one row a setting and backbone, and one for their gap.
 
-    cells: rows of `tidy`, for the deviation over selector seeds.
+    cells: rows of `tidy`, for the deviation over selector seeds; accuracy: their column.
     """
     rows: list[tuple[str, ...]] = []
     breaks = set()
@@ -99,7 +104,7 @@ def selector_table(means: pd.DataFrame, cells: pd.DataFrame, tier: str) -> Table
         for side in (*BACKBONES, "gap"):
             row = [*map(str, setting), {"gap": "RAT+ − Attention"}.get(side, side)]
             sign = "+" if side == "gap" else "-"
-            for kind in (*SELECTORS, "dense", "selection"):
+            for kind in (*SELECTORS, "selection"):
                 name = f"{side} {kind}"
                 if name not in found.index:
                     row.append("" if (side, kind) == ("gap", "selection") else MISSING)
@@ -110,23 +115,24 @@ def selector_table(means: pd.DataFrame, cells: pd.DataFrame, tier: str) -> Table
                     text += f" [{number(x['low'])}, {number(x['high'])}]"
                 elif kind == "random":
                     mine = random[random["backbone"] == side]
-                    drawn = mine.groupby("selector_seed")["accuracy"].mean()
+                    drawn = mine.groupby("selector_seed")[accuracy].mean()
                     text += f"±{number(drawn.std())}" if len(drawn) > 1 else ""
                 row.append(text)
             rows.append((*row, str(found["n"].min())))
     return Table(
-        title=f"H2: who selects, at tier {tier}",
+        title=f"H2: who selects, at {measured_at(tier, first_token)}",
         caption=(
             "Mean accuracy in % over the tasks when as many candidates are chosen at random "
             "(forced ones kept; mean ± std over selector seeds), by the method (top-k), or by an "
-            "oracle that always takes what holds the gold values, and with dense attention. "
-            "Selection: oracle minus top-k, the points that a perfect choice would win. In "
-            "brackets: 95 % bootstrap intervals over samples, paired by id. n: samples a task "
-            "that all selectors answered."
+            "oracle that first takes what holds the gold values, and with dense attention. "
+            "Selection: oracle minus top-k, what knowing where the values stand wins; since these "
+            "candidates displace others of the method's choice, it can be negative. In brackets: "
+            "95 % bootstrap intervals over samples, paired by id. n: samples a task that all "
+            f"selectors answered. {first_token_note(first_token)}"
         ),
         columns=(
-            *("Method", "Block", "Budget", "Backbone", "random", "top-k", "oracle", "dense"),
-            *("Selection", "n"),
+            *("Method", "Block", "Budget", "Backbone"),
+            *(*SELECTORS.values(), "Selection", "n"),
         ),
         rows=tuple(rows),
         breaks=frozenset(breaks),

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+RESAMPLES = 10_000
+"""Of every bootstrap interval."""
+
 
 def paired_bootstrap(
-    a: pd.Series, b: pd.Series, n_boot: int = 10_000, seed: int = 0
+    a: pd.Series, b: pd.Series, n_boot: int = RESAMPLES, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean of a − b with its 95 % percentile bootstrap interval, paired by sample.
+    """Mean of a − b with its percentile bootstrap interval, paired by sample.
 
     Args:
         a, b: scores, in any unit, indexed by sample id; or by (task, id), and then samples are
@@ -20,6 +23,7 @@ def paired_bootstrap(
             P1's mean over tasks. Samples that only one of the two has are left out.
         n_boot: number of resamples.
         seed: of the generator made here; the same inputs give the same interval.
+        level: of the two-sided interval.
 
     Returns:
         (difference, low, high) in the unit of the scores.
@@ -43,7 +47,7 @@ def paired_bootstrap(
         values, counts = np.unique(scores, return_counts=True)
         n = len(scores)
         resampled += generator.multinomial(n, counts / n, size=n_boot) @ values / n
-    low, high = np.quantile(resampled / len(tasks), (0.025, 0.975))
+    low, high = np.quantile(resampled / len(tasks), ((1 - level) / 2, (1 + level) / 2))
     return float(np.mean([scores.mean() for scores in tasks])), float(low), float(high)
 
 

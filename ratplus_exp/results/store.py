@@ -28,6 +28,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from ratplus_exp.results.files import sync, write_atomically
+
 FORMAT = 1
 """Part of every hash. Raise it when the same key comes to mean other numbers."""
 
@@ -132,7 +134,7 @@ class Cell:
         try:
             with FileIO(path, "ab") as self._file:
                 self._file.truncate(size)  # what a killed writer left of a line
-                _sync(self.path)
+                sync(self.path)
                 yield
         finally:
             self._file = None
@@ -151,7 +153,7 @@ class Cell:
             return
         if self.done():
             (self.path / "done").unlink(missing_ok=True)  # by another rank
-            _sync(self.path)
+            sync(self.path)
         while rest:
             rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
@@ -234,26 +236,6 @@ class Cell:
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         write_atomically(self.path / name, text)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file (UTF-8) such that readers and crashes see the old one or the new one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with draft.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make the folder's entries (a new, renamed or deleted file) survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_samples(path: Path) -> tuple[dict[Any, dict[str, Any]], int]:

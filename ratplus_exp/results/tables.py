@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from ratplus_exp.results.compare import gain
 from ratplus_exp.results.frame import sample_scores, select, tidy
-from ratplus_exp.results.layout import MISSING, Table
+from ratplus_exp.results.labels import first_token_note, measured_at, scale_note
+from ratplus_exp.results.layout import MISSING, Table, number
 from ratplus_exp.results.paper import BACKBONES, paper_means, paper_tables
-from ratplus_exp.results.stats import mean_std, paired_bootstrap
+from ratplus_exp.results.stats import mean_std
 from ratplus_exp.results.store import Store
 
 DENSE = "dense"
@@ -75,7 +77,6 @@ def accuracy_table(
     settings = pd.Series(map(_Setting.of, cells.itertuples()), index=cells.index, dtype=object)
     cells = cells.assign(setting=settings)
     context = _check_unmixed(cells)
-    samples = samples[["cell", "task", "id"]].assign(score=100 * samples[score])
 
     labels = ("Method", "Block", "k", "Budget", "Kept", "Backbone")
     columns = (*labels, *tasks, "Mean", "P1", "Δ", "Δ 95 %", "P1 Δ", "n", "seeds")
@@ -85,23 +86,27 @@ def accuracy_table(
         here = cells[[other == setting for other in settings]]
         sides = {backbone: here[here["backbone"] == backbone] for backbone in BACKBONES}
         printed = setting.in_paper(paper, context)
-        gain = (*_gain(sides, samples, tasks), _number(printed.get("gain"), sign="+"))
+        x = gain(samples[samples["cell"].isin(here["cell"])], score, tasks)
+        difference = (MISSING, MISSING)
+        if not pd.isna(x.value):
+            difference = number(x.value, sign="+"), f"[{number(x.low)}, {number(x.high)}]"
+        of_both = (*difference, number(printed.get("gain"), sign="+"))
         if rows and rows[-1][0] != setting.method:
             breaks.add(len(rows))
         for backbone, side in sides.items():
             rows.append(
                 setting.label(here, context)
-                + (_number(side["budget_measured"].mean(), digits=3), backbone)
+                + (number(side["budget_measured"].mean(), digits=3), backbone)
                 + _accuracies(side.pivot(index=list(DRAW), columns="task", values=accuracy), tasks)
-                + (_number(printed.get(backbone)),)
-                + (gain if backbone == "RAT+" else ("", "", ""))
+                + (number(printed.get(backbone)),)
+                + (of_both if backbone == "RAT+" else ("", "", ""))
                 + (_span(side["n"]), str(len(side[list(DRAW)].drop_duplicates()) or MISSING))
             )
     values = {name: {row[i] for row in rows} - {MISSING} for i, name in enumerate(columns)}
     uniform = {name for name in ("n", "seeds") if len(values[name]) == 1}  # the caption says it
     return Table(
-        title=f"P1's Table {paper_table[-1]}, measured at tier {tier}",
-        caption=_caption(cells, tier, paper_table, scorer),
+        title=f"P1's Table {paper_table[-1]}, measured at {measured_at(tier, first_token)}",
+        caption=_caption(cells, tier, paper_table, scorer, first_token),
         columns=columns,
         rows=tuple(rows),
         breaks=frozenset(breaks),
@@ -162,23 +167,7 @@ def _accuracies(percent: pd.DataFrame, tasks: tuple[str, ...]) -> tuple[str, ...
     if MISSING in cells:
         return (*cells, MISSING)
     whole = percent.dropna().mean(axis=1)  # seeds that have all tasks
-    return (*cells, _spread(whole) if len(whole) else _number(percent.mean().mean()))
-
-
-def _gain(
-    sides: dict[str, pd.DataFrame], samples: pd.DataFrame, tasks: tuple[str, ...]
-) -> tuple[str, str]:
-    """Mean of RAT+ minus mean of Attention, and its interval, over the samples of both."""
-    if any(set(side["task"]) != set(tasks) for side in sides.values()):
-        return MISSING, MISSING
-    attention, ratplus = (
-        samples[samples["cell"].isin(side["cell"])].groupby(["task", "id"])["score"].mean()
-        for side in (sides[backbone] for backbone in BACKBONES)
-    )
-    if set(attention.index.intersection(ratplus.index).get_level_values("task")) != set(tasks):
-        return MISSING, MISSING  # other seeds on either side: nothing to pair yet
-    difference, low, high = paired_bootstrap(ratplus, attention)
-    return _number(difference, sign="+"), f"[{_number(low)}, {_number(high)}]"
+    return (*cells, _spread(whole) if len(whole) else number(percent.mean().mean()))
 
 
 def _check_unmixed(cells: pd.DataFrame) -> int:
@@ -205,25 +194,35 @@ def _check_unmixed(cells: pd.DataFrame) -> int:
     return int(cells["context_length"].iloc[0])
 
 
-def _caption(cells: pd.DataFrame, tier: str, paper_table: str, scorer: str) -> str:
+def _caption(
+    cells: pd.DataFrame, tier: str, paper_table: str, scorer: str, first_token: str
+) -> str:
     def of_each(column: str) -> str:
         texts = []
         for backbone in BACKBONES:
             values = cells.loc[cells["backbone"] == backbone, column].dropna()
             if values.dtype == float:
-                text = _number(values.mean())
+                text = number(values.mean())
             else:
                 text = ", ".join(sorted(map(str, values.unique()))) or MISSING
             texts.append(f"{backbone} {text}")
         return ", ".join(texts)
 
-    seeds = ", ".join(map(str, sorted(cells["seed"].unique())))
-    scale = "" if tier == "paper" else " (not the paper's scale: compare signs, not levels)"
-    spread = "; ± is the standard deviation over seeds" if cells["seed"].nunique() > 1 else ""
+    def listed(values: pd.Series) -> str:
+        return ", ".join(map(str, sorted(values.unique())))
+
+    draws = cells[cells["selector"] == "random"]["selector_seed"]
+    seeds = f"seeds {listed(cells['seed'])} of the samples"
+    seeds += f" and {listed(draws)} of random selection" if len(draws) else ""
+    if cells.groupby(["backbone", "setting", "task"])["cell"].size().max() > 1:
+        seeds += "; ± is the standard deviation over them (how many: column seeds)"
+    n = f"n = {_span(cells['n'])} per task and seed"
+    n += "" if cells["n"].nunique() == 1 else ", which of them is in column n"
     return (
-        f"Accuracy in % by {SCORERS[scorer][2]}. Tier {tier}{scale}; context "
-        f"{_span(cells['context_length'])} tokens; n = {_span(cells['n'])} per task and seed; "
-        f"seeds {seeds}{spread}. Models: {of_each('model')}; checkpoints: {of_each('checkpoint')}. "
+        f"Accuracy in % by {SCORERS[scorer][2]}. Tier {tier}{scale_note(tier)}; "
+        f"context {_span(cells['context_length'])} tokens; {n}; "
+        f"{seeds}. {first_token_note(first_token)} "
+        f"Models: {of_each('model')}; checkpoints: {of_each('checkpoint')}. "
         f"Effective memory length in tokens: {of_each('effective_memory_length')}. "
         "Kept: fraction of the KV entries that was attended or stored. Δ: mean of RAT+ minus mean "
         "of Attention in points, with a 95 % bootstrap interval over samples, paired by id and "
@@ -237,11 +236,7 @@ def _spread(values: pd.Series) -> str:
     if values.empty:
         return MISSING
     mean, std = mean_std(values)
-    return _number(mean) if pd.isna(std) else f"{_number(mean)}±{_number(std)}"
-
-
-def _number(value: float | None, digits: int = 1, sign: str = "-") -> str:
-    return MISSING if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
+    return number(mean) if pd.isna(std) else f"{number(mean)}±{number(std)}"
 
 
 def _span(values: pd.Series) -> str:

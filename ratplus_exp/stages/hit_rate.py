@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from ratplus_exp.methods import Engine
 from ratplus_exp.methods.hits import HitCounter
 from ratplus_exp.results import Table
-from ratplus_exp.results.compare import number
 from ratplus_exp.results.hits import hit_rates
+from ratplus_exp.results.layout import number
 from ratplus_exp.stages.cells import Job, Loaded, fill_missing, padded, selector_of
 from ratplus_exp.stages.common import job_folder
 from ratplus_exp.tasks import Sample

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from ratplus_exp.config import validate_method
 from ratplus_exp.results import Table, mean_std, tidy
-from ratplus_exp.results.compare import number
+from ratplus_exp.results.layout import number
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import job_folder
 from ratplus_exp.stages.sweep import configuration, fill_jobs

@@ -12,14 +12,15 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ratplus_exp.config import plain
 from ratplus_exp.models.loading import check_model
 from ratplus_exp.results import Store, sample_scores, tidy, write_atomically, write_cells_csv
+from ratplus_exp.results.findings import findings
 from ratplus_exp.results.frame import select
 from ratplus_exp.results.hits import hit_rates
+from ratplus_exp.results.labels import first_token_note, measured_at
+from ratplus_exp.results.missing import missing
 from ratplus_exp.results.page import Section, write_page
 from ratplus_exp.results.sections import (
     Evidence,
     cost_table,
-    findings,
-    missing,
     pattern_section,
     section,
     warning_section,
@@ -41,7 +42,8 @@ def run(cfg: DictConfig) -> None:
     parts, absent = [], []
     for name in (name for name in wanted if name != PAGE):
         try:
-            parts.append(section(evidence, name))
+            brief = PAGE in wanted and name == "table4" and "table3" in wanted
+            parts.append(section(evidence, name, brief))
         except ValueError as error:
             if len(wanted) == 1:
                 raise
@@ -61,9 +63,10 @@ def run(cfg: DictConfig) -> None:
     for point in warnings.points:
         print(f"Warning: {point}" if point != "None." else "No warnings.")
     if PAGE in wanted:
-        lacking = [*missing(evidence, wanted), *absent]
+        lacking = [*missing(evidence.cells, evidence.rates, wanted), *absent]
         pages = write_page(
-            f"Decaying memory and query-aware KV sparsity: tier {evidence.tier}",
+            f"Decaying memory and query-aware KV sparsity: "
+            f"{measured_at(evidence.tier, evidence.first_token)}",
             _page(cfg, evidence, parts, warnings, lacking),
             evidence.folder,
             PAGE,
@@ -75,7 +78,7 @@ def run(cfg: DictConfig) -> None:
             for table in part.tables:
                 log_table(tracker, table.title, table)
             for picture in part.pictures:
-                log_image(tracker, picture.stem, picture)
+                log_image(tracker, picture.path.stem, picture.path)
 
 
 def gather(cfg: DictConfig) -> Evidence:
@@ -139,22 +142,38 @@ def _page(
         "Models, seeds, configuration",
         (
             "Every cell's key and who ran it are in provenance.json, all accuracies in cells.csv, "
-            "all hit rates in hit_rates.csv.",
+            "all hit rates in hit_rates.csv. Below: what this page was asked for, and the data; "
+            "each cell's own method and budget are in its key.",
         ),
         tuple(points),
-        code=OmegaConf.to_yaml(cfg),
+        code=_settings(cfg),
     )
     ids = {*evidence.cells["cell"], *evidence.rates["cell"]}
     cost = Section("What it cost", tables=(cost_table(evidence.store, ids),))
+    introduction = [*_INTRODUCTION, _ONE_TRAINING.format(first_token_note(evidence.first_token))]
+    introduction += [] if evidence.tier == "paper" else [_SCALE]
+    # What is seen at a glance comes first, the long tables last.
+    order = sorted(parts, key=lambda part: (_ORDER.index(part.title.split()[0]), part.title))
+    first = [part for part in order if part.title == "Figure 1"]
+    found = findings(evidence.samples, evidence.score, evidence.curves, evidence.patterns)
     return [
-        Section("What this is", _INTRODUCTION + ((_SCALE,) if evidence.tier != "paper" else ())),
-        Section("What was found", points=tuple(findings(evidence)) or ("Nothing yet.",)),
+        Section("What this is", tuple(introduction), points=_WORDS),
+        Section("What was found", (_FOUND,), points=tuple(found) or ("Nothing yet.",)),
+        *first,
         Section("What is missing", points=tuple(lacking) or ("Nothing.",)),
         warnings,
-        *parts,
+        *(part for part in order if part not in first),
         settings,
         cost,
     ]
+
+
+def _settings(cfg: DictConfig) -> str:
+    """The configuration that the page depends on; the rest belongs to its cells."""
+    stage = {k: v for k, v in plain(cfg.stage).items() if k not in ("name", "run", "folder")}
+    text = OmegaConf.to_yaml(OmegaConf.create({"stage": stage, "data": plain(cfg.data)}))
+    assert isinstance(text, str)
+    return text
 
 
 def _write_provenance(store: Store, ids: set[str], folder: Path) -> Path:
@@ -191,6 +210,28 @@ _INTRODUCTION = (
     "The tasks are RULER's eight needles in a haystack: one needle (S-1 to S-3), one among several "
     "keys (MK-1 to MK-3), several values of a key (MV) and several keys at once (MQ).",
 )
+_ONE_TRAINING = (
+    "Each backbone was trained once. All intervals are over evaluation samples, not over "
+    "trainings: another training run could shift any difference by more than its interval. {} "
+    "The other one (stage.first_token) makes another report."
+)
+_WORDS = (
+    "Tier: pocket, small or paper, the scale of the models and their contexts.",
+    "Checkpoint: the first digits of a model file's SHA-256.",
+    "Block: tokens a block; 1 where single tokens are selected. k: blocks or tokens selected. "
+    "Budget: the share of the context that they are, nominally.",
+    "Kept: the share of the keys and values that was really attended (Quest, MoBA) or stored "
+    "(SnapKV), which is more than the budget where some are always kept.",
+    "Dense: ordinary attention to everything. Points: percentage points. [low, high]: a 95 % "
+    "bootstrap interval.",
+    "As in P1, against P1, undecided: the interval lies on P1's side of zero, on the other side, "
+    "or on both.",
+)
+_FOUND = (
+    "About this one pair of models; the intervals say how sure a number is for them, not how "
+    "another pair would turn out."
+)
+_ORDER = ("Figure", "Paper", "Table")  # first words of the parts' titles
 _SCALE = (
     "These models are far smaller than P1's, with shorter contexts and blocks scaled alike. Their "
     "levels are not the paper's; what can be compared is the pattern, that is signs and order."

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from ratplus_exp.results import paper_means, paper_tables
-from ratplus_exp.results.compare import against_paper, pattern_table, patterns
+from ratplus_exp.results.against import against_paper
+from ratplus_exp.results.compare import gain, pattern_table, patterns
 from ratplus_exp.results.stats import Estimate, rank_correlation, resamplings
 
 CONTEXT = 512
@@ -70,6 +71,23 @@ def test_the_papers_own_numbers_agree_and_correlate_fully():
     assert whole.agreement.value == 100
     assert whole.gain.value == pytest.approx(1) and whole.attention.value == pytest.approx(1)
     assert whole.settings == len(paper_means("table3")) == 12
+
+
+def test_few_settings_have_no_rank_correlation():
+    samples = measured("table3", lambda cell: cell["accuracy"] / 100, n=1000)
+    found = {p.scope: p for p in patterns("table3", samples, "score_p2", n_boot=20)}
+    assert found["moba"].settings == 5 and found["moba"].gain.value == pytest.approx(1)
+    assert found["quest"].settings == 4 and np.isnan(found["quest"].gain.value)
+
+
+def test_the_gain_pairs_samples_and_wants_every_task():
+    samples = measured("table3", lambda cell: 0.5 + 0.25 * (cell["backbone"] == "RAT+"))
+    one = samples[(samples["method"] == "quest") & (samples["budget"] == "1/4")]
+    found = gain(one, "score_p2", ["S-1", "MQ"])
+    assert found.value == 25 and 0 < found.low < 25 < found.high
+    gone = one[(one["task"] != "MQ") | (one["backbone"] != "RAT+")]
+    assert np.isnan(gain(gone, "score_p2", ["S-1", "MQ"]).value)
+    assert gain(gone, "score_p2", ["S-1"]).value == 25
 
 
 def test_what_is_not_measured_does_not_count():

@@ -12,6 +12,7 @@ from ratplus_exp.results.hits import (
     hits_table,
     rank_curves,
     ranked_heads,
+    top_heads_table,
 )
 from ratplus_exp.results.paper import TASKS
 from ratplus_exp.results.sanity import warnings
@@ -62,7 +63,13 @@ def test_heads_are_ranked_and_compared(store):
     third = curves.loc[("S-1", 3)]
     assert (third["RAT+ low"], third["RAT+ high"]) == (0, 50)
     text = hits_table(curves.reset_index(), rates, "pocket").to_markdown()
-    assert "| quest | 8 | 1/16 | RAT+ | 100.0 |" in text
+    assert "| Quest | 8 | 1/16 | RAT+ | 100.0 |" in text and "(first_token=prefill)" in text
+    top = top_heads_table(curves.reset_index(), "pocket", "decode")
+    assert top.columns[4:] == ("rank 1", "rank 2", "rank 3", "rank 4", "n")
+    attention, ratplus, gap = top.rows
+    assert attention[3:] == ("Attention", "75.0", "50.0", "0.0", "0.0", "2")
+    assert ratplus[4:6] == ("75.0", "25.0") and gap[5] == "−25.0 [−25.0, 0.0]"
+    assert "first token decoded" in top.title
 
 
 def test_samples_pair_by_id_and_models_do_not_mix(store):
@@ -127,11 +134,19 @@ def test_warnings_say_what_is_odd(store):
     add(store, "ratplus", 36, n=40, budget="1/32", top_k=2, tasks=["MK-2"])
     found = warnings(store, sample_scores(store), "score_p2")
     assert len(found) == 3
-    assert sum("Sparse beats dense: RAT+, quest at 1/32" in x for x in found) == 2
-    assert sum("Not monotonic" in x and "at 1/32 than at 1/16 by 40.0" in x for x in found) == 1
+    assert sum("Sparse beats dense: RAT+, Quest at 1/32" in x for x in found) == 2
+    assert (
+        sum(
+            "Not monotonic" in x and "Quest at 1/32 with" in x and "than at 1/16 by" in x
+            for x in found
+        )
+        == 1
+    )
 
 
 def test_a_prompt_without_room_for_its_answer_is_warned_of(store):
     add(store, "ratplus", 3, tasks=["S-1"], data={"forms": {"reserve": 420}}, **DENSE)
     (found,) = warnings(store, sample_scores(store), "score_p2")
     assert found.startswith("Prompts were cut: 8 of cell")
+    add(store, "ratplus", 3, tasks=["S-1"], data={"file": "ab", "reserve": 413}, **DENSE)
+    assert len(warnings(store, sample_scores(store), "score_p2")) == 2  # a RULER file

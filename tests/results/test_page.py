@@ -4,7 +4,7 @@ import re
 from html.parser import HTMLParser
 
 from ratplus_exp.results.layout import Table
-from ratplus_exp.results.page import Section, write_page
+from ratplus_exp.results.page import Picture, Section, write_page
 
 PIXEL = bytes.fromhex("89504e470d0a1a0a")
 
@@ -30,7 +30,13 @@ def test_the_page_stands_alone_and_says_everything(tmp_path):
     (tmp_path / "fig.png").write_bytes(PIXEL)
     table = Table("T & co", "Caption <here>.", ("Who", "x"), (("a<b", "1.0"), ("c", "—")))
     sections = [
-        Section("One", ("Some words.",), ("A point.",), (table,), (tmp_path / "fig.png",)),
+        Section(
+            "One",
+            ("Some words.",),
+            ("A point.",),
+            (table,),
+            (Picture(tmp_path / "fig.png", "Drawn of n = 5."),),
+        ),
         Section("Two", code="a: 1\n"),
     ]
     html, markdown = write_page("Title", sections, tmp_path, "report")
@@ -39,7 +45,17 @@ def test_the_page_stands_alone_and_says_everything(tmp_path):
     assert page.open == []
     assert all(link.startswith(("#s", "data:image/png;base64,")) for link in page.links)
     text = " ".join(page.text)
-    for said in ("Title", "Some words.", "A point.", "T & co", "Caption <here>.", "a<b", "a: 1"):
+    for said in (
+        "Title",
+        "Some words.",
+        "A point.",
+        "T & co",
+        "Caption <here>.",
+        "a<b",
+        "a: 1",
+        "n = 5",
+    ):
         assert said in text
+    assert "<figcaption class=c>Drawn of n = 5.</figcaption></figure>" in html.read_text()
     md = markdown.read_text()
-    assert re.search(r"!\[One: fig\]\(fig\.png\)", md) and "| a<b | 1.0 |" in md
+    assert re.search(r"!\[One: fig\]\(fig\.png\)\n\nDrawn of", md) and "| a<b | 1.0 |" in md

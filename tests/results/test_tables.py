@@ -116,7 +116,7 @@ def test_table3_shows_means_gain_and_paper(store):
     assert lines(table)[1]["Δ"] == "+20.0" and lines(table)[1]["P1 Δ"] == "—"
     for said in ("P2's score", "Tier pocket (not the paper's scale", "512 tokens", "n = 10 per"):
         assert said in table.caption
-    assert "RAT+ 60.0" in table.caption and "seeds 0." in table.caption
+    assert "RAT+ 60.0" in table.caption and "seeds 0 of the samples." in table.caption
 
 
 def test_both_scorers_and_frames_instead_of_a_store(store):
@@ -177,7 +177,7 @@ def test_several_seeds_show_their_deviation(store):
     table = table3(store, "pocket")
     row = lines(table, Method="quest", Budget="1/16", Backbone="RAT+")[0]
     assert (row["S-1"], row["Mean"], row["seeds"]) == ("70.0±10.0", "70.0±10.0", "3")
-    assert row["Δ"] == "+30.0" and "seeds 0, 1, 2; ± is" in table.caption
+    assert row["Δ"] == "+30.0" and "seeds 0, 1, 2 of the samples; ± is" in table.caption
 
 
 def test_sides_that_share_no_sample_have_no_gain(store):
@@ -227,6 +227,8 @@ def test_first_tokens_of_both_kinds_do_not_mix(store):
         table = table3(store, "pocket", first_token=first_token)
         assert lines(table, Method="quest", Budget="1/16")[1]["Mean"] == mean
         assert lines(table, Method="dense")[1]["Mean"] == "90.0"
+        assert f"(first_token={first_token})" in table.caption
+        assert ("first token decoded" in table.title) == (first_token == "decode")
 
 
 def test_selector_seeds_become_mean_and_deviation(store):
@@ -234,6 +236,16 @@ def test_selector_seeds_become_mean_and_deviation(store):
         add_all(store, right, right, selector="random", selector_seed=seed)
     row = lines(accuracy_table(store, "pocket", "table5"), Method="quest", Budget="1/16")[0]
     assert (row["Mean"], row["seeds"]) == ("20.0±10.0", "3")
+    assert "± is" not in accuracy_table(store, "pocket", "table5", selector_seed=0).caption
+
+
+def test_the_caption_explains_draws_and_which_rows_have_how_many_samples(store):
+    for seed in range(3):
+        add_all(store, 1, 2, selector="random", selector_seed=seed)
+    add_all(store, 8, 10, n=12, **(DENSE | {"selector": "topk"}))
+    caption = accuracy_table(store, "pocket", "table5").caption
+    assert "seeds 0 of the samples and 0, 1, 2 of random selection; ± is" in caption
+    assert "n = 10–12 per task and seed, which of them is in column n" in caption
 
 
 def test_text_fits_a_terminal(store):
@@ -243,6 +255,14 @@ def test_text_fits_a_terminal(store):
     assert "seeds" not in text[2].split()  # the same in all rows: the caption has it
     add_all(store, 1, 5, budget="1/4", top_k=16, n=5)
     assert "n" in table3(store, "pocket").to_text().splitlines()[2].split()
+
+
+def test_methods_have_their_names_where_people_read_them(store):
+    add_all(store, 4, 7)
+    table = table3(store, "pocket").without(TASKS)
+    assert "| Quest | 8 | 4 | 1/16 | 0.070 | RAT+ | 70.0 |" in table.to_markdown()
+    assert "Quest" in table.to_text() and "\nQuest & 8" in table.to_latex()
+    assert "\nquest,8,4,1/16,0.070,RAT+,70.0," in table.to_csv()
 
 
 def test_all_formats_are_written(tmp_path):
