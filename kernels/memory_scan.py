@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import use_triton
 
@@ -182,6 +183,7 @@ class _Scan(torch.autograd.Function):
         return states[:, 0].movedim(0, 1), states[:, 1].movedim(0, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z, k, v, gate, states, initial = ctx.saved_tensors
         dz, dk, dv = (torch.empty_like(gate[:-1]) for _ in range(3))

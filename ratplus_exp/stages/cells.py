@@ -45,7 +45,7 @@ from ratplus_exp.tasks import NIAH, TASKS, Sample, read_jsonl
 from ratplus_exp.tasks.niah import sample_name
 from ratplus_exp.tasks.prompts import prompts_of
 from ratplus_exp.tracking import tracked
-from ratplus_exp.training.parallel import barrier, cores, from_first, processes, rank, world_size
+from ratplus_exp.training.parallel import barrier, cores, from_first, local_world_size, processes, rank, world_size
 
 DECODING = ("decode", "once")  # phases of methods that leave the prefill dense
 MOST_MAKERS = 4  # of prompts: 15 ms each at 4096 tokens is less than a GPU takes for one
@@ -192,7 +192,7 @@ def _makers(device: torch.device) -> int:
     worker processes, which share a GPU, may start none and make prompts while others use it."""
     if device.type != "cuda" or current_process().daemon:
         return 0
-    return max(0, min(MOST_MAKERS, cores() - 1))
+    return max(0, min(MOST_MAKERS, cores() // local_world_size() - 1))
 
 
 def fill_missing(job: Job, log: Callable[[Any], None]) -> None:
