@@ -76,3 +76,24 @@ def test_the_reference_table_is_of_the_shipped_weights():
     assert dict(cells[["model", "checkpoint"]].drop_duplicates().to_numpy()) == digests
     assert len(cells[["model", "checkpoint"]].drop_duplicates()) == 2
     assert (cells.loc[cells["selector"] == "topk", "n"] >= 200).all()
+
+
+def test_the_readmes_figures_are_those_of_the_reference():
+    text = (REPOSITORY / "README.md").read_text()
+    found = text[text.index("## What it shows") : text.index("## Going on")]
+    folder = REPOSITORY / "outputs/reference/pocket"
+    cells = pd.read_csv(folder / "cells.csv")
+    cells = cells[(cells["selector"] == "topk") & (cells["block_size"] != 2)]
+    cells = cells[~((cells["method"] == "moba") & (cells["block_size"] == 16))]
+    means = cells.groupby(["backbone", "method", "budget"])["accuracy"].mean()
+    sparse = [(m, b) for m in ("quest", "moba", "snapkv") for b in ("1/4", "1/8", "1/16")]
+    for backbone in ("Attention", "RAT+"):
+        shown = re.search(rf"^\| {re.escape(backbone)} \| (.*) \|$", found, re.MULTILINE)
+        expected = [means[(backbone, *cell)] for cell in (("dense", "1"), *sparse)]
+        assert shown.group(1).split(" | ") == [f"{x:.1f}" for x in expected]
+    intervals = re.findall(r"[+−][0-9.]+ \[[^\]]+\]", found)
+    report = (folder / "report.md").read_text()
+    assert len(intervals) >= 4
+    assert all(interval in report for interval in intervals)
+    pages = [*re.findall(r"\]\(([^)#]+)[)#]", text)]
+    assert all((REPOSITORY / page).exists() for page in pages if "://" not in page)

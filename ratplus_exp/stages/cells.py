@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache
@@ -45,7 +45,15 @@ from ratplus_exp.tasks import NIAH, TASKS, Sample, read_jsonl
 from ratplus_exp.tasks.niah import sample_name
 from ratplus_exp.tasks.prompts import prompts_of
 from ratplus_exp.tracking import tracked
-from ratplus_exp.training.parallel import barrier, cores, from_first, local_world_size, processes, rank, world_size
+from ratplus_exp.training.parallel import (
+    barrier,
+    cores,
+    from_first,
+    local_world_size,
+    processes,
+    rank,
+    world_size,
+)
 
 DECODING = ("decode", "once")  # phases of methods that leave the prefill dense
 MOST_MAKERS = 4  # of prompts: 15 ms each at 4096 tokens is less than a GPU takes for one
@@ -186,6 +194,10 @@ class Source:
         if not self.read:
             self.prompts.ahead(task, indices)
 
+    def close(self) -> None:
+        """Nothing more is going to be asked for: who makes prompts ahead may go."""
+        self.prompts.close()
+
 
 def _makers(device: torch.device) -> int:
     """Processes that make prompts ahead. On a CPU, cores have the model to run; and a sweep's own
@@ -211,7 +223,7 @@ def _fill_all(job: Job, missing: list[str], log: Callable[[Any], None]) -> None:
         source(task, 0)  # prompts that cannot be made are refused before anything is written
     for task in missing[:1]:  # while the model is loaded
         source.ahead(task, _lacking(job, task, source)[rank() :: world_size()])
-    with tracked(cfg, job_folder()) as tracker:
+    with closing(source), tracked(cfg, job_folder()) as tracker:
         loaded = Loaded.of(job)
         have = sum(min(len(job.cells[t].records()), cfg.data.examples) for t in missing)
         total = cfg.data.examples * len(missing)

@@ -151,19 +151,19 @@ def _fill_here(items: list[Item], progress: Callable[[int, int], None]) -> int:
 
 
 class Bench:
-    """What a process keeps from one cell to the next: the model and the samples."""
+    """What a process keeps from one cell to the next: the model and where samples come from."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
-        self.sources: dict[str, Source] = {}
+        self.samples: tuple | None = None
 
     def ready(self, job: Job) -> tuple[Loaded, Source]:
         if job.path != self.path:
-            self.loaded, self.path, self.sources = Loaded.of(job), job.path, {}
-        samples = str((plain(job.cfg.data), job.cfg.seed))
-        if samples not in self.sources:
-            self.sources[samples] = Source(job, self.loaded.tokenizer)
-        return self.loaded, self.sources[samples]
+            self.loaded, self.path, self.samples = Loaded.of(job), job.path, None
+        samples = (plain(job.cfg.data), job.cfg.seed)
+        if samples != self.samples:
+            self.source, self.samples = Source(job, self.loaded.tokenizer), samples
+        return self.loaded, self.source
 
 
 def _fill_in(workers: int, items: list[Item], progress: Callable[[int, int], None]) -> int:

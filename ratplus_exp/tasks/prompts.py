@@ -51,6 +51,13 @@ class Prompts:
                     self.workers = 0
                     return
 
+    def close(self) -> None:
+        """End the workers, without what they have not begun; samples that are made stay."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            self.pool = None
+            self.made = {k: x for k, x in self.made.items() if not isinstance(x, Future)}
+
 
 _kept: dict[tuple, Prompts] = {}
 
@@ -62,6 +69,8 @@ def prompts_of(niah: NIAH, seed: int, workers: int = 0) -> Prompts:
     digest = hashlib.sha256(spelling.encode()).hexdigest()
     key = (digest, niah.length, niah.forms, niah.essay, seed, workers)
     if key not in _kept:
+        for prompts in _kept.values():
+            prompts.close()
         _kept.clear()  # thousands of prompts are hundreds of MB
         _kept[key] = Prompts(niah, seed, workers)
     return _kept[key]

@@ -77,7 +77,8 @@ class Checkpoints:
         return state
 
     def _forget(self) -> None:
-        for path in self.kept()[:-KEPT]:
+        """Remove what is older than the last ones, and what a killed process left half-written."""
+        for path in (*self.kept()[:-KEPT], *self.folder.glob("checkpoint-*.partial")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

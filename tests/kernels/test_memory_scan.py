@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -152,3 +153,47 @@ def test_shapes_that_differ_are_refused_by_name():
     z, k, v, _ = inputs()
     with pytest.raises(ValueError, match=r"one shape \(B, T, H, D\); got \(2, 9, 3, 4\).*\(2, 8"):
         memory_scan(z, k[:, :-1], v)
+
+
+def plain(z, k, v, start):
+    """Eq. 1 token by token, for autograd to differentiate."""
+    states, state = [], start
+    for t in range(z.shape[1]):
+        gate = torch.sigmoid(z[:, t])
+        state = gate * state + (1 - gate) * torch.stack((k[:, t], v[:, t]))
+        states.append(state)
+    every = torch.stack(states, dim=2)
+    return every[0], every[1], state
+
+
+# Sizes for B · H · D · 2 = 12 numbers a token: segments that step together, tokens a tile.
+@pytest.mark.parametrize(
+    ("length", "operation", "tile", "tiles", "segments"),
+    [
+        (40, 1, 16 * 12, 3, {1}),  # the last tile is shorter
+        (128, 48, 64 * 12, 2, {4}),
+        (135, 48, 64 * 12, 3, {4, 1}),  # seven tokens too few for segments
+        (97, 24, 32 * 12, 4, {2, 1}),
+        (67, 48, 1000 * 12, 2, {4, 1}),  # three tokens that don't divide
+        (1, 48, 64 * 12, 1, {1}),
+    ],
+)
+def test_tiles_and_segments_change_nothing(monkeypatch, length, operation, tile, tiles, segments):
+    module = importlib.import_module("kernels.memory_scan")
+    monkeypatch.setattr(module, "_OPERATION", operation)
+    monkeypatch.setattr(module, "_TILE", tile)
+    cut = list(module._tiles(length, 12))
+    assert len(cut) == tiles and {n for _, n in cut} == segments
+    generator = torch.Generator().manual_seed(length)
+    draw = {"dtype": torch.float64, "generator": generator}
+    z, k, v = (torch.randn(1, 3, length, 2, **draw).transpose(1, 2) for _ in range(3))
+    given = [x.requires_grad_() for x in (z, k, v, torch.randn(2, 1, 3, 2, **draw))]
+    ours, theirs = module.memory_scan_torch(*given), plain(*given)
+    torch.testing.assert_close(ours, theirs, **TOLERANCE[torch.float64])
+    weights = [torch.randn(x.shape, **draw) for x in theirs]
+    for x, y in zip(
+        torch.autograd.grad(ours, given, weights),
+        torch.autograd.grad(theirs, given, weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)

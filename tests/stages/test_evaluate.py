@@ -171,15 +171,17 @@ def test_prompts_are_made_once_and_only_where_they_are_needed(job, tiny_models, 
 
 
 def test_prompts_made_ahead_change_nothing(job, tiny_models, monkeypatch, makers_are_threads):
-    found = []
+    found, made, make = [], [], prompts._make
+    monkeypatch.setattr(prompts, "_make", lambda *name: made.append(name) or make(*name))
     for workers in (0, 2):
+        assert not made
         monkeypatch.setattr(cells, "_makers", lambda _, n=workers: n)
         job(*small(tiny_models, **{"data.examples": 5}))
         job(*small(tiny_models, **{"data.examples": 8}))
         found.append([without_times(cell) for cell in Store(job.folder / "results").cells()])
         shutil.rmtree(job.folder / "results")
     assert found[0] == found[1]
-    assert prompts._kept.popitem()[1].pool is not None
+    assert made and prompts._kept.popitem()[1].pool is None
 
 
 def without_times(cell):
