@@ -8,7 +8,7 @@ take the place of earlier runs' rows of the same suite, case and form.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -220,11 +220,10 @@ def _plot(path: Path, rows: list[Row], device: str) -> None:
         cases = list(dict.fromkeys(row.case for row in mine))
         for form in dict.fromkeys(row.form for row in mine):
             own = [row for row in mine if row.form == form and row.seconds]
-            points = [(cases.index(row.case), row.seconds) for row in own]
-            if points:
-                panel.plot(*zip(*points, strict=True), marker="o", label=form)
-        floors = {cases.index(row.case): row.floor for row in mine if row.floor}
-        panel.plot(list(floors), list(floors.values()), "k--", label="floor")
+            if own:
+                panel.plot(*_line(cases, {r.case: r.seconds for r in own}), marker="o", label=form)
+        floors = {row.case: row.floor for row in mine if row.floor}
+        panel.plot(*_line(cases, floors), "k--", label="floor")
         panel.set_yscale("log")
         panel.set_ylabel("seconds")
         panel.set_xticks(range(len(cases)), cases, rotation=30, ha="right", fontsize=7)
@@ -235,3 +234,18 @@ def _plot(path: Path, rows: list[Row], device: str) -> None:
     figure.suptitle(device)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _line(cases: list[str], values: Mapping[str, float | None]) -> tuple[list[float], list[Any]]:
+    """x and y of a curve over the cases, broken where more than the length T changes."""
+    x: list[float] = []
+    y: list[Any] = []
+    shape: list[str] | None = None
+    for place, case in enumerate(cases):
+        others = [part for part in case.split() if not part.startswith("T=")]
+        if shape is not None and shape != others:
+            x, y = [*x, place - 0.5], [*y, float("nan")]
+        shape = others
+        if case in values:
+            x, y = [*x, place], [*y, values[case]]
+    return x, y
