@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache
 from importlib import import_module
-from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +40,12 @@ from ratplus_exp.models.loading import (
 )
 from ratplus_exp.results import Cell
 from ratplus_exp.stages.common import device_of, job_folder, resolve, store_of
-from ratplus_exp.tasks import NIAH, TASKS, Sample, read_jsonl
-from ratplus_exp.tasks.niah import sample_name
-from ratplus_exp.tasks.prompts import prompts_of
+from ratplus_exp.stages.samples import Samples, ruler_files
+from ratplus_exp.tasks import Sample
 from ratplus_exp.tracking import tracked
-from ratplus_exp.training.parallel import (
-    barrier,
-    cores,
-    from_first,
-    local_world_size,
-    processes,
-    rank,
-    world_size,
-)
+from ratplus_exp.training.parallel import barrier, from_first, processes, rank, world_size
 
 DECODING = ("decode", "once")  # phases of methods that leave the prefill dense
-MOST_MAKERS = 4  # of prompts: 15 ms each at 4096 tokens is less than a GPU takes for one
 
 
 class Job:
@@ -70,7 +59,7 @@ class Job:
         self.method = validate_method(cfg)
         self.store = store_of(cfg)
         self.path = resolve(cfg.model.path)
-        self.files = _ruler_files(cfg)
+        self.files = ruler_files(cfg)
         setting = self._setting()
         self.cells = {task: self.store.cell(self._key(setting, task)) for task in cfg.data.tasks}
 
@@ -162,51 +151,6 @@ class Loaded:
         return cls(load_model(job.path, device_of(job.cfg)), load_tokenizer(job.path))
 
 
-class Source:
-    """Samples by task and index, generated or from RULER's files.
-
-    Generated ones are kept for all settings of this process, and for a GPU, which would have to
-    wait for them, made ahead of it by other processes.
-    """
-
-    def __init__(self, job: Job, tokenizer: Any) -> None:
-        cfg, files = job.cfg, job.files
-        forms = forms_of(cfg)
-        essay = str(resolve(cfg.data.essay)) if cfg.data.essay else None
-        self.seed = cfg.seed
-        niah = NIAH(tokenizer, cfg.data.length, forms, essay)
-        self.prompts = prompts_of(niah, cfg.seed, _makers(device_of(cfg)))
-        self.read: dict[str, list[Sample]] = {}
-        for task, file in files.items():
-            self.read[task] = read_jsonl(file, tokenizer, cfg.data.length - forms.reserve, task)
-            if (found := len(self.read[task])) < cfg.data.examples:
-                raise ValueError(f"{file} has {found} samples: set data.examples={found}")
-
-    def __call__(self, task: str, index: int) -> Sample:
-        return self.read[task][index] if self.read else self.prompts(task, index)
-
-    def id(self, task: str, index: int) -> str:
-        """A sample's id, without making the sample."""
-        return self.read[task][index].id if self.read else sample_name(task, self.seed, index)
-
-    def ahead(self, task: str, indices: list[int]) -> None:
-        """These samples are going to be asked for, in this order."""
-        if not self.read:
-            self.prompts.ahead(task, indices)
-
-    def close(self) -> None:
-        """Nothing more is going to be asked for: who makes prompts ahead may go."""
-        self.prompts.close()
-
-
-def _makers(device: torch.device) -> int:
-    """Processes that make prompts ahead. On a CPU, cores have the model to run; and a sweep's own
-    worker processes, which share a GPU, may start none and make prompts while others use it."""
-    if device.type != "cuda" or current_process().daemon:
-        return 0
-    return max(0, min(MOST_MAKERS, cores() // local_world_size() - 1))
-
-
 def fill_missing(job: Job, log: Callable[[Any], None]) -> None:
     """Run a job's missing cells with a progress bar, in a W&B run that `log` fills in the end; of
     several processes, each has its share of the samples."""
@@ -218,7 +162,7 @@ def fill_missing(job: Job, log: Callable[[Any], None]) -> None:
 
 
 def _fill_all(job: Job, missing: list[str], log: Callable[[Any], None]) -> None:
-    cfg, source = job.cfg, Source(job, load_tokenizer(job.path))
+    cfg, source = job.cfg, Samples(job.cfg, load_tokenizer(job.path))
     for task in missing:
         source(task, 0)  # prompts that cannot be made are refused before anything is written
     for task in missing[:1]:  # while the model is loaded
@@ -235,7 +179,7 @@ def _fill_all(job: Job, missing: list[str], log: Callable[[Any], None]) -> None:
             log(tracker)
 
 
-def fill(job: Job, task: str, loaded: Loaded, source: Source, done: Callable[[int], None]) -> None:
+def fill(job: Job, task: str, loaded: Loaded, source: Samples, done: Callable[[int], None]) -> None:
     """Append the samples that a cell lacks, batch by batch, and finish it.
 
     What is missing is dealt out by rank 0's reading of the store, card by card: a share that a dead
@@ -267,7 +211,7 @@ def fill(job: Job, task: str, loaded: Loaded, source: Source, done: Callable[[in
         cell.finish(stage.metrics(job, loaded, every, first) | {"seconds": seconds})
 
 
-def _lacking(job: Job, task: str, source: Source) -> list[int]:
+def _lacking(job: Job, task: str, source: Samples) -> list[int]:
     have, every = job.cells[task].records(), range(job.cfg.data.examples)
     return [index for index in every if source.id(task, index) not in have]
 
@@ -306,16 +250,3 @@ def selector_of(cfg: DictConfig, samples: list[Sample], device: torch.device) ->
                 row[start:end] = True
         return Oracle(gold.to(device), oracle_heads(cfg))
     return TopK()
-
-
-def _ruler_files(cfg: DictConfig) -> dict[str, Path]:
-    """RULER's file of each task, where data.path is set."""
-    if not cfg.data.path:
-        return {}
-    files = {
-        t: resolve(cfg.data.path) / TASKS[t].ruler_name / "validation.jsonl" for t in cfg.data.tasks
-    }
-    for file in files.values():
-        if not file.is_file():
-            raise ValueError(f"there is no {file}: set data.path to RULER's output folder")
-    return files

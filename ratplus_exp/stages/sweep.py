@@ -24,8 +24,9 @@ from ratplus_exp.config import plain, validate
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.results import StoreBusy
 from ratplus_exp.stages import report
-from ratplus_exp.stages.cells import Job, Loaded, Source, fill
+from ratplus_exp.stages.cells import Job, Loaded, fill
 from ratplus_exp.stages.common import device_of, option
+from ratplus_exp.stages.samples import Samples
 from ratplus_exp.training.parallel import cores
 
 MOST_WORKERS = 8  # on a CPU; more would read the same memory
@@ -109,7 +110,7 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> None:
         print(f"All {len(cells)} cells are there already; nothing to run.")
         return
     for job in {job.path: job for job, _ in items}.values():
-        source = Source(job, load_tokenizer(job.path))
+        source = Samples(job.cfg, load_tokenizer(job.path))
         for task in job.cells:
             source(task, 0)  # prompts that cannot be made are refused before anything is written
     examples = sum(job.cfg.data.examples for job, _ in items)
@@ -157,12 +158,12 @@ class Bench:
         self.path: Path | None = None
         self.samples: tuple | None = None
 
-    def ready(self, job: Job) -> tuple[Loaded, Source]:
+    def ready(self, job: Job) -> tuple[Loaded, Samples]:
         if job.path != self.path:
             self.loaded, self.path, self.samples = Loaded.of(job), job.path, None
         samples = (plain(job.cfg.data), job.cfg.seed)
         if samples != self.samples:
-            self.source, self.samples = Source(job, self.loaded.tokenizer), samples
+            self.source, self.samples = Samples(job.cfg, self.loaded.tokenizer), samples
         return self.loaded, self.source
 
 

@@ -11,7 +11,7 @@ import pytest
 from ratplus_exp.config import forms_of
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.results import Store, tidy
-from ratplus_exp.stages import cells
+from ratplus_exp.stages import samples
 from ratplus_exp.tasks import NIAH, TASKS, prompts, write_jsonl
 
 REPOSITORY = Path(__file__).parents[2]
@@ -175,7 +175,7 @@ def test_prompts_made_ahead_change_nothing(job, tiny_models, monkeypatch, makers
     monkeypatch.setattr(prompts, "_make", lambda *name: made.append(name) or make(*name))
     for workers in (0, 2):
         assert not made
-        monkeypatch.setattr(cells, "_makers", lambda _, n=workers: n)
+        monkeypatch.setattr(samples, "_makers", lambda _, n=workers: n)
         job(*small(tiny_models, **{"data.examples": 5}))
         job(*small(tiny_models, **{"data.examples": 8}))
         found.append([without_times(cell) for cell in Store(job.folder / "results").cells()])

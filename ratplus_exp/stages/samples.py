@@ -1,0 +1,76 @@
+"""Where the samples of measuring stages come from: generated, or RULER's own files."""
+
+from __future__ import annotations
+
+from multiprocessing import current_process
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from ratplus_exp.config import forms_of
+from ratplus_exp.stages.common import device_of, resolve
+from ratplus_exp.tasks import NIAH, TASKS, Sample, read_jsonl
+from ratplus_exp.tasks.niah import sample_name
+from ratplus_exp.tasks.prompts import prompts_of
+from ratplus_exp.training.parallel import cores, local_world_size
+
+MOST_MAKERS = 4  # of prompts: 15 ms each at 4096 tokens is less than a GPU takes for one
+
+
+class Samples:
+    """Samples by task and index, generated or from RULER's files.
+
+    Generated ones are kept for all settings of this process, and for a GPU, which would have to
+    wait for them, made ahead of it by other processes.
+    """
+
+    def __init__(self, cfg: DictConfig, tokenizer: Any) -> None:
+        forms = forms_of(cfg)
+        essay = str(resolve(cfg.data.essay)) if cfg.data.essay else None
+        self.seed = cfg.seed
+        niah = NIAH(tokenizer, cfg.data.length, forms, essay)
+        self.prompts = prompts_of(niah, cfg.seed, _makers(device_of(cfg)))
+        self.read: dict[str, list[Sample]] = {}
+        for task, file in ruler_files(cfg).items():
+            self.read[task] = read_jsonl(file, tokenizer, cfg.data.length - forms.reserve, task)
+            if (found := len(self.read[task])) < cfg.data.examples:
+                raise ValueError(f"{file} has {found} samples: set data.examples={found}")
+
+    def __call__(self, task: str, index: int) -> Sample:
+        return self.read[task][index] if self.read else self.prompts(task, index)
+
+    def id(self, task: str, index: int) -> str:
+        """A sample's id, without making the sample."""
+        return self.read[task][index].id if self.read else sample_name(task, self.seed, index)
+
+    def ahead(self, task: str, indices: list[int]) -> None:
+        """These samples are going to be asked for, in this order."""
+        if not self.read:
+            self.prompts.ahead(task, indices)
+
+    def close(self) -> None:
+        """Nothing more is going to be asked for: who makes prompts ahead may go."""
+        self.prompts.close()
+
+
+def _makers(device: torch.device) -> int:
+    """Processes that make prompts ahead. On a CPU, cores have the model to run; and a sweep's own
+    worker processes, which share a GPU, may start none and make prompts while others use it."""
+    if device.type != "cuda" or current_process().daemon:
+        return 0
+    return max(0, min(MOST_MAKERS, cores() // local_world_size() - 1))
+
+
+def ruler_files(cfg: DictConfig) -> dict[str, Path]:
+    """RULER's file of each task, where data.path is set."""
+    if not cfg.data.path:
+        return {}
+    files = {
+        t: resolve(cfg.data.path) / TASKS[t].ruler_name / "validation.jsonl" for t in cfg.data.tasks
+    }
+    for file in files.values():
+        if not file.is_file():
+            raise ValueError(f"there is no {file}: set data.path to RULER's output folder")
+    return files
