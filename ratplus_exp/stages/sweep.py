@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import queue
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -141,13 +142,14 @@ def _workers(cfg: DictConfig) -> int:
 
 def _fill_here(items: list[Item], progress: Callable[[int, int], None]) -> int:
     """Fills the items' cells; returns how many another process holds."""
-    bench, busy = Bench(), 0
-    for job, task in items:
-        try:
-            fill(job, task, *bench.ready(job), lambda n: progress(n, 0))
-            progress(0, 1)
-        except StoreBusy:
-            busy += 1
+    busy = 0
+    with closing(Bench()) as bench:
+        for job, task in items:
+            try:
+                fill(job, task, *bench.ready(job), lambda n: progress(n, 0))
+                progress(0, 1)
+            except StoreBusy:
+                busy += 1
     return busy
 
 
@@ -156,15 +158,20 @@ class Bench:
 
     def __init__(self) -> None:
         self.path: Path | None = None
-        self.samples: tuple | None = None
+        self.sources: dict[str, Samples] = {}
 
     def ready(self, job: Job) -> tuple[Loaded, Samples]:
         if job.path != self.path:
-            self.loaded, self.path, self.samples = Loaded.of(job), job.path, None
-        samples = (plain(job.cfg.data), job.cfg.seed)
-        if samples != self.samples:
-            self.source, self.samples = Samples(job.cfg, self.loaded.tokenizer), samples
-        return self.loaded, self.source
+            self.loaded, self.path, self.sources = Loaded.of(job), job.path, {}
+        # RULER's files are read once; generated prompts are shared by all sources anyway.
+        samples = str((plain(job.cfg.data), job.cfg.seed))
+        if samples not in self.sources:
+            self.sources[samples] = Samples(job.cfg, self.loaded.tokenizer)
+        return self.loaded, self.sources[samples]
+
+    def close(self) -> None:
+        for source in self.sources.values():
+            source.close()
 
 
 def _fill_in(workers: int, items: list[Item], progress: Callable[[int, int], None]) -> int:

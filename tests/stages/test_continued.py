@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from ratplus_exp.models.loading import load_tokenizer
+from ratplus_exp.models import Olmo2RatPlusForCausalLM
+from ratplus_exp.models.loading import load_model, load_tokenizer
 from ratplus_exp.results import Store, tidy
 
 STAGE = [
@@ -96,7 +97,11 @@ def test_a_stock_olmo2_goes_the_way_of_the_pocket_pair(job, tiny_models, corpus,
     init = f"stage.init={tmp_path / 'olmo2'}"
     job("stage=tokenize", *corpus, *model, init, "stage.workers=1")
     job("stage=continued_pretrain", *corpus, *model, init, *STAGE[1:])
-    trained = tmp_path / "training/olmo2_1b_ratplus_continued/model"
+    folder = tmp_path / "training/olmo2_1b_ratplus_continued"
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert all(row["gate_mean"] < 0.05 and "sparse_loss" in row for row in rows)  # −4 is 0.018
+    trained = folder / "model"
+    assert type(load_model(trained, torch.device("cpu"))) is Olmo2RatPlusForCausalLM
     weights = load_file(trained / "model.safetensors")
     assert load_file(tmp_path / "olmo2/model.safetensors").keys() < weights.keys()
 
@@ -106,3 +111,4 @@ def test_a_stock_olmo2_goes_the_way_of_the_pocket_pair(job, tiny_models, corpus,
     job(*model, f"model.path={tuned}", "budget=1/4", "data.tasks=[S-1]", "data.examples=2")
     [cell] = tidy(Store(tmp_path / "results")).itertuples()
     assert cell.backbone == "RAT+" and cell.n == 2 and cell.method == "quest"
+    assert cell.effective_memory_length > 0

@@ -1,4 +1,4 @@
-"""The training loop: schedules, learning rates, losses, and going on after a kill."""
+"""The training loop: schedules, losses, and going on after a kill."""
 
 from __future__ import annotations
 
@@ -10,38 +10,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_trainings import (
+    DILATED,
+    ONE_STEP,
+    SCHEDULE,
+    Killed,
+    batch,
+    killed_data,
+    settings,
+    train,
+)
 
-from ratplus_exp.memory import Memory
-from ratplus_exp.methods import Dilated, Engine
-from ratplus_exp.training import LossDiverged, Schedule, Trainer, TrainSettings
-
-DILATED = Dilated(dilation=4, local=1, initial=1)
-SCHEDULE = Schedule([(6 * 48, 12), (4 * 48, 16)], 48)  # 6 steps of 4 × 12 tokens, 4 of 3 × 16
-
-
-def batch(step, rows, length):
-    """Random tokens; about half of the labels are ignored, unevenly over the rows."""
-    generator = np.random.default_rng((7, step))
-    ids = generator.integers(1, 29, (rows, length + 1))
-    ignored = generator.random((rows, length)) < np.linspace(0.1, 0.9, rows)[:, None]
-    return ids[:, :-1], np.where(ignored, -100, ids[:, 1:])
-
-
-def settings(**changed):
-    defaults = {"lr": 3e-3, "memory_lr": 1e-2, "log_every": 1, "checkpoint_every": 4}
-    return TrainSettings(**defaults | changed)
-
-
-def train(model, folder, schedule=SCHEDULE, data=batch, sparse=None, trainer=Trainer, **changed):
-    """The trainer after its run, and the rows it logged."""
-    rows = []
-    run = trainer(model, data, schedule, settings(**changed), folder, sparse, log=rows.append)
-    run.run()
-    return run, rows
-
-
-def memory_parameters(model):
-    return [p for m in model.modules() if isinstance(m, Memory) for p in m.parameters()]
+from ratplus_exp.methods import Engine
+from ratplus_exp.training import Schedule, Trainer, TrainSettings
 
 
 def cross_entropy(model, ids, labels, engine=None):
@@ -58,21 +39,6 @@ def test_a_schedule_gives_every_length_its_tokens():
     assert schedule.steps == 4 + 2 + 1  # rounded up
     assert [schedule.length_at(step) for step in range(7)] == [8, 8, 8, 8, 16, 16, 64]
     assert [schedule.rows_at(step) for step in range(7)] == [4, 4, 4, 4, 2, 2, 1]
-
-
-class Killed(Trainer):
-    """Stops, as by Ctrl-C, in the middle of its eighth step."""
-
-    def _train_step(self, micro_batches):
-        if self.step == 7:
-            raise KeyboardInterrupt
-        return super()._train_step(micro_batches)
-
-
-def killed_data(step, rows, length):
-    if step == 7:
-        raise KeyboardInterrupt
-    return batch(step, rows, length)
 
 
 @pytest.mark.parametrize("sparse", [None, DILATED], ids=["dense", "joint"])
@@ -123,60 +89,6 @@ def test_a_finished_training_is_not_run_again(make_model, tmp_path):
 def test_checkpoints_between_logged_rows_are_refused():
     with pytest.raises(ValueError, match=r"\(50\) must be a multiple of log_every \(20\)"):
         TrainSettings(log_every=20, checkpoint_every=50)
-
-
-ONE_STEP = Schedule([(48, 12)], 48)
-
-
-def test_memory_moves_at_its_own_rate(make_model, tmp_path):
-    """Adam's first step moves a weight by its learning rate, whatever the gradient's size."""
-    model = make_model()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train(model, tmp_path, ONE_STEP, warmup=0.0, weight_decay=0.0, lr=1e-3, memory_lr=5e-3)
-    for name, p in model.named_parameters():
-        rate = 5e-3 if ".memory." in name else 1e-3
-        assert float((p.detach() - before[name]).abs().max()) == pytest.approx(rate, rel=1e-3)
-
-
-@pytest.mark.parametrize("frozen", ["memory_lr", "lr"])
-def test_a_rate_of_zero_freezes_its_parameters_only(make_model, tmp_path, frozen):
-    model = make_model()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train(model, tmp_path, **{frozen: 0.0})
-    for name, p in model.named_parameters():
-        still = (".memory." in name) == (frozen == "memory_lr")
-        assert torch.equal(p, before[name]) == still
-
-
-def test_weight_decay_is_for_the_matrices_outside_the_memory(make_model, tmp_path):
-    model = make_model()
-    trainer = Trainer(model, batch, SCHEDULE, settings(weight_decay=0.25), tmp_path)
-    groups = trainer.optimizer.param_groups
-    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    memory = {id(p) for p in memory_parameters(model)}
-    assert len(memory) == 4
-    for p in model.parameters():
-        assert decay[id(p)] == (0.25 if p.ndim >= 2 and id(p) not in memory else 0.0)
-
-
-def test_learning_rates_warm_up_and_follow_a_cosine(make_model, tmp_path):
-    class Rates(Trainer):
-        seen = []
-
-        def _train_step(self, micro_batches):
-            self.seen.append({group["lr"] for group in self.optimizer.param_groups})
-            return super()._train_step(micro_batches)
-
-    schedule = Schedule([(20 * 12, 12)], 12)
-    rates = {"lr": 1e-3, "memory_lr": 2e-3, "warmup": 0.2, "min_lr_ratio": 0.1}
-    _, rows = train(make_model(), tmp_path, schedule, trainer=Rates, **rates)
-    warmup = [0.25, 0.5, 0.75, 1.0]
-    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 16)) / 2 for i in range(16)]
-    wanted = warmup + cosine
-    assert cosine[0] == 1 and cosine[8] == pytest.approx(0.55)  # the peak, and halfway down
-    assert [row["lr"] for row in rows] == pytest.approx([1e-3 * x for x in wanted])
-    for seen, x in zip(Rates.seen, wanted, strict=True):
-        assert sorted(seen) == pytest.approx([1e-3 * x, 2e-3 * x])
 
 
 def test_joint_training_takes_a_sparse_and_a_dense_step_a_batch(make_model, tmp_path):
@@ -247,31 +159,6 @@ def test_gradients_are_those_of_the_mean_loss_clipped(make_model, tmp_path):
         torch.testing.assert_close(moment, gradient * 0.5 / norm, rtol=1e-3, atol=1e-6)
 
 
-class Diverging(Trainer):
-    def _loss(self, ids, labels, engine):
-        loss, hits = super()._loss(ids, labels, engine)
-        return (loss * math.nan if self.step == 6 else loss), hits
-
-
-def test_a_diverged_loss_names_the_checkpoint_and_leaves_it_good(make_model, tmp_path):
-    model = make_model(dtype=torch.float32)
-    with pytest.raises(LossDiverged, match="the loss is nan at step 6") as error:
-        train(model, tmp_path, trainer=Diverging)
-    assert str(tmp_path / "checkpoint-4.pt") in str(error.value)
-    saved = torch.load(tmp_path / "checkpoint-4.pt", weights_only=True)
-    assert saved["step"] == 4
-    assert all(w.isfinite().all() for w in saved["model"].values())
-
-
-def test_a_resumed_training_takes_the_rates_it_is_given(make_model, tmp_path):
-    """What LossDiverged advises, lower rates, must reach the optimizer of the checkpoint."""
-    with pytest.raises(KeyboardInterrupt):
-        train(make_model(), tmp_path, trainer=Killed)
-    saved = torch.load(tmp_path / "checkpoint-4.pt", weights_only=True)["model"]
-    run, _ = train(make_model(), tmp_path, lr=0.0, memory_lr=0.0)
-    assert all(torch.equal(w, saved[name]) for name, w in run.model.state_dict().items())
-
-
 def test_gates_are_logged_where_there_are_any(make_model, tmp_path):
     """A constant gate of 3/4: its lag m_t = 3/4 (m_{t−1} + 1) tends to 3, a length of 4."""
     model = make_model(gate_bias=math.log(3), initializer_range=0.0)
@@ -299,37 +186,6 @@ def test_sparse_steps_alone_come_first(make_model, tmp_path):
     trainer.run()
     assert all("sparse_loss" in row for row in rows)
     assert [("loss" in row) for row in rows] == [False] * 3 + [True] * (len(rows) - 3)
-
-
-def test_a_loss_that_jumps_stops_the_run(make_model, tmp_path):
-    """After 20 steps to compare with; at 3 times the mean of the recent ones."""
-
-    class Jumping(Trainer):
-        def _loss(self, ids, labels, engine):
-            loss, hits = super()._loss(ids, labels, engine)
-            return (loss * 5 if self.step == at else loss), hits
-
-    schedule = Schedule([(24 * 48, 12)], 48)
-    how = {"lr": 0.0, "memory_lr": 0.0, "spike": 3.0, "trainer": Jumping}
-    at = 10
-    run, _ = train(make_model(), tmp_path / "early", schedule, **how)
-    assert run.step == 24
-    at = 22
-    with pytest.raises(LossDiverged, match=r"the loss rose to .* at step 22, from") as error:
-        train(make_model(), tmp_path / "late", schedule, **how)
-    newest, older = (str(tmp_path / "late" / f"checkpoint-{step}.pt") for step in (20, 16))
-    assert f"{newest} (delete it to go on from {older})" in str(error.value)
-    with pytest.raises(LossDiverged, match="the loss rose to .* at step 22"):  # which it remembers
-        train(make_model(), tmp_path / "late", schedule, **how)
-
-
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(make_model, tmp_path):
-    model = make_model()
-    weight = model.lm_head.weight
-    weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(LossDiverged, match="the gradient's norm is .* there is no checkpoint yet"):
-        train(model, tmp_path)
-    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_flops_are_logged_as_a_share_of_the_peak(make_model, tmp_path):
@@ -383,3 +239,10 @@ def test_rows_must_divide_among_processes():
     Schedule([(48, 12)], 48).check(2)
     with pytest.raises(ValueError, match="4 rows of 12 tokens cannot be shared by 3"):
         Schedule([(48, 12)], 48).check(3)
+
+
+def test_what_a_kill_left_half_written_goes_with_the_next_checkpoint(make_model, tmp_path):
+    (tmp_path / "checkpoint-3.pt.partial").write_bytes(b"half")
+    train(make_model(), tmp_path)
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {"checkpoint-8.pt", "checkpoint-10.pt"}
