@@ -87,6 +87,7 @@ class Config:
     oracle_heads: list[str] = field(default_factory=list)  # of selector=oracle: layer-head; []: all
     seed: int = 0  # of the samples; in training, of the data and the initial weights
     device: str = "auto"  # auto: a GPU if there is one
+    cuda_graphs: bool = True  # on a GPU: a decoding step is launched as one
     threads: int = 0  # of torch on a CPU; 0: one a core
     dry_run: bool = False  # print what the job would cost, and do nothing
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

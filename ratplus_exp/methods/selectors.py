@@ -83,9 +83,12 @@ class Oracle:
         holds_gold = gold.view(len(gold), candidates, block_size).any(-1)
         told = holds_gold.to(scores.device)[:, None, None, None]
         if self.heads:
-            knows = torch.zeros(scores.shape[1] * scores.shape[2], dtype=torch.bool)
-            knows[[head for place, head in self.heads if place == layer]] = True
-            told = told & knows.to(scores.device).view(1, *scores.shape[1:3], 1, 1)
+            head = torch.arange(scores.shape[1] * scores.shape[2], device=scores.device)
+            knows = torch.zeros_like(head, dtype=torch.bool)
+            for place, number in self.heads:
+                if place == layer:
+                    knows |= head == number
+            told = told & knows.view(1, *scores.shape[1:3], 1, 1)
         return scores.masked_fill(told, torch.finfo(scores.dtype).max)
 
     def rows(self, index: Tensor) -> Oracle:

@@ -32,9 +32,17 @@ class SparseLayer(DynamicLayer):
         self.memory_state: Tensor | None = None
         self.representatives: Tensor | None = None
 
-    def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Store the prompt's, in storage of their own: they may be views of far larger tensors."""
-        self.keys, self.values = (_with_room(x, x.shape[2]) for x in (keys, values))
+    def hold(self, keys: Tensor, values: Tensor, room: int) -> None:
+        """Store the prompt's with room for `room` tokens more, in storage of their own: they may be
+        views of far larger tensors."""
+        self.keys, self.values = (_with_room(x, x.shape[2] + room) for x in (keys, values))
+
+    def remember(self, state: Tensor) -> None:
+        """Store the memory's state, a later one in the place of the one before."""
+        if self.memory_state is None:
+            self.memory_state = state
+        else:
+            self.memory_state.copy_(state)
 
     def map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
         """Replace every tensor by function(tensor, its batch dimension)."""
@@ -47,8 +55,8 @@ class SparseLayer(DynamicLayer):
 
 
 def _with_room(states: Tensor, slots: int) -> Tensor:
-    """A copy of states (B, K, T, D) in a tensor of `slots` slots and ROOM more."""
-    room = slots + ROOM - states.shape[2]
+    """A copy of states (B, K, T, D) in a tensor of `slots` slots."""
+    room = slots - states.shape[2]
     return torch.cat((states, states.new_zeros(*states.shape[:2], room, states.shape[3])), dim=2)
 
 
@@ -75,13 +83,22 @@ class Step:
 
 
 class SparseCache(Cache):
-    """Cache of a RAT+ or attention model that decodes with one engine (method and selector)."""
+    """Cache of a RAT+ or attention model that decodes with one engine (method and selector).
+
+    room: how many tokens may follow the prompt. Then every step of as many tokens has the same
+        shapes and works in the same memory, as a CUDA graph of it must; queries attend to all
+        slots, with a mask over those not in use. None: as many as come, each step over the slots in
+        use, which is cheaper.
+    """
 
     layers: list[SparseLayer]
 
-    def __init__(self, num_layers: int, engine: Engine | None = None) -> None:
+    def __init__(
+        self, num_layers: int, engine: Engine | None = None, room: int | None = None
+    ) -> None:
         super().__init__(layers=[SparseLayer() for _ in range(num_layers)])
         self.engine = engine or Engine()
+        self.room = room
         self.seen = 0  # tokens processed, padding included: what `generate` slices by
         self.processed: Tensor | None = None  # (B,) real tokens processed
         self.stored: Tensor | None = None  # (B,) slots in use
@@ -116,11 +133,16 @@ class SparseCache(Cache):
             return out
         assert self.processed is not None and self.stored is not None
         new = q.shape[2]
+        assert store.keys is not None and store.values is not None
         used = self.longest + new
+        if self.room is not None:
+            capacity = store.keys.shape[2]
+            if used > capacity:
+                raise ValueError(f"the cache has room for {self.room} tokens after the prompt only")
+            used = capacity
         slots = self.stored[:, None] + torch.arange(new, device=q.device)
         self._append(store, k, v, slots, used)
         self._update_representatives(store, step.positions, used)
-        assert store.keys is not None and store.values is not None
         return engine.decode(
             q,
             store.keys[:, :, :used],
@@ -129,7 +151,7 @@ class SparseCache(Cache):
             step.positions,
             store.representatives,
             layer,
-            all_seen=new == 1 and not self.ragged,
+            all_seen=new == 1 and not self.ragged and self.room is None,
         )
 
     def advance(self, step: Step, batch: int) -> None:
@@ -150,7 +172,8 @@ class SparseCache(Cache):
                 self.longest = min(self.longest, self.engine.method.top_k)
         else:
             self.longest += length
-            self.processed, self.stored = self.processed + new, self.stored + new
+            self.processed += new
+            self.stored += new
 
     def _store_prompt(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> None:
         """Store the keys and values that stay after the prompt.
@@ -158,10 +181,11 @@ class SparseCache(Cache):
         Rows of equal length are handled together: an observation window ends with its own row.
         """
         store, method = self.layers[layer], self.engine.method
+        room = ROOM if self.room is None else self.room
         if method.phase != "once" or step.lengths is None:
-            store.hold(*(self.engine.keep(q, k, v, layer) or (k, v)))
+            store.hold(*(self.engine.keep(q, k, v, layer) or (k, v)), room)
             return
-        store.hold(k[:, :, : method.top_k], v[:, :, : method.top_k])
+        store.hold(k[:, :, : method.top_k], v[:, :, : method.top_k], room)
         assert store.keys is not None and store.values is not None
         for length, rows in step.rows_of_length.items():
             q_rows, k_rows, v_rows = (x[rows][:, :, :length] for x in (q, k, v))
@@ -173,7 +197,7 @@ class SparseCache(Cache):
         for name, new in (("keys", k), ("values", v)):
             tensor = getattr(store, name)
             if needed > tensor.shape[2]:
-                tensor = _with_room(tensor, needed)
+                tensor = _with_room(tensor, needed + ROOM)
             index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
             setattr(store, name, tensor.scatter_(2, index, new))
 

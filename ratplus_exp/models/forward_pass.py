@@ -66,6 +66,12 @@ class ForwardPass:
         step = Step((start + index).view(-1, length), lengths)
         return input_ids, cls(step, engine or Engine(), cache, pads)
 
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row, those of this pass included."""
+        before = 0 if self.cache is None else self.cache.seen
+        return before + self.step.positions.shape[1]
+
     def memorise(
         self, memory: Memory, layer: int, x: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -76,7 +82,7 @@ class ForwardPass:
         state = self.cache.layers[layer].memory_state if self.cache is not None else None
         k, v, state = memory(x, k, v, state, self.step.lengths)
         if self.cache is not None:
-            self.cache.layers[layer].memory_state = state
+            self.cache.layers[layer].remember(state)
         return k, v
 
     def keys_and_values(
@@ -95,9 +101,10 @@ class ForwardPass:
         """
         if memory is not None and self.cache is not None and self._takes_one_pass(k, v):
             method, store = self.cache.engine.method, self.cache.layers[layer]
-            k, v, store.memory_state, blocks = memory.prefill(
+            k, v, state, blocks = memory.prefill(
                 x, k, v, rope, method.block_size, self.step.lengths
             )
+            store.remember(state)
             store.representatives = method.represent_blocks(blocks)
             return k, v
         if memory is not None:

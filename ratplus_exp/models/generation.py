@@ -14,10 +14,10 @@ HUB_CODE = "ratplus_hub"
 class SparseGeneration:
     """Mixin before a causal model: `generate` decodes with a SparseCache."""
 
-    def new_cache(self, engine: Engine | None = None) -> SparseCache:
+    def new_cache(self, engine: Engine | None = None, room: int | None = None) -> SparseCache:
         """An empty cache that decodes with `engine`: `generate(past_key_values=new_cache(e))`."""
         config: Any = self.config  # type: ignore[attr-defined]
-        return SparseCache(config.num_hidden_layers, engine)
+        return SparseCache(config.num_hidden_layers, engine, room)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -46,7 +46,7 @@ def attention(
             "softmax attention"
         )
     if sliding_window is not None:
-        length = int(forward_pass.step.positions.max()) + 1
+        length = forward_pass.length
         if length > sliding_window:
             raise ValueError(
                 f"{type(module).__name__} attends to a window of {sliding_window} tokens only, and "

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
-import torch
 from omegaconf import DictConfig
 
 from ratplus_exp.config import forms_of
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine
+from ratplus_exp.models.decoding import cuda_graph, greedy
 from ratplus_exp.results import MISSING, Cell, Store, Table, accuracies, tidy
 from ratplus_exp.results.frame import COLUMNS, EXTRA
 from ratplus_exp.stages.cells import Job, Loaded, fill_missing, padded, selector_of
@@ -31,9 +31,7 @@ def run(cfg: DictConfig) -> None:
 
 def measure(job: Job, loaded: Loaded, samples: list[Sample]) -> list[dict[str, Any]]:
     """Answers and scores of a batch: see `cells.fill`."""
-    cfg = job.cfg
-    engine = Engine(job.method, selector_of(cfg, samples, loaded.model.device))
-    texts, fractions = generate(loaded, samples, engine, forms_of(cfg).reserve, job.first_token)
+    texts, fractions = generate(job, loaded, samples)
     return [
         {
             "id": sample.id,
@@ -57,34 +55,22 @@ def metrics(
     return found | gate_statistics(loaded.model, *padded(samples, loaded))
 
 
-@torch.inference_mode()
-def generate(
-    loaded: Loaded,
-    samples: list[Sample],
-    engine: Engine,
-    max_new_tokens: int,
-    first_token: str = "prefill",
-) -> tuple[list[str], list[float]]:
-    """Greedy answers to a batch of prompts, left-padded, and each one's measured budget.
-
-    first_token: what gives the answer's first token, the "prefill" (as in the papers' own code) or
-        a "decode" step for the prompt's last token, so that methods which select while decoding
-        or keep a part of the cache are at work from the first token on.
-    """
-    model, tokenizer = loaded.model, loaded.tokenizer
+def generate(job: Job, loaded: Loaded, samples: list[Sample]) -> tuple[list[str], list[float]]:
+    """Greedy answers to a batch of prompts, and each one's measured budget."""
+    tokenizer = loaded.tokenizer
     ids, mask = padded(samples, loaded)
-    cache = model.new_cache(engine)
-    if first_token == "decode":
-        model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, logits_to_keep=1)
-    out = model.generate(
+    engine = Engine(job.method, selector_of(job.cfg, samples, ids.device))
+    out = greedy(
+        loaded.model,
         ids,
-        attention_mask=mask,
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )[:, ids.shape[1] :]
+        mask,
+        engine,
+        forms_of(job.cfg).reserve,
+        eos=tokenizer.eos_token_id,
+        pad=tokenizer.pad_token_id,
+        first_token=job.first_token,
+        capture=cuda_graph if job.cfg.cuda_graphs and ids.is_cuda else None,
+    )
     # The last generated token is never fed back, nor is anything behind a row's EOS.
     ended = (out == tokenizer.eos_token_id).cumsum(1) > 0
     fed = (~ended).sum(1).clamp(max=out.shape[1] - 1)

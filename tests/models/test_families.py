@@ -126,6 +126,11 @@ def test_a_context_longer_than_a_sliding_window_is_refused(make_ids):
         model(make_ids(1, 16))
         with pytest.raises(ValueError, match="window of 16 tokens only, and the context has 17"):
             model(make_ids(1, 17))
+        cache = model.new_cache()
+        model(make_ids(1, 15), past_key_values=cache)
+        model(make_ids(1, 1), past_key_values=cache)
+        with pytest.raises(ValueError, match="window of 16 tokens only, and the context has 17"):
+            model(make_ids(1, 1), past_key_values=cache)
 
 
 def test_logit_caps_are_refused(make_ids):

@@ -1,0 +1,139 @@
+"""Greedy decoding of a batch in steps of one shape, which a GPU replays as a CUDA graph.
+
+A step of a small model is some hundred kernels of a few microseconds each, which take far longer to
+launch one by one than to run. `model.generate` works as well, without graphs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ratplus_exp.methods import Engine
+from ratplus_exp.models.cache import SparseCache
+
+Run = Callable[[], None]
+Capture = Callable[[Run], Run]
+
+
+def cuda_graph(step: Run) -> Run:
+    """What `step` launches on the current GPU as one launch. It is recorded here and not yet run.
+
+    `torch.cuda.graph` would collect garbage and empty the allocator's cache first, which takes
+    longer than the steps of an answer.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        try:
+            step()
+        finally:
+            graph.capture_end()
+    return graph.replay
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One for all graphs, since matrix products keep a workspace for every stream they saw."""
+    return torch.cuda.Stream(device)
+
+
+@torch.inference_mode()
+def greedy(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    engine: Engine,
+    max_new_tokens: int,
+    *,
+    eos: int,
+    pad: int,
+    first_token: str = "prefill",
+    capture: Capture | None = None,
+) -> Tensor:
+    """Answers (B, at most max_new_tokens) to left-padded prompts, `pad` behind each one's `eos`.
+
+    Args:
+        model: a causal model with `new_cache`.
+        ids, mask: (B, T).
+        first_token: what gives the answer's first token, the "prefill" (as in the papers' own code)
+            or a "decode" step for the prompt's last token, so that methods which select while
+            decoding or keep a part of the cache are at work from the first token on.
+        capture: turns a step into a function that takes it again and again in the same memory:
+            `cuda_graph` on a GPU. None: every step is run as the first one.
+    """
+    assert capture is None or engine.recorder is None, "a replayed step records nothing"
+    prompt = ids.shape[1] - (first_token == "decode")
+    step = _Step(model, model.new_cache(engine, room=max_new_tokens), ids[:, -1:], eos, pad)
+    logits = model(
+        ids[:, :prompt], mask[:, :prompt], past_key_values=step.cache, logits_to_keep=1
+    ).logits
+    if first_token == "decode":
+        step.run()
+    else:
+        step.choose(logits)
+    tokens = [step.token.clone()]
+    while len(tokens) < max_new_tokens and not bool(step.ended.all()):
+        # Once a step has been run, all kernels are compiled and loaded, and all memory is there.
+        if len(tokens) == 2 and capture is not None:
+            step.record(capture)
+        step.take()
+        tokens.append(step.token.clone())
+    return torch.cat(tokens, dim=1)
+
+
+class _Step:
+    """A decoding step of a batch: it feeds `token` (B, 1) and puts the next one in its place."""
+
+    def __init__(self, model: Any, cache: SparseCache, token: Tensor, eos: int, pad: int) -> None:
+        self.model, self.cache, self.eos, self.pad = model, cache, eos, pad
+        self.token = token.clone()
+        self.ended = torch.zeros(len(token), dtype=torch.bool, device=token.device)
+        self.replay: Run | None = None
+        self.used: list[Tensor] = []  # what a replay adds to the engine's usage
+
+    def run(self) -> None:
+        self.choose(self.model(self.token, past_key_values=self.cache).logits)
+
+    def choose(self, logits: Tensor) -> None:
+        """The likeliest token by the last of logits (B, ·, V)."""
+        new = logits[:, -1].argmax(-1).masked_fill(self.ended, self.pad)
+        self.ended |= new == self.eos
+        self.token.copy_(new[:, None])
+
+    def take(self) -> None:
+        """`run`, or its replay."""
+        if self.replay is None:
+            self.run()
+            return
+        self.replay()
+        self.cache.seen += 1
+        self.cache.longest += 1
+        if self.used:
+            attended, positions = (x.clone() for x in self.used)
+            self.cache.engine.usage.add(attended, positions)
+
+    def record(self, capture: Capture) -> None:
+        """From now on `take` replays. What cannot be captured is run as before."""
+        cache, usage = self.cache, self.cache.engine.usage
+        counted = cache.seen, cache.longest, len(usage.attended)
+
+        def run() -> None:
+            self.run()
+            if new := usage.attended[counted[2] :]:
+                self.used = [torch.cat(new, 1), torch.cat(usage.positions[counted[2] :], 1)]
+
+        try:
+            self.replay = capture(run)
+        except RuntimeError as problem:
+            reason = str(problem).split("\n")[0]
+            warnings.warn(f"decoding without CUDA graphs, which is slower: {reason}", stacklevel=2)
+        # A graph's run has yet to happen, and a failed one never will.
+        cache.seen, cache.longest = counted[:2]
+        del usage.attended[counted[2] :], usage.positions[counted[2] :]

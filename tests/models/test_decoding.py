@@ -1,0 +1,205 @@
+"""Greedy decoding in steps of one shape: what it says, and that its steps can be replayed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tape import tape
+from test_families import FAMILIES, add_memory, carry, stock_model
+
+from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Oracle, Quest, Random, SnapKV
+from ratplus_exp.models.decoding import cuda_graph, greedy
+
+TOKENS = 11  # over two boundaries of blocks
+METHODS = [
+    Dense(),
+    Quest(block_size=4, top_k=3),
+    MoBA(block_size=4, top_k=3),
+    SnapKV(top_k=12, window=4),
+    Dilated(dilation=4, local=2, initial=1),
+]
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda x: type(x).__name__)
+backbones = pytest.mark.parametrize("memory", [False, True], ids=["attention", "ratplus"])
+first_tokens = pytest.mark.parametrize("first_token", ["prefill", "decode"])
+both_lengths = pytest.mark.parametrize(
+    "lengths", [(22, 22), (22, 9, 17)], ids=["alike", "of different length"]
+)
+
+
+@pytest.fixture
+def decode(make_model, make_ids, left_pad):
+    """decode(engine, lengths, …): the answers to prompts of these lengths, and the budgets."""
+
+    def run(
+        engine, lengths, *, tokens=TOKENS, eos=-1, device="cpu", dtype=None, capture=None,
+        first_token="prefill", **sizes
+    ):  # fmt: skip
+        model = make_model(**sizes).to(device, dtype)
+        ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
+        ids, mask = ids.to(device), mask.to(device)
+        settings = {"eos": eos, "pad": 0, "first_token": first_token, "capture": capture}
+        out = greedy(model, ids, mask, engine, tokens, **settings)
+        return out.cpu(), engine.usage.fractions(len(ids))
+
+    return run
+
+
+@torch.no_grad()
+@every_method
+@backbones
+@first_tokens
+@both_lengths
+def test_says_what_generate_says(
+    make_model, make_ids, left_pad, decode, method, memory, first_token, lengths
+):
+    model = make_model(memory=memory)
+    ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
+    engine = Engine(method)
+    cache = model.new_cache(engine)
+    if first_token == "decode":
+        model(ids[:, :-1], mask[:, :-1], past_key_values=cache)
+    settings = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
+    wanted = wanted[:, ids.shape[1] :]
+    assert len(wanted.unique()) > 3
+    tokens, fractions = decode(Engine(method), lengths, memory=memory, first_token=first_token)
+    assert torch.equal(tokens, wanted)
+    torch.testing.assert_close(fractions, engine.usage.fractions(len(ids)))
+
+
+@pytest.mark.parametrize("capture", [None, tape], ids=["as it is", "replayed"])
+def test_ends_with_the_last_row_and_pads_the_others(decode, capture):
+    engine, lengths = Engine(Quest(block_size=4, top_k=3)), (22, 9, 17)
+    free, _ = decode(engine, lengths)
+    eos = int(free[1, 2])
+    wanted = free.clone()
+    ends = []
+    for row in wanted:
+        ends += [i for i, token in enumerate(row.tolist()) if token == eos][:1] or [TOKENS - 1]
+        row[ends[-1] + 1 :] = 0
+    assert min(ends) <= 2
+    tokens, _ = decode(engine, lengths, eos=eos, capture=capture)
+    assert torch.equal(tokens, wanted[:, : max(ends) + 1])
+
+
+SELECTORS = {
+    "topk": None,
+    "random": Random(torch.tensor([5, 6, 7])),
+    "oracle": Oracle(torch.arange(22) % 7 == torch.tensor([[1], [2], [3]])),
+    "oracle in one head": Oracle(torch.arange(22) % 7 == torch.tensor([[1], [2], [3]]), ((1, 0),)),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "selector"),
+    [(m, name) for m in METHODS for name in SELECTORS if m.phase or name == "topk"],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
+)
+@backbones
+@first_tokens
+def test_replayed_steps_say_the_same(decode, method, memory, first_token, selector):
+    chooser = {"selector": SELECTORS[selector]} if SELECTORS[selector] else {}
+    setting = {"lengths": (22, 9, 17), "memory": memory, "first_token": first_token}
+    wanted, budgets = decode(Engine(method, **chooser), **setting)
+    calls = []
+
+    def capture(step):
+        replay = tape(step)
+        return lambda: calls.append(1) or replay()
+
+    tokens, fractions = decode(Engine(method, **chooser), **setting, capture=capture)
+    assert len(calls) == TOKENS - 2
+    assert torch.equal(tokens, wanted)
+    assert torch.equal(fractions, budgets)
+    assert len(wanted.unique()) > 3
+
+
+# Small, since the interpreter is slow.
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "tokens": 5}
+
+
+def test_steps_through_kernels_can_be_replayed(decode, triton_device):
+    setting = {"lengths": (15, 9), "device": triton_device, "dtype": torch.float32, **SIZES}
+    wanted, budgets = decode(Engine(METHODS[1]), **setting)
+    capture = cuda_graph if triton_device.type == "cuda" else tape
+    tokens, fractions = decode(Engine(METHODS[1]), **setting, capture=capture)
+    assert torch.equal(tokens, wanted)
+    assert torch.equal(fractions, budgets)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [(family, carry) for family in (*sorted(FAMILIES), "phi3")]
+    + [(family, add_memory) for family in sorted(FAMILIES)],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
+)
+def test_steps_of_other_models_can_be_replayed(make_ids, recwarn, family, change):
+    model = change(stock_model(family, torch.float64)).eval()
+    ids, mask = make_ids(2, 22), torch.ones(2, 22)
+    mask[1, :9] = 0
+    recwarn.clear()
+    wanted, out = (
+        greedy(model, ids, mask, Engine(METHODS[1]), 6, eos=-1, pad=0, capture=capture)
+        for capture in (None, tape)
+    )
+    assert torch.equal(out, wanted)
+    assert not [x for x in recwarn if "CUDA graphs" in str(x.message)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_method
+@backbones
+@both_lengths
+def test_a_gpu_replays_its_graph(decode, method, memory, lengths, dtype, recwarn):
+    setting = {"lengths": lengths, "device": "cuda", "memory": memory, "dtype": dtype}
+    wanted, budgets = decode(Engine(method), **setting)
+    tokens, fractions = decode(Engine(method), **setting, capture=cuda_graph)
+    assert torch.equal(tokens, wanted)
+    assert torch.equal(fractions, budgets)
+    assert not [x for x in recwarn if "CUDA graphs" in str(x.message)]
+
+
+def test_what_cannot_be_captured_is_run_as_it_is(decode):
+    wanted, budgets = decode(Engine(METHODS[1]), (22, 9, 17))
+
+    def refuse(step):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    with pytest.warns(UserWarning, match="without CUDA graphs.*: operation not permitted$"):
+        tokens, fractions = decode(Engine(METHODS[1]), (22, 9, 17), capture=refuse)
+    assert torch.equal(tokens, wanted)
+    assert torch.equal(fractions, budgets)
+
+
+def test_a_tape_refuses_what_asks_the_device(decode):
+    class Asking(Quest):
+        def score(self, queries, representatives):
+            assert queries.sum().item() != 0
+            return super().score(queries, representatives)
+
+    with pytest.warns(UserWarning, match="without CUDA graphs.* asks the device$"):
+        decode(Engine(Asking(block_size=4, top_k=3)), (22, 9, 17), capture=tape)
+
+
+@torch.no_grad()
+@every_method
+def test_a_cache_with_room_stays_where_it_is_and_takes_no_more(make_model, make_ids, method):
+    model, ids = make_model(), make_ids(2, 22)
+    cache = model.new_cache(Engine(method), room=4)
+
+    def places():
+        names = ("keys", "values", "memory_state", "representatives")
+        tensors = [getattr(layer, name) for layer in cache.layers for name in names]
+        tensors += [cache.processed, cache.stored]
+        return [None if x is None else (x.data_ptr(), x.shape) for x in tensors]
+
+    model(ids, past_key_values=cache)
+    model(ids[:, :1], past_key_values=cache)
+    before = places()
+    for i in range(3):
+        model(ids[:, i : i + 1], past_key_values=cache)
+        assert places() == before
+    with pytest.raises(ValueError, match="room for 4 tokens after the prompt only"):
+        model(ids[:, :1], past_key_values=cache)
