@@ -121,7 +121,15 @@ report: $(STAMP) ## the report of what is there, without running anything
 SMALL := small_ratplus,small_attention,small_ratplus_sft,small_attention_sft
 TRIAL  = $(if $(DRY),trial=small)
 
-.PHONY: small
+VARIANTS := small_ratplus_gates,small_ratplus_keys,small_ratplus_values
+
+.PHONY: small ablation
 small: $(STAMP) ## the small tier on one GPU, from nothing to the report (resumes; DRY=1: a trial)
 	$(RUN) -m experiment=$(SMALL) $(TRIAL)
 	$(RUN) experiment=reproduce pair=small $(TRIAL)
+
+ablation: $(STAMP) ## after make small: variants of its RAT+ at one budget (resumes; DRY=1: a trial)
+	$(RUN) -m experiment=small_ratplus model=$(VARIANTS) $(TRIAL)
+	$(RUN) experiment=small_attention model=small_ratplus_no_joint $(TRIAL)
+	$(RUN) -m experiment=small_ratplus_sft model=$(VARIANTS),small_ratplus_no_joint $(TRIAL)
+	$(RUN) experiment=small_ablation $(TRIAL)

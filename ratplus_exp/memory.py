@@ -23,18 +23,48 @@ class Memory(nn.Module):
     Args:
         d_model: width of x.
         num_heads, head_dim: of the keys and values (under GQA, the KV heads).
+        memory_on: "kv" as in the papers; for ablations "k" or "v", which leaves the other as it is.
+        shared_gate: False gives K and V gates of their own: K's are the first half of the rows.
+
+    Raises:
+        ValueError: memory_on is unknown, or gates that nothing would be shared by are separate.
     """
 
-    def __init__(self, d_model: int, num_heads: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        head_dim: int,
+        memory_on: str = "kv",
+        shared_gate: bool = True,
+    ) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, head_dim
-        self.weight = nn.Parameter(torch.empty(num_heads * head_dim, d_model))
-        self.bias = nn.Parameter(torch.empty(num_heads * head_dim))
+        if memory_on not in ("kv", "k", "v"):
+            raise ValueError(f"memory_on={memory_on} is unknown: use kv, k or v")
+        if memory_on != "kv" and not shared_gate:
+            raise ValueError(f"memory_on={memory_on} has one gate only: leave shared_gate=true")
+        self.head_dim, self.memory_on, self.shared_gate = head_dim, memory_on, shared_gate
+        channels = num_heads * head_dim * (1 if shared_gate else 2)
+        self.weight = nn.Parameter(torch.empty(channels, d_model))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    @classmethod
+    def of(cls, config: Any, head_dim: int) -> Memory | None:
+        """The memory that a model's config asks for."""
+        if not config.memory:
+            return None
+        settings = {"memory_on": config.memory_on, "shared_gate": config.shared_gate}
+        return cls(config.hidden_size, config.num_key_value_heads, head_dim, **settings)
+
+    @property
+    def as_in_the_papers(self) -> bool:
+        """Whether K and V both have a memory, by one gate."""
+        return self.memory_on == "kv" and self.shared_gate
 
     def gate_logits(self, x: Tensor) -> Tensor:
-        """W_g x + b for x (B, T, d_model): (B, T, heads, head_dim)."""
-        z = F.linear(x, self.weight, self.bias)
-        return z.unflatten(-1, (self.num_heads, self.head_dim))
+        """W_g x + b for x (B, T, d_model): (B, T, heads, head_dim), with gates apart twice as many
+        heads."""
+        return F.linear(x, self.weight, self.bias).unflatten(-1, (-1, self.head_dim))
 
     def forward(
         self,
@@ -52,10 +82,12 @@ class Memory(nn.Module):
         final state is the one at each row's last token.
         """
         z = self._gate_logits_of_rows(x, lengths)
-        if z.shape[1] == 1 and state is not None:
-            k, v, state = kernels.memory_step(z[:, 0], k[:, 0], v[:, 0], state)
-            return k[:, None], v[:, None], state
-        return kernels.memory_scan(z, k, v, state)
+        if self.shared_gate:
+            new_k, new_v, state = _remembered(z, k, v, state)
+        else:
+            by_k, by_v = (_remembered(part, k, v, state) for part in z.chunk(2, dim=2))
+            new_k, new_v, state = by_k[0], by_v[1], torch.stack((by_k[2][0], by_v[2][1]))
+        return new_k if "k" in self.memory_on else k, new_v if "v" in self.memory_on else v, state
 
     def prefill(
         self,
@@ -67,7 +99,8 @@ class Memory(nn.Module):
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, kernels.Blocks]:
         """`forward` of a whole prompt, RoPE on k̃, and its blocks, in one pass: see
-        `kernels.memory_prefill`. For inference."""
+        `kernels.memory_prefill`. For inference, and the memory as in the papers."""
+        assert self.as_in_the_papers
         z = self._gate_logits_of_rows(x, lengths)
         return kernels.memory_prefill(z, k, v, rope, block_size)
 
@@ -95,7 +128,17 @@ class Memory(nn.Module):
         if not 1 < shortest <= longest:
             raise ValueError(f"gate lengths need 1 < shortest <= longest, got {bias}")
         steps = torch.linspace(math.log(shortest), math.log(longest), self.head_dim)
-        self.bias.copy_(torch.log(torch.expm1(steps)).repeat(self.num_heads))
+        self.bias.copy_(torch.log(torch.expm1(steps)).repeat(len(self.bias) // self.head_dim))
+
+
+def _remembered(
+    z: Tensor, k: Tensor, v: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k̃, ṽ and the final state by one gate, token by token where there is one after others."""
+    if z.shape[1] == 1 and state is not None:
+        k, v, state = kernels.memory_step(z[:, 0], k[:, 0], v[:, 0], state)
+        return k[:, None], v[:, None], state
+    return kernels.memory_scan(z, k, v, state)
 
 
 @torch.no_grad()

@@ -14,12 +14,25 @@ from ratplus_exp.memory import Memory, effective_length
 B, T, C, H, D = 3, 10, 6, 2, 4
 
 
-@pytest.fixture
-def memory():
+def make(**settings):
     torch.manual_seed(0)
-    module = Memory(C, H, D)
+    module = Memory(C, H, D, **settings)
     module.initialize(1.0, (1.5, 8.0))
     return module.double()
+
+
+@pytest.fixture
+def memory():
+    return make()
+
+
+VARIANTS = [
+    {},
+    {"memory_on": "k"},
+    {"memory_on": "v"},
+    {"shared_gate": False},
+]
+every_variant = pytest.mark.parametrize("settings", VARIANTS, ids=str)
 
 
 def inputs(length=T):
@@ -29,7 +42,24 @@ def inputs(length=T):
     return x, k, v
 
 
-def test_prefill_then_steps_equal_the_full_prefill(memory):
+@every_variant
+def test_follows_the_equation(settings):
+    memory, (x, k, v) = make(**settings), inputs()
+    gates = (x @ memory.weight.T + memory.bias).sigmoid().unflatten(-1, (-1, H, D))  # (B, T, ·)
+    assert gates.shape[2] == (1 if settings.get("shared_gate", True) else 2)
+    *out, _ = memory(x, k, v)
+    for i, (name, plain) in enumerate({"k": k, "v": v}.items()):
+        gate = gates[:, :, -i]  # the last is V's: the only one, or the second
+        wanted, state = torch.empty_like(plain), torch.zeros_like(plain[:, 0])
+        for t in range(T):
+            state = gate[:, t] * state + (1 - gate[:, t]) * plain[:, t]
+            wanted[:, t] = state
+        assert_close(out[i], wanted if name in settings.get("memory_on", "kv") else plain)
+
+
+@every_variant
+def test_prefill_then_steps_equal_the_full_prefill(settings):
+    memory = make(**settings)
     x, k, v = inputs()
     k_full, v_full, last = memory(x, k, v)
     k_part, v_part, state = memory(x[:, :6], k[:, :6], v[:, :6])
@@ -56,7 +86,9 @@ def test_a_single_token_after_others_is_a_step(memory, monkeypatch, length, step
     assert len(called) == steps
 
 
-def test_a_right_padded_row_ends_in_the_state_of_the_row_alone(memory):
+@every_variant
+def test_a_right_padded_row_ends_in_the_state_of_the_row_alone(settings):
+    memory = make(**settings)
     x, k, v = inputs()
     lengths = torch.tensor([T, 1, 6])
     k_out, v_out, state = memory(x, k, v, lengths=lengths)
@@ -85,12 +117,26 @@ def test_gate_is_shared_by_keys_and_values_but_not_by_channels(memory):
     assert z[0, 0].unique().numel() == H * D
 
 
-def test_gates_start_at_the_effective_lengths_asked_for():
-    memory = Memory(C, H, D)
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"memory_on": "q"}, "memory_on=q is unknown: use kv, k or v"),
+        ({"memory_on": "k", "shared_gate": False}, "one gate only: leave shared_gate=true"),
+    ],
+)
+def test_variants_that_there_are_not_are_refused(settings, problem):
+    with pytest.raises(ValueError, match=problem):
+        Memory(C, H, D, **settings)
+
+
+@pytest.mark.parametrize("shared_gate", [True, False])
+def test_gates_start_at_the_effective_lengths_asked_for(shared_gate):
+    memory = Memory(C, H, D, shared_gate=shared_gate)
     memory.initialize(0.0, (2.0, 16.0))  # zero weights
     gate = memory.gate_logits(torch.randn(1, 1, C)).sigmoid()[0, 0]
     wanted = torch.tensor([2.0, 4.0, 8.0, 16.0])  # even in the logarithm, the same in every head
-    assert_close(1 / (1 - gate), wanted.expand(H, D), rtol=1e-4, atol=0)
+    assert_close(1 / (1 - gate), wanted.expand_as(gate), rtol=1e-4, atol=0)
+    assert len(gate) == (H if shared_gate else 2 * H)
 
 
 def test_one_logit_starts_all_gates_alike_with_small_random_weights():

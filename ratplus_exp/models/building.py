@@ -16,7 +16,7 @@ from ratplus_exp.models.families import FAMILIES
 from ratplus_exp.models.hf import carry
 from ratplus_exp.models.modeling import RatPlusForCausalLM
 
-MEMORY_SETTINGS = ("gate_bias", "memory_position", "output_gate")
+MEMORY_SETTINGS = ("gate_bias", "memory_on", "shared_gate", "memory_position", "output_gate")
 """The settings of an architecture that adding the memory takes."""
 
 

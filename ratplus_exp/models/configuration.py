@@ -14,6 +14,7 @@ class RatPlusConfig(PretrainedConfig):
         memory: whether K and V go through the exponentially decaying memory.
         gate_bias: where the gates start: one logit for all channels, or a pair of effective
             lengths in tokens over which the channels of every head are spread.
+        memory_on, shared_gate: for ablations, see `Memory`.
         num_key_value_heads: fewer than num_attention_heads for grouped-query attention.
         intermediate_size: width of the FFN; P2 uses 4 · hidden_size.
 
@@ -38,6 +39,8 @@ class RatPlusConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         memory: bool = True,
         gate_bias: float | tuple[float, float] = 0.0,
+        memory_on: str = "kv",
+        shared_gate: bool = True,
         tie_word_embeddings: bool = True,
         use_cache: bool = True,
         **kwargs: Any,
@@ -55,6 +58,8 @@ class RatPlusConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.memory = memory
         self.gate_bias = gate_bias
+        self.memory_on = memory_on
+        self.shared_gate = shared_gate
         self.use_cache = use_cache
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

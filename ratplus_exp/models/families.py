@@ -57,6 +57,7 @@ class MemoryFields:
     gate_bias: where the gates start, as in RatPlusConfig; −4 lets each token keep 98 % of itself,
         so that training starts near the stock model. The bias alone says it, for W_g = 0 at first:
         in OLMo2 x is the residual stream without a norm, and a random W_g would swamp any bias.
+    memory_on, shared_gate: for ablations, see `Memory`.
     memory_position: whether the memory sees keys "after_norm" or "before_norm", where the family
         has a k-norm (OLMo2, Qwen3); P1 leaves it open.
     output_gate: whether the attention output is multiplied by a gate of x, as in P2's models; P1
@@ -65,6 +66,8 @@ class MemoryFields:
 
     memory: bool = True
     gate_bias: Any = -4.0
+    memory_on: str = "kv"
+    shared_gate: bool = True
     memory_position: str = "after_norm"
     output_gate: bool = False
 
@@ -98,8 +101,7 @@ class MemoryAttention(nn.Module):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        heads = config.num_key_value_heads
-        self.memory = Memory(config.hidden_size, heads, self.head_dim) if config.memory else None
+        self.memory = Memory.of(config, self.head_dim)
         width = config.num_attention_heads * self.head_dim
         self.output_gate = (
             OutputGate(config.hidden_size, width, bias=False) if config.output_gate else None

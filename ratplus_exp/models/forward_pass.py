@@ -99,7 +99,8 @@ class ForwardPass:
 
         x (B, T, C), k before RoPE and v (B, T, K, D), rope as in `rotate`.
         """
-        if memory is not None and self.cache is not None and self._takes_one_pass(k, v):
+        one_pass = memory is not None and memory.as_in_the_papers and self._takes_one_pass(k, v)
+        if memory is not None and self.cache is not None and one_pass:
             method, store = self.cache.engine.method, self.cache.layers[layer]
             k, v, state, blocks = memory.prefill(
                 x, k, v, rope, method.block_size, self.step.lengths

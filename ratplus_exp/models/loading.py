@@ -55,7 +55,7 @@ def check_model(path: Path, expected_sha256: str | None, backbone: str) -> str:
     for file in (*weight_files(path), path / "config.json", path / "tokenizer.json"):
         if not file.is_file():
             raise ValueError(
-                f"there is no {file.name} in {path}: train the model (make weights), see "
+                f"there is no {file.name} in {path}: train the model first, see "
                 "docs/models.md, or set model.path"
             )
     try:

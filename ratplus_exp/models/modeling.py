@@ -43,9 +43,7 @@ class SelfAttention(nn.Module):
         self.shares = (width, width, kv_width, kv_width)
         self.in_proj = nn.Linear(config.hidden_size, sum(self.shares), bias=False)
         self.out_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.memory = (
-            Memory(config.hidden_size, self.kv_heads, self.head_dim) if config.memory else None
-        )
+        self.memory = Memory.of(config, self.head_dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], forward_pass: ForwardPass) -> Tensor:
         o, q, k, v = self.in_proj(x).split(self.shares, dim=-1)

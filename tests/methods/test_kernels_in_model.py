@@ -125,6 +125,17 @@ def test_one_pass_is_for_blocks_that_it_can_make(ratplus, make_ids, monkeypatch,
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("variant", [{"memory_on": "k"}, {"shared_gate": False}], ids=str)
+def test_one_pass_is_for_the_memory_of_the_papers(
+    make_model, make_ids, monkeypatch, prefills, variant
+):
+    monkeypatch.setattr(forward_pass, "use_triton", lambda *tensors: True)
+    model = make_model(num_hidden_layers=1, **SIZES, **variant)
+    model(make_ids(1, 22), past_key_values=model.new_cache(Engine(METHODS["quest_decode"])))
+    assert not prefills
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_subclass_does_not_inherit_a_kernel_for_another_score(triton_device, method):
     other = type("Other", (type(method),), {})(**vars(method))

@@ -100,6 +100,23 @@ def test_trained_gates_are_not_initialised_again_on_loading(make_model, tmp_path
         assert torch.equal(a.attention.memory.bias, b.attention.memory.bias)
 
 
+@pytest.mark.parametrize("settings", [{"memory_on": "v"}, {"shared_gate": False}], ids=str)
+def test_a_variant_of_the_memory_decodes_is_saved_and_added(
+    make_model, make_ids, tmp_path, settings
+):
+    model, ids = make_model(**settings), make_ids(2, 16)
+    whole = model(ids, use_cache=False).logits
+    assert not torch.allclose(whole, make_model()(ids, use_cache=False).logits)
+    cache = model.new_cache()
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([9, 1, 6], dim=1)]
+    assert_close(torch.cat(parts, dim=1), whole)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, whole)
+    added = add_memory(make_model(memory=False), **settings)
+    assert added.state_dict().keys() == model.state_dict().keys()
+    assert added.config.to_dict().items() >= settings.items()
+
+
 def test_query_heads_that_do_not_divide_are_refused():
     with pytest.raises(
         ValueError, match=r"num_attention_heads \(4\) must be a multiple of .* \(3\)"

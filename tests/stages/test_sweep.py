@@ -19,34 +19,6 @@ from ratplus_exp.stages.cells import Job
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def pair(tiny_models, tmp_path):
-    """Overrides for a sweep over two tiny models at 256 tokens, one task and two examples."""
-    conf = tmp_path / "conf"
-    for folder in ("model", "pair"):
-        (conf / folder).mkdir(parents=True)
-    names = []
-    for backbone, path in tiny_models.items():
-        text = (REPOSITORY / "conf" / "model" / f"pocket_{backbone}.yaml").read_text()
-        lines = [x for x in text.splitlines() if not x.startswith(("name:", "path:", "sha256:"))]
-        names.append(f"{tmp_path.name.replace('-', '_')}_{backbone}")
-        lines += [f"name: {names[-1]}", f"path: {path}"]
-        (conf / "model" / f"{names[-1]}.yaml").write_text("\n".join(lines))
-    text = (REPOSITORY / "conf" / "pair" / "pocket.yaml").read_text()
-    for backbone, name in zip(tiny_models, names, strict=True):
-        text = text.replace(f"pocket_{backbone}", name)
-    (conf / "pair" / "tiny.yaml").write_text(text)
-    return [
-        f"hydra.searchpath=[file://{conf}]",
-        "pair=tiny",
-        "data.length=256",
-        "data.block_size=4",
-        "data.tasks=[MV]",
-        "data.examples=2",
-        "stage.workers=1",
-    ]
-
-
 def keys(job, experiment, *overrides):
     """The cells of an experiment, by table's setting."""
     with job.ready(f"experiment={experiment}", *overrides) as cfg:

@@ -1,0 +1,61 @@
+"""stage=ablation: models side by side; and the variants of the small tier's RAT+."""
+
+import pandas as pd
+import pytest
+
+from ratplus_exp.config import plain
+from ratplus_exp.models.building import config_for
+from ratplus_exp.results import Store, sample_scores
+
+VARIANTS = {
+    "small_ratplus_no_joint": ("kv", True),
+    "small_ratplus_gates": ("kv", False),
+    "small_ratplus_keys": ("k", True),
+    "small_ratplus_values": ("v", True),
+}
+
+
+def test_models_stand_side_by_side(job, pair, capsys):
+    settings = [*pair, "data.tasks=[S-1,MV]", "data.examples=3", "stage.methods=[dense,moba]"]
+    cfg = job("stage=ablation", "budget=1/4", *settings)
+    table = pd.read_csv(job.folder / "job" / "ablation.csv")
+    models = list(cfg.stage.models)
+    assert list(table["Model"]) == models and len(models) == 2
+    scores = sample_scores(Store(job.folder / "results"))
+    for method, column in (("dense", "dense"), ("moba", "MoBA")):
+        here = scores[scores["method"] == method]
+        assert set(here["budget"]) == {"1" if method == "dense" else "1/4"}
+        means = 100 * here.groupby(["model", "task"])["score_p2"].mean().groupby("model").mean()
+        assert table[column].tolist() == pytest.approx(means[models].tolist(), abs=0.051)
+        gain = float(str(table[f"Δ {column}"][1]).split()[0].replace("−", "-"))
+        assert gain == pytest.approx(means[models[1]] - means[models[0]], abs=0.051)
+        assert pd.isna(table[f"Δ {column}"][0])
+    capsys.readouterr()
+    job("stage=ablation", "budget=1/4", *settings)
+    assert "nothing to run" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"set stage.models=\[first,second\]"):
+        job("stage=ablation", *settings, "stage.models=[pocket_ratplus]")
+
+
+def test_variants_differ_from_ratplus_in_one_thing_each(job):
+    assert set(job.compose("experiment=small_ablation").stage.models) == {
+        *("small_ratplus", "small_attention"),
+        *VARIANTS,
+    }
+    for name, (memory_on, shared_gate) in VARIANTS.items():
+        of = "small_attention" if name.endswith("no_joint") else "small_ratplus"
+        cfg, recipe = (
+            job.compose(f"experiment={of}", f"model={name}"),
+            job.compose(f"experiment={of}"),
+        )
+        variant, ratplus = (
+            config_for(plain(x.model.architecture), memory=True)
+            for x in (cfg, job.compose("model=small_ratplus"))
+        )
+        assert (variant.memory_on, variant.shared_gate) == (memory_on, shared_gate)
+        assert variant.to_dict() | {"memory_on": "kv", "shared_gate": True} == ratplus.to_dict()
+        assert plain(cfg.stage) == plain(recipe.stage) | {"folder": cfg.stage.folder}
+        assert cfg.stage.folder == f"{job.folder}/training/{name}"
+        sft = job.compose("experiment=small_ratplus_sft", f"model={name}")
+        assert sft.stage.init == f"{cfg.stage.folder}/model"
+        assert sft.model.path == f"{sft.stage.folder}/model"
