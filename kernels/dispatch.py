@@ -10,12 +10,12 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor
 
 _interpret = False
+_have_triton = importlib.util.find_spec("triton") is not None
 
 
 def use_triton(*tensors: Tensor) -> bool:
@@ -26,7 +26,7 @@ def use_triton(*tensors: Tensor) -> bool:
     """
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return False
-    return _interpret or (all(tensor.is_cuda for tensor in tensors) and _have_triton())
+    return _interpret or (_have_triton and all(tensor.is_cuda for tensor in tensors))
 
 
 @contextmanager
@@ -43,8 +43,3 @@ def interpreted() -> Iterator[None]:
         yield
     finally:
         _interpret = before
-
-
-@cache
-def _have_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -59,7 +59,7 @@ def memory_scan(
 
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
-    return memory_scan_triton.Scan.apply(z, k, v, initial_state)
+    return memory_scan_triton.scan(z, k, v, initial_state)
 
 
 def memory_step(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
