@@ -149,11 +149,14 @@ class Trainer:
                         or self._stopping
                     ):
                         self.checkpoints.save(self._state())
-                if self._stopping and self.step < total:
-                    raise Stopped(
-                        f"stopped by a signal after step {self.step}; the checkpoint is "
-                        f"{self.checkpoints.latest()}: run the same command to go on"
-                    )
+                if self._stopping:
+                    break
+        # A signal to the last step ends the run too: in a sweep, the next training would begin.
+        if parallel.total([self._signalled], self.device)[0]:
+            raise Stopped(
+                f"stopped by a signal after step {self.step}; the checkpoint is "
+                f"{self.checkpoints.latest()}: run the same command to go on"
+            )
 
     def _data(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """This process's rows of a batch, in micro-batches."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from functools import partial
 
 import numpy as np
@@ -22,7 +23,7 @@ from tiny_trainings import (
 )
 
 from ratplus_exp.methods import Engine
-from ratplus_exp.training import Schedule, Trainer, TrainSettings
+from ratplus_exp.training import Schedule, Stopped, Trainer, TrainSettings
 
 
 def cross_entropy(model, ids, labels, engine=None):
@@ -84,6 +85,23 @@ def test_a_finished_training_is_not_run_again(make_model, tmp_path):
     run, rows = train(make_model(1, dtype=torch.float32), tmp_path)
     assert run.step == 10 and rows == []
     assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+class Signalled(Trainer):
+    """Gets SIGTERM in its last step, when that has looked for signals already."""
+
+    def _train_step(self, micro_batches):
+        row = super()._train_step(micro_batches)
+        if self.step + 1 == self.schedule.steps:
+            signal.raise_signal(signal.SIGTERM)
+        return row
+
+
+def test_a_signal_to_the_last_step_is_not_lost(make_model, tmp_path):
+    with pytest.raises(Stopped, match="after step 1; .*checkpoint-1.pt"):
+        train(make_model(), tmp_path, ONE_STEP, trainer=Signalled)
+    run, rows = train(make_model(seed=1), tmp_path, ONE_STEP)
+    assert run.step == 1 and not rows
 
 
 def test_checkpoints_between_logged_rows_are_refused():
