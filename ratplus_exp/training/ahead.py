@@ -30,6 +30,7 @@ from ratplus_exp.training.settings import Batch
 
 BatchOf = Callable[[int, int, int], Batch]  # of (step, rows, length)
 WAIT = 0.2  # seconds between looks for a file that another process makes
+NICE = 10  # how far a worker steps back behind the training
 
 
 @contextmanager
@@ -76,9 +77,11 @@ _batch: BatchOf  # of a worker process
 
 
 def _begin(parent: int, batch: BatchOf) -> None:
-    """A worker leaves signals to the training, and goes when that is gone."""
+    """A worker leaves signals to the training and the first turn on a core, since a GPU waits for
+    what that launches, and goes when it is gone."""
     global _batch
     _batch = batch
+    os.nice(NICE)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -1,9 +1,11 @@
 """Batches made by worker processes are the ones that the training would have made itself."""
 
+import os
+
 import numpy as np
 import pytest
 
-from ratplus_exp.training.ahead import made_ahead
+from ratplus_exp.training.ahead import NICE, made_ahead
 
 SIZES = [(4, 8), (4, 8), (2, 16)]
 
@@ -69,3 +71,12 @@ def test_each_of_several_processes_makes_its_own_steps(tmp_path, monkeypatch):
         made = {path.name for path in tmp_path.iterdir()}
         assert rank == 0 or made == {"000001.npy"}
     assert made == {f"00000{step}.npy" for step in range(len(SIZES))}
+
+
+def niceness(step, rows, length):
+    return (np.full((rows, length), os.nice(0)),) * 2
+
+
+def test_workers_let_the_training_go_first(tmp_path):
+    with made_ahead(niceness, [(1, 1)], tmp_path, 1, VOCABULARY) as ahead:
+        assert ahead(0, 1, 1)[0].item() == min(19, os.nice(0) + NICE)
