@@ -117,7 +117,8 @@ report: $(STAMP) ## the report of what is there, without running anything
 	$(RUN) stage=report pair=$(if $(filter paper,$(TIER)),$(MODEL),$(TIER)) \
 	  stage.folder=outputs/reports/$(if $(filter paper,$(TIER)),$(MODEL),$(TIER)) $(SET)
 
-# The small tier's trainings, in order; DRY=1 cuts everything down by conf/trial/small.yaml.
+# The small tier's trainings, in order; DRY=1 cuts everything down by conf/trial/small.yaml. SET is
+# for what trainings and tables share, for instance SET=tracking=disabled.
 SMALL := small_ratplus,small_attention,small_ratplus_sft,small_attention_sft
 TRIAL  = $(if $(DRY),trial=small)
 
@@ -125,11 +126,11 @@ VARIANTS := small_ratplus_gates,small_ratplus_keys,small_ratplus_values
 
 .PHONY: small ablation
 small: $(STAMP) ## the small tier on one GPU, from nothing to the report (resumes; DRY=1: a trial)
-	$(RUN) -m experiment=$(SMALL) $(TRIAL)
-	$(RUN) experiment=reproduce pair=small $(TRIAL)
+	$(RUN) -m experiment=$(SMALL) $(TRIAL) $(SET)
+	$(RUN) experiment=reproduce pair=small $(TRIAL) $(SET)
 
 ablation: $(STAMP) ## after make small: variants of its RAT+ at one budget (resumes; DRY=1: a trial)
-	$(RUN) -m experiment=small_ratplus model=$(VARIANTS) $(TRIAL)
-	$(RUN) experiment=small_attention model=small_ratplus_no_joint $(TRIAL)
-	$(RUN) -m experiment=small_ratplus_sft model=$(VARIANTS),small_ratplus_no_joint $(TRIAL)
-	$(RUN) experiment=small_ablation $(TRIAL)
+	$(RUN) -m experiment=small_ratplus model=$(VARIANTS) $(TRIAL) $(SET)
+	$(RUN) experiment=small_attention model=small_ratplus_no_joint $(TRIAL) $(SET)
+	$(RUN) -m experiment=small_ratplus_sft model=$(VARIANTS),small_ratplus_no_joint $(TRIAL) $(SET)
+	$(RUN) experiment=small_ablation $(TRIAL) $(SET)
