@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dispatch import use_triton
-from kernels.selection import check_top_k, select_blocks
+from kernels.selection import check_top_k, inner_products, select_blocks
 
 MAX_BLOCKS = 2048  # a query's scores stay in registers, which have room for this many
 _CHUNK = 512  # queries whose mask the torch form holds at a time
@@ -56,11 +56,11 @@ def moba_prefill_torch(
         # Only a query's own block can be unfinished, and its mean is not read.
         filled = F.pad(k, (0, 0, 0, -length % block_size))
         means = filled.unflatten(2, (-1, block_size)).mean(3)
-    means = means.unsqueeze(2).transpose(-1, -2)
+    means = means.unsqueeze(2)
     token = torch.arange(length, device=q.device)
     out = []
     for queries, position in zip(q.split(_CHUNK, dim=2), token.split(_CHUNK), strict=True):
-        scores = (queries.unflatten(1, (kv_heads, -1)) @ means).flatten(1, 2)
+        scores = inner_products(queries.unflatten(1, (kv_heads, -1)), means).flatten(1, 2)
         selected = select_blocks(scores, position[None], block_size=block_size, top_k=top_k)
         seen = selected.repeat_interleave(block_size, dim=-1)[..., :length]
         seen = seen & (token <= position[:, None])

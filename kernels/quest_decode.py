@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dispatch import use_triton
-from kernels.selection import check_top_k, select_blocks
+from kernels.selection import check_top_k, inner_products, select_blocks
 
 
 def quest_decode(
@@ -57,7 +57,7 @@ def quest_decode_torch(
     grouped = q.unflatten(1, (k.shape[1], -1))  # (B, K, G, Q, D)
     # max(q·min, q·max) is q·max where q > 0 and q·min elsewhere.
     halves = torch.cat((grouped.clamp(max=0), grouped.clamp(min=0)), dim=-1)
-    scores = (halves @ representatives.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
+    scores = inner_products(halves, representatives.unsqueeze(2)).flatten(1, 2)
     selected = select_blocks(scores, positions, block_size=block_size, top_k=top_k)
     seen = selected.repeat_interleave(block_size, dim=-1)[..., : k.shape[2]]
     token = torch.arange(k.shape[2], device=k.device)

@@ -6,6 +6,16 @@ import torch
 from torch import Tensor
 
 
+def inner_products(q: Tensor, candidates: Tensor) -> Tensor:
+    """Scores q · candidate in fp32 at least, of q (..., Q, D) and candidates (..., N, D).
+
+    As the kernels have them: in bf16, scores of nearly one size would round to ties, and a tie goes
+    to the lowest index.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.to(wide) @ candidates.to(wide).transpose(-1, -2)
+
+
 def select(scores: Tensor, k: int, *, allowed: Tensor, forced: Tensor) -> Tensor:
     """The k best candidates (Eq. 3) as a mask: forced first, then by score, ties to the lowest.
 

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.selection import select_blocks
+from kernels.selection import inner_products, select_blocks
 
 TILE = 128  # queries that FlexAttention, and our kernel in bf16, handle together
 
@@ -43,7 +43,7 @@ def decode_inputs(size: int, top_k: int) -> Callable[..., tuple]:
 
         halves = torch.cat((q.clamp(max=0), q.clamp(min=0)), dim=-1)
         grouped = halves.unflatten(1, (k.shape[1], -1))
-        scores = (grouped @ bounds.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
+        scores = inner_products(grouped, bounds.unsqueeze(2)).flatten(1, 2)
         chosen = select_blocks(scores, positions, block_size=size, top_k=top_k)  # (B, H, 1, N)
         count, index = _indices(chosen)
         mask = BlockMask.from_kv_blocks(
@@ -81,11 +81,11 @@ def selected(
 ) -> Tensor:
     """MoBA's choice for every query, (B, H, T, N) bool; united, what any of a tile's queries
     selects, (B, H, T / TILE, N): the blocks that a kernel computes for that tile."""
-    means = means.unsqueeze(2).transpose(-1, -2)
+    means = means.unsqueeze(2)
     position = torch.arange(q.shape[2], device=q.device)
     chosen = []
     for queries, at in zip(q.split(8 * TILE, dim=2), position.split(8 * TILE), strict=True):
-        scores = (queries.unflatten(1, (k.shape[1], -1)) @ means).flatten(1, 2)
+        scores = inner_products(queries.unflatten(1, (k.shape[1], -1)), means).flatten(1, 2)
         bits = select_blocks(scores, at[None], block_size=size, top_k=top_k)
         if unite:
             tiles = [tile.any(2, keepdim=True) for tile in bits.split(TILE, dim=2)]

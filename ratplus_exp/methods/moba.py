@@ -9,6 +9,7 @@ from torch import Tensor
 
 import kernels
 from kernels.dispatch import use_triton
+from kernels.selection import inner_products
 from ratplus_exp.methods.base import BlockMethod, Phase
 
 
@@ -23,7 +24,7 @@ class MoBA(BlockMethod):
         return keys.mean(3)
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
-        return queries @ representatives.unsqueeze(2).transpose(-1, -2)
+        return inner_products(queries, representatives.unsqueeze(2))
 
     def represent_blocks(self, blocks: kernels.Blocks) -> Tensor | None:
         return blocks.mean if type(self) is MoBA else None

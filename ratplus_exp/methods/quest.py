@@ -10,6 +10,7 @@ from torch import Tensor
 
 import kernels
 from kernels.dispatch import use_triton
+from kernels.selection import inner_products
 from ratplus_exp.methods.base import BlockMethod, Phase
 
 
@@ -29,7 +30,7 @@ class Quest(BlockMethod):
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         """max(q·min, q·max) is q·max where q > 0 and q·min elsewhere, so two matmuls suffice."""
         halves = torch.cat((queries.clamp(max=0), queries.clamp(min=0)), dim=-1)
-        return halves @ representatives.unsqueeze(2).transpose(-1, -2)
+        return inner_products(halves, representatives.unsqueeze(2))
 
     def represent_blocks(self, blocks: kernels.Blocks) -> Tensor | None:
         return blocks.bounds if type(self) is Quest else None

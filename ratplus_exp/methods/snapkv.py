@@ -12,6 +12,7 @@ from torch import Tensor
 
 import kernels
 from kernels.dispatch import use_triton
+from kernels.selection import inner_products
 from ratplus_exp.methods.base import Method, Phase
 
 
@@ -44,11 +45,11 @@ class SnapKV(Method):
         Returns (B, K, 1, 1, N).
         """
         length, window = representatives.shape[2], queries.shape[3]
-        logits = queries @ representatives.unsqueeze(2).transpose(-1, -2)
+        logits = inner_products(queries, representatives.unsqueeze(2))
         position = torch.arange(length, device=queries.device)
         future = position > position[-window:, None]
         logits = (logits / math.sqrt(queries.shape[-1])).masked_fill(future, -torch.inf)
-        mass = logits.float().softmax(-1).sum(3).sum(2)  # (B, K, N)
+        mass = logits.softmax(-1).sum(3).sum(2)  # (B, K, N)
         mass[..., : length - window] = self._smooth(mass[..., : length - window])
         return mass[:, :, None, None]
 

@@ -44,6 +44,18 @@ def test_attends_as_defined(method, kv_heads, prompts):
     torch.testing.assert_close(out, wanted, equal_nan=True)
 
 
+@selecting
+def test_scores_of_bf16_are_not_rounded_to_it(method):
+    # The kernels' are not, and hit rates and oracles must rank as they do.
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, 3, 4, 8, generator=generator).bfloat16()
+    k = torch.randn(1, 2, 6, method.block_size, 8, generator=generator).bfloat16()
+    r = method.represent(k if method.unit == "block" else k.flatten(2, 3))
+    scores = method.score(q, r)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, method.score(q.double(), r.double()).float())
+
+
 # Sums of exponentials tie exactly only where all are equal, so SnapKV gets no periodic keys.
 TIES = [
     (method, data)
