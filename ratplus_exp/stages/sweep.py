@@ -13,6 +13,7 @@ import os
 import queue
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from ratplus_exp.stages.samples import Samples
 from ratplus_exp.training.parallel import cores
 
 MOST_WORKERS = 8  # on a CPU; more would read the same memory
+MOST_FAILURES = 16  # cells that may fail before one succeeds
 FIELDS = ("stage", "method", "budget", "blocks", "selector", "selector_seed", "tasks", "examples")
 
 Item = tuple[Job, str]
@@ -38,9 +40,17 @@ Item = tuple[Job, str]
 
 def run(cfg: DictConfig) -> None:
     """Run what is missing, then write `stage.outputs`."""
-    jobs = [Job(job) for job in expand(cfg)]
-    fill_jobs(cfg, jobs)
+    failed = fill_jobs(cfg, [Job(job) for job in expand(cfg)])
     report.run(cfg)
+    refuse(failed)
+
+
+def refuse(failed: list[str]) -> None:
+    """ValueError if cells failed."""
+    if failed:
+        raise ValueError(
+            f"{len(failed)} cells failed, the first with {failed[0]}: run this again for them"
+        )
 
 
 def expand(cfg: DictConfig) -> list[DictConfig]:
@@ -98,8 +108,11 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
     return job
 
 
-def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> None:
-    """Run the jobs' missing cells, in this process or several, under one progress bar."""
+def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
+    """Run the jobs' missing cells, in this process or several, under one progress bar.
+
+    Of several processes a cell that fails does not stop the others; returns what went wrong.
+    """
     cells: dict[str, Item] = {}
     for job in jobs:
         for task, cell in job.cells.items():
@@ -109,7 +122,7 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> None:
     items = [(j, t) for j, t in cells.values() if not j.cells[t].is_done(j.cfg.data.examples)]
     if not items:
         print(f"All {len(cells)} cells are there already; nothing to run.")
-        return
+        return []
     for job in {job.path: job for job, _ in items}.values():
         source = Samples(job.cfg, load_tokenizer(job.path))
         for task in job.cells:
@@ -126,9 +139,11 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> None:
             bar.update(samples)
 
         workers = min(_workers(cfg), len(items))
-        busy = _fill_here(items, progress) if workers == 1 else _fill_in(workers, items, progress)
+        fill_all = _fill_here if workers == 1 else partial(_fill_in, workers)
+        busy, failed = fill_all(items, progress)
     if busy:
         print(f"{busy} cells are being written by another process: run this again after it.")
+    return failed
 
 
 def _workers(cfg: DictConfig) -> int:
@@ -140,8 +155,9 @@ def _workers(cfg: DictConfig) -> int:
     return min(cores(), MOST_WORKERS)
 
 
-def _fill_here(items: list[Item], progress: Callable[[int, int], None]) -> int:
-    """Fills the items' cells; returns how many another process holds."""
+def _fill_here(items: list[Item], progress: Callable[[int, int], None]) -> tuple[int, list[str]]:
+    """Fills the items' cells; returns how many another process holds, and no failures: it raises
+    them."""
     busy = 0
     with closing(Bench()) as bench:
         for job, task in items:
@@ -150,7 +166,7 @@ def _fill_here(items: list[Item], progress: Callable[[int, int], None]) -> int:
                 progress(0, 1)
             except StoreBusy:
                 busy += 1
-    return busy
+    return busy, []
 
 
 class Bench:
@@ -174,42 +190,56 @@ class Bench:
             source.close()
 
 
-def _fill_in(workers: int, items: list[Item], progress: Callable[[int, int], None]) -> int:
-    """`_fill_here` in several processes of one thread each, which take cell by cell."""
+def _fill_in(
+    workers: int, items: list[Item], progress: Callable[[int, int], None]
+) -> tuple[int, list[str]]:
+    """`_fill_here` in several processes of one thread each, which take cell by cell; returns what
+    went wrong as well."""
     context = multiprocessing.get_context("spawn")
     tasks, news = context.Queue(), context.Queue()
     for job, task in items:
         tasks.put((plain(job.cfg), task))
     for _ in range(workers):
         tasks.put(None)
-    processes = [
-        context.Process(target=_work, args=(tasks, news, os.getpid()), daemon=True)
-        for _ in range(workers)
-    ]
-    for process in processes:
+    processes = {}
+
+    def start() -> None:
+        process = context.Process(target=_work, args=(tasks, news, os.getpid()), daemon=True)
         process.start()
-    running, busy = workers, 0
+        processes[process.pid] = process
+
+    for _ in range(workers):
+        start()
+    running, busy, finished = workers, 0, 0
+    failed: list[str] = []
     while running:
         try:
             kind, content = news.get(timeout=5)
         except queue.Empty:
-            if any(process.exitcode not in (None, 0) for process in processes):
+            if any(process.exitcode not in (None, 0) for process in processes.values()):
                 raise ValueError(
                     "a worker process was killed, probably for memory: run again with "
                     f"stage.workers={max(workers // 2, 1)}"
                 ) from None
             continue
         if kind == "progress":
+            finished += content[1]
             progress(*content)
         elif kind == "busy":
             busy += 1
-        elif kind == "error":
-            for process in processes:
-                process.terminate()
-            raise ValueError(content)
+        elif kind == "failed":
+            failed.append(content)
+            tqdm.write(f"failed: {content}")
+            if len(failed) >= MOST_FAILURES and not finished:
+                for process in processes.values():
+                    process.terminate()
+                raise ValueError(content)
+        elif kind == "broken":
+            del processes[content]
+            start()
         else:
             running -= 1
-    return busy
+    return busy, failed
 
 
 def _work(tasks: Any, news: Any, parent: int) -> None:
@@ -230,6 +260,18 @@ def _work(tasks: Any, news: Any, parent: int) -> None:
         except StoreBusy:
             news.put(("busy", task))
         except Exception as error:  # the parent says it
-            news.put(("error", f"{job.cells[task].path.name}: {type(error).__name__}: {error}"))
-            return
+            news.put(("failed", f"{job.cells[task].path.name}: {type(error).__name__}: {error}"))
+            if not _usable():
+                news.put(("broken", os.getpid()))
+                return
     news.put(("end", None))
+
+
+def _usable() -> bool:
+    """Whether this process can go on after an error: after some its GPU does nothing any more."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True

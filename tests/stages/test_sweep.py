@@ -1,5 +1,7 @@
 """stage=sweep and stage=random_selector: what a table needs is run once, by whoever needs it."""
 
+import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from ratplus_exp.config import plain
 from ratplus_exp.results import Store, tidy
 from ratplus_exp.results.compare import paper_setting
 from ratplus_exp.results.paper import paper_tables
@@ -93,6 +96,41 @@ def test_random_selection_has_five_seeds_and_leaves_cells_for_the_tables(job, pa
     assert "nothing to run" in capsys.readouterr().out
     with pytest.raises(ValueError, match="needs a method that selects"):
         job("stage=random_selector", "method=dense")
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_stops_no_other(job, pair):
+    overrides = ["experiment=fig3", *pair, "data.tasks=[MV,MQ]", "stage.workers=2"]
+    with job.ready(*overrides) as cfg:
+        cells = [cell for each in sweep.expand(cfg) for cell in Job(each).cells.values()]
+    (cells[0].path / "lock").mkdir(parents=True)  # cannot be opened
+    with pytest.raises(ValueError, match=f"1 cells failed.*{cells[0].path.name}"):
+        job(*overrides)
+    assert [cell.done() for cell in cells] == [0, *[2] * (len(cells) - 1)]
+    assert (job.folder / "reports" / "tiny" / "fig3.png").stat().st_size
+    (cells[0].path / "lock").rmdir()
+    job(*overrides)
+    assert cells[0].done() == 2
+
+
+def test_a_worker_whose_gpu_is_lost_asks_for_another_in_its_place(job, pair, monkeypatch):
+    with job.ready("experiment=table3", *pair) as cfg:
+        item = plain(sweep.expand(cfg)[0]), "MV"
+
+    def fill(*_):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(sweep, "fill", fill)
+    monkeypatch.setattr(sweep.Bench, "ready", lambda *_: (None, None))
+    for usable, last in ((True, ("end", None)), (False, ("broken", os.getpid()))):
+        monkeypatch.setattr(sweep, "_usable", lambda usable=usable: usable)
+        tasks, news = queue.Queue(), queue.Queue()
+        for task in (item, None):
+            tasks.put(task)
+        sweep._work(tasks, news, os.getppid())
+        kind, text = news.get()
+        assert kind == "failed" and "RuntimeError: no kernel" in text
+        assert news.get() == last and news.empty()
 
 
 @pytest.mark.slow
