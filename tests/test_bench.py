@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from kernels.bench import cpu_cases, report, sparse_cases, timing
+from kernels.bench import cpu_cases, report, scan_cases, sparse_cases, timing
 from kernels.bench.scan_cases import both
 from kernels.bench.timing import Case, Form, Machine, Row
 from ratplus_exp import bench, latency
@@ -85,6 +85,17 @@ def test_a_form_that_fails_is_a_row_without_a_number():
 )
 def test_inputs_go_round_until_the_cache_has_forgotten_them(inputs, touched, held, wanted):
     assert timing.copies(inputs, touched, held) == wanted
+
+
+def test_inputs_leave_the_devices_own_generator_alone():
+    # After a capture that failed it may raise wherever it is used.
+    before = torch.get_rng_state()
+    for case in (*scan_cases.cases(MACHINE), *sparse_cases.cases(MACHINE)):
+        for form in case.forms:
+            inputs = case.inputs(0)
+            if form.setup and not form.gpu:
+                form.setup(*inputs)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_a_replay_leaves_is_checked():

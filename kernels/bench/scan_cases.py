@@ -106,7 +106,11 @@ def _prefill(shape: tuple[int, ...], machine: Machine) -> Case:
     """The scan with RoPE and the blocks' representatives, and what they would cost apart."""
     size = 4 if machine.dry else 64
     inputs = _inputs(shape, machine)
-    angle = torch.rand(1, shape[1], 1, shape[3] // 2, device=machine.device).repeat(1, 1, 1, 2)
+    # A capture that failed may leave the GPU's own generator unusable, so each has its own.
+    generator = torch.Generator(machine.device).manual_seed(0)
+    angle = torch.rand(
+        1, shape[1], 1, shape[3] // 2, device=machine.device, generator=generator
+    ).repeat(1, 1, 1, 2)
     rope = (angle.cos(), angle.sin())
 
     def fused(z: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -146,7 +150,9 @@ def _backward(shape: tuple[int, ...], machine: Machine) -> Case:
 
 def _backward_inputs(z: Tensor, k: Tensor, v: Tensor) -> tuple:
     k_out, v_out, state = kernels.memory_scan(z, k, v)
-    return z, k, v, k_out, v_out, torch.randn_like(k_out), torch.randn_like(v_out), state
+    generator = torch.Generator(k.device).manual_seed(0)
+    grads = (torch.empty_like(x).normal_(generator=generator) for x in (k_out, v_out))
+    return z, k, v, k_out, v_out, *grads, state
 
 
 def _run_backward(plan: Any, z: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple:

@@ -112,6 +112,8 @@ def measure(case: Case, machine: Machine) -> Iterator[Row]:
             row.note = "needs a GPU"
         else:
             _fill(row, form, case, machine, wanted if form.check else lambda: None)
+            if machine.device.type == "cuda":
+                torch.cuda.empty_cache()  # now that nothing holds its inputs and its graph any more
         yield row
 
 
@@ -153,9 +155,6 @@ def _fill(
         row.note = "out of memory"
     except Exception as problem:
         row.note = failure(problem)
-    finally:
-        if cuda:
-            torch.cuda.empty_cache()
 
 
 def copies(inputs: float, touched: float, held: float, memory: float = _MEMORY) -> int:
