@@ -78,7 +78,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 bench: $(STAMP) ## measure kernels and models on the GPU, into outputs/bench/<device>
-	$(BIN)/python -m ratplus_exp.bench
+	for part in scan sparse models plans; do $(BIN)/python -m ratplus_exp.bench --only $$part || exit; done
 
 bench-cpu: $(STAMP) ## measure the forms of the memory scan on one CPU thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m ratplus_exp.bench --cpu

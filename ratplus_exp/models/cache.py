@@ -25,6 +25,8 @@ class SparseLayer(DynamicLayer):
     """One layer's share: keys and values (B, K, slots, D), memory state (2, B, K, D) in fp32, and
     block representatives (B, K, N, *) for methods that select while decoding."""
 
+    is_croppable = False  # see SparseCache.crop
+
     def __init__(self) -> None:
         super().__init__()
         self.keys: Tensor | None = None

@@ -15,7 +15,7 @@ from ratplus_exp.results.layout import number
 from ratplus_exp.results.stats import paired_bootstrap
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import job_folder
-from ratplus_exp.stages.sweep import configuration, fill_jobs
+from ratplus_exp.stages.sweep import configuration, fill_jobs, refuse
 from ratplus_exp.tracking import log_table, tracked
 
 
@@ -28,7 +28,7 @@ def run(cfg: DictConfig) -> None:
         for model in cfg.stage.models
         for method in cfg.stage.methods
     }
-    fill_jobs(cfg, list(jobs.values()))
+    refuse(fill_jobs(cfg, list(jobs.values())))
     store = next(iter(jobs.values())).store
     cells = {key: [cell.id for cell in job.cells.values()] for key, job in jobs.items()}
     samples = sample_scores(store, cell=[name for names in cells.values() for name in names])

@@ -142,7 +142,8 @@ def prepare_layers(model: Any, compile: bool, checkpointing: bool) -> None:
         dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 2 * needed)
     for layer in model.model.layers:
         if compile:
-            layer.forward = torch.compile(layer.forward)
+            # A schedule has few lengths: each is compiled for itself, with no symbols for sizes.
+            layer.forward = torch.compile(layer.forward, dynamic=False)
         if checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 

@@ -207,3 +207,13 @@ def test_block_sizes_must_be_powers_of_two(size):
     x = torch.zeros(1, 4, 1, 4)
     with pytest.raises(ValueError, match="power of 2"):
         kernels.memory_prefill(x, x, x, (x, x), size)
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["from nothing", "from a state"])
+def test_the_operator_says_truly_what_it_does(triton_device, start):
+    """Its schema, its shapes without data, and its gradients, by torch's own checks."""
+    from kernels import memory_scan_triton
+
+    z, k, v = torch.randn(3, 2, 5, 2, 4, device=triton_device).requires_grad_().unbind(0)
+    state = torch.randn(2, 2, 2, 4, device=triton_device).requires_grad_() if start else None
+    torch.library.opcheck(memory_scan_triton.scan, (z, k, v, state))

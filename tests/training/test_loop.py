@@ -15,6 +15,7 @@ from tiny_trainings import (
     DILATED,
     ONE_STEP,
     SCHEDULE,
+    SHORT,
     Killed,
     batch,
     killed_data,
@@ -195,6 +196,7 @@ def test_sparse_steps_alone_come_first(make_model, tmp_path):
         make_model(),
         batch,
         SCHEDULE,
+        SHORT,
         settings(log_every=1, checkpoint_every=1),
         tmp_path,
         sparse=DILATED,
@@ -245,6 +247,26 @@ def test_compiled_layers_take_the_same_steps(make_model, tmp_path, monkeypatch):
     for a, b in zip(plain, rows, strict=True):
         for name in ("loss", "sparse_loss", "grad_norm", "gate_mean"):
             assert a[name] == pytest.approx(b[name], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_generated_code_takes_the_same_steps(make_model, tmp_path, triton_device, checkpointing):
+    """By torch's own code generation, each layer one graph, around the Triton scan as it is."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+
+    def run(name, **how):
+        model = make_model(dtype=torch.float32).to(triton_device)
+        return train(model, tmp_path / name, SHORT, sparse=DILATED, precision="fp32", **how)[1]
+
+    plain = run("plain")
+    rows = run("compiled", compile=True, activation_checkpointing=checkpointing)
+    assert counters["stats"]["unique_graphs"] >= 4 and not counters["graph_break"]
+    for a, b in zip(plain, rows, strict=True):
+        for name in ("loss", "sparse_loss", "grad_norm", "gate_mean"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
 
 
 def test_a_checkpoint_is_for_the_data_that_it_was_trained_on(make_model, tmp_path):
