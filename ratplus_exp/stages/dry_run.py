@@ -26,7 +26,7 @@ def run(cfg: DictConfig) -> None:
     """Print the estimate; ValueError for settings that the job itself would refuse."""
     shape = shape_of(cfg)
     groups = [_model(shape)]
-    if "schedule" in cfg.stage:
+    if "joint" in cfg.stage:
         groups += training(cfg, shape)
     elif "batch_size" in cfg.stage:
         groups += evaluation(cfg, shape)

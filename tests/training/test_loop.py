@@ -196,7 +196,6 @@ def test_sparse_steps_alone_come_first(make_model, tmp_path):
         make_model(),
         batch,
         SCHEDULE,
-        SHORT,
         settings(log_every=1, checkpoint_every=1),
         tmp_path,
         sparse=DILATED,
