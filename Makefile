@@ -1,6 +1,7 @@
 # `make` lists what there is. Every target installs what it needs first.
 #
 #   make PYTHON=python3.12 demo       build .venv from another Python (3.11 or newer)
+#   make BIN=/path/to/venv/bin demo   use an environment that is there already, and install nothing
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 #                                     on Linux without a GPU: torch's small CPU build
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/python run.py
-STAMP  := $(VENV)/.installed
+STAMP  := $(if $(filter command,$(firstword $(origin BIN))),,$(VENV)/.installed)
 
 # Both backbones; SET takes further settings, for instance SET='data.examples=200 seed=0,1,2'.
 PAIR := model=pocket_attention,pocket_ratplus
@@ -30,7 +31,7 @@ WEIGHTS := $(foreach part,scratch_% %_sft %_sft_long %_sft_last %_sft_end, \
 help: ## list these targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
-install: $(STAMP) ## create .venv and install the pinned versions into it
+install: $(VENV)/.installed ## create .venv and install the pinned versions into it
 	@echo "Installed in $(VENV)."
 
 demo: $(STAMP) ## the main job: Quest at budget 1/16 on both pocket models
@@ -66,7 +67,7 @@ clean: ## remove caches and build products; .venv and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || { \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "$(PYTHON) is not Python 3.11 or newer; name one: make install PYTHON=python3.11" >&2; \
