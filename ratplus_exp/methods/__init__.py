@@ -2,7 +2,7 @@
 
 from ratplus_exp.methods.base import BlockMethod, Dense, Method
 from ratplus_exp.methods.dilated import Dilated
-from ratplus_exp.methods.engine import Engine, Usage
+from ratplus_exp.methods.engine import Engine, Uncounted, Usage
 from ratplus_exp.methods.moba import MoBA
 from ratplus_exp.methods.quest import Quest
 from ratplus_exp.methods.selectors import Oracle, Random, Selector, TopK
@@ -21,5 +21,6 @@ __all__ = [
     "Selector",
     "SnapKV",
     "TopK",
+    "Uncounted",
     "Usage",
 ]

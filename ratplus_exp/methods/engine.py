@@ -55,6 +55,14 @@ class Usage:
         return fractions.masked_fill(available == 0, 1.0).cpu()
 
 
+class Uncounted(Usage):
+    """For training, which has no use for it. Compiled layers would be compiled anew for every
+    length of the lists."""
+
+    def add(self, attended: Tensor, positions: Tensor) -> None:
+        pass
+
+
 @dataclass
 class Engine:
     """A method with its selector, as it runs over one batch.

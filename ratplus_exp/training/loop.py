@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ratplus_exp.cost import Shape, attended_keys, peak_tflops
 from ratplus_exp.memory import gate_statistics
-from ratplus_exp.methods import Engine, Method
+from ratplus_exp.methods import Engine, Method, Uncounted
 from ratplus_exp.training import parallel
 from ratplus_exp.training.checkpoint import Checkpoints
 from ratplus_exp.training.divergence import Watch
@@ -172,7 +172,8 @@ class Trainer:
     def _train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         row = {}
         if self.sparse is not None:
-            sparse = self._optimizer_step(micro_batches, Engine(self.sparse))
+            engine = Engine(self.sparse, usage=Uncounted())
+            sparse = self._optimizer_step(micro_batches, engine)
             row = {f"sparse_{name}": value for name, value in sparse.items()}
             if self.step < self.sparse_only_steps:
                 return row

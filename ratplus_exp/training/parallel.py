@@ -135,14 +135,11 @@ def prepare_layers(model: Any, compile: bool, checkpointing: bool) -> None:
     Both wrap `forward` in place, inside the hooks of FSDP, so that no parameter changes its name.
     """
     if compile:
-        # The layers share one code object, which is compiled again for each layer's number and for
-        # each kind of pass; behind torch's limit of 8 the rest would silently run uncompiled.
-        dynamo, needed = torch._dynamo.config, 8 * (len(model.model.layers) + 1)
-        dynamo.recompile_limit = max(dynamo.recompile_limit, needed)
-        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 2 * needed)
+        # The layers share what is compiled: once for each kind of pass and length. Behind torch's
+        # limit of 8 the rest would silently run uncompiled.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in model.model.layers:
         if compile:
-            # A schedule has few lengths: each is compiled for itself, with no symbols for sizes.
             layer.forward = torch.compile(layer.forward, dynamic=False)
         if checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
