@@ -56,6 +56,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+# DDP's reducer must not be the last to hold the process group: it would take it down with Python's
+# lock in hand, and wait forever for a thread of gloo's that needs this lock to let go of a tensor.
+_replicas: list[DistributedDataParallel] = []
+
+
 @contextmanager
 def processes(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     """The process group, for as long as the context lasts. `timeout`: how long ranks wait."""
@@ -71,6 +76,9 @@ def processes(device: torch.device, timeout: timedelta = timedelta(minutes=30)) 
         yield
         dist.barrier()  # nobody takes its group down while another still talks to it
     finally:
+        while _replicas:
+            replica = _replicas.pop()
+            del replica.reducer, replica.logger
         dist.destroy_process_group()
 
 
@@ -150,7 +158,8 @@ def spread(objective: Objective, kind: Kind, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return objective.to(device)
     if kind == "ddp":
-        return DistributedDataParallel(objective.to(device), broadcast_buffers=False)
+        _replicas.append(DistributedDataParallel(objective.to(device), broadcast_buffers=False))
+        return _replicas[-1]
     return shard(objective, init_device_mesh(device.type, (world_size(),)))
 
 
