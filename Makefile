@@ -68,16 +68,17 @@ clean: ## remove caches and build products; .venv and outputs stay
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@test -x $(BIN)/pip || { \
+	@test -x $(VENV)/bin/pip || { \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "$(PYTHON) is not Python 3.11 or newer; name one: make install PYTHON=python3.11" >&2; \
 	    exit 1; }; \
 	  echo "Creating $(VENV)"; \
 	  $(PYTHON) -m venv $(VENV); }
 	@echo "Installing into $(VENV) (torch is the large one; this takes a few minutes)"
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# In processes of their own, since an error on a GPU may spoil all that comes after it.
 bench: $(STAMP) ## measure kernels and models on the GPU, into outputs/bench/<device>
 	for part in scan sparse models plans; do $(BIN)/python -m ratplus_exp.bench --only $$part || exit; done
 
@@ -130,7 +131,8 @@ small: $(STAMP) ## the small tier on one GPU, from nothing to the report (resume
 	$(RUN) -m experiment=$(SMALL) $(TRIAL) $(SET)
 	$(RUN) experiment=reproduce pair=small $(TRIAL) $(SET)
 
-ablation: $(STAMP) ## after make small: variants of its RAT+ at one budget (resumes; DRY=1: a trial)
+ablation: $(STAMP) ## the small pair and variants of its RAT+ at one budget (resumes; DRY=1: a trial)
+	$(RUN) -m experiment=$(SMALL) $(TRIAL) $(SET)
 	$(RUN) -m experiment=small_ratplus model=$(VARIANTS) $(TRIAL) $(SET)
 	$(RUN) experiment=small_attention model=small_ratplus_no_joint $(TRIAL) $(SET)
 	$(RUN) -m experiment=small_ratplus_sft model=$(VARIANTS),small_ratplus_no_joint $(TRIAL) $(SET)

@@ -41,7 +41,7 @@ class SparseLayer(DynamicLayer):
 
     def remember(self, state: Tensor) -> None:
         """Store the memory's state, a later one in the place of the one before."""
-        if self.memory_state is None:
+        if self.memory_state is None or torch.is_grad_enabled():
             self.memory_state = state
         else:
             self.memory_state.copy_(state)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,30 +18,51 @@ from ratplus_exp.methods import Engine
 from ratplus_exp.models.cache import SparseCache
 
 Run = Callable[[], None]
-Capture = Callable[[Run], Run]
+Capture = Callable[[Run], Run | None]
 
 
-def cuda_graph(step: Run) -> Run:
-    """What `step` launches on the current GPU as one launch. It is recorded here and not yet run.
+class CudaGraphs:
+    """A `capture` for `greedy`: steps of the current GPU, as one launch each.
 
-    `torch.cuda.graph` would collect garbage and empty the allocator's cache first, which takes
-    longer than the steps of an answer.
+    The last graph stays until the next one has taken over its memory: the memory of a graph that is
+    gone is of no use to anything else until PyTorch runs out of memory or empties its cache. That
+    is what `torch.cuda.graph` does before each graph, and takes longer than the steps of an answer.
     """
-    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        graph.capture_begin()
+
+    def __init__(self) -> None:
+        self.last: torch.cuda.CUDAGraph | None = None
+        self.usable = True
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """One for all graphs, since matrix products keep a workspace for every stream they saw."""
+        return torch.cuda.Stream()
+
+    def __call__(self, step: Run) -> Run | None:
+        """Records what `step` launches, without running it. None, and a warning, if that fails:
+        after a failed capture PyTorch may be unfit for another."""
+        if not self.usable:
+            return None
+        graph = torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream())
         try:
-            step()
-        finally:
-            graph.capture_end()
-    return graph.replay
+            with torch.cuda.stream(self.stream):
+                graph.capture_begin(pool=None if self.last is None else self.last.pool())
+                try:
+                    step()
+                finally:
+                    graph.capture_end()
+        except RuntimeError as problem:
+            self.usable = False
+            cause = str(problem.__context__ or problem).split("\n")[0]
+            warnings.warn(f"decoding without CUDA graphs, which is slower: {cause}", stacklevel=2)
+            return None
+        self.last = graph
+        return graph.replay
 
 
-@cache
-def _capture_stream(device: int) -> torch.cuda.Stream:
-    """One for all graphs, since matrix products keep a workspace for every stream they saw."""
-    return torch.cuda.Stream(device)
+cuda_graphs = CudaGraphs()
+"""Those of this process."""
 
 
 @torch.inference_mode()
@@ -66,7 +87,7 @@ def greedy(
             or a "decode" step for the prompt's last token, so that methods which select while
             decoding or keep a part of the cache are at work from the first token on.
         capture: turns a step into a function that takes it again and again in the same memory:
-            `cuda_graph` on a GPU. None: every step is run as the first one.
+            `cuda_graphs` on a GPU. None, or None in return: every step is run as the first one.
     """
     assert capture is None or engine.recorder is None, "a replayed step records nothing"
     prompt = ids.shape[1] - (first_token == "decode")
@@ -120,7 +141,7 @@ class _Step:
             self.cache.engine.usage.add(attended, positions)
 
     def record(self, capture: Capture) -> None:
-        """From now on `take` replays. What cannot be captured is run as before."""
+        """From now on `take` replays, if this step can be captured."""
         cache, usage = self.cache, self.cache.engine.usage
         counted = cache.seen, cache.longest, len(usage.attended)
 
@@ -129,11 +150,7 @@ class _Step:
             if new := usage.attended[counted[2] :]:
                 self.used = [torch.cat(new, 1), torch.cat(usage.positions[counted[2] :], 1)]
 
-        try:
-            self.replay = capture(run)
-        except RuntimeError as problem:
-            reason = str(problem).split("\n")[0]
-            warnings.warn(f"decoding without CUDA graphs, which is slower: {reason}", stacklevel=2)
-        # A graph's run has yet to happen, and a failed one never will.
+        self.replay = capture(run)
+        # What was counted has yet to happen.
         cache.seen, cache.longest = counted[:2]
         del usage.attended[counted[2] :], usage.positions[counted[2] :]

@@ -68,9 +68,12 @@ class ForwardPass:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest row, those of this pass included."""
-        before = 0 if self.cache is None else self.cache.seen
-        return before + self.step.positions.shape[1]
+        """Tokens of the longest row, those of this pass included, and of a prompt those that may
+        follow where their number is known: what replays a step checks nothing."""
+        length, cache = self.step.positions.shape[1], self.cache
+        if cache is None:
+            return length
+        return length + ((cache.room or 0) if cache.is_empty else cache.seen)
 
     def memorise(
         self, memory: Memory, layer: int, x: Tensor, k: Tensor, v: Tensor

@@ -38,7 +38,9 @@ def run(cfg: DictConfig) -> None:
         f"{gpus.peak_tflops:g} TFLOP/s, of which {gpus.mfu:.0%} are reached (cluster.*). "
         "1 GB is 10⁹ bytes. docs/cluster.md shows the arithmetic."
     )
-    title = f"stage={cfg.stage.name} model={cfg.model.name}: what it would cost"
+    whole = "models" not in cfg.stage  # else one method on one model of many
+    title = f"{'' if whole else 'one setting of '}stage={cfg.stage.name} model={cfg.model.name}"
+    title += ": what it would cost"
     rows = tuple(row for group in groups for row in group)
     print(Table(title, caption, ("What", "How much"), rows, breaks).to_text())
 

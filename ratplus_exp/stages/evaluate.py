@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from ratplus_exp.config import forms_of
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine
-from ratplus_exp.models.decoding import cuda_graph, greedy
+from ratplus_exp.models.decoding import cuda_graphs, greedy
 from ratplus_exp.results import MISSING, Cell, Store, Table, accuracies, tidy
 from ratplus_exp.results.frame import COLUMNS, EXTRA
 from ratplus_exp.stages.cells import Job, Loaded, fill_missing, padded, selector_of
@@ -69,7 +69,7 @@ def generate(job: Job, loaded: Loaded, samples: list[Sample]) -> tuple[list[str]
         eos=tokenizer.eos_token_id,
         pad=tokenizer.pad_token_id,
         first_token=job.first_token,
-        capture=cuda_graph if job.cfg.cuda_graphs and ids.is_cuda else None,
+        capture=cuda_graphs if job.cfg.cuda_graphs and ids.is_cuda else None,
     )
     # The last generated token is never fed back, nor is anything behind a row's EOS.
     ended = (out == tokenizer.eos_token_id).cumsum(1) > 0

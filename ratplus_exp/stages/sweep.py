@@ -49,7 +49,8 @@ def refuse(failed: list[str]) -> None:
     """ValueError if cells failed."""
     if failed:
         raise ValueError(
-            f"{len(failed)} cells failed, the first with {failed[0]}: run this again for them"
+            f"{len(failed)} cells failed; run this again for them once the cause is gone. The "
+            f"first: {failed[0]}"
         )
 
 
@@ -233,7 +234,7 @@ def _fill_in(
             if len(failed) >= MOST_FAILURES and not finished:
                 for process in processes.values():
                     process.terminate()
-                raise ValueError(content)
+                refuse(failed)
         elif kind == "broken":
             del processes[content]
             start()

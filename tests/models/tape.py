@@ -1,7 +1,7 @@
 """What a CUDA graph does, on a CPU: every operation is done again, in the memory of the first time.
 
 A tape bakes in what a graph bakes in (every number that Python knew, every address), and refuses to
-ask the device for a number, as a graph does.
+ask the device for a number or to copy a list to it, as a graph does.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Tape(TorchDispatchMode):
 
     def __enter__(self):
         def refuse(*_):
-            raise RuntimeError("the device was asked\nwhile recording")
+            raise RuntimeError("the device was asked while recording")
 
         self.patches = [mock.patch.object(torch.Tensor, x, refuse) for x in ("tolist", "numpy")]
         if importlib.util.find_spec("triton") is not None:
@@ -75,7 +75,9 @@ class _Tape(TorchDispatchMode):
         tensors, read = _tensors(out), {_memory(x) for x in _tensors((args, kwargs))}
         asked = read and any(isinstance(x, bool | int | float) for x in tree_leaves(out))
         if asked or func._schema.name in SIZES_UNKNOWN:
-            raise RuntimeError(f"{func} asks the device\nwhile recording")
+            raise RuntimeError(f"{func} asks the device while recording")
+        if func._schema.name == "aten::lift_fresh" and out.dim():
+            raise RuntimeError("a list of Python's is copied to the device while recording")
         is_view = any(_memory(x) in read for x in tensors) and not func._schema.is_mutable
         if not is_view:
             self.entries.append((func, args, kwargs, tensors))

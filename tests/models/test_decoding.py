@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tape import tape
-from test_families import FAMILIES, add_memory, carry, stock_model
+from test_families import FAMILIES, TINY, add_memory, carry, stock_model
+from transformers import MistralConfig, MistralForCausalLM
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Oracle, Quest, Random, SnapKV
-from ratplus_exp.models.decoding import cuda_graph, greedy
+from ratplus_exp.models.decoding import CudaGraphs, greedy
 
 TOKENS = 11  # over two boundaries of blocks
 METHODS = [
@@ -121,7 +122,7 @@ SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "t
 def test_steps_through_kernels_can_be_replayed(decode, triton_device):
     setting = {"lengths": (15, 9), "device": triton_device, "dtype": torch.float32, **SIZES}
     wanted, budgets = decode(Engine(METHODS[1]), **setting)
-    capture = cuda_graph if triton_device.type == "cuda" else tape
+    capture = CudaGraphs() if triton_device.type == "cuda" else tape
     tokens, fractions = decode(Engine(METHODS[1]), **setting, capture=capture)
     assert torch.equal(tokens, wanted)
     assert torch.equal(fractions, budgets)
@@ -134,17 +135,15 @@ def test_steps_through_kernels_can_be_replayed(decode, triton_device):
     + [(family, add_memory) for family in sorted(FAMILIES)],
     ids=lambda x: x if isinstance(x, str) else x.__name__,
 )
-def test_steps_of_other_models_can_be_replayed(make_ids, recwarn, family, change):
+def test_steps_of_other_models_can_be_replayed(make_ids, family, change):
     model = change(stock_model(family, torch.float64)).eval()
     ids, mask = make_ids(2, 22), torch.ones(2, 22)
     mask[1, :9] = 0
-    recwarn.clear()
     wanted, out = (
         greedy(model, ids, mask, Engine(METHODS[1]), 6, eos=-1, pad=0, capture=capture)
         for capture in (None, tape)
     )
     assert torch.equal(out, wanted)
-    assert not [x for x in recwarn if "CUDA graphs" in str(x.message)]
 
 
 @pytest.mark.gpu
@@ -155,32 +154,73 @@ def test_steps_of_other_models_can_be_replayed(make_ids, recwarn, family, change
 def test_a_gpu_replays_its_graph(decode, method, memory, lengths, dtype, recwarn):
     setting = {"lengths": lengths, "device": "cuda", "memory": memory, "dtype": dtype}
     wanted, budgets = decode(Engine(method), **setting)
-    tokens, fractions = decode(Engine(method), **setting, capture=cuda_graph)
-    assert torch.equal(tokens, wanted)
-    assert torch.equal(fractions, budgets)
+    graphs = CudaGraphs()
+    for _ in range(3):  # each graph in the memory of the one before
+        tokens, fractions = decode(Engine(method), **setting, capture=graphs)
+        assert torch.equal(tokens, wanted)
+        assert torch.equal(fractions, budgets)
     assert not [x for x in recwarn if "CUDA graphs" in str(x.message)]
 
 
-def test_what_cannot_be_captured_is_run_as_it_is(decode):
-    wanted, budgets = decode(Engine(METHODS[1]), (22, 9, 17))
+@pytest.mark.parametrize("capture", [None, tape, "failing"], ids=["as it is", "tape", "failing"])
+def test_every_token_is_counted_once(make_model, make_ids, monkeypatch, capture):
+    """Whatever has been counted when a capture fails."""
+    model, engine = make_model(), Engine(METHODS[1])
+    cache = model.new_cache(engine, room=TOKENS)
+    monkeypatch.setattr(model, "new_cache", lambda *_, **__: cache)
 
-    def refuse(step):
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+    def failing(step):
+        cache.seen, cache.longest = cache.seen + 1, cache.longest + 1
+        engine.usage.add(torch.ones(2, 1), torch.ones(2, 1))
 
-    with pytest.warns(UserWarning, match="without CUDA graphs.*: operation not permitted$"):
-        tokens, fractions = decode(Engine(METHODS[1]), (22, 9, 17), capture=refuse)
-    assert torch.equal(tokens, wanted)
-    assert torch.equal(fractions, budgets)
+    ids = make_ids(2, 22)
+    how = {"eos": -1, "pad": 0, "capture": failing if capture == "failing" else capture}
+    tokens = greedy(model, ids, torch.ones_like(ids), engine, TOKENS, **how)
+    assert tokens.shape == (2, TOKENS)
+    fed = 22 + TOKENS - 1
+    assert cache.seen == cache.longest == int(cache.processed[0]) == fed
+    assert len(torch.cat(engine.usage.attended, 1)[0]) == 2 * (TOKENS - 1)  # layers × steps
 
 
-def test_a_tape_refuses_what_asks_the_device(decode):
+@pytest.mark.gpu
+def test_a_failed_capture_says_why_and_is_the_last(decode, recwarn):
     class Asking(Quest):
         def score(self, queries, representatives):
             assert queries.sum().item() != 0
             return super().score(queries, representatives)
 
-    with pytest.warns(UserWarning, match="without CUDA graphs.* asks the device$"):
+    graphs = CudaGraphs()
+    setting = {"lengths": (22, 9, 17), "device": "cuda", "dtype": torch.float32}
+    wanted, budgets = decode(Engine(Asking(block_size=4, top_k=3)), **setting)
+    for _ in range(2):
+        engine = Engine(Asking(block_size=4, top_k=3))
+        tokens, fractions = decode(engine, **setting, capture=graphs)
+        assert torch.equal(tokens, wanted) and torch.equal(fractions, budgets)
+    [warning] = [x for x in recwarn if "CUDA graphs" in str(x.message)]
+    assert "captur" in str(warning.message)
+
+
+@pytest.mark.parametrize("what", ["a number", "a list"])
+def test_a_tape_refuses_what_a_graph_cannot_hold(decode, what):
+    class Asking(Quest):
+        def score(self, queries, representatives):
+            if what == "a number":
+                assert queries.sum().item() != 0
+                return super().score(queries, representatives)
+            return super().score(queries, representatives) + torch.tensor([1.0, 1.0])[0]
+
+    with pytest.raises(RuntimeError, match="while recording"):
         decode(Engine(Asking(block_size=4, top_k=3)), (22, 9, 17), capture=tape)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("capture", [None, tape], ids=["as it is", "replayed"])
+def test_an_answer_that_may_outgrow_a_sliding_window_is_refused(make_ids, capture):
+    model = carry(MistralForCausalLM(MistralConfig(**TINY, sliding_window=24)).eval())
+    ids, how = make_ids(1, 20), {"eos": -1, "pad": 0, "capture": capture}
+    assert greedy(model, ids, torch.ones_like(ids), Engine(), 4, **how).shape == (1, 4)
+    with pytest.raises(ValueError, match="window of 24 tokens only, and the context has 25"):
+        greedy(model, ids, torch.ones_like(ids), Engine(), 5, **how)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import pytest
 from ratplus_exp.config import plain
 from ratplus_exp.models.building import config_for
 from ratplus_exp.results import Store, sample_scores
+from ratplus_exp.stages import ablation
 
 VARIANTS = {
     "small_ratplus_no_joint": ("kv", True),
@@ -33,8 +34,41 @@ def test_models_stand_side_by_side(job, pair, capsys):
     capsys.readouterr()
     job("stage=ablation", "budget=1/4", *settings)
     assert "nothing to run" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"set stage.models=\[first,second\]"):
-        job("stage=ablation", *settings, "stage.models=[pocket_ratplus]")
+
+
+def test_only_samples_that_all_models_answered_count(job):
+    """More samples of one model, from another run, move neither its mean nor a difference."""
+    cfg = job.compose("stage=ablation", "stage.models=[a,b]", "stage.methods=[moba]", "budget=1/4")
+    cells = {("a", "moba"): ["x1", "x2"], ("b", "moba"): ["y1", "y2"]}
+    scores = {"x1": [1, 0], "x2": [0, 1, 1], "y1": [1, 1, 0, 0], "y2": [0, 1]}
+    samples = pd.DataFrame(
+        [
+            {"cell": cell, "task": f"MK-{cell[1]}", "id": i, "score_p2": score}
+            for cell, values in scores.items()
+            for i, score in enumerate(values)
+        ]
+    )
+    table = ablation._table(cfg, cells, samples)
+    assert table.columns == ("Model", "MoBA", "Δ MoBA")
+    first, second = table.rows
+    assert first == ("a", "50.0", "") and second[:2] == ("b", "75.0")
+    assert second[2].startswith("+25.0 [") and "n = 2 samples" in table.caption
+
+
+@pytest.mark.parametrize(
+    ("field", "problem"),
+    [
+        ("stage.models=[pocket_ratplus]", r"set stage.models=\[first,second\]"),
+        ("stage.models=null", r"set stage.models=\[first,second\]"),
+        ("stage.models=pocket_ratplus", r"set stage.models=\[first,second\]"),
+        ("stage.methods=[]", r"set stage.methods=\[quest\]"),
+        ("stage.models=[small_ratplus,pocket_ratplus]", "set model=small_ratplus, and only models"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(job, field, problem):
+    models = "stage.models=[pocket_ratplus,pocket_attention]"
+    with pytest.raises(ValueError, match=problem):
+        job("stage=ablation", models, field)
 
 
 def test_variants_differ_from_ratplus_in_one_thing_each(job):
