@@ -55,11 +55,11 @@ def memory_scan(
     _same_shapes(z, k, v)
     if not use_triton(z, k, v) or not k.numel():
         return memory_scan_torch(z, k, v, initial_state)
-    from kernels import memory_scan_triton
+    from kernels.memory_scan_operator import scan
 
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
-    return memory_scan_triton.scan(z, k, v, initial_state)
+    return scan(z, k, v, initial_state)
 
 
 def memory_step(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:

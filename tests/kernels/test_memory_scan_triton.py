@@ -212,8 +212,8 @@ def test_block_sizes_must_be_powers_of_two(size):
 @pytest.mark.parametrize("start", [False, True], ids=["from nothing", "from a state"])
 def test_the_operator_says_truly_what_it_does(triton_device, start):
     """Its schema, its shapes without data, and its gradients, by torch's own checks."""
-    from kernels import memory_scan_triton
+    from kernels.memory_scan_operator import scan
 
     z, k, v = torch.randn(3, 2, 5, 2, 4, device=triton_device).requires_grad_().unbind(0)
     state = torch.randn(2, 2, 2, 4, device=triton_device).requires_grad_() if start else None
-    torch.library.opcheck(memory_scan_triton.scan, (z, k, v, state))
+    torch.library.opcheck(scan, (z, k, v, state))
