@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dispatch import use_triton
+from kernels.selection import inner_products
 
 Pooling = Literal["avg", "max", "none"]
 
@@ -76,9 +77,8 @@ def snapkv_select_torch(
 def attention_mass_torch(q: Tensor, k: Tensor, lse: Tensor | None) -> Tensor:
     """The window's attention mass on every token, summed over window and group: (B, K, T)."""
     window, length = q.shape[2], k.shape[2]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    queries = q.unflatten(1, (k.shape[1], -1)).to(wide)  # (B, K, G, W, D)
-    logits = queries @ k.unsqueeze(2).to(wide).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    queries = q.unflatten(1, (k.shape[1], -1))  # (B, K, G, W, D)
+    logits = inner_products(queries, k.unsqueeze(2)) / math.sqrt(q.shape[-1])
     token = torch.arange(length, device=q.device)
     logits = logits.masked_fill(token > token[-window:, None], -torch.inf)
     if lse is None:

@@ -102,8 +102,7 @@ class ForwardPass:
 
         x (B, T, C), k before RoPE and v (B, T, K, D), rope as in `rotate`.
         """
-        one_pass = memory is not None and memory.as_in_the_papers and self._takes_one_pass(k, v)
-        if memory is not None and self.cache is not None and one_pass:
+        if memory is not None and self.cache is not None and self._takes_one_pass(memory, k, v):
             method, store = self.cache.engine.method, self.cache.layers[layer]
             k, v, state, blocks = memory.prefill(
                 x, k, v, rope, method.block_size, self.step.lengths
@@ -115,9 +114,11 @@ class ForwardPass:
             k, v = self.memorise(memory, layer, x, k, v)
         return rotate(k, rope), v
 
-    def _takes_one_pass(self, k: Tensor, v: Tensor) -> bool:
+    def _takes_one_pass(self, memory: Memory, k: Tensor, v: Tensor) -> bool:
         """Whether memory, RoPE and blocks of this prompt are left to one kernel."""
         if self.cache is None or not self.cache.is_empty or torch.is_grad_enabled():
+            return False
+        if not memory.as_in_the_papers:
             return False
         method = self.cache.engine.method
         power_of_2 = method.block_size & (method.block_size - 1) == 0

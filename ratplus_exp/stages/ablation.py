@@ -15,7 +15,7 @@ from ratplus_exp.results.layout import number
 from ratplus_exp.results.stats import paired_bootstrap
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import job_folder
-from ratplus_exp.stages.sweep import configuration, fill_jobs, refuse
+from ratplus_exp.stages.sweep import complete, configuration
 from ratplus_exp.tracking import log_table, tracked
 
 
@@ -30,9 +30,7 @@ def run(cfg: DictConfig) -> None:
         for model in cfg.stage.models
         for method in cfg.stage.methods
     }
-    refuse(fill_jobs(cfg, list(jobs.values())))
-    if any(job.missing() for job in jobs.values()):
-        raise ValueError("another process still writes some of the cells: run this again after it")
+    complete(cfg, list(jobs.values()))
     store = next(iter(jobs.values())).store
     cells = {key: [cell.id for cell in job.cells.values()] for key, job in jobs.items()}
     samples = sample_scores(store, cell=[name for names in cells.values() for name in names])
@@ -79,8 +77,9 @@ def _table(
                 row.append(f"{number(gain, sign='+')} [{number(low)}, {number(high)}]")
         rows.append(tuple(row))
     names = [name for m in methods for name in (METHODS.get(m, m), f"Δ {METHODS.get(m, m)}")]
+    where = measured_at(cfg.model.tier, cfg.stage.first_token)
     return Table(
-        title=f"Budget {cfg.budget.fraction}, at {measured_at(cfg.model.tier)}",
+        title=f"Budget {cfg.budget.fraction}, at {where}",
         caption=(
             f"Mean accuracy in % over {len(cfg.data.tasks)} tasks by P2's score; Δ: points more "
             f"than {models[0]}, with a 95 % bootstrap interval over samples, paired by id. n = "

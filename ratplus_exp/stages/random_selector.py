@@ -17,7 +17,7 @@ from ratplus_exp.results import Table, mean_std, tidy
 from ratplus_exp.results.layout import number
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import job_folder
-from ratplus_exp.stages.sweep import configuration, fill_jobs, refuse
+from ratplus_exp.stages.sweep import complete, configuration
 from ratplus_exp.tracking import log_table, tracked
 
 
@@ -31,7 +31,7 @@ def run(cfg: DictConfig) -> None:
     entries = [{"selector": "random", "selector_seed": seed} for seed in cfg.stage.selector_seeds]
     entries += [{"selector": "topk"}, {"selector": "oracle"}]
     jobs = [Job(configuration(cfg, entry)) for entry in entries]
-    refuse(fill_jobs(cfg, jobs))
+    complete(cfg, jobs)
     ids = [cell.id for job in jobs for cell in job.cells.values()]
     cells = tidy(jobs[0].store)
     table = _table(cfg, cells[cells["cell"].isin(ids)])

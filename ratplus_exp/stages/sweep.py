@@ -45,6 +45,13 @@ def run(cfg: DictConfig) -> None:
     refuse(failed)
 
 
+def complete(cfg: DictConfig, jobs: list[Job]) -> None:
+    """`fill_jobs` for a table that needs all cells; ValueError if some are still missing."""
+    refuse(fill_jobs(cfg, jobs))
+    if any(job.missing() for job in jobs):
+        raise ValueError("another process still writes some of the cells: run this again after it")
+
+
 def refuse(failed: list[str]) -> None:
     """ValueError if cells failed."""
     if failed:

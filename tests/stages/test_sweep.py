@@ -98,6 +98,16 @@ def test_random_selection_has_five_seeds_and_leaves_cells_for_the_tables(job, pa
         job("stage=random_selector", "method=dense")
 
 
+def test_a_table_of_all_cells_waits_for_those_of_another_process(job, pair):
+    model = next(x for x in (job.folder / "conf" / "model").iterdir() if "ratplus" in x.name).stem
+    line = ["stage=random_selector", f"model={model}", "method=snapkv", "budget=1/4", *pair]
+    with job.ready("method=snapkv", f"model={model}", "budget=1/4", *pair[:-1]) as cfg:
+        (cell,) = Job(cfg).cells.values()
+    with cell.open({}), pytest.raises(ValueError, match="another process still writes"):
+        job(*line)
+    job(*line)
+
+
 @pytest.mark.slow
 def test_a_cell_that_fails_stops_no_other(job, pair):
     overrides = ["experiment=fig3", *pair, "data.tasks=[MV,MQ]", "stage.workers=2"]
