@@ -43,6 +43,7 @@ class DataConfig:
     batch_size: int = 50  # prompts at a time in evaluation, unless stage.batch_size says otherwise
     block_size: int = MISSING  # the tier's block size; 64 in the paper
     window: int = MISSING  # SnapKV's observation window; 64 in the paper
+    kernel: int = MISSING  # of SnapKV's pooling; 5 in the paper
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     examples: int = 100  # a task
     forms: dict[str, Any] = field(default_factory=dict)

@@ -18,8 +18,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ratplus_exp.tasks import prose
-from ratplus_exp.tasks.forms import Forms
-from ratplus_exp.tasks.niah import Draw, seeded_random, singular
+from ratplus_exp.tasks.forms import Forms, singular
+from ratplus_exp.tasks.niah import Draw, seeded_random
 
 Batch = tuple[np.ndarray, np.ndarray]  # token ids and next-token labels, (batch, length)
 IGNORE = -100  # the label of tokens that are not in the loss

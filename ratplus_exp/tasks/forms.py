@@ -16,7 +16,7 @@ from ratplus_exp.tasks import prose
 
 _CHOICES = {
     "key_words": ("pair", "noun"),
-    "uuid": ("uuid4", "short"),
+    "uuid": ("uuid4", "hex"),
     "answer_order": ("creation", "document", "question"),
 }
 _FIELDS = {
@@ -51,7 +51,7 @@ class Forms:
     key_words: str = "pair"  # 'pair': adjective-noun; 'noun': one noun of 4 to 8 letters
     key_count: int | None = None  # size of a fixed subset of the nouns; None: all of them
     number_digits: int = 7
-    uuid: str = "uuid4"  # or 'short': four random bytes, as in 9f-3a-c0-1b
+    uuid: str = "uuid4"  # or 'hex': its 32 hexadecimal digits without the dashes
     lowercase: bool = False  # the whole prompt
     # RULER's; 'document': as the values stand in the prompt; 'question': as their keys are asked
     # for, the values of one key as they stand in the prompt.
@@ -88,11 +88,14 @@ class Forms:
 
     @cached_property
     def words(self) -> frozenset[str]:
-        """The lower-cased words of needle, template, prefix and noise, without the fields."""
+        """The lower-cased words of needle, template, prefix and noise, and those that stand for a
+        kind of value ("number", "uuids")."""
         text = " ".join(
             (self.needle, self.template, self.answer_prefix, self.noise, self.query_joiner)
         )
-        return frozenset(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", " ", text).lower()))
+        kinds = "number numbers uuid uuids" if "{type_needle_v}" in text else ""
+        text = re.sub(r"\{\w+\}", " ", text)
+        return frozenset(re.findall("[a-z]+", f"{text} {singular(text)} {kinds}".lower()))
 
     @cached_property
     def nouns(self) -> tuple[str, ...]:
@@ -115,10 +118,9 @@ class Forms:
         return str(rng.randrange(10 ** (self.number_digits - 1), 10**self.number_digits))
 
     def random_uuid(self, rng: random.Random) -> str:
-        """A version 4 uuid, or its short form of four bytes."""
-        if self.uuid == "short":
-            return rng.randbytes(4).hex("-")
-        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+        """A version 4 uuid, or its digits alone."""
+        random_uuid = uuid.UUID(int=rng.getrandbits(128), version=4)
+        return str(random_uuid) if self.uuid == "uuid4" else random_uuid.hex
 
     def draw(self, kind: str, rng: random.Random) -> str:
         """A random 'word', 'number' or 'uuid'."""
@@ -138,6 +140,13 @@ def _nouns(taken: frozenset[str]) -> tuple[str, ...]:
     taken = taken.union(prose.VOCABULARY, wordlist("profanity"))
     short = (noun for noun in wordlist("noun") if re.fullmatch("[a-z]{4,8}", noun))
     return tuple(noun for noun in short if noun not in taken)
+
+
+def singular(text: str) -> str:
+    """RULER's singular of a template whose sample has one answer."""
+    for plural, single in (("Some", "A"), ("are all", "is"), ("are", "is"), ("answers", "answer")):
+        text = text.replace(plural, single)
+    return text
 
 
 def _fields(name: str, text: str) -> set[str]:

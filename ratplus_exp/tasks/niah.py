@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from ratplus_exp.tasks import prose
-from ratplus_exp.tasks.forms import Forms
+from ratplus_exp.tasks.forms import Forms, singular
 from ratplus_exp.tasks.sample import Sample, make_sample
 
 
@@ -251,10 +251,3 @@ def _in_essay(words: Sequence[str], needles: Sequence[str], rng: random.Random, 
     for depth, needle in zip(depths, reversed(needles), strict=True):
         sentences.insert(len(sentences) * depth // 100, needle)
     return " ".join(sentences)
-
-
-def singular(text: str) -> str:
-    """RULER's singular of a template whose sample has one answer."""
-    for plural, single in (("Some", "A"), ("are all", "is"), ("are", "is"), ("answers", "answer")):
-        text = text.replace(plural, single)
-    return text

@@ -1,7 +1,7 @@
-"""The pocket tier's own tokenizer: a word, two digits or one byte of a short uuid is a token.
+"""The pocket tier's own tokenizer: a word, a pair of digits or one byte of a uuid is a token.
 
 A model of a million parameters cannot afford 32 000 embeddings. Its prompts are generated from
-closed lists, so a word-level vocabulary of some 1 600 entries covers them without unknowns.
+closed lists, so a word-level vocabulary of some 1 200 entries covers them without unknowns.
 """
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -12,16 +12,9 @@ from ratplus_exp.tasks.forms import Forms
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"  # ids 0, 1 and 2; there is no BOS
 
-# A token owns the space in front of it, so that decoding is plain concatenation.
-_PIECE = "|".join(
-    (
-        r"-[0-9a-f]{2}",  # a further byte of a short uuid
-        r" [0-9a-f]{2}(?=-)",  # its first byte
-        r" ?[0-9]{2}",  # two digits: ' 48', '15'
-        r" [a-z]+",
-        r"[.,?]",
-    )
-)
+# A word owns the space in front of it; the space in front of a number or uuid is a token of its
+# own, as in Llama-2's tokenizer, so that the first token of an answer says nothing of the value.
+_PIECE = "|".join((r" (?=[0-9]|[0-9a-f]{8})", r" [a-z]+", r"[0-9a-f]{2}", r"[.,?]"))
 
 
 def pocket_tokenizer(forms: Forms) -> PreTrainedTokenizerFast:
@@ -30,10 +23,10 @@ def pocket_tokenizer(forms: Forms) -> PreTrainedTokenizerFast:
     Text is given exactly one leading space, because all words of the vocabulary have one:
     `decode(encode(text))` is `text`, with that space. ValueError for forms it cannot spell.
     """
-    if not forms.lowercase or forms.key_words != "noun" or forms.uuid != "short":
+    if not forms.lowercase or forms.key_words != "noun" or forms.uuid != "hex":
         raise ValueError(
             "the pocket tokenizer spells pocket forms only: set forms.lowercase to true, key_words"
-            " to noun and uuid to short, or take another tokenizer"
+            " to noun and uuid to hex, or take another tokenizer"
         )
     if forms.number_digits % 2:
         raise ValueError(
@@ -41,23 +34,9 @@ def pocket_tokenizer(forms: Forms) -> PreTrainedTokenizerFast:
             f" ({forms.number_digits}) even"
         )
     words = sorted({*prose.VOCABULARY, *forms.words, *forms.nouns})
-    pairs = [f"{n:02d}" for n in range(100)]
-    octets = [f"{n:02x}" for n in range(256)]
-    pieces = (
-        PAD,
-        EOS,
-        UNK,
-        ".",
-        ",",
-        "?",
-        *pairs,
-        *(f" {octet}" for octet in octets),
-        *(f"-{octet}" for octet in octets),
-        *(f" {word}" for word in words),
-    )
-    # ' 00' to ' 99' are bytes as well as pairs of digits; a word in two of a-f would be a byte too.
+    octets = (f"{n:02x}" for n in range(256))
+    pieces = (PAD, EOS, UNK, ".", ",", "?", " ", *octets, *(f" {word}" for word in words))
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    assert len(vocabulary) == len(pieces), "a word looks like a byte"
 
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     backend.normalizer = normalizers.Sequence(
