@@ -63,16 +63,28 @@ class Facts:
                 sizes[forms, key, value] = len(tokens) + 2
         return sizes
 
+    @cached_property
+    def _drill_ids(self) -> np.ndarray:
+        """The tokens of keys and values."""
+        rng = random.Random(0)
+        texts = [self.forms.draw(kind, rng) for kind in ("word", "number", "uuid") * 1000]
+        ids = self.tokenizer([f" {x}" for x in texts], add_special_tokens=False).input_ids
+        return np.unique(np.concatenate(ids))
+
     def batch(self, seed: int, step: int, batch: int, length: int) -> Batch:
         """Token ids and labels (already those of the next token), both (batch, length) int64."""
         rng = seeded_random(f"facts/{seed}/{step}")
-        if step < self.drill_steps:
-            return self._drills(np.random.default_rng(rng.getrandbits(64)), batch, length)
         ids = np.empty((batch, length + 1), np.int64)
         recallable = np.empty((batch, length + 1), bool)
         for row in range(batch):
-            tokens, marks = self._tokens(self._document(rng, length + 1), length + 1)
-            ids[row], recallable[row] = tokens, marks
+            if step >= self.drill_steps:
+                pieces = self._document(rng, length + 1)
+            elif row % 2:
+                pieces = self._list(rng, length + 1)
+            else:
+                ids[row], recallable[row] = self._sequence(rng, length + 1)
+                continue
+            ids[row], recallable[row] = self._tokens(pieces, length + 1)
         noise = np.random.default_rng(rng.getrandbits(64)).random(ids.shape)
         labels = np.where(recallable | (noise < self.other_rate), ids, IGNORE)
         return ids[:, :-1], labels[:, 1:]
@@ -93,17 +105,26 @@ class Facts:
         assert len(tokens) >= count
         return tokens[:count], marks[:count]
 
-    def _drills(self, rng: np.random.Generator, batch: int, length: int) -> Batch:
-        ids = np.empty((batch, length + 1), np.int64)
-        labels = np.full((batch, length + 1), IGNORE, np.int64)
-        # Special tokens come first in the vocabulary.
-        low, high = len(self.tokenizer.all_special_ids), len(self.tokenizer)
-        for row in range(batch):
-            period = int(rng.integers(4, length // 2 + 1))
-            sequence = rng.integers(low, high, period)
-            ids[row] = np.resize(sequence, length + 1)
-            labels[row, period + 1 :] = ids[row, period + 1 :]
-        return ids[:, :-1], labels[:, 1:]
+    def _sequence(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """A drill: random tokens, said over and over."""
+        period = rng.randint(4, length // 2)
+        tokens = np.resize(rng.choices(self._drill_ids, k=period), length)
+        return tokens, np.arange(length) > period
+
+    def _list(self, rng: random.Random, length: int) -> list[tuple[str, str]]:
+        """A drill: a few facts, said over and over, each time in another order."""
+        forms, draw = self.forms, Draw(self.forms, "train", rng)
+        fitting = [kind for kind in _KINDS if 4 * self._fact_sizes[forms, *kind[:2]] <= length]
+        key_kind, value_kind = _weighted(rng, fitting or _KINDS[:1])
+        size = self._fact_sizes[forms, key_kind, value_kind]
+        count = rng.randint(2, max(2, length // size // 2))
+        facts = [(draw(key_kind), draw(value_kind)) for _ in range(count)]
+        pieces = [(_needle(forms, *fact, value_kind), "") for fact in facts]
+        for _ in range(length // count):  # certainly enough
+            for key, value in rng.sample(facts, count):
+                before, after = _needle(forms, key, value, value_kind).split(value)
+                pieces += [(before.rstrip(), ""), (" " + value + after, "fact")]
+        return [(forms.separator * (not mark) + text, mark) for text, mark in pieces]
 
     def _document(self, rng: random.Random, length: int) -> list[tuple[str, str]]:
         """Pieces of text, each with "" or, where it can be recalled, "fact" or "answer".
