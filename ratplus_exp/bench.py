@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from kernels.bench import cpu_cases, report, scan_cases, sparse_cases, timing
-from kernels.bench.timing import Case, Machine, Row
-from kernels.dispatch import interpreted
+from ratplus_bench import cpu_cases, report, scan_cases, sparse_cases, timing
+from ratplus_bench.timing import Case, Machine, Row
 from ratplus_exp import latency
 from ratplus_exp.provenance import REPOSITORY, provenance
+from ratplus_kernels.dispatch import interpreted
 
 PACKAGES = ("triton", "fla-core", "accelerated-scan", "flash-attn")
 PARTS = ("scan", "sparse", "models", "plans")

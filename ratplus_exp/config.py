@@ -230,7 +230,7 @@ def _class(target: str) -> type[Method]:
     except Exception:  # hydra raises several kinds, each over many lines
         cls = object
     if not issubclass(cls, Method):
-        raise ValueError(f"method.target={target} is no Method: see docs/new-method.md")
+        raise ValueError(f"method.target={target} is no Method: see CONTRIBUTING.md")
     return cls
 
 

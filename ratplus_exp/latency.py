@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from kernels.bench.timing import Machine, Row, failure
+from ratplus_bench.timing import Machine, Row, failure
 from ratplus_exp.cost import Shape
 from ratplus_exp.methods import Dense, Dilated, Engine, Method, MoBA, Quest, SnapKV
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM

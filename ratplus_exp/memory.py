@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
+import ratplus_kernels
 
 
 class Memory(nn.Module):
@@ -97,12 +97,12 @@ class Memory(nn.Module):
         rope: tuple[Tensor, Tensor],
         block_size: int,
         lengths: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, kernels.Blocks]:
+    ) -> tuple[Tensor, Tensor, Tensor, ratplus_kernels.Blocks]:
         """`forward` of a whole prompt, RoPE on k̃, and its blocks, in one pass: see
-        `kernels.memory_prefill`. For inference, and the memory as in the papers."""
+        `ratplus_kernels.memory_prefill`. For inference, and the memory as in the papers."""
         assert self.as_in_the_papers
         z = self._gate_logits_of_rows(x, lengths)
-        return kernels.memory_prefill(z, k, v, rope, block_size)
+        return ratplus_kernels.memory_prefill(z, k, v, rope, block_size)
 
     def _gate_logits_of_rows(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         z = self.gate_logits(x)
@@ -136,9 +136,9 @@ def _remembered(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """k̃, ṽ and the final state by one gate, token by token where there is one after others."""
     if z.shape[1] == 1 and state is not None:
-        k, v, state = kernels.memory_step(z[:, 0], k[:, 0], v[:, 0], state)
+        k, v, state = ratplus_kernels.memory_step(z[:, 0], k[:, 0], v[:, 0], state)
         return k[:, None], v[:, None], state
-    return kernels.memory_scan(z, k, v, state)
+    return ratplus_kernels.memory_scan(z, k, v, state)
 
 
 @torch.no_grad()
@@ -153,7 +153,9 @@ def effective_length(z: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     gate = torch.sigmoid(z.float())
     # m_t = g_t m_{t-1} + g_t: the scan of Eq. 1 with input g / (1 − g), kept finite by the clamp.
-    lag, _, _ = kernels.memory_scan(z, (gate / (1 - gate).clamp_min(1e-6)), torch.zeros_like(gate))
+    lag, _, _ = ratplus_kernels.memory_scan(
+        z, (gate / (1 - gate).clamp_min(1e-6)), torch.zeros_like(gate)
+    )
     if mask is None:
         return 1 + lag.mean((0, 1))
     weight = mask[..., None, None].to(lag.dtype)

@@ -22,9 +22,7 @@ def provenance(config: dict[str, Any]) -> dict[str, Any]:
     """What is stored beside every result."""
     return {
         "config": config,
-        "command": " ".join(
-            ("python", *(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)))
-        ),
+        "command": " ".join((*_program(sys.argv[0]), *sys.argv[1:])),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
@@ -34,9 +32,18 @@ def provenance(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _program(path: str) -> tuple[str, ...]:
+    """Of a script, "python script.py"; of an installed command, its name."""
+    name = Path(path).name
+    return ("python", name) if name.endswith(".py") else (name,)
+
+
 @cache
 def commit() -> str | None:
-    """The commit of the code, with "+" behind it where tracked files were changed since."""
+    """The commit of the code, with "+" behind it where tracked files were changed since; None
+    outside a checkout."""
+    if not (REPOSITORY / ".git").exists():  # git would look for one further up
+        return None
     git = ["git", "-C", str(REPOSITORY)]
     try:
         head = subprocess.run(

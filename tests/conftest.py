@@ -11,21 +11,26 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton reads this once, when it is first imported; kernels.dispatch alone doesn't heed it.
+    # Triton reads this once, when it is first imported; dispatch.py alone doesn't heed it.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from kernels.dispatch import interpreted
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 from ratplus_exp.tasks import prompts
+from ratplus_kernels.dispatch import interpreted
 
 torch.set_num_threads(1)
 
 VOCABULARY = 29
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that tests start import this checkout, as the tests do (see pyproject.toml)."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, config.getini("pythonpath")))
+
+
 @pytest.fixture
 def triton_device() -> Iterator[torch.device]:
-    """A device on which `kernels.<name>` runs its Triton kernel while the test lasts.
+    """A device on which `ratplus_kernels.<name>` runs its Triton kernel while the test lasts.
 
     On the CPU that is the interpreter, which is right in fp32 only and slow: use tiny shapes there.
     """

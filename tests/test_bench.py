@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
-from kernels.bench import cpu_cases, report, scan_cases, sparse_cases, timing
-from kernels.bench.scan_cases import both
-from kernels.bench.timing import Case, Form, Machine, Row
+from ratplus_bench import cpu_cases, report, scan_cases, sparse_cases, timing
+from ratplus_bench.scan_cases import both
+from ratplus_bench.timing import Case, Form, Machine, Row
 from ratplus_exp import bench, latency
 
 MACHINE = Machine(torch.device("cpu"), torch.float32, dry=True, bandwidth=1e9, matmul=1e12)

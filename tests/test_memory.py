@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import kernels
+import ratplus_kernels
 from ratplus_exp.memory import Memory, effective_length
 
 B, T, C, H, D = 3, 10, 6, 2, 4
@@ -77,8 +77,8 @@ def test_prefill_then_steps_equal_the_full_prefill(settings):
 @pytest.mark.parametrize(("length", "steps"), [(1, 1), (2, 0)])
 def test_a_single_token_after_others_is_a_step(memory, monkeypatch, length, steps):
     called = []
-    step = kernels.memory_step
-    monkeypatch.setattr(kernels, "memory_step", lambda *a: called.append(a) or step(*a))
+    step = ratplus_kernels.memory_step
+    monkeypatch.setattr(ratplus_kernels, "memory_step", lambda *a: called.append(a) or step(*a))
     x, k, v = inputs(length)
     *_, state = memory(x, k, v)
     assert not called

@@ -13,7 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from ratplus_exp.config import validate, validate_method
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
+PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
 LINES = sorted(
     {
         line.partition(" #")[0].strip()
@@ -25,7 +26,7 @@ LINES = sorted(
 )
 
 
-# The method that docs/new-method.md adds is run by tests/stages/test_new_method.py.
+# The method that CONTRIBUTING.md adds is run by tests/stages/test_new_method.py.
 RUNS = [line for line in LINES if line.startswith("python run.py") and "centroid" not in line]
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from kernels import Blocks
+from ratplus_kernels import Blocks
 
 Unit = Literal["block", "token"]
 Phase = Literal["decode", "prefill", "once"]

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.selection import select
 from ratplus_exp.methods.attention import attend
 from ratplus_exp.methods.base import Dense, Method
 from ratplus_exp.methods.selectors import Selector, TopK
+from ratplus_kernels.selection import select
 
 Recorder = Callable[[int, Tensor, Tensor, Tensor], None]
 QUERY_CHUNK = 512  # prompt queries whose selection is in memory at a time

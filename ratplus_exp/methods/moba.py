@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-import kernels
-from kernels.dispatch import use_triton
-from kernels.selection import inner_products
+import ratplus_kernels
 from ratplus_exp.methods.base import BlockMethod, Phase
+from ratplus_kernels.dispatch import use_triton
+from ratplus_kernels.selection import inner_products
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MoBA(BlockMethod):
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         return inner_products(queries, representatives.unsqueeze(2))
 
-    def represent_blocks(self, blocks: kernels.Blocks) -> Tensor | None:
+    def represent_blocks(self, blocks: ratplus_kernels.Blocks) -> Tensor | None:
         return blocks.mean if type(self) is MoBA else None
 
     def attend_prefill(
@@ -36,4 +36,4 @@ class MoBA(BlockMethod):
         if type(self) is not MoBA or not use_triton(q, k, v):
             return None
         sizes = {"block_size": self.block_size, "top_k": self.top_k}
-        return kernels.moba_prefill(q, k, v, means=representatives, **sizes)
+        return ratplus_kernels.moba_prefill(q, k, v, means=representatives, **sizes)

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-import kernels
-from kernels.dispatch import use_triton
-from kernels.selection import inner_products
+import ratplus_kernels
 from ratplus_exp.methods.base import BlockMethod, Phase
+from ratplus_kernels.dispatch import use_triton
+from ratplus_kernels.selection import inner_products
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Quest(BlockMethod):
         halves = torch.cat((queries.clamp(max=0), queries.clamp(min=0)), dim=-1)
         return inner_products(halves, representatives.unsqueeze(2))
 
-    def represent_blocks(self, blocks: kernels.Blocks) -> Tensor | None:
+    def represent_blocks(self, blocks: ratplus_kernels.Blocks) -> Tensor | None:
         return blocks.bounds if type(self) is Quest else None
 
     def attend_decode(
@@ -49,4 +49,4 @@ class Quest(BlockMethod):
         if type(self) is not Quest or not use_triton(q, k, v, representatives):
             return None
         sizes = {"block_size": self.block_size, "top_k": self.top_k}
-        return kernels.quest_decode(q, k, v, representatives, positions, **sizes)
+        return ratplus_kernels.quest_decode(q, k, v, representatives, positions, **sizes)

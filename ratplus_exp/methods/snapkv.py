@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
-from kernels.dispatch import use_triton
-from kernels.selection import inner_products
+import ratplus_kernels
 from ratplus_exp.methods.base import Method, Phase
+from ratplus_kernels.dispatch import use_triton
+from ratplus_kernels.selection import inner_products
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class SnapKV(Method):
         # The kernel has this very score: a subclass may have another.
         if type(self) is not SnapKV or not use_triton(q, k, v):
             return None
-        keys, values, _ = kernels.snapkv_select(
+        keys, values, _ = ratplus_kernels.snapkv_select(
             q, k, v, self.top_k, pooling=self.pooling, kernel=self.kernel
         )
         return keys, values

@@ -3,24 +3,7 @@
 from ratplus_exp.models.building import add_memory, config_for, new_model
 from ratplus_exp.models.cache import SparseCache
 from ratplus_exp.models.configuration import RatPlusConfig
-from ratplus_exp.models.families import (
-    FAMILIES,
-    LlamaRatPlusConfig,
-    LlamaRatPlusForCausalLM,
-    LlamaRatPlusModel,
-    MistralRatPlusConfig,
-    MistralRatPlusForCausalLM,
-    MistralRatPlusModel,
-    Olmo2RatPlusConfig,
-    Olmo2RatPlusForCausalLM,
-    Olmo2RatPlusModel,
-    Qwen2RatPlusConfig,
-    Qwen2RatPlusForCausalLM,
-    Qwen2RatPlusModel,
-    Qwen3RatPlusConfig,
-    Qwen3RatPlusForCausalLM,
-    Qwen3RatPlusModel,
-)
+from ratplus_exp.models.families import FAMILIES
 from ratplus_exp.models.hf import carry
 from ratplus_exp.models.modeling import RatPlusForCausalLM, RatPlusModel
 
@@ -34,19 +17,9 @@ __all__ = [
     "config_for",
     "new_model",
     "FAMILIES",
-    "LlamaRatPlusConfig",
-    "LlamaRatPlusForCausalLM",
-    "LlamaRatPlusModel",
-    "MistralRatPlusConfig",
-    "MistralRatPlusForCausalLM",
-    "MistralRatPlusModel",
-    "Olmo2RatPlusConfig",
-    "Olmo2RatPlusForCausalLM",
-    "Olmo2RatPlusModel",
-    "Qwen2RatPlusConfig",
-    "Qwen2RatPlusForCausalLM",
-    "Qwen2RatPlusModel",
-    "Qwen3RatPlusConfig",
-    "Qwen3RatPlusForCausalLM",
-    "Qwen3RatPlusModel",
 ]
+
+# Saved models import their classes from here, by name: Olmo2RatPlusConfig and so on.
+for _causal in FAMILIES.values():
+    for _class in (_causal, _causal.decoder_class, _causal.config_class):
+        globals()[_class.__name__] = _class

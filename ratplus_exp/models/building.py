@@ -40,7 +40,7 @@ def config_for(architecture: dict[str, Any], memory: bool) -> PretrainedConfig:
             ) from None
     if family not in FAMILIES:
         raise ValueError(f"there is no memory for {family} models: use {_families()}")
-    config_class: Any = FAMILIES[family].config_class  # type: ignore[attr-defined]
+    config_class: Any = FAMILIES[family].config_class
     return config_class(memory=memory, **settings)
 
 

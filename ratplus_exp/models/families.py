@@ -10,31 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
-    MistralModel,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    Olmo2Model,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.olmo2 import modeling_olmo2 as olmo2
@@ -102,6 +83,9 @@ class MemoryAttention(nn.Module):
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.memory = Memory.of(config, self.head_dim)
+        # Qwen's layers have windows of their own, and Mistral's all have the config's.
+        window = getattr(config, "sliding_window", None)
+        self.sliding_window: int | None = getattr(self, "sliding_window", window)
         width = config.num_attention_heads * self.head_dim
         self.output_gate = (
             OutputGate(config.hidden_size, width, bias=False) if config.output_gate else None
@@ -135,7 +119,7 @@ class MemoryAttention(nn.Module):
             None,
             forward_pass=forward_pass,
             scaling=self.scaling,
-            sliding_window=getattr(self, "sliding_window", None),
+            sliding_window=self.sliding_window,
         )[0]
         out = out.flatten(2)
         if self.output_gate is not None:
@@ -183,6 +167,7 @@ class MemoryDecoder(_Gated, CarriedDecoder):
 class MemoryCausalLM(_Gated, SavedWithCode):
     """Mixin before a stock causal model: `decoder_class` under its head."""
 
+    config_class: ClassVar[type[Any]]
     decoder_class: ClassVar[type[Any]]
 
     def __init__(self, config: Any) -> None:
@@ -194,100 +179,36 @@ class MemoryCausalLM(_Gated, SavedWithCode):
         self.post_init()  # type: ignore[attr-defined]
 
 
-class Olmo2RatPlusConfig(MemoryFields, Olmo2Config):
-    model_type = "olmo2_ratplus"
+def _family(prefix: str, stock: ModuleType) -> type[MemoryCausalLM]:
+    """A family's causal model with the memory, and the classes below it, from transformers' own.
 
+    prefix: what the names of transformers' classes in `stock`, the family's modeling module, start
+    with. Saved models and pickles find the new ones by name, here and in `ratplus_exp.models`.
+    """
 
-class Olmo2MemoryAttention(MemoryAttention, olmo2.Olmo2Attention):
-    rotate = staticmethod(olmo2.apply_rotary_pos_emb)
+    def derive(name: str, mixin: type, base: str, **attributes: Any) -> Any:
+        attributes |= {"__module__": __name__}
+        new = type(prefix + name, (mixin, getattr(stock, prefix + base)), attributes)
+        return globals().setdefault(new.__name__, new)
 
-
-class Olmo2RatPlusModel(MemoryDecoder, Olmo2Model):
-    config_class, attention_class = Olmo2RatPlusConfig, Olmo2MemoryAttention
-
-
-class Olmo2RatPlusForCausalLM(MemoryCausalLM, Olmo2ForCausalLM):
-    config_class, decoder_class = Olmo2RatPlusConfig, Olmo2RatPlusModel
-
-
-class LlamaRatPlusConfig(MemoryFields, LlamaConfig):
-    model_type = "llama_ratplus"
-
-
-class LlamaMemoryAttention(MemoryAttention, llama.LlamaAttention):
-    rotate = staticmethod(llama.apply_rotary_pos_emb)
-
-
-class LlamaRatPlusModel(MemoryDecoder, LlamaModel):
-    config_class, attention_class = LlamaRatPlusConfig, LlamaMemoryAttention
-
-
-class LlamaRatPlusForCausalLM(MemoryCausalLM, LlamaForCausalLM):
-    config_class, decoder_class = LlamaRatPlusConfig, LlamaRatPlusModel
-
-
-class MistralRatPlusConfig(MemoryFields, MistralConfig):
-    model_type = "mistral_ratplus"
-
-
-class MistralMemoryAttention(MemoryAttention, mistral.MistralAttention):
-    rotate = staticmethod(mistral.apply_rotary_pos_emb)
-
-    def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.sliding_window = config.sliding_window
-
-
-class MistralRatPlusModel(MemoryDecoder, MistralModel):
-    config_class, attention_class = MistralRatPlusConfig, MistralMemoryAttention
-
-
-class MistralRatPlusForCausalLM(MemoryCausalLM, MistralForCausalLM):
-    config_class, decoder_class = MistralRatPlusConfig, MistralRatPlusModel
-
-
-class Qwen2RatPlusConfig(MemoryFields, Qwen2Config):
-    model_type = "qwen2_ratplus"
-
-
-class Qwen2MemoryAttention(MemoryAttention, qwen2.Qwen2Attention):
-    rotate = staticmethod(qwen2.apply_rotary_pos_emb)
-
-
-class Qwen2RatPlusModel(MemoryDecoder, Qwen2Model):
-    config_class, attention_class = Qwen2RatPlusConfig, Qwen2MemoryAttention
-
-
-class Qwen2RatPlusForCausalLM(MemoryCausalLM, Qwen2ForCausalLM):
-    config_class, decoder_class = Qwen2RatPlusConfig, Qwen2RatPlusModel
-
-
-class Qwen3RatPlusConfig(MemoryFields, Qwen3Config):
-    model_type = "qwen3_ratplus"
-
-
-class Qwen3MemoryAttention(MemoryAttention, qwen3.Qwen3Attention):
-    rotate = staticmethod(qwen3.apply_rotary_pos_emb)
-
-
-class Qwen3RatPlusModel(MemoryDecoder, Qwen3Model):
-    config_class, attention_class = Qwen3RatPlusConfig, Qwen3MemoryAttention
-
-
-class Qwen3RatPlusForCausalLM(MemoryCausalLM, Qwen3ForCausalLM):
-    config_class, decoder_class = Qwen3RatPlusConfig, Qwen3RatPlusModel
+    rotate = staticmethod(stock.apply_rotary_pos_emb)
+    kind = f"{prefix.lower()}_ratplus"
+    config = derive("RatPlusConfig", MemoryFields, "Config", model_type=kind)
+    layer = derive("MemoryAttention", MemoryAttention, "Attention", rotate=rotate)
+    fields = {"config_class": config, "attention_class": layer}
+    decoder = derive("RatPlusModel", MemoryDecoder, "Model", **fields)
+    fields = {"config_class": config, "decoder_class": decoder}
+    causal = derive("RatPlusForCausalLM", MemoryCausalLM, "ForCausalLM", **fields)
+    AutoConfig.register(kind, config)
+    AutoModel.register(config, decoder)
+    AutoModelForCausalLM.register(config, causal)
+    return causal
 
 
 FAMILIES: dict[str, type[MemoryCausalLM]] = {
-    "olmo2": Olmo2RatPlusForCausalLM,
-    "llama": LlamaRatPlusForCausalLM,
-    "mistral": MistralRatPlusForCausalLM,
-    "qwen2": Qwen2RatPlusForCausalLM,
-    "qwen3": Qwen3RatPlusForCausalLM,
+    "olmo2": _family("Olmo2", olmo2),
+    "llama": _family("Llama", llama),
+    "mistral": _family("Mistral", mistral),
+    "qwen2": _family("Qwen2", qwen2),
+    "qwen3": _family("Qwen3", qwen3),
 }
-
-for _causal in FAMILIES.values():
-    _config: Any = _causal.config_class  # type: ignore[attr-defined]
-    AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _causal.decoder_class)
-    AutoModelForCausalLM.register(_config, _causal)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dispatch import use_triton
 from ratplus_exp.memory import Memory
 from ratplus_exp.methods import Engine
 from ratplus_exp.models.cache import SparseCache, Step
+from ratplus_kernels.dispatch import use_triton
 
 
 @dataclass

@@ -55,8 +55,8 @@ def check_model(path: Path, expected_sha256: str | None, backbone: str) -> str:
     for file in (*weight_files(path), path / "config.json", path / "tokenizer.json"):
         if not file.is_file():
             raise ValueError(
-                f"there is no {file.name} in {path}: train the model first, see "
-                "docs/models.md, or set model.path"
+                f"there is no {file.name} in {path}: set model.path, or train the model first "
+                "(docs/models.md); the pocket models are in a clone of the repository"
             )
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))

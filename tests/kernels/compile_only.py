@@ -81,8 +81,8 @@ def meta(*shape, dtype=torch.bfloat16):
 
 
 def memory_scan() -> None:
-    from kernels import memory_scan_triton as scan
-    from kernels import memory_step_triton
+    from ratplus_kernels import memory_scan_triton as scan
+    from ratplus_kernels import memory_step_triton
 
     z, k, v = (meta(1, 4096, 32, 640)[..., i * 128 : (i + 1) * 128] for i in range(3))
     state = meta(2, 1, 32, 128, dtype=torch.float32)
@@ -95,7 +95,7 @@ def memory_scan() -> None:
 
 
 def snapkv_select() -> None:
-    from kernels import snapkv_select_triton as snapkv
+    from ratplus_kernels import snapkv_select_triton as snapkv
 
     q, k = meta(2, 32, 64, 128), meta(2, 8, 4096, 128)
     snapkv.attention_mass(q, k, None)
@@ -103,7 +103,7 @@ def snapkv_select() -> None:
 
 
 def quest_decode() -> None:
-    from kernels.quest_decode_triton import quest_decode_triton
+    from ratplus_kernels.quest_decode_triton import quest_decode_triton
 
     for length in (4096, 131_072):
         q, k = meta(1, 32, 1, 128), meta(1, 8, length, 128)
@@ -112,7 +112,7 @@ def quest_decode() -> None:
 
 
 def moba_prefill() -> None:
-    from kernels.moba_prefill_triton import moba_prefill_triton
+    from ratplus_kernels.moba_prefill_triton import moba_prefill_triton
 
     q, k = meta(1, 32, 131_072, 128), meta(1, 32, 131_072, 128)
     moba_prefill_triton(q, k, k, 64, 128)

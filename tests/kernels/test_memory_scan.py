@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from kernels import memory_scan, memory_step
+from ratplus_kernels import memory_scan, memory_step
 
 B, T, H, D = 2, 9, 3, 4
 TOLERANCE = {
@@ -179,7 +179,7 @@ def plain(z, k, v, start):
     ],
 )
 def test_tiles_and_segments_change_nothing(monkeypatch, length, operation, tile, tiles, segments):
-    module = importlib.import_module("kernels.memory_scan")
+    module = importlib.import_module("ratplus_kernels.memory_scan")
     monkeypatch.setattr(module, "_OPERATION", operation)
     monkeypatch.setattr(module, "_TILE", tile)
     cut = list(module._tiles(length, 12))

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-import kernels
+import ratplus_kernels
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
@@ -54,7 +54,7 @@ def loop(z, k, v, initial=None):
 @pytest.fixture(params=[1, 3], ids=["one chunk", "three chunks"])
 def chunks(request, monkeypatch, triton_device):
     """Cut every sequence into so many chunks, as a GPU with few heads to fill it would."""
-    from kernels import memory_scan_triton
+    from ratplus_kernels import memory_scan_triton
 
     default = memory_scan_triton.default_plan
     monkeypatch.setattr(
@@ -70,7 +70,7 @@ def chunks(request, monkeypatch, triton_device):
 def test_forward_is_the_float64_loop(triton_device, chunks, shape, with_state, dtype):
     z, k, v, initial = inputs(shape, dtype, triton_device)
     initial = initial if with_state else None
-    k_out, v_out, state = kernels.memory_scan(z, k, v, initial)
+    k_out, v_out, state = ratplus_kernels.memory_scan(z, k, v, initial)
     assert k_out.dtype == v_out.dtype == dtype and state.dtype == torch.float32
     wanted = loop(z, k, v, initial)
     close(k_out, wanted[0], dtype)
@@ -85,7 +85,7 @@ def test_gradients_are_those_of_the_float64_loop(triton_device, chunks, shape, w
     tensors = inputs(shape, dtype, triton_device)[: 4 if with_state else 3]
     leaves = [x.clone().requires_grad_() for x in tensors]
     exact = [x.double().requires_grad_() for x in tensors]
-    out, wanted = kernels.memory_scan(*leaves), loop(*exact)
+    out, wanted = ratplus_kernels.memory_scan(*leaves), loop(*exact)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(x.shape, generator=generator).to(triton_device) for x in out]
     weights[0] = weights[0].to(dtype)
@@ -101,7 +101,7 @@ def test_strided_inputs_and_strided_gradients(triton_device):
     generator = torch.Generator().manual_seed(2)
     fused = torch.randn(b, t, 5 * h * d, generator=generator).to(triton_device).requires_grad_()
     z, k, v = (fused[..., i * h * d : (i + 1) * h * d].unflatten(-1, (h, d)) for i in (4, 2, 3))
-    k_out, v_out, _ = kernels.memory_scan(z, k, v)
+    k_out, v_out, _ = ratplus_kernels.memory_scan(z, k, v)
     # A heads-first gradient, as attention gives it, and one that is the same everywhere.
     weight = torch.randn(b, h, t, d, generator=generator).to(triton_device)
     ((k_out.transpose(1, 2) * weight).sum() + v_out.sum()).backward()
@@ -116,17 +116,17 @@ def test_strided_inputs_and_strided_gradients(triton_device):
 def test_open_and_shut_gates(triton_device):
     _, k, v, initial = inputs((1, 6, 1, 4), torch.float32, triton_device)
     for z in (-1e4, -math.inf):
-        k_out, v_out, _ = kernels.memory_scan(torch.full_like(k, z), k, v, initial)
+        k_out, v_out, _ = ratplus_kernels.memory_scan(torch.full_like(k, z), k, v, initial)
         assert torch.equal(k_out, k) and torch.equal(v_out, v)
     for z in (1e4, math.inf):
-        k_out, _, state = kernels.memory_scan(torch.full_like(k, z), k, v, initial)
+        k_out, _, state = ratplus_kernels.memory_scan(torch.full_like(k, z), k, v, initial)
         assert torch.equal(state, initial)
         assert torch.equal(k_out, initial[0, :, None].expand_as(k))
     z = torch.full_like(k, 20.0)  # 1 − g = 2e-9, lost if found as 1 − sigmoid(z)
-    _, _, state = kernels.memory_scan(z, torch.ones_like(k), torch.ones_like(v))
+    _, _, state = ratplus_kernels.memory_scan(z, torch.ones_like(k), torch.ones_like(v))
     assert float(state.max()) == pytest.approx(6 / (1 + math.exp(20)), rel=1e-4)
     z = torch.full_like(k, -30.0)  # products of such gates underflow
-    close(kernels.memory_scan(z, k, v)[0], loop(z, k, v)[0], torch.float32)
+    close(ratplus_kernels.memory_scan(z, k, v)[0], loop(z, k, v)[0], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -134,9 +134,9 @@ def test_steps_go_on_where_a_prefill_ends(triton_device, dtype):
     b, t, h, d = (2, 300, 8, 128) if GPU else (2, 5, 2, 3)
     z, k, v, initial = inputs((b, t, h, d), dtype, triton_device)
     wanted = loop(z, k, v, initial)
-    *_, state = kernels.memory_scan(z[:, : t - 2], k[:, : t - 2], v[:, : t - 2], initial)
+    *_, state = ratplus_kernels.memory_scan(z[:, : t - 2], k[:, : t - 2], v[:, : t - 2], initial)
     for i in (t - 2, t - 1):
-        k_i, v_i, state = kernels.memory_step(z[:, i], k[:, i], v[:, i], state)
+        k_i, v_i, state = ratplus_kernels.memory_step(z[:, i], k[:, i], v[:, i], state)
         assert k_i.dtype == dtype and state.dtype == torch.float32
         close(k_i, wanted[0][:, i], dtype)
         close(v_i, wanted[1][:, i], dtype)
@@ -146,7 +146,7 @@ def test_steps_go_on_where_a_prefill_ends(triton_device, dtype):
 def test_a_step_that_must_learn_has_gradients(triton_device):
     z, k, v, initial = inputs((1, 1, 1, 4), torch.float32, triton_device)
     k.requires_grad_()
-    kernels.memory_step(z[:, 0], k[:, 0], v[:, 0], initial)[0].sum().backward()
+    ratplus_kernels.memory_step(z[:, 0], k[:, 0], v[:, 0], initial)[0].sum().backward()
     torch.testing.assert_close(k.grad, torch.sigmoid(-z))
 
 
@@ -166,7 +166,7 @@ def test_prefill_rotates_keys_and_sums_up_blocks(triton_device, chunks, dtype, r
     z, k, v, initial = inputs((2, length, h, d), dtype, triton_device)
     rope = rope_of(torch.arange(length) + 3 * torch.arange(rows)[:, None], d)
     rope = tuple(x.to(triton_device) for x in rope)
-    k_out, v_out, state, blocks = kernels.memory_prefill(z, k, v, rope, size, initial)
+    k_out, v_out, state, blocks = ratplus_kernels.memory_prefill(z, k, v, rope, size, initial)
     wanted, v_true, state_true = loop(z, k, v, initial)
     cos, sin = rope[0].double(), rope[1].double()
     rotated = torch.empty_like(wanted)
@@ -189,12 +189,12 @@ def test_prefill_rotates_keys_and_sums_up_blocks(triton_device, chunks, dtype, r
 
 
 def test_prefill_in_torch_agrees_with_the_kernel(triton_device):
-    from kernels.memory_scan import memory_prefill_torch
+    from ratplus_kernels.memory_scan import memory_prefill_torch
 
     z, k, v, initial = inputs((1, 7, 2, 4), torch.float32, triton_device)
     rope = tuple(x.to(triton_device) for x in rope_of(torch.arange(7)[None], 4))
     for out, wanted in zip(
-        kernels.memory_prefill(z, k, v, rope, 2, initial),
+        ratplus_kernels.memory_prefill(z, k, v, rope, 2, initial),
         memory_prefill_torch(z, k, v, rope, 2, initial),
         strict=True,
     ):
@@ -206,13 +206,13 @@ def test_prefill_in_torch_agrees_with_the_kernel(triton_device):
 def test_block_sizes_must_be_powers_of_two(size):
     x = torch.zeros(1, 4, 1, 4)
     with pytest.raises(ValueError, match="power of 2"):
-        kernels.memory_prefill(x, x, x, (x, x), size)
+        ratplus_kernels.memory_prefill(x, x, x, (x, x), size)
 
 
 @pytest.mark.parametrize("start", [False, True], ids=["from nothing", "from a state"])
 def test_the_operator_says_truly_what_it_does(triton_device, start):
     """Its schema, its shapes without data, and its gradients, by torch's own checks."""
-    from kernels.memory_scan_operator import scan
+    from ratplus_kernels.memory_scan_operator import scan
 
     z, k, v = torch.randn(3, 2, 5, 2, 4, device=triton_device).requires_grad_().unbind(0)
     state = torch.randn(2, 2, 2, 4, device=triton_device).requires_grad_() if start else None

@@ -6,8 +6,8 @@ import pytest
 import torch
 from block_attention import attend, states
 
-from kernels import moba_prefill
-from kernels.moba_prefill import moba_prefill_torch
+from ratplus_kernels import moba_prefill
+from ratplus_kernels.moba_prefill import moba_prefill_torch
 
 SHAPES = {
     "GQA": {"batch": 2, "length": 29, "block_size": 4, "top_k": 4},
@@ -70,7 +70,7 @@ def test_ties_go_to_the_lowest_block(triton_device, form):
 
 
 def test_many_blocks_are_gated_in_segments(triton_device, monkeypatch):
-    from kernels import moba_prefill_triton as kernel
+    from ratplus_kernels import moba_prefill_triton as kernel
 
     monkeypatch.setattr(kernel, "SEGMENT", 32)
     q, k, v = inputs(1, 5, length=40, heads=1, kv_heads=1, device=triton_device)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from block_attention import attend, states
 
-from kernels import quest_decode
-from kernels.quest_decode import quest_decode_torch
+from ratplus_kernels import quest_decode
+from ratplus_kernels.quest_decode import quest_decode_torch
 
 SHAPES = {
     "GQA, several queries": {"batch": 2, "queries": 2, "length": 37, "block_size": 4, "top_k": 4},
@@ -86,7 +86,7 @@ def test_ties_go_to_the_lowest_block(triton_device, form):
 @pytest.mark.parametrize("programs", [1, 24, 512])
 @pytest.mark.parametrize("fused", [2, 128], ids=["scored apart", "scored while selecting"])
 def test_however_the_work_is_shared_out(triton_device, monkeypatch, programs, fused):
-    from kernels import quest_decode_triton as kernel
+    from ratplus_kernels import quest_decode_triton as kernel
 
     monkeypatch.setattr(kernel, "PROGRAMS", programs)
     monkeypatch.setattr(kernel, "FUSED", fused)

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from kernels.selection import select_blocks
+from ratplus_kernels.selection import select_blocks
 
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from kernels.selection_triton import select_blocks as select_in_registers  # noqa: E402
+from ratplus_kernels.selection_triton import select_blocks as select_in_registers  # noqa: E402
 
 
 @triton.jit

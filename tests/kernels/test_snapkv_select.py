@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-import kernels
+import ratplus_kernels
 
 GPU = torch.cuda.is_available()
 CPU = torch.device("cpu")
@@ -83,27 +83,27 @@ def test_keeps_the_window_and_what_it_attends_to(device, shape, dtype, with_lse,
     q, k, v = inputs(shape, dtype, device)
     lse = window_logits(q, k).logsumexp(-1).float() if with_lse else None
     top_k = max(shape[4], shape[3] // 4 + shape[4])
-    out = kernels.snapkv_select(q, k, v, top_k, pooling=pooling, kernel=kernel, lse=lse)
+    out = ratplus_kernels.snapkv_select(q, k, v, top_k, pooling=pooling, kernel=kernel, lse=lse)
     check(q, k, v, top_k, out, pooling, kernel)
 
 
 def test_a_budget_of_everything_keeps_everything(device):
     q, k, v = inputs(SHAPES[0], torch.float32, device)
     for top_k in (19, 100):
-        k_kept, v_kept, kept = kernels.snapkv_select(q, k, v, top_k)
+        k_kept, v_kept, kept = ratplus_kernels.snapkv_select(q, k, v, top_k)
         assert torch.equal(k_kept, k) and torch.equal(v_kept, v)
         assert torch.equal(kept, torch.arange(19, device=device).expand_as(kept))
 
 
 def test_a_budget_of_the_window_keeps_the_window(device):
     q, k, v = inputs(SHAPES[0], torch.float32, device)
-    assert torch.equal(kernels.snapkv_select(q, k, v, 3)[0], k[:, :, -3:])
+    assert torch.equal(ratplus_kernels.snapkv_select(q, k, v, 3)[0], k[:, :, -3:])
 
 
 def test_of_equal_scores_the_earliest_stay(device):
     _, k, v = inputs((1, 1, 1, 12, 2, 4), torch.float32, device)
     q = torch.zeros(1, 1, 2, 4, device=device)  # every token it sees gets the same mass
-    *_, kept = kernels.snapkv_select(q, k, v, 6, pooling="none")
+    *_, kept = ratplus_kernels.snapkv_select(q, k, v, 6, pooling="none")
     assert kept.flatten().tolist() == [0, 1, 2, 3, 10, 11]
 
 
@@ -113,7 +113,7 @@ def test_a_needle_is_kept(device):
     k = k.clone()
     k[0, 0, 9] = 10.0
     q = torch.full((1, 1, 2, 8), 3.0, device=device)
-    *_, kept = kernels.snapkv_select(q, k, v, 2 + 5)
+    *_, kept = ratplus_kernels.snapkv_select(q, k, v, 2 + 5)
     assert kept.flatten().tolist() == [7, 8, 9, 10, 11, 17, 18]
 
 
@@ -128,12 +128,12 @@ def test_a_needle_is_kept(device):
 def test_what_cannot_work_is_refused(change, message):
     q, k, v = inputs(SHAPES[0], torch.float32, CPU)
     with pytest.raises(ValueError, match=message):
-        kernels.snapkv_select(q, k, v, **{"top_k": 8} | change)
+        ratplus_kernels.snapkv_select(q, k, v, **{"top_k": 8} | change)
 
 
 def test_shapes_that_do_not_fit_are_refused():
     q, k, v = inputs(SHAPES[0], torch.float32, CPU)
     with pytest.raises(ValueError, match="K dividing H"):
-        kernels.snapkv_select(q[:, :3], k, v, 8)
+        ratplus_kernels.snapkv_select(q[:, :3], k, v, 8)
     with pytest.raises(ValueError, match="needs as many keys"):
-        kernels.snapkv_select(q, k[:, :, :2], v[:, :, :2], 8)
+        ratplus_kernels.snapkv_select(q, k[:, :, :2], v[:, :, :2], 8)

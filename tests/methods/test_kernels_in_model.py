@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import kernels
+import ratplus_kernels
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Quest, SnapKV
 from ratplus_exp.methods import dilated as dilated_module
 from ratplus_exp.models import forward_pass
@@ -47,8 +47,10 @@ def test_generates_through_its_kernel_as_without(
     plain, through = Engine(METHODS[name]), Engine(METHODS[name])
     tokens, logits = generate(model, ids, mask, plain)  # float64 never goes to a kernel
     called = []
-    kernel = getattr(kernels, name)
-    monkeypatch.setattr(kernels, name, lambda *a, **b: called.append(name) or kernel(*a, **b))
+    kernel = getattr(ratplus_kernels, name)
+    monkeypatch.setattr(
+        ratplus_kernels, name, lambda *a, **b: called.append(name) or kernel(*a, **b)
+    )
     monkeypatch.setattr(Engine, "select_blocks", None)  # nothing may select beside the kernel
     model = model.to(triton_device, torch.float32)
     tokens_through, logits_through = generate(model, ids, mask, through)
@@ -66,15 +68,15 @@ def ratplus(make_model):
 
 @pytest.fixture
 def prefills(monkeypatch):
-    """The results of `kernels.memory_prefill`; representatives are found nowhere else."""
-    results, prefill = [], kernels.memory_prefill
+    """The results of `ratplus_kernels.memory_prefill`; representatives are found nowhere else."""
+    results, prefill = [], ratplus_kernels.memory_prefill
 
     def watched(*args):
         monkeypatch.setattr(Engine, "block_representatives", None)
         results.append(prefill(*args))
         return results[-1]
 
-    monkeypatch.setattr(kernels, "memory_prefill", watched)
+    monkeypatch.setattr(ratplus_kernels, "memory_prefill", watched)
     return results
 
 

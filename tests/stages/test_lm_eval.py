@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from ratplus_exp.models import add_memory, carry
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.stages.train import save_model
 
-REPOSITORY = Path(__file__).parents[2]
 TEXTS = ["the grass is green.", "the sky is blue. the sun is", "here we go. the", "there and"]
 CHOICES = [" blue.", " the sun is yellow."]
 
@@ -88,7 +86,6 @@ def test_a_fresh_process_loads_by_trust_remote_code(folders, name, tmp_path):
         print(type(model).__name__, new.tolist())
     """
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(REPOSITORY)
     out = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(folders[name])],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""A new method as docs/new-method.md adds it: one file and one YAML, and every stage runs it."""
+"""A new method as CONTRIBUTING.md adds it: one file and one YAML, and every stage runs it."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from ratplus_exp.config import method_of
 from ratplus_exp.methods import Engine
 from ratplus_exp.results import Store, tidy
 
-DOCS = Path(__file__).parents[2] / "docs" / "new-method.md"
+DOCS = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 
 def test_the_documented_method_runs(job, tiny_models, tmp_path, monkeypatch):

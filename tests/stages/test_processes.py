@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def torchrun(folder, *overrides):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*TORCHRUN, "run.py", f"output={folder}", "tracking=disabled", "device=cpu", *overrides],
         cwd=ROOT,

@@ -25,12 +25,11 @@ def start(folder, processes=2, **how):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     running = []
     for rank in range(processes):
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
         environment = os.environ | {name: str(value) for name, value in ranks.items()}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         running.append(
             subprocess.Popen(
                 [sys.executable, HERE / "worker.py", folder, json.dumps(how)],

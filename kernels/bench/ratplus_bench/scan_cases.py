@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import kernels
-from kernels.bench import scan_forms
-from kernels.bench.report import PLANS
-from kernels.bench.timing import Case, Form, Machine
-from kernels.memory_scan import memory_prefill_torch, memory_scan_torch
+import ratplus_kernels
+from ratplus_bench import scan_forms
+from ratplus_bench.report import PLANS
+from ratplus_bench.timing import Case, Form, Machine
+from ratplus_kernels.memory_scan import memory_prefill_torch, memory_scan_torch
 
 
 def cases(machine: Machine) -> Iterator[Case]:
@@ -36,7 +36,7 @@ def cases(machine: Machine) -> Iterator[Case]:
 
 def plans(machine: Machine) -> Iterator[Case]:
     """The kernel's ways to be cut up, each a form: what `default_plan` should choose from."""
-    from kernels import memory_scan_triton as scan
+    from ratplus_kernels import memory_scan_triton as scan
 
     sizes = ((4, 4, (1, 2), (4,)),) if machine.dry else (
         (tokens, channels, (1, 4), (2, 4, 8)) for tokens in (32, 64) for channels in (16, 32, 64)
@@ -59,7 +59,7 @@ def plans(machine: Machine) -> Iterator[Case]:
 
 def _planned(plan: Any, backward: int) -> tuple[Callable[..., Any], Callable[..., tuple] | None]:
     """run and setup of the forward or backward kernel under a plan."""
-    from kernels import memory_scan_triton as scan
+    from ratplus_kernels import memory_scan_triton as scan
 
     if not backward:
         return lambda z, k, v: scan.forward(z, k, v, None, plan=plan)[:2], None
@@ -90,7 +90,7 @@ def _size(shape: tuple[int, ...]) -> int:
 
 def _forward(shape: tuple[int, ...], machine: Machine) -> Case:
     _, length, heads, _ = shape
-    forms = [Form("kernel", kernels.memory_scan)]
+    forms = [Form("kernel", ratplus_kernels.memory_scan)]
     if length <= 8192:  # a launch a token
         forms.append(Form("torch", memory_scan_torch))
     if heads == 32 or machine.dry:
@@ -114,11 +114,11 @@ def _prefill(shape: tuple[int, ...], machine: Machine) -> Case:
     rope = (angle.cos(), angle.sin())
 
     def fused(z: Tensor, k: Tensor, v: Tensor) -> Any:
-        k, v, _, blocks = kernels.memory_prefill(z, k, v, rope, size)
+        k, v, _, blocks = ratplus_kernels.memory_prefill(z, k, v, rope, size)
         return k, v, *blocks
 
     def apart(z: Tensor, k: Tensor, v: Tensor) -> Any:
-        k, v, _ = kernels.memory_scan(z, k, v)
+        k, v, _ = ratplus_kernels.memory_scan(z, k, v)
         first, second = k.chunk(2, dim=-1)
         k = (k * rope[0] + torch.cat((-second, first), dim=-1) * rope[1]).to(v.dtype)
         blocks = k.unflatten(1, (-1, size))
@@ -149,21 +149,21 @@ def _backward(shape: tuple[int, ...], machine: Machine) -> Case:
 
 
 def _backward_inputs(z: Tensor, k: Tensor, v: Tensor) -> tuple:
-    k_out, v_out, state = kernels.memory_scan(z, k, v)
+    k_out, v_out, state = ratplus_kernels.memory_scan(z, k, v)
     generator = torch.Generator(k.device).manual_seed(0)
     grads = (torch.empty_like(x).normal_(generator=generator) for x in (k_out, v_out))
     return z, k, v, k_out, v_out, *grads, state
 
 
 def _run_backward(plan: Any, z: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple:
-    from kernels import memory_scan_triton
+    from ratplus_kernels import memory_scan_triton
 
     return memory_scan_triton.backward(plan, z, k, v, None, *rest)
 
 
 def _both(shape: tuple[int, ...], machine: Machine) -> Case:
     _, length, heads, _ = shape
-    forms = [Form("kernel", both(_first_two(kernels.memory_scan)))]
+    forms = [Form("kernel", both(_first_two(ratplus_kernels.memory_scan)))]
     if length <= 8192:
         forms.append(Form("torch", both(_first_two(memory_scan_torch))))
     if heads == 32 or machine.dry:
@@ -190,7 +190,7 @@ def _step(shape: tuple[int, ...], machine: Machine) -> Case:
 
     return Case(
         "memory step", f"B={b} H={h} D={d}", inputs,
-        [Form("kernel", kernels.memory_step), Form("torch", in_torch)],
+        [Form("kernel", ratplus_kernels.memory_step), Form("torch", in_torch)],
         bytes=b * h * d * (5 * machine.dtype.itemsize + 16), reference=in_torch,
     )  # fmt: skip
 

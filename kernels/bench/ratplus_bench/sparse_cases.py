@@ -12,12 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
-from kernels.bench import flex
-from kernels.bench.timing import Case, Form, Machine
-from kernels.moba_prefill import moba_prefill_torch
-from kernels.quest_decode import quest_decode_torch
-from kernels.snapkv_select import attention_mass_torch, snapkv_select_torch
+import ratplus_kernels
+from ratplus_bench import flex
+from ratplus_bench.timing import Case, Form, Machine
+from ratplus_kernels.moba_prefill import moba_prefill_torch
+from ratplus_kernels.quest_decode import quest_decode_torch
+from ratplus_kernels.snapkv_select import (
+    attention_mass_torch,
+    snapkv_select,
+    snapkv_select_torch,
+)
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -87,7 +91,7 @@ def _quest(shape: tuple[int, ...], size: int, top_k: int, machine: Machine) -> C
         bounds = torch.cat((grouped.amin(3), grouped.amax(3)), dim=-1)
         return q, k, v, bounds, torch.full((b, 1), t - 1, device=machine.device)
 
-    kernel = partial(kernels.quest_decode, block_size=size, top_k=top_k)
+    kernel = partial(ratplus_kernels.quest_decode, block_size=size, top_k=top_k)
     definition = partial(quest_decode_torch, block_size=size, top_k=top_k)
 
     def gathered(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, _: Tensor) -> Tensor:
@@ -134,7 +138,7 @@ def _moba(
         return q, k, v, k.unflatten(2, (-1, size)).mean(3)
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, means: Tensor | None) -> Tensor:
-        return kernels.moba_prefill(q, k, v, block_size=size, top_k=top_k, means=means)
+        return ratplus_kernels.moba_prefill(q, k, v, block_size=size, top_k=top_k, means=means)
 
     def definition(q: Tensor, k: Tensor, v: Tensor, means: Tensor) -> Tensor:
         return moba_prefill_torch(q, k, v, size, top_k, means)
@@ -185,7 +189,7 @@ def _slow_walk(noise: Tensor, seed: int) -> Tensor:
     generator = torch.Generator(noise.device).manual_seed(seed + 1_000_003)
     start = torch.randn(2, b, h, d, device=noise.device, generator=generator) / scale
     z = torch.full_like(x, math.log(gate / (1 - gate)))
-    return (kernels.memory_scan(z, x, x, start)[0] * scale).transpose(1, 2).contiguous()
+    return (ratplus_kernels.memory_scan(z, x, x, start)[0] * scale).transpose(1, 2).contiguous()
 
 
 def _snapkv(shape: tuple[int, ...], window: int, kept: int, machine: Machine) -> Iterator[Case]:
@@ -201,7 +205,7 @@ def _snapkv(shape: tuple[int, ...], window: int, kept: int, machine: Machine) ->
         return q, k, v, flex.window_lse(q, k)
 
     def mass(q: Tensor, k: Tensor, lse: Tensor | None) -> Tensor:
-        from kernels import snapkv_select_triton
+        from ratplus_kernels import snapkv_select_triton
 
         return snapkv_select_triton.attention_mass(q, k, lse)
 
@@ -235,7 +239,7 @@ def _snapkv(shape: tuple[int, ...], window: int, kept: int, machine: Machine) ->
         return k, v, scores.topk(kept, dim=-1).indices.sort(-1).values
 
     def gather(k: Tensor, v: Tensor, best: Tensor) -> tuple:
-        from kernels import snapkv_select_triton
+        from ratplus_kernels import snapkv_select_triton
 
         return snapkv_select_triton.gather(k, v, best)
 
@@ -250,7 +254,7 @@ def _snapkv(shape: tuple[int, ...], window: int, kept: int, machine: Machine) ->
     yield Case(
         "SnapKV selection, all of it", name, inputs,
         [
-            Form("kernel", lambda q, k, v, lse: kernels.snapkv_select(q, k, v, kept, lse=lse)),
+            Form("kernel", lambda q, k, v, lse: snapkv_select(q, k, v, kept, lse=lse)),
             Form("torch definition", lambda q, k, v, lse: snapkv_select_torch(q, k, v, kept)),
             Form("torch recipe", recipe),
             Form("torch recipe, compiled", _compiled(recipe), gpu=True),

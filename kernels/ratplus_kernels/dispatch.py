@@ -1,7 +1,7 @@
 """Which form of an operation runs: its Triton kernel on a GPU, its torch definition elsewhere.
 
-`kernels/<name>.py` holds the public `<name>(...)` and its torch definition `<name>_torch(...)`;
-`kernels/<name>_triton.py` holds the kernel, and is imported only once `use_triton` has said yes.
+`<name>.py` holds the public `<name>(...)` and its torch definition `<name>_torch(...)`;
+`<name>_triton.py` holds the kernel, and is imported only once `use_triton` has said yes.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import use_triton
-from kernels.selection import check_top_k, inner_products, select_blocks
+from ratplus_kernels.dispatch import use_triton
+from ratplus_kernels.selection import check_top_k, inner_products, select_blocks
 
 
 def quest_decode(
@@ -38,7 +38,7 @@ def quest_decode(
     """
     check_top_k(top_k)
     if use_triton(q, k, v, representatives):
-        from kernels.quest_decode_triton import quest_decode_triton as form
+        from ratplus_kernels.quest_decode_triton import quest_decode_triton as form
     else:
         form = quest_decode_torch
     return form(q, k, v, representatives, positions, block_size, top_k)

@@ -1,4 +1,4 @@
-"""`kernels.selection.select_blocks` inside a Triton kernel, on scores that sit in registers."""
+"""`selection.select_blocks` inside a Triton kernel, on scores that sit in registers."""
 
 from __future__ import annotations
 

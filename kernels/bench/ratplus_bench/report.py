@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kernels.bench.timing import Machine, Row
+from ratplus_bench.timing import Machine, Row
 
 
 class Run(NamedTuple):

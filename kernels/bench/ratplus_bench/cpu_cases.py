@@ -1,7 +1,7 @@
 """Which form of Eq. 1 is fastest on a CPU, where it trains the pocket models: T from 256 to 8192.
 
 The compiled forms run in a process of their own with a time limit, since compiling for a CPU can
-take minutes: `python -m kernels.bench.cpu_cases FORM B H D T...` prints one row a line.
+take minutes: `python -m ratplus_bench.cpu_cases FORM B H D T...` prints one row a line.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from kernels.bench import scan_forms, timing
-from kernels.bench.scan_cases import both
-from kernels.bench.timing import Case, Form, Machine, Row
-from kernels.memory_scan import memory_scan_torch
+from ratplus_bench import scan_forms, timing
+from ratplus_bench.scan_cases import both
+from ratplus_bench.timing import Case, Form, Machine, Row
+from ratplus_kernels.memory_scan import memory_scan_torch
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 SHAPES = ((3, 4, 32), (4, 4, 64))  # (B, H, D): the pocket tier's step of 1536 tokens, and a larger
@@ -81,7 +81,7 @@ def _with_time_limit(
     """Rows of a compiled form; "timed out" for the lengths that it did not get to."""
     sizes = [str(x) for x in (*shape, *lengths)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "kernels.bench.cpu_cases", form, *sizes],
+        [sys.executable, "-m", "ratplus_bench.cpu_cases", form, *sizes],
         env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.memory_scan_tiles import (
+from ratplus_kernels.memory_scan_tiles import (
     block_statistics,
     carry,
     load_gradients,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import use_triton
+from ratplus_kernels.dispatch import use_triton
 
 # Numbers of K's and V's states in a tile: with what belongs to them, most of a core's L2 cache.
 _TILE = 128 * 1024
@@ -55,7 +55,7 @@ def memory_scan(
     _same_shapes(z, k, v)
     if not use_triton(z, k, v) or not k.numel():
         return memory_scan_torch(z, k, v, initial_state)
-    from kernels.memory_scan_operator import scan
+    from ratplus_kernels.memory_scan_operator import scan
 
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
@@ -69,7 +69,7 @@ def memory_step(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor,
     """
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (z, k, v, state))
     if use_triton(z, k, v) and not learning:
-        from kernels import memory_step_triton
+        from ratplus_kernels import memory_step_triton
 
         return memory_step_triton.step(z, k, v, state.float().contiguous())
     k_out, v_out, state = memory_scan(z[:, None], k[:, None], v[:, None], state)
@@ -107,7 +107,7 @@ def memory_prefill(
         raise ValueError(f"RoPE needs an even head size, got {dim}")
     if not use_triton(z, k, v) or not k.numel():
         return memory_prefill_torch(z, k, v, rope, block_size, initial_state)
-    from kernels import memory_scan_triton
+    from ratplus_kernels import memory_scan_triton
 
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import use_triton
-from kernels.selection import check_top_k, inner_products, select_blocks
+from ratplus_kernels.dispatch import use_triton
+from ratplus_kernels.selection import check_top_k, inner_products, select_blocks
 
 MAX_BLOCKS = 2048  # a query's scores stay in registers, which have room for this many
 _CHUNK = 512  # queries whose mask the torch form holds at a time
@@ -41,7 +41,7 @@ def moba_prefill(
     blocks = -(-q.shape[2] // block_size)
     differentiates = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if use_triton(q, k, v) and blocks <= MAX_BLOCKS and not differentiates:
-        from kernels.moba_prefill_triton import moba_prefill_triton as form
+        from ratplus_kernels.moba_prefill_triton import moba_prefill_triton as form
     else:
         form = moba_prefill_torch
     return form(q, k, v, block_size, top_k, means)

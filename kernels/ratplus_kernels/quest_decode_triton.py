@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.selection_triton import select_blocks
+from ratplus_kernels.selection_triton import select_blocks
 
 FUSED = 128  # up to this many blocks the selection scores them itself
 SCORE_TILE = 32  # blocks that a program scores at a time

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.selection import inner_products, select_blocks
+from ratplus_kernels.selection import inner_products, select_blocks
 
 TILE = 128  # queries that FlexAttention, and our kernel in bf16, handle together
 

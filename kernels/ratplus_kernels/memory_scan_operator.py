@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.memory_scan_triton import backward, forward
+from ratplus_kernels.memory_scan_triton import backward, forward
 
 
 @torch.library.custom_op(

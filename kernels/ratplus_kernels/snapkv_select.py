@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import use_triton
-from kernels.selection import inner_products
+from ratplus_kernels.dispatch import use_triton
+from ratplus_kernels.selection import inner_products
 
 Pooling = Literal["avg", "max", "none"]
 
@@ -50,7 +50,7 @@ def snapkv_select(
     with torch.no_grad():
         if not use_triton(q, k, v):
             return snapkv_select_torch(q, k, v, top_k, pooling=pooling, kernel=kernel, lse=lse)
-        from kernels import snapkv_select_triton
+        from ratplus_kernels import snapkv_select_triton
 
         mass = snapkv_select_triton.attention_mass(q, k, lse)
         kept = _choose(mass, top_k, q.shape[2], pooling, kernel)

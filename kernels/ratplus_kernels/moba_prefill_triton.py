@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.selection_triton import select_blocks
+from ratplus_kernels.selection_triton import select_blocks
 
 ROWS = 16  # queries that a program gates at a time
 SEGMENT = 128  # blocks up to which gates of shorter reach don't pay (a multiple of 32)
