@@ -92,7 +92,7 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
         length=length,
         passes=-(-share // rows),
         checkpointing=settings.activation_checkpointing,
-        bf16=settings.precision == "bf16",
+        bf16=settings.precision != "fp32",
     )
     seconds = cost.hours(flops, gpus.gpus, gpus.peak_tflops, gpus.mfu) * 3600
     work = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ratplus_exp import provenance
 from ratplus_exp.config import build, forms_of, plain
+from ratplus_exp.cost import Shape
 from ratplus_exp.methods import Dilated
 from ratplus_exp.models.building import MEMORY_SETTINGS, add_memory, config_for, new_model
 from ratplus_exp.models.loading import (
@@ -41,7 +43,15 @@ from ratplus_exp.tracking import tracked
 from ratplus_exp.training import Schedule, Trainer, TrainSettings
 from ratplus_exp.training.ahead import BatchOf, made_ahead
 from ratplus_exp.training.corpus import Corpus
-from ratplus_exp.training.parallel import barrier, processes, rank, whole_state_dict, world_size
+from ratplus_exp.training.parallel import (
+    barrier,
+    from_first,
+    processes,
+    rank,
+    whole_state_dict,
+    world_size,
+)
+from ratplus_exp.training.precision import fastest
 
 # What a training may be continued with a change of.
 RATES = ("lr", "memory_lr", "spike", "log_every", "checkpoint_every")
@@ -99,8 +109,11 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
     made = made_ahead(batch, sizes, ahead, cfg.stage.get("workers", 0), len(tokenizer))
     with processes(device):
         model = _model(cfg, tokenizer)
+        if settings.precision == "auto":
+            chosen = from_first(partial(_precision, model, device, folder))
+            settings = replace(settings, precision=chosen)
         if rank() == 0:
-            _remember(cfg, folder)
+            _remember(cfg, folder, settings.precision)
         with tracked(cfg, folder) as tracker, made as batch:
             trainer = Trainer(
                 model,
@@ -206,8 +219,19 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
         )
 
 
-def _remember(cfg: DictConfig, folder: Path) -> None:
+def _precision(model: PreTrainedModel, device: torch.device, folder: Path) -> str:
+    """What the training in the folder began with, or what is fastest here."""
+    if past := _past(folder):
+        return past[0]["precision"]
+    shape = Shape.of(model)
+    chosen = fastest(device, shape.hidden, shape.ffn)
+    print(f"precision=auto: {chosen}, which {device} multiplies fastest")
+    return chosen
+
+
+def _remember(cfg: DictConfig, folder: Path, precision: str) -> None:
     """Provenance of every start, in stage.folder/provenance.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [*_past(folder), provenance.provenance(plain(cfg))]
+    entry = provenance.provenance(plain(cfg)) | {"precision": precision}
+    entries = [*_past(folder), entry]
     write_atomically(folder / "provenance.json", json.dumps(entries, indent=1) + "\n")

@@ -71,6 +71,7 @@ class Trainer:
         data: str = "",
     ) -> None:
         schedule.check(parallel.world_size())
+        assert settings.precision != "auto", "precision=auto is resolved before"
         self.model: Any = model
         self.batch, self.schedule, self.settings = batch, schedule, settings
         self.folder, self.log, self.data = folder, log, data

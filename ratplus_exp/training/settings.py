@@ -54,7 +54,9 @@ class TrainSettings:
 
     rows_per_pass: rows that a process takes through the model at a time; its gradients are added up
         over its share of a batch, whatever the number of processes. None: the whole share at once.
-    precision: "fp32", or "bf16": matmuls in bfloat16, weights and the memory's scan in fp32.
+    decay: what decays, the "matrices" outside the memory or "all" parameters, as in P2.
+    precision: "fp32", or "bf16": matmuls in bfloat16, weights and the memory's scan in fp32; or
+        "auto", which `precision.fastest` resolves before there is a Trainer.
     spike: stop where a loss exceeds the mean of the last 100 this many times; None: never.
     activation_checkpointing: keep only the input of each layer and compute the rest again.
     compile: torch.compile each decoder layer.
@@ -67,6 +69,7 @@ class TrainSettings:
     min_lr_ratio: float = 0.1
     warmup: float = 0.02
     weight_decay: float = 0.1
+    decay: str = "matrices"
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     rows_per_pass: int | None = None
@@ -80,8 +83,12 @@ class TrainSettings:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision is {self.precision}: use fp32 or bf16")
+        for name, choices in (
+            ("precision", ("auto", "fp32", "bf16")),
+            ("decay", ("matrices", "all")),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} is {value}: use one of {', '.join(choices)}")
         if min(self.log_every, self.checkpoint_every) < 1:
             raise ValueError("log_every and checkpoint_every must be at least 1")
         if self.rows_per_pass is not None and self.rows_per_pass < 1:

@@ -41,7 +41,7 @@ REPOSITORY = Path(__file__).parents[2]
         (["stage.batch_size=0"], "use at least 1"),
         (["data.forms.number_digits=abc"], "whole number"),
         (["method.target=foo.Bar"], "is no Method"),
-        (["stage=pretrain", "stage.optimizer.precision=fp17"], "use fp32 or bf16"),
+        (["stage=pretrain", "stage.optimizer.precision=fp17"], "use one of auto, fp32, bf16"),
         (["stage=pretrain", "+stage.optimizer.speed=1"], "has no field 'speed'"),
         (["stage=pretrain", "+stage.joint.depth=1"], "has no field 'depth'"),
         (["stage=sft"], "set stage.init"),

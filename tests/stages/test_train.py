@@ -1,10 +1,13 @@
 import json
+from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ratplus_exp.results import Store, tidy
+from ratplus_exp.stages import train as stage
+from ratplus_exp.training import Trainer
 
 TINY = [
     "model.architecture.hidden_size=16",
@@ -79,3 +82,36 @@ def test_an_attention_model_cannot_start_from_ratplus(job):
     ratplus = train(job, "pocket_scratch_ratplus")
     with pytest.raises(ValueError, match="has the memory"):
         train(job, "pocket_scratch_attention", init=ratplus)
+
+
+class Interrupted(Trainer):
+    """Notes its precision, and the first one stops after a checkpoint."""
+
+    seen: ClassVar[list] = []
+
+    def run(self, description="training"):
+        self.seen.append(self.settings.precision)
+        super().run(description)
+
+    def _train_step(self, micro_batches):
+        if self.step == 2 and len(self.seen) == 1:
+            raise KeyboardInterrupt
+        return super()._train_step(micro_batches)
+
+
+@pytest.mark.parametrize("first", ["fp32", "bf16"])
+def test_a_training_keeps_the_precision_that_it_began_with(job, monkeypatch, capsys, first):
+    monkeypatch.setattr(stage, "Trainer", Interrupted)
+    monkeypatch.setattr(stage, "fastest", lambda *_: first)
+    monkeypatch.setattr(Interrupted, "seen", [])
+    with pytest.raises(KeyboardInterrupt):
+        train(job, "pocket_scratch_attention")
+    assert f"precision=auto: {first}" in capsys.readouterr().out
+    other = {"fp32": "bf16", "bf16": "fp32"}[first]
+    monkeypatch.setattr(stage, "fastest", lambda *_: other)
+    with pytest.raises(ValueError, match="another configuration"):
+        train(job, "pocket_scratch_attention", **{"optimizer.precision": other})
+    model = train(job, "pocket_scratch_attention")
+    assert Interrupted.seen == [first] * 2
+    starts = json.loads((model.parent / "provenance.json").read_text())
+    assert [start["precision"] for start in starts] == [first] * 2
