@@ -41,7 +41,7 @@ from ratplus_exp.tasks.answers import Answers
 from ratplus_exp.tasks.facts import Facts
 from ratplus_exp.tracking import tracked
 from ratplus_exp.training import Schedule, Trainer, TrainSettings
-from ratplus_exp.training.ahead import BatchOf, made_ahead
+from ratplus_exp.training.batches import BatchOf
 from ratplus_exp.training.corpus import Corpus
 from ratplus_exp.training.parallel import (
     barrier,
@@ -104,9 +104,6 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
     if weight_files(target)[0].exists():
         print(f"Trained already: {target}. Delete the folder to train again.")
         return
-    ahead = folder / "batches"
-    sizes = [(schedule.rows_at(step), schedule.length_at(step)) for step in range(schedule.steps)]
-    made = made_ahead(batch, sizes, ahead, cfg.stage.get("workers", 0), len(tokenizer))
     with processes(device):
         model = _model(cfg, tokenizer)
         if settings.precision == "auto":
@@ -114,7 +111,7 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
             settings = replace(settings, precision=chosen)
         if rank() == 0:
             _remember(cfg, folder, settings.precision)
-        with tracked(cfg, folder) as tracker, made as batch:
+        with tracked(cfg, folder) as tracker:
             trainer = Trainer(
                 model,
                 batch,
@@ -126,12 +123,12 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
                 log=tracker.log,
                 device=device,
                 data=data,
+                workers=cfg.stage.get("workers", 0),
             )
             trainer.run(f"{cfg.stage.name} {cfg.model.name}")
         weights = whole_state_dict(model)
         if rank() == 0:
             save_model(model, tokenizer, target, weights)
-            shutil.rmtree(ahead, ignore_errors=True)
             print(f"Saved {target}, sha256 {weights_digest(target)}")
         barrier()
 

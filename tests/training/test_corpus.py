@@ -59,7 +59,7 @@ def stored(folder):
     return np.concatenate(parts).tolist(), index
 
 
-def write(path, folder, tokenizer=None, workers=1, **source):
+def write(path, folder, tokenizer=None, workers=0, **source):
     source = Source(str(path), **source)
     write_shards(source, tokenizer or Letters(), "letters", folder, workers)
 
