@@ -10,6 +10,7 @@ can be continued by any other number.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from ratplus_exp.cost import Shape, attended_keys, peak_tflops
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine, Method, Uncounted
+from ratplus_exp.results.files import write_atomically
 from ratplus_exp.training import parallel
 from ratplus_exp.training.batches import Batches, BatchOf
 from ratplus_exp.training.checkpoint import Checkpoints
@@ -269,6 +271,7 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]  # rates as set now, not as saved
         state = self.checkpoints.load(self._blank_state)
         if state is None:
+            self._trim_log()
             return
         if (data := state.get("data", "")) != self.data:
             raise ValueError(
@@ -279,8 +282,19 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.watch.load(state["recent"])
+        self._trim_log()
+
+    def _trim_log(self) -> None:
+        """Leave the rows up to this step: later ones will be written again, torn ones never."""
         log = self.folder / "log.jsonl"
-        if log.exists() and parallel.rank() == 0:  # later rows will be written again
-            lines = log.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            log.write_text("".join(x for x in whole if json.loads(x)["step"] <= self.step))
+        if log.exists() and parallel.rank() == 0:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            write_atomically(log, "".join(x for x in lines if _step_of(x) <= self.step))
+
+
+def _step_of(line: str) -> float:
+    """Of a row of the log; infinite where it was not written whole."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
