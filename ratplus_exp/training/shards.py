@@ -174,15 +174,18 @@ def _open(source: Source) -> Any:
 
 
 def _claim(folder: Path, asked: dict[str, Any]) -> None:
-    """A folder is for one source and one tokenizer."""
+    """A folder is for one source and one tokenizer, from the first token on."""
     file = folder / "source.json"
-    if not file.exists():
-        _write(file, asked)
-    elif (there := json.loads(file.read_text())) != asked:
+    there = json.loads(file.read_text()) if file.exists() else asked
+    if there != asked and _written(folder, np.dtype("uint8")):
         other = ", ".join(key for key in asked if asked[key] != there.get(key))
         raise ValueError(
             f"{folder} holds a corpus with another {other}: set corpus.folder, or delete it"
         )
+    if there != asked:  # a try that came to nothing
+        for path in folder.iterdir():
+            path.unlink()
+    _write(file, asked)
 
 
 def _written(folder: Path, dtype: np.dtype[Any]) -> int:

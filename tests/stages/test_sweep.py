@@ -161,7 +161,7 @@ def children(pid):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("how", ["ctrl-c", "worker killed", "failures"])
 def test_a_sweep_ends_in_time(pair, tmp_path, how):
     """Whatever ended it: it waits neither for cells nor for the workers' queues."""

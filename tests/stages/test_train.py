@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ratplus_exp.results import Store, tidy
+from ratplus_exp.results import Store, StoreBusy, locked, tidy
 from ratplus_exp.stages import train as stage
 from ratplus_exp.training import Trainer
 
@@ -115,3 +115,23 @@ def test_a_training_keeps_the_precision_that_it_began_with(job, monkeypatch, cap
     assert Interrupted.seen == [first] * 2
     starts = json.loads((model.parent / "provenance.json").read_text())
     assert [start["precision"] for start in starts] == [first] * 2
+
+
+def test_two_trainings_do_not_share_a_folder(job):
+    folder = job.folder / "training" / "pocket_scratch_attention"
+    with locked(folder), pytest.raises(StoreBusy, match="is being written by process"):
+        train(job, "pocket_scratch_attention")
+    train(job, "pocket_scratch_attention")
+
+
+def test_a_first_try_that_failed_does_not_block_the_corrected_one(job, tiny_models, tmp_path):
+    bad, good = tmp_path / "bad.txt", tmp_path / "good.txt"
+    bad.write_bytes(b"\xff\xfe")
+    good.write_text("the grass is green. the sky is blue. " * 100)
+    how = ["experiment=pocket_attention_sft", *TINY, f"stage.init={tiny_models['attention']}"]
+    how += ["stage.schedule=[[256,128]]", "data.forms.reserve=32"]
+    with pytest.raises(ValueError, match="bad.txt"):
+        job(*how, f"data.essay={bad}")
+    job(*how, f"data.essay={good}")
+    starts = json.loads((job.folder / "training/pocket_attention_sft/provenance.json").read_text())
+    assert [start["config"]["data"]["essay"] for start in starts] == [str(good)]
