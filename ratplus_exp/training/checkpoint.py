@@ -55,7 +55,7 @@ class Checkpoints:
         barrier()
         try:
             _write(state, partial)
-        except Exception as error:  # torch's own too, which say it over many lines
+        except (Exception, dcp.CheckpointException) as error:  # torch's say it over many lines
             if rank() == 0:
                 _remove(partial)
             text = " ".join(str(error.__context__ or error).split())[:160]
@@ -88,7 +88,7 @@ class Checkpoints:
                 problem = "on another process"
             except OSError:  # of the disk or the rights, which the one before would meet too
                 raise
-            except Exception as error:  # torch raises a dozen kinds
+            except (Exception, dcp.CheckpointException) as error:  # torch raises a dozen kinds
                 problem = type(error).__name__
             if total([state is None], torch.device("cpu"))[0] == 0:
                 return state

@@ -97,7 +97,7 @@ def test_no_nonsense_is_trained(job, override):
     with pytest.raises(ValueError, match="use|must be|write") as error:
         job("experiment=pocket_scratch_attention", override)
     name, _, _ = override.rpartition("=")
-    assert name.rpartition(".")[2].replace("tokens_per_step", "steps of") in str(error.value)
+    assert name.rpartition(".")[2] in str(error.value)
     assert not list(job.folder.rglob("training"))
 
 

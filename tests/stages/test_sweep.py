@@ -170,18 +170,24 @@ def test_a_sweep_ends_in_time(pair, tmp_path, how):
         store.mkdir()
         (store / "eval").write_text("not a folder")
     process = started(pair, tmp_path, "data.examples=2000")
-    if how != "failures":
-        while not any(p.stat().st_size for p in store.rglob("samples.jsonl")):
-            assert process.poll() is None
-            time.sleep(0.1)
-    workers = children(process.pid)
-    if how == "ctrl-c":
-        os.killpg(process.pid, signal.SIGINT)
-    elif how == "worker killed":
-        names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers}
-        os.kill(next(pid for pid, name in names.items() if b"spawn_main" in name), signal.SIGKILL)
-    assert process.wait(timeout=60) != 0
-    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    try:
+        if how != "failures":
+            while not any(p.stat().st_size for p in store.rglob("samples.jsonl")):
+                assert process.poll() is None
+                time.sleep(0.1)
+        workers = children(process.pid)
+        if how == "ctrl-c":
+            os.killpg(process.pid, signal.SIGINT)
+        elif how == "worker killed":
+            names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers}
+            os.kill(
+                next(pid for pid, name in names.items() if b"spawn_main" in name), signal.SIGKILL
+            )
+        assert process.wait(timeout=60) != 0
+        assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     said = (tmp_path / "log").read_text()
     wanted = {"worker killed": "stage.workers=1", "failures": "16 cells failed"}
     assert wanted.get(how, "Interrupt") in said
