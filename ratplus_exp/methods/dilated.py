@@ -36,6 +36,11 @@ class Dilated(Method):
     local: int = 0
     initial: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("dilation", "local", "initial"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"dilated attention: {name} is {value}: use at least 0")
+
     def fraction(self, length: int) -> Fraction:
         """1/D, as P2 counts, which leaves the local window and the initial positions out."""
         return Fraction(1, self.dilation) if self.dilation else Fraction(self.local, length)
