@@ -9,14 +9,14 @@ import torch
 from torch.testing import assert_close
 
 import kernels
-from ratplus_exp.memory import Memory, effective_length
+from ratplus_exp.memory import KINDS, Gate, Memory, check_memory, effective_length
 
 B, T, C, H, D = 3, 10, 6, 2, 4
 
 
 def make(**settings):
     torch.manual_seed(0)
-    module = Memory(C, H, D, **settings)
+    module = Gate(C, H, D, **settings)
     module.initialize(1.0, (1.5, 8.0))
     return module.double()
 
@@ -126,12 +126,12 @@ def test_gate_is_shared_by_keys_and_values_but_not_by_channels(memory):
 )
 def test_variants_that_there_are_not_are_refused(settings, problem):
     with pytest.raises(ValueError, match=problem):
-        Memory(C, H, D, **settings)
+        Gate(C, H, D, **settings)
 
 
 @pytest.mark.parametrize("shared_gate", [True, False])
 def test_gates_start_at_the_effective_lengths_asked_for(shared_gate):
-    memory = Memory(C, H, D, shared_gate=shared_gate)
+    memory = Gate(C, H, D, shared_gate=shared_gate)
     memory.initialize(0.0, (2.0, 16.0))  # zero weights
     gate = memory.gate_logits(torch.randn(1, 1, C)).sigmoid()[0, 0]
     wanted = torch.tensor([2.0, 4.0, 8.0, 16.0])  # even in the logarithm, the same in every head
@@ -140,7 +140,7 @@ def test_gates_start_at_the_effective_lengths_asked_for(shared_gate):
 
 
 def test_one_logit_starts_all_gates_alike_with_small_random_weights():
-    memory = Memory(64, 8, 64)
+    memory = Gate(64, 8, 64)
     memory.initialize(0.02, -4.0)
     assert torch.equal(memory.bias, torch.full((8 * 64,), -4.0))
     assert float(memory.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
@@ -149,7 +149,7 @@ def test_one_logit_starts_all_gates_alike_with_small_random_weights():
 @pytest.mark.parametrize("lengths", [(1.0, 8.0), (0.5, 8.0), (8.0, 2.0)])
 def test_lengths_that_no_gate_has_are_refused(lengths):
     with pytest.raises(ValueError, match="1 < shortest <= longest"):
-        Memory(C, H, D).initialize(0.02, lengths)
+        Gate(C, H, D).initialize(0.02, lengths)
 
 
 def reach(z):
