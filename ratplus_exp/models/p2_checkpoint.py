@@ -127,6 +127,7 @@ def to_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tenso
 
     Raises ValueError where the gates have a bias, for which P2's layout has no place.
     """
+    p2_shapes(config)  # refuses what the layout has no place for
     theirs = {name: state[ours] for name, ours in OUTSIDE.items()}
     for i in range(config.num_hidden_layers):
         for name, ours in LAYER.items():
