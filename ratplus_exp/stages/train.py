@@ -66,10 +66,16 @@ def pretrain(cfg: DictConfig) -> None:
     tokenizer = _tokenizer(cfg)
     _at_least("stage.drill_tokens", cfg.stage.drill_tokens, 0)
     _at_least("stage.tokens_per_step", cfg.stage.tokens_per_step, 1)
-    drill_steps = cfg.stage.drill_tokens // cfg.stage.tokens_per_step
-    stage, forms = cfg.stage, forms_of(cfg)
-    styles = tuple(forms_of(cfg, style) for style in stage.get("styles", []))
-    facts = Facts(tokenizer, forms, stage.other_rate, stage.several_rate, drill_steps, styles)
+    stage = cfg.stage
+    facts = Facts(
+        tokenizer,
+        forms_of(cfg),
+        other_rate=stage.other_rate,
+        several_rate=stage.several_rate,
+        drill_steps=stage.drill_tokens // stage.tokens_per_step,
+        list_rate=stage.list_rate,
+        styles=tuple(forms_of(cfg, style) for style in stage.get("styles", [])),
+    )
     _train(cfg, tokenizer, partial(facts.batch, cfg.seed))
 
 

@@ -36,9 +36,11 @@ class Facts:
     other_rate: the share of tokens that cannot be recalled (prose, first mentions, questions)
         which is in the loss as well; recallable tokens always are.
     several_rate: the share of documents in which half of the keys have 2 to 4 values, as in MV.
-    drill_steps: for so many steps at first, a document is a random sequence of tokens, said over
-        and over. On facts a young model stays for millions of tokens with a shortcut, any value
-        of the document; on drills only matching what came before helps, and it forms in one.
+    drill_steps: for so many steps at first there are drills alone: random sequences of tokens, and
+        lists of a few facts, both said over and over. On documents a young model stays for
+        millions of tokens with a shortcut, any value of the document; in drills only matching what
+        came before helps.
+    list_rate: the share of lists among the documents afterwards.
     styles: what documents look like instead of `forms`, one of them drawn for each; keys and values
         are alike in all. RULER's needles and questions have three times as many words as values:
         key–value lists and short sentences beside them ask more in as many tokens.
@@ -49,6 +51,7 @@ class Facts:
     other_rate: float = 0.1
     several_rate: float = 0.25
     drill_steps: int = 0
+    list_rate: float = 0.0
     styles: tuple[Forms, ...] = ()
 
     def __post_init__(self) -> None:
@@ -83,13 +86,11 @@ class Facts:
         ids = np.empty((batch, length + 1), np.int64)
         recallable = np.empty((batch, length + 1), bool)
         for row in range(batch):
-            if step >= self.drill_steps:
-                pieces = self._document(rng, length + 1)
-            elif row % 2:
-                pieces = self._list(rng, length + 1)
-            else:
+            if step < self.drill_steps and row % 2:
                 ids[row], recallable[row] = self._sequence(rng, length + 1)
                 continue
+            listed = step < self.drill_steps or rng.random() < self.list_rate
+            pieces = self._list(rng, length + 1) if listed else self._document(rng, length + 1)
             ids[row], recallable[row] = self._tokens(pieces, length + 1)
         noise = np.random.default_rng(rng.getrandbits(64)).random(ids.shape)
         labels = np.where(recallable | (noise < self.other_rate), ids, IGNORE)
