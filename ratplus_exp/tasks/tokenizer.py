@@ -1,7 +1,7 @@
 """The pocket tier's own tokenizer: a word, a pair of digits or one byte of a uuid is a token.
 
 A model of a million parameters cannot afford 32 000 embeddings. Its prompts are generated from
-closed lists, so a word-level vocabulary of some 1 200 entries covers them without unknowns.
+closed lists, so a word-level vocabulary of some 1 300 entries covers them without unknowns.
 """
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -12,9 +12,9 @@ from ratplus_exp.tasks.forms import Forms
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"  # ids 0, 1 and 2; there is no BOS
 
-# A word owns the space in front of it; the space in front of a number or uuid is a token of its
-# own, as in Llama-2's tokenizer, so that the first token of an answer says nothing of the value.
-_PIECE = "|".join((r" (?=[0-9]|[0-9a-f]{8})", r" [a-z]+", r"[0-9a-f]{2}", r"[.,?]"))
+# A token owns the space in front of it, so that decoding is plain concatenation. Before eight of the
+# letters a to f a uuid begins: no word of the vocabulary has so many.
+_PIECE = "|".join((r" (?=[0-9]|[0-9a-f]{8})[0-9a-f]{2}", r" [a-z]+", r"[0-9a-f]{2}", r"[.,?]"))
 
 
 def pocket_tokenizer(forms: Forms) -> PreTrainedTokenizerFast:
@@ -34,9 +34,11 @@ def pocket_tokenizer(forms: Forms) -> PreTrainedTokenizerFast:
             f" ({forms.number_digits}) even"
         )
     words = sorted({*prose.VOCABULARY, *forms.words, *forms.nouns})
-    octets = (f"{n:02x}" for n in range(256))
-    pieces = (PAD, EOS, UNK, ".", ",", "?", " ", *octets, *(f" {word}" for word in words))
+    octets = [f"{n:02x}" for n in range(256)]
+    marks = (PAD, EOS, UNK, ".", ",", "?")
+    pieces = (*marks, *octets, *(f" {piece}" for piece in (*octets, *words)))
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    assert len(vocabulary) == len(pieces), "a word looks like a byte"
 
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     backend.normalizer = normalizers.Sequence(
