@@ -99,8 +99,12 @@ def left_pad():
 def makers_are_threads(monkeypatch):
     """Prompts are made ahead without the seconds that processes take to start."""
 
-    def pool(niah, workers):
-        return ThreadPoolExecutor(workers, initializer=lambda: setattr(prompts, "_niah", niah))
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, count, begin, *args):
+            super().__init__(count, initializer=begin, initargs=args)
 
-    monkeypatch.setattr(prompts, "_pool", pool)
+        def stop(self):
+            self.shutdown(wait=False, cancel_futures=True)
+
+    monkeypatch.setattr(prompts, "Workers", Threads)
     monkeypatch.setattr(prompts, "_kept", {})

@@ -1,11 +1,11 @@
 """Results: the append-only store, tidy frames, statistics, tables, and the paper's own numbers."""
 
-from ratplus_exp.results.files import write_atomically
+from ratplus_exp.results.files import StoreBusy, locked, write_atomically
 from ratplus_exp.results.frame import accuracies, sample_scores, tidy, write_cells_csv
 from ratplus_exp.results.layout import MISSING, Table
 from ratplus_exp.results.paper import paper_means, paper_tables
 from ratplus_exp.results.stats import mean_std, paired_bootstrap
-from ratplus_exp.results.store import FORMAT, Cell, Store, StoreBusy
+from ratplus_exp.results.store import FORMAT, Cell, Store
 from ratplus_exp.results.tables import accuracy_table, table3
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Table",
     "accuracies",
     "accuracy_table",
+    "locked",
     "mean_std",
     "paired_bootstrap",
     "paper_means",

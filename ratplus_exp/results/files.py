@@ -1,9 +1,58 @@
-"""Files that a kill or a power cut leaves whole."""
+"""Files that a kill or a power cut leaves whole, and folders that one process writes at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+class StoreBusy(RuntimeError):
+    """Another process is writing this folder."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold folder/lock, which names this process; the folder is made where there is none.
+
+    Raises:
+        StoreBusy: another process holds it.
+        OSError: the folder can't be written or locked.
+    """
+
+    def unwritable(error: OSError) -> OSError:
+        return OSError(
+            f"cannot write results under {folder} ({error.strerror}): make this folder writable, "
+            "or choose another one on a disk that supports file locks"
+        )
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise unwritable(error) from error
+    with lock:
+        try:
+            # The kernel drops the lock with its process, so a kill leaves no stale one.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise StoreBusy(
+                f"{folder} is being written by {lock.read() or 'another process'}: "
+                "wait until it ends or stop it, then start again"
+            ) from None
+        except OSError as error:
+            raise unwritable(error) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        try:
+            yield
+        finally:  # closing would not do while a forked child (a data worker) has it too
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -15,27 +15,21 @@ alone, so it does not matter which file one is in, nor how many processes wrote 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from ratplus_exp.results.files import sync, write_atomically
+from ratplus_exp.results.files import locked, sync, write_atomically
 
 FORMAT = 1
 """Part of every hash. Raise it when the same key comes to mean other numbers."""
-
-
-class StoreBusy(RuntimeError):
-    """Another process is writing this cell."""
 
 
 class Store:
@@ -87,7 +81,6 @@ class Cell:
         self.key: dict[str, Any] = json.loads(canonical)
         self.id = hashlib.sha256(f"{FORMAT}:{canonical}".encode()).hexdigest()[:16]
         self.path = root / _plain(key["stage"]) / f"{_readable(self.key)}{self.id}"
-        self._root = root
         self._ids: set[Any] = set()
         self._file: FileIO | None = None  # a file of samples while open for writing
 
@@ -108,7 +101,7 @@ class Cell:
             ValueError: config.json has another key, or samples.jsonl is damaged inside.
         """
         assert self._file is None, "the cell is open already"
-        with self._lock():
+        with locked(self.path):
             config = self._read_json("config.json") or {"format": FORMAT, "provenance": []}
             if _canonical(config.setdefault("key", self.key)) != _canonical(self.key):
                 raise ValueError(
@@ -193,39 +186,6 @@ class Cell:
     def is_done(self, n: int) -> bool:
         """Whether the cell was finished with at least n samples."""
         return self.done() >= n
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / "lock").open("a+", encoding="utf-8")
-        except OSError as error:
-            raise self._unwritable(error) from error
-        with lock:
-            try:
-                # The kernel drops the lock with its process, so a kill leaves no stale one.
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise StoreBusy(
-                    f"{self.path} is being written by {lock.read() or 'another process'}: "
-                    "wait until it ends or stop it, then start again"
-                ) from None
-            except OSError as error:
-                raise self._unwritable(error) from error
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
-            try:
-                yield
-            finally:  # closing would not do while a forked child (a data worker) has it too
-                fcntl.flock(lock, fcntl.LOCK_UN)
-
-    def _unwritable(self, error: OSError) -> OSError:
-        return OSError(
-            f"cannot write results under {self._root} ({error.strerror}): make this folder "
-            "writable, or choose another one on a disk that supports file locks"
-        )
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         try:

@@ -16,7 +16,8 @@ from ratplus_exp.methods import Dilated
 from ratplus_exp.models.building import config_for, memory_config, new_model
 from ratplus_exp.results import Table
 from ratplus_exp.stages.common import model_folder, resolve
-from ratplus_exp.training import Schedule, TrainSettings
+from ratplus_exp.stages.train import schedule_of
+from ratplus_exp.training import TrainSettings
 
 Rows = list[tuple[str, str]]
 BUDGETS = {"1": 1.0, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16, "1/64": 1 / 64}
@@ -77,7 +78,7 @@ def training_flops(cfg: DictConfig, shape: Shape) -> float:
 
 def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
     """Rows for a training stage: work, memory of a GPU, disk."""
-    schedule = Schedule([tuple(stage) for stage in cfg.stage.schedule], cfg.stage.tokens_per_step)
+    schedule = schedule_of(cfg)
     settings = build(TrainSettings, plain(cfg.stage.optimizer), "stage.optimizer")
     gpus = cfg.cluster
     schedule.check(gpus.gpus)
@@ -92,7 +93,7 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
         length=length,
         passes=-(-share // rows),
         checkpointing=settings.activation_checkpointing,
-        bf16=settings.precision == "bf16",
+        bf16=settings.precision != "fp32",
     )
     seconds = cost.hours(flops, gpus.gpus, gpus.peak_tflops, gpus.mfu) * 3600
     work = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from multiprocessing import current_process
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Samples:
 def _makers(device: torch.device) -> int:
     """Processes that make prompts ahead. On a CPU, cores have the model to run; and a sweep's own
     worker processes, which share a GPU, may start none and make prompts while others use it."""
-    if device.type != "cuda" or current_process().daemon:
+    if device.type != "cuda" or parent_process() is not None:
         return 0
     return max(0, min(MOST_MAKERS, cores() // local_world_size() - 1))
 

@@ -8,10 +8,8 @@ goes on where it stood.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import queue
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import closing
 from functools import partial
 from itertools import product
@@ -30,6 +28,7 @@ from ratplus_exp.stages.cells import Job, Loaded, fill
 from ratplus_exp.stages.common import device_of, option
 from ratplus_exp.stages.samples import Samples
 from ratplus_exp.training.parallel import cores
+from ratplus_exp.workers import SPAWN, Workers
 
 MOST_WORKERS = 8  # on a CPU; more would read the same memory
 MOST_FAILURES = 16  # cells that may fail before one succeeds
@@ -203,76 +202,76 @@ def _fill_in(
 ) -> tuple[int, list[str]]:
     """`_fill_here` in several processes of one thread each, which take cell by cell; returns what
     went wrong as well."""
-    context = multiprocessing.get_context("spawn")
-    tasks, news = context.Queue(), context.Queue()
-    for job, task in items:
-        tasks.put((plain(job.cfg), task))
-    for _ in range(workers):
-        tasks.put(None)
-    processes = {}
-
-    def start() -> None:
-        process = context.Process(target=_work, args=(tasks, news, os.getpid()), daemon=True)
-        process.start()
-        processes[process.pid] = process
-
-    for _ in range(workers):
-        start()
-    running, busy, finished = workers, 0, 0
+    busy, finished = 0, 0
     failed: list[str] = []
-    while running:
-        try:
-            kind, content = news.get(timeout=5)
-        except queue.Empty:
-            if any(process.exitcode not in (None, 0) for process in processes.values()):
-                raise ValueError(
-                    "a worker process was killed, probably for memory: run again with "
-                    f"stage.workers={max(workers // 2, 1)}"
-                ) from None
-            continue
-        if kind == "progress":
-            finished += content[1]
-            progress(*content)
-        elif kind == "busy":
-            busy += 1
-        elif kind == "failed":
-            failed.append(content)
-            tqdm.write(f"failed: {content}")
-            if len(failed) >= MOST_FAILURES and not finished:
-                for process in processes.values():
-                    process.terminate()
-                refuse(failed)
-        elif kind == "broken":
-            del processes[content]
-            start()
-        else:
-            running -= 1
+    samples = SPAWN.Value("q")
+    shown = 0
+    while items:
+        with Workers(workers, _begin, samples) as pool:
+            jobs = {pool.submit(_fill, plain(job.cfg), task): (job, task) for job, task in items}
+            again, running = [], set(jobs)
+            while running:
+                done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                outcomes = [(jobs[future], *_outcome(future, workers)) for future in done]
+                ends = [kind for _, kind, _ in outcomes].count("done")
+                now = samples.get_obj().value  # a killed worker may hold its lock
+                progress(now - shown, ends)
+                shown, finished = now, finished + ends
+                for item, kind, text in outcomes:
+                    if kind == "busy":
+                        busy += 1
+                    elif kind == "again":
+                        again.append(item)
+                    elif kind == "failed":
+                        failed.append(text)
+                        tqdm.write(f"failed: {text}")
+                if len(failed) >= MOST_FAILURES and not finished:
+                    refuse(failed)
+        items = again
     return busy, failed
 
 
-def _work(tasks: Any, news: Any, parent: int) -> None:
-    """A worker: fills cells until there are none, and ends when its parent is gone."""
+def _outcome(future: Future[tuple[str, str]], workers: int) -> tuple[str, str]:
+    try:
+        return future.result()
+    except BrokenExecutor:
+        raise ValueError(
+            "a worker process was killed, probably for memory: run again with "
+            f"stage.workers={max(workers // 2, 1)}"
+        ) from None
+
+
+# Of a worker process:
+_bench: Bench
+_samples: Any
+_lost = False
+
+
+def _begin(samples: Any) -> None:
+    global _bench, _samples
     torch.set_num_threads(1)
+    _bench, _samples = Bench(), samples
 
-    def progress(samples: int, finished: int) -> None:
-        if os.getppid() != parent:
-            os._exit(1)
-        news.put(("progress", (samples, finished)))
 
-    bench = Bench()
-    while (item := tasks.get()) is not None:
-        job, task = Job(OmegaConf.create(item[0])), item[1]
-        try:
-            fill(job, task, *bench.ready(job), lambda n: progress(n, 0))
-            progress(0, 1)
-        except StoreBusy:
-            news.put(("busy", task))
-        except Exception as error:  # the parent says it
-            news.put(("failed", f"{job.cells[task].path.name}: {type(error).__name__}: {error}"))
-            if not _usable():
-                news.put(("broken", os.getpid()))
-                return
-    news.put(("end", None))
+def _fill(config: dict[str, Any], task: str) -> tuple[str, str]:
+    """Fills a cell: done, busy or failed, and how; or "again" by a process whose GPU is lost."""
+    global _lost
+    if _lost:
+        return "again", ""
+    job = Job(OmegaConf.create(config))
+    try:
+        fill(job, task, *_bench.ready(job), _count)
+    except StoreBusy:
+        return "busy", ""
+    except Exception as error:  # the parent says it
+        _lost = not _usable()
+        return "failed", f"{job.cells[task].path.name}: {type(error).__name__}: {error}"
+    return "done", ""
+
+
+def _count(samples: int) -> None:
+    with _samples.get_lock():
+        _samples.value += samples
 
 
 def _usable() -> bool:

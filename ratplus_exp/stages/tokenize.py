@@ -16,8 +16,6 @@ def run(cfg: DictConfig) -> None:
     settings = plain(cfg.corpus)
     settings.pop("folder")
     source = build(Source, settings, "corpus")
-    if cfg.stage.workers < 1:
-        raise ValueError(f"stage.workers={cfg.stage.workers} is too small: use at least 1")
     init = model_folder(cfg)
     tokenizer = load_tokenizer(init)
     folder, name = corpus_folder(cfg, init), tokenizer_name(init)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ratplus_exp import provenance
 from ratplus_exp.config import build, forms_of, plain
+from ratplus_exp.cost import Shape
 from ratplus_exp.methods import Dilated
 from ratplus_exp.models.building import MEMORY_SETTINGS, add_memory, config_for, new_model
 from ratplus_exp.models.loading import (
@@ -26,7 +29,7 @@ from ratplus_exp.models.loading import (
     weight_files,
     weights_digest,
 )
-from ratplus_exp.results import write_atomically
+from ratplus_exp.results import locked, write_atomically
 from ratplus_exp.stages.common import (
     corpus_folder,
     device_of,
@@ -39,9 +42,18 @@ from ratplus_exp.tasks.answers import Answers
 from ratplus_exp.tasks.facts import Facts
 from ratplus_exp.tracking import tracked
 from ratplus_exp.training import Schedule, Trainer, TrainSettings
-from ratplus_exp.training.ahead import BatchOf, made_ahead
+from ratplus_exp.training.batches import BatchOf
+from ratplus_exp.training.checkpoint import Checkpoints
 from ratplus_exp.training.corpus import Corpus
-from ratplus_exp.training.parallel import barrier, processes, rank, whole_state_dict, world_size
+from ratplus_exp.training.parallel import (
+    barrier,
+    from_first,
+    processes,
+    rank,
+    whole_state_dict,
+    world_size,
+)
+from ratplus_exp.training.precision import fastest
 
 # What a training may be continued with a change of.
 RATES = ("lr", "memory_lr", "spike", "log_every", "checkpoint_every")
@@ -52,6 +64,8 @@ OWN = ("folder", "optimizer", "workers")  # of a stage: not compared, or apart
 def pretrain(cfg: DictConfig) -> None:
     """Next-token training on generated text: from scratch, or from `stage.init`."""
     tokenizer = _tokenizer(cfg)
+    _at_least("stage.drill_tokens", cfg.stage.drill_tokens, 0)
+    _at_least("stage.tokens_per_step", cfg.stage.tokens_per_step, 1)
     drill_steps = cfg.stage.drill_tokens // cfg.stage.tokens_per_step
     stage, forms = cfg.stage, forms_of(cfg)
     styles = tuple(forms_of(cfg, style) for style in stage.get("styles", []))
@@ -85,42 +99,61 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
     """Train in stage.folder, resuming there, and save the model in Hugging Face format."""
     folder = Path(cfg.stage.folder)
     target = folder / "model"
-    schedule = Schedule([tuple(stage) for stage in cfg.stage.schedule], cfg.stage.tokens_per_step)
+    schedule = schedule_of(cfg)
     settings = build(TrainSettings, plain(cfg.stage.optimizer), "stage.optimizer")
     sparse = build(Dilated, plain(cfg.stage.joint), "stage.joint") if cfg.stage.joint else None
     schedule.check(world_size())
     device = device_of(cfg)
+    steps = cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step
     _refuse_other_settings(cfg, folder)
-    if weight_files(target)[0].exists():
-        print(f"Trained already: {target}. Delete the folder to train again.")
-        return
-    ahead = folder / "batches"
-    sizes = [(schedule.rows_at(step), schedule.length_at(step)) for step in range(schedule.steps)]
-    made = made_ahead(batch, sizes, ahead, cfg.stage.get("workers", 0), len(tokenizer))
-    with processes(device):
-        model = _model(cfg, tokenizer)
-        if rank() == 0:
-            _remember(cfg, folder)
-        with tracked(cfg, folder) as tracker, made as batch:
-            trainer = Trainer(
-                model,
-                batch,
-                schedule,
-                settings,
-                folder,
-                sparse=sparse,
-                sparse_only_steps=cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step,
-                log=tracker.log,
-                device=device,
-                data=data,
-            )
-            trainer.run(f"{cfg.stage.name} {cfg.model.name}")
-        weights = whole_state_dict(model)
-        if rank() == 0:
-            save_model(model, tokenizer, target, weights)
-            shutil.rmtree(ahead, ignore_errors=True)
-            print(f"Saved {target}, sha256 {weights_digest(target)}")
-        barrier()
+    with locked(folder) if rank() == 0 else nullcontext():
+        if weight_files(target)[0].exists():
+            print(f"Trained already: {target}. Delete the folder to train again.")
+            return
+        with processes(device):
+            model = _model(cfg, tokenizer)
+            if settings.precision == "auto":
+                chosen = from_first(partial(_precision, model, device, folder))
+                settings = replace(settings, precision=chosen)
+            if rank() == 0:
+                _remember(cfg, folder, settings.precision)
+            with tracked(cfg, folder) as tracker:
+                trainer = Trainer(
+                    model,
+                    batch,
+                    schedule,
+                    settings,
+                    folder,
+                    sparse=sparse,
+                    sparse_only_steps=steps,
+                    log=tracker.log,
+                    device=device,
+                    data=data,
+                    workers=cfg.stage.get("workers", 0),
+                )
+                trainer.run(f"{cfg.stage.name} {cfg.model.name}")
+            weights = whole_state_dict(model)
+            if rank() == 0:
+                save_model(model, tokenizer, target, weights)
+                print(f"Saved {target}, sha256 {weights_digest(target)}")
+            barrier()
+
+
+def schedule_of(cfg: DictConfig) -> Schedule:
+    """stage.schedule and the other lengths of a training; ValueError where one can't be meant."""
+    _at_least("stage.sparse_only_tokens", cfg.stage.sparse_only_tokens, 0)
+    for name, value in plain(cfg.model.architecture).items():
+        if name.endswith(("_size", "_dim")) or name.startswith("num_"):
+            _at_least(f"model.architecture.{name}", value, 1)
+    stages = plain(cfg.stage)["schedule"]
+    if not isinstance(stages, list) or not all(isinstance(stage, list) for stage in stages):
+        raise ValueError(f"stage.schedule is {stages}: write [[tokens, length], …]")
+    return Schedule([tuple(stage) for stage in stages], cfg.stage.tokens_per_step)
+
+
+def _at_least(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value}: use a whole number, at least {least}")
 
 
 def save_model(
@@ -183,8 +216,11 @@ def _refuse_another_memory(config: Any, architecture: dict[str, Any], start: Pat
 
 
 def _past(folder: Path) -> list[dict[str, Any]]:
+    """The starts of the training in the folder; none before it has a checkpoint, since a first try
+    that failed must not stand in the way of the corrected one."""
     file = folder / "provenance.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    begun = Checkpoints(folder).latest() or weight_files(folder / "model")[0].exists()
+    return json.loads(file.read_text(encoding="utf-8")) if begun and file.exists() else []
 
 
 def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
@@ -206,8 +242,19 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
         )
 
 
-def _remember(cfg: DictConfig, folder: Path) -> None:
+def _precision(model: PreTrainedModel, device: torch.device, folder: Path) -> str:
+    """What the training in the folder began with, or what is fastest here."""
+    if past := _past(folder):
+        return past[0]["precision"]
+    shape = Shape.of(model)
+    chosen = fastest(device, shape.hidden, shape.ffn)
+    print(f"precision=auto: {chosen}, which {device} multiplies fastest")
+    return chosen
+
+
+def _remember(cfg: DictConfig, folder: Path, precision: str) -> None:
     """Provenance of every start, in stage.folder/provenance.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [*_past(folder), provenance.provenance(plain(cfg))]
+    entry = provenance.provenance(plain(cfg)) | {"precision": precision}
+    entries = [*_past(folder), entry]
     write_atomically(folder / "provenance.json", json.dumps(entries, indent=1) + "\n")

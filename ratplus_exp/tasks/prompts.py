@@ -6,15 +6,12 @@ A sample is a pure function of its name, so it may be made by anybody at any tim
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterable
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future
 
 from ratplus_exp.tasks.niah import NIAH, sample_name
 from ratplus_exp.tasks.sample import Sample
+from ratplus_exp.workers import Workers
 
 
 class Prompts:
@@ -26,7 +23,7 @@ class Prompts:
     def __init__(self, niah: NIAH, seed: int, workers: int = 0) -> None:
         self.niah, self.seed, self.workers = niah, seed, workers
         self.made: dict[str, Sample | Future[Sample]] = {}
-        self.pool: Executor | None = None
+        self.pool: Workers | None = None
 
     def __call__(self, task: str, index: int) -> Sample:
         name = sample_name(task, self.seed, index)
@@ -44,7 +41,7 @@ class Prompts:
         for index in indices if self.workers else ():
             name = sample_name(task, self.seed, index)
             if name not in self.made:
-                self.pool = self.pool or _pool(self.niah, self.workers)
+                self.pool = self.pool or Workers(self.workers, _begin, self.niah)
                 try:
                     self.made[name] = self.pool.submit(_make, task, self.seed, index)
                 except BrokenExecutor:
@@ -54,7 +51,7 @@ class Prompts:
     def close(self) -> None:
         """End the workers, without what they have not begun; samples that are made stay."""
         if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+            self.pool.stop()
             self.pool = None
             self.made = {k: x for k, x in self.made.items() if not isinstance(x, Future)}
 
@@ -76,32 +73,12 @@ def prompts_of(niah: NIAH, seed: int, workers: int = 0) -> Prompts:
     return _kept[key]
 
 
-def _pool(niah: NIAH, workers: int) -> Executor:
-    return ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),  # a fork would take the GPU's state along
-        initializer=_begin,
-        initargs=(niah,),
-    )
-
-
 _niah: NIAH  # of a worker process
 
 
 def _begin(niah: NIAH) -> None:
-    """A worker leaves Ctrl-C to its parent, and goes when that is gone."""
     global _niah
     _niah = niah
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _make(task: str, seed: int, index: int) -> Sample:

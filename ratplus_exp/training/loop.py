@@ -10,12 +10,12 @@ can be continued by any other number.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from tqdm import tqdm
 from ratplus_exp.cost import Shape, attended_keys, peak_tflops
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine, Method, Uncounted
+from ratplus_exp.results.files import write_atomically
 from ratplus_exp.training import parallel
+from ratplus_exp.training.batches import Batches, BatchOf
 from ratplus_exp.training.checkpoint import Checkpoints
 from ratplus_exp.training.divergence import Watch
 from ratplus_exp.training.optimizer import adamw, set_learning_rates
@@ -45,6 +47,7 @@ class Trainer:
         model: a RatPlusForCausalLM, or any model with `.model`, `.lm_head` and, where there are
             sparse steps, an `engine` keyword.
         batch: the data, a pure function of (step, rows, length); the same on every process.
+        workers: processes that make batches ahead (`Batches.since`).
         folder: where log.jsonl and the checkpoints go; a checkpoint found there is resumed.
         sparse: a fixed pattern for P2's joint training: every batch takes one optimizer step
             through attention with this pattern and one through dense attention, and one scheduler
@@ -60,7 +63,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        batch: Callable[[int, int, int], Batch],
+        batch: BatchOf,
         schedule: Schedule,
         settings: TrainSettings,
         folder: Path,
@@ -69,10 +72,13 @@ class Trainer:
         log: Callable[[dict[str, Any]], None] = lambda row: None,
         device: torch.device | None = None,
         data: str = "",
+        workers: int = 0,
     ) -> None:
         schedule.check(parallel.world_size())
+        assert settings.precision != "auto", "precision=auto is resolved before"
         self.model: Any = model
-        self.batch, self.schedule, self.settings = batch, schedule, settings
+        self.batches, self.workers = Batches(batch, schedule), workers
+        self.schedule, self.settings = schedule, settings
         self.folder, self.log, self.data = folder, log, data
         self.sparse, self.sparse_only_steps = sparse, sparse_only_steps
         self.device = device or next(model.parameters()).device
@@ -111,11 +117,10 @@ class Trainer:
         )
         sums: dict[str, list[float]] = {}
         started, window_tokens = time.perf_counter(), 0
-        with self._listening(), ThreadPoolExecutor(1) as pool, bar:
-            ahead = pool.submit(self._data, self.step) if self.step < total else None
-            while ahead is not None:
-                micro_batches = ahead.result()
-                ahead = pool.submit(self._data, self.step + 1) if self.step + 1 < total else None
+        batches = self.batches.since(self.step, self.workers)
+        with self._listening(), bar, closing(batches):
+            for batch in batches:
+                micro_batches = self._share(batch)
                 scale = set_learning_rates(self.optimizer, settings, self.step, total)
                 for name, value in self._train_step(micro_batches).items():
                     sums.setdefault(name, []).append(value)
@@ -158,14 +163,11 @@ class Trainer:
                 f"{self.checkpoints.latest()}: run the same command to go on"
             )
 
-    def _data(self, step: int) -> list[tuple[Tensor, Tensor]]:
+    def _share(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """This process's rows of a batch, in micro-batches."""
-        rows, length = self.schedule.rows_at(step), self.schedule.length_at(step)
-        share = rows // parallel.world_size()
+        share = len(batch[0]) // parallel.world_size()
         mine = slice(parallel.rank() * share, (parallel.rank() + 1) * share)
-        ids, labels = (
-            torch.from_numpy(x[mine]).to(self.device) for x in self.batch(step, rows, length)
-        )
+        ids, labels = (torch.from_numpy(x[mine]).to(self.device) for x in batch)
         rows = self.settings.rows_per_pass or share
         return list(zip(ids.split(rows), labels.split(rows), strict=True))
 
@@ -269,6 +271,7 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]  # rates as set now, not as saved
         state = self.checkpoints.load(self._blank_state)
         if state is None:
+            self._trim_log()
             return
         if (data := state.get("data", "")) != self.data:
             raise ValueError(
@@ -279,8 +282,19 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.watch.load(state["recent"])
+        self._trim_log()
+
+    def _trim_log(self) -> None:
+        """Leave the rows up to this step: later ones will be written again, torn ones never."""
         log = self.folder / "log.jsonl"
-        if log.exists() and parallel.rank() == 0:  # later rows will be written again
-            lines = log.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            log.write_text("".join(x for x in whole if json.loads(x)["step"] <= self.step))
+        if log.exists() and parallel.rank() == 0:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            write_atomically(log, "".join(x for x in lines if _step_of(x) <= self.step))
+
+
+def _step_of(line: str) -> float:
+    """Of a row of the log; infinite where it was not written whole."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf

@@ -12,14 +12,15 @@ from ratplus_exp.training.settings import TrainSettings
 
 
 def adamw(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over three groups: the memory, and the rest with and without weight decay."""
+    """AdamW over three groups: the memory, and the rest's matrices and vectors."""
     memory = {id(p) for m in model.modules() if isinstance(m, Memory) for p in m.parameters()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     rest = [p for p in parameters if id(p) not in memory]
+    others = settings.weight_decay if settings.decay == "all" else 0.0
     groups = [
         ([p for p in rest if p.ndim >= 2], settings.lr, settings.weight_decay),
-        ([p for p in rest if p.ndim < 2], settings.lr, 0.0),
-        ([p for p in parameters if id(p) in memory], settings.memory_lr, 0.0),
+        ([p for p in rest if p.ndim < 2], settings.lr, others),
+        ([p for p in parameters if id(p) in memory], settings.memory_lr, others),
     ]
     return torch.optim.AdamW(
         [

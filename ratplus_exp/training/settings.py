@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 Kind = Literal["fsdp", "ddp"]
+CHOICES = {
+    "precision": ("auto", "fp32", "bf16"),
+    "decay": ("matrices", "all"),
+    "parallel": get_args(Kind),
+}
+BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(
+        ("lr", "memory_lr", "weight_decay"),
+        (lambda x: 0 <= x < math.inf, "0 or a positive number"),
+    ),
+    "min_lr_ratio": (lambda x: 0 <= x <= 1, "a share from 0 to 1"),
+    **dict.fromkeys(("warmup", "betas"), (lambda x: 0 <= x < 1, "numbers from 0 to less than 1")),
+    **dict.fromkeys(("clip", "peak_tflops"), (lambda x: x > 0, "a positive number")),
+    **dict.fromkeys(
+        ("rows_per_pass", "log_every", "checkpoint_every"), (lambda x: x >= 1, "at least 1")
+    ),
+    "spike": (lambda x: x > 1, "more than 1, for instance 2, or null"),
+}
 Batch = tuple[np.ndarray, np.ndarray]  # token ids and next-token labels, (rows, length)
 
 
@@ -19,6 +37,15 @@ class Schedule:
 
     stages: Sequence[tuple[int, int]]
     tokens_per_step: int
+
+    def __post_init__(self) -> None:
+        numbers = [self.tokens_per_step, *(number for stage in self.stages for number in stage)]
+        pairs = self.stages and all(len(stage) == 2 for stage in self.stages)
+        if not pairs or not all(type(number) is int and number > 0 for number in numbers):
+            raise ValueError(
+                f"the schedule is {list(self.stages)} in steps of {self.tokens_per_step} tokens: "
+                "use whole numbers from 1 on, [[tokens, length], …]"
+            )
 
     @property
     def steps(self) -> int:
@@ -54,7 +81,9 @@ class TrainSettings:
 
     rows_per_pass: rows that a process takes through the model at a time; its gradients are added up
         over its share of a batch, whatever the number of processes. None: the whole share at once.
-    precision: "fp32", or "bf16": matmuls in bfloat16, weights and the memory's scan in fp32.
+    decay: what decays, the "matrices" outside the memory or "all" parameters, as in P2.
+    precision: "fp32", or "bf16": matmuls in bfloat16, weights and the memory's scan in fp32; or
+        "auto", which `precision.fastest` resolves before there is a Trainer.
     spike: stop where a loss exceeds the mean of the last 100 this many times; None: never.
     activation_checkpointing: keep only the input of each layer and compute the rest again.
     compile: torch.compile each decoder layer.
@@ -67,6 +96,7 @@ class TrainSettings:
     min_lr_ratio: float = 0.1
     warmup: float = 0.02
     weight_decay: float = 0.1
+    decay: str = "matrices"
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     rows_per_pass: int | None = None
@@ -80,14 +110,16 @@ class TrainSettings:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision is {self.precision}: use fp32 or bf16")
-        if min(self.log_every, self.checkpoint_every) < 1:
-            raise ValueError("log_every and checkpoint_every must be at least 1")
-        if self.rows_per_pass is not None and self.rows_per_pass < 1:
-            raise ValueError(f"rows_per_pass is {self.rows_per_pass}: use at least 1, or null")
-        if self.spike is not None and self.spike <= 1:
-            raise ValueError(f"spike is {self.spike}: use more than 1, for instance 2, or null")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} is {value}: use one of {', '.join(choices)}")
+        for name, (allowed, what) in BOUNDS.items():
+            values = getattr(self, name)
+            for value in values if isinstance(values, tuple) else (values,):
+                if value is not None and not allowed(value):  # nothing holds of NaN
+                    raise ValueError(f"{name} is {value}: use {what}")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas is {self.betas}: use two numbers")
         if self.checkpoint_every % self.log_every:  # a checkpoint holds no half-averaged row
             raise ValueError(
                 f"checkpoint_every ({self.checkpoint_every}) must be a multiple of log_every "

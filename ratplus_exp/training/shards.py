@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import json
 import os
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, wait
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from ratplus_exp.workers import Workers
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}  # of the datasets package
 MAX_SHARDS = 256
@@ -49,7 +52,7 @@ class Source:
 def write_shards(source: Source, tokenizer: Any, name: str, folder: Path, workers: int) -> None:
     """Tokenise a source into a folder, going on where an earlier run was killed.
 
-    tokenizer: a Hugging Face tokenizer with an EOS; name identifies it. workers: processes; 1 works
+    tokenizer: a Hugging Face tokenizer with an EOS; name identifies it. workers: processes; 0 works
     in this one.
 
     Raises:
@@ -61,27 +64,18 @@ def write_shards(source: Source, tokenizer: Any, name: str, folder: Path, worker
         return
     count = min(_open(source).num_shards, MAX_SHARDS)
     dtype = np.dtype("uint16" if len(tokenizer) <= 1 << 16 else "uint32")
-    pool: Executor = (
-        ThreadPoolExecutor(1)
-        if workers == 1
-        else ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread)
-    )
+    write = partial(_write_shard, source, tokenizer, folder, count, dtype)
     lengths: list[int] = []
-    with pool, tqdm(total=source.tokens, unit="token", unit_scale=True, desc="tokenising") as bar:
-        jobs = [
-            pool.submit(_write_shard, source, tokenizer, folder, count, i, dtype)
-            for i in range(count)
-        ]
-        try:
-            for job in jobs:
-                while not wait([job], timeout=1).done:
-                    bar.update(_written(folder, dtype) - bar.n)
-                lengths.append(job.result())
-                if source.tokens and sum(lengths) >= source.tokens:
-                    break
-        finally:  # enough, or an error: what has not begun need not
-            pool.shutdown(wait=True, cancel_futures=True)
-        bar.update(_written(folder, dtype) - bar.n)
+    with tqdm(total=source.tokens, unit="token", unit_scale=True, desc="tokenising") as bar:
+
+        def progress() -> None:
+            bar.update(_written(folder, dtype) - bar.n)
+
+        for length in _in_order(write, count, workers, progress):
+            lengths.append(length)
+            if source.tokens and sum(lengths) >= source.tokens:
+                break
+        progress()
     whole = sum(lengths)
     if not whole:
         raise ValueError(f"{source.path} has no text: check corpus.path and corpus.field")
@@ -95,8 +89,28 @@ def write_shards(source: Source, tokenizer: Any, name: str, folder: Path, worker
     _write(folder / "index.json", index)
 
 
+def _in_order(
+    write: Callable[[int], int], count: int, workers: int, progress: Callable[[], None]
+) -> Iterator[int]:
+    """The results of write(0) … write(count - 1), as they come; workers: as in `write_shards`."""
+    if not workers:
+        yield from map(write, range(count))
+        return
+    with Workers(workers) as pool:
+        for job in [pool.submit(write, i) for i in range(count)]:
+            while not wait([job], timeout=1).done:
+                progress()
+            try:
+                yield job.result()
+            except BrokenExecutor:
+                raise ValueError(
+                    "a worker process was killed, probably for memory: run again with "
+                    f"stage.workers={workers // 2}"
+                ) from None
+
+
 def _write_shard(
-    source: Source, tokenizer: Any, folder: Path, count: int, index: int, dtype: np.dtype[Any]
+    source: Source, tokenizer: Any, folder: Path, count: int, dtype: np.dtype[Any], index: int
 ) -> int:
     """Write one of `count` shards; its number of tokens. Stops where source.tokens are reached."""
     target = folder / _name(index)
@@ -159,21 +173,19 @@ def _open(source: Source) -> Any:
         ) from None
 
 
-def _one_thread() -> None:
-    """The tokenizer's threads would fight over the cores that the processes share."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
 def _claim(folder: Path, asked: dict[str, Any]) -> None:
-    """A folder is for one source and one tokenizer."""
+    """A folder is for one source and one tokenizer, from the first token on."""
     file = folder / "source.json"
-    if not file.exists():
-        _write(file, asked)
-    elif (there := json.loads(file.read_text())) != asked:
+    there = json.loads(file.read_text()) if file.exists() else asked
+    if there != asked and _written(folder, np.dtype("uint8")):
         other = ", ".join(key for key in asked if asked[key] != there.get(key))
         raise ValueError(
             f"{folder} holds a corpus with another {other}: set corpus.folder, or delete it"
         )
+    if there != asked:  # a try that came to nothing
+        for path in folder.iterdir():
+            path.unlink()
+    _write(file, asked)
 
 
 def _written(folder: Path, dtype: np.dtype[Any]) -> int:

@@ -29,7 +29,7 @@ def test_cudnn_which_plans_anew_for_every_length_is_off():
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-@pytest.mark.parametrize("method", [Dilated(4, 2, 1), MoBA(4, 4)], ids=str)
+@pytest.mark.parametrize("method", [Dilated(dilation=4, local=2, initial=1), MoBA(4, 4)], ids=str)
 def test_no_call_has_both_a_mask_and_groups(calls, method):
     """CUDA's fused kernels take one of the two."""
     q, k, v = states(2)
@@ -40,7 +40,7 @@ def test_no_call_has_both_a_mask_and_groups(calls, method):
 
 @pytest.mark.parametrize("sizes", [(4, 2, 1), (4, 9, 3), (3, 0, 0), (0, 3, 2), (50, 40, 1)])
 def test_dilated_decoding_reads_what_the_pattern_sees(calls, sizes):
-    method = Dilated(*sizes)
+    method = Dilated(**dict(zip(("dilation", "local", "initial"), sizes, strict=True)))
     q, k, v = states(2, batch=2)
     engine = Engine(method)
     out, _ = attend(engine, q, k, v, [30, 30], 7)
@@ -53,8 +53,9 @@ def test_dilated_decoding_reads_what_the_pattern_sees(calls, sizes):
 def test_dilated_attention_is_one_graph():
     """In training each layer is compiled."""
     q, k, v = states(2, length=600)
-    compiled = torch.compile(Dilated(64, 64, 1).attend_prefill, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(q, k, v), Dilated(64, 64, 1).attend_prefill(q, k, v))
+    method = Dilated(dilation=64, local=64, initial=1)
+    compiled = torch.compile(method.attend_prefill, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v), method.attend_prefill(q, k, v))
 
 
 def test_dilated_training_takes_few_operations():
@@ -68,5 +69,5 @@ def test_dilated_training_takes_few_operations():
 
     q, k, v = (torch.randn(1, 1, 4096, 4, requires_grad=True) for _ in range(3))
     with Count():
-        Dilated(64, 64, 1).attend_prefill(q, k, v).sum().backward()
+        Dilated(dilation=64, local=64, initial=1).attend_prefill(q, k, v).sum().backward()
     assert len(counted) < 150

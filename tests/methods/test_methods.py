@@ -25,6 +25,7 @@ METHODS = [
     SnapKV(top_k=12, window=4, pooling="none"),
     Dilated(dilation=4, local=2, initial=1),
     Dilated(dilation=0, local=3, initial=2),
+    Dilated(dilation=4),
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=str)
 selecting = pytest.mark.parametrize("method", [m for m in METHODS if m.phase], ids=str)

@@ -20,7 +20,7 @@ METHODS = [
     Quest(4, 3),
     MoBA(4, 3),
     SnapKV(top_k=12, window=4),
-    Dilated(dilation=4, local=4),
+    Dilated(dilation=4, local=4, initial=1),
 ]
 
 

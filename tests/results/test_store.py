@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from ratplus_exp.results import store as store_module
-from ratplus_exp.results.store import Store, StoreBusy
+from ratplus_exp.results.files import StoreBusy
+from ratplus_exp.results.store import Store
 
 ROOT = Path(__file__).parents[2]
 KEY = {

@@ -17,7 +17,7 @@ STAGE = [
     "model=pocket_ratplus",
     "stage.schedule=[[512,32]]",
     "stage.tokens_per_step=128",
-    "stage.joint={dilation:4,local:4,initial:1}",
+    "stage.joint.dilation=4",
     "stage.optimizer.rows_per_pass=2",
     "stage.optimizer.log_every=1",
     "stage.optimizer.checkpoint_every=2",
@@ -42,7 +42,7 @@ def test_text_becomes_shards_and_trains_an_attention_model_with_fresh_gates(
     train = ["stage=continued_pretrain", *corpus, init, *STAGE]
     with pytest.raises(ValueError, match="run stage=tokenize"):
         job(*train)
-    job("stage=tokenize", *corpus, init, "stage.workers=1", "model=pocket_ratplus")
+    job("stage=tokenize", *corpus, init, "stage.workers=0", "model=pocket_ratplus")
     assert "tokens in" in capsys.readouterr().out
     assert len(list((job.folder / "corpus/local").iterdir())) == 1  # of this tokenizer
     capsys.readouterr()
@@ -60,7 +60,7 @@ def test_text_becomes_shards_and_trains_an_attention_model_with_fresh_gates(
 
 def test_a_corpus_that_is_read_several_times_is_told_so(job, tiny_models, corpus, capsys):
     init = f"stage.init={tiny_models['attention']}"
-    job("stage=tokenize", *corpus, init, "stage.workers=1", "model=pocket_ratplus")
+    job("stage=tokenize", *corpus, init, "stage.workers=0", "model=pocket_ratplus")
     tokens = int(capsys.readouterr().out.split(" tokens")[0].split()[-1].replace(",", ""))
     windows = (tokens - 1) // 32
     schedule = f"stage.schedule=[[{2 * 32 * windows},32]]"
@@ -95,7 +95,7 @@ def test_a_stock_olmo2_goes_the_way_of_the_pocket_pair(job, tiny_models, corpus,
     tokenizer.save_pretrained(tmp_path / "olmo2")
     model = ["model=olmo2_1b_ratplus", "data=pocket", "data.length=128"]
     init = f"stage.init={tmp_path / 'olmo2'}"
-    job("stage=tokenize", *corpus, *model, init, "stage.workers=1")
+    job("stage=tokenize", *corpus, *model, init, "stage.workers=0")
     job("stage=continued_pretrain", *corpus, *model, init, *STAGE[1:])
     folder = tmp_path / "training/olmo2_1b_ratplus_continued"
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

@@ -41,9 +41,10 @@ REPOSITORY = Path(__file__).parents[2]
         (["stage.batch_size=0"], "use at least 1"),
         (["data.forms.number_digits=abc"], "whole number"),
         (["method.target=foo.Bar"], "is no Method"),
-        (["stage=pretrain", "stage.optimizer.precision=fp17"], "use fp32 or bf16"),
+        (["stage=pretrain", "stage.optimizer.precision=fp17"], "use one of auto, fp32, bf16"),
         (["stage=pretrain", "+stage.optimizer.speed=1"], "has no field 'speed'"),
         (["stage=pretrain", "+stage.joint.depth=1"], "has no field 'depth'"),
+        (["stage=pretrain", "stage.joint={local: -1}"], "local is -1: use at least 0"),
         (["stage=sft"], "set stage.init"),
         (["stage=report"], "evaluate first"),
     ],
@@ -53,6 +54,61 @@ def test_refused_with_the_remedy(job, tiny_models, overrides, message):
     with pytest.raises((ValueError, OSError), match=message):
         job(*model, *overrides)
     assert not list(job.folder.rglob("samples.jsonl"))
+
+
+NONSENSE = {
+    "schedule": [
+        "[]",
+        "[[0,64]]",
+        "[[-512,64]]",
+        "[[512,0]]",
+        "[[512]]",
+        "[512,64]",
+        "x",
+        "[[a,b]]",
+    ],
+    "tokens_per_step": ["0", "-1", "x"],
+    "drill_tokens": ["-1", "x"],
+    "sparse_only_tokens": ["-1"],
+    "several_rate": ["2", "-0.1", "nan", "x"],
+    "other_rate": ["1.5"],
+    "optimizer.lr": ["-1", "inf", "nan"],
+    "optimizer.memory_lr": ["-1e-3"],
+    "optimizer.min_lr_ratio": ["-0.1", "2"],
+    "optimizer.warmup": ["5", "1", "-0.1"],
+    "optimizer.weight_decay": ["-0.1", "nan"],
+    "optimizer.betas": ["[0.9,1]", "[0.9]"],
+    "optimizer.clip": ["-1", "0", "nan"],
+    "optimizer.spike": ["1"],
+    "optimizer.decay": ["some"],
+    "optimizer.parallel": ["tensor"],
+    "optimizer.rows_per_pass": ["0"],
+    "optimizer.peak_tflops": ["0"],
+    "optimizer.log_every": ["0"],
+}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [f"stage.{name}={value}" for name, values in NONSENSE.items() for value in values]
+    + [f"model.architecture.{x}" for x in ("num_hidden_layers=-1", "hidden_size=0")],
+)
+def test_no_nonsense_is_trained(job, override):
+    with pytest.raises(ValueError, match="use|must be|write") as error:
+        job("experiment=pocket_scratch_attention", override)
+    name, _, _ = override.rpartition("=")
+    assert name.rpartition(".")[2] in str(error.value)
+    assert not list(job.folder.rglob("training"))
+
+
+@pytest.mark.parametrize("mixture", ["{S-1: -1}", "{S-1: .nan}", "{S-1: 0}", "{S-9: 1}", "{}"])
+def test_no_nonsense_is_tuned(job, tiny_models, mixture):
+    how = ["experiment=pocket_attention_sft", f"stage.init={tiny_models['attention']}"]
+    cfg = job.compose(*how)
+    only = {f"~stage.mixture.{task}" for task in cfg.stage.mixture}
+    with pytest.raises(ValueError, match="mixture .*(use 0 or positive|give some task)"):
+        job(*how, *only, f"+stage.mixture={mixture}" if mixture != "{}" else "seed=0")
+    assert not list(job.folder.rglob("training"))
 
 
 def test_a_corrupt_weight_file_is_named(job, tiny_models):

@@ -1,18 +1,18 @@
 """stage=sweep and stage=random_selector: what a table needs is run once, by whoever needs it."""
 
 import os
-import queue
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from ratplus_exp.config import plain
 from ratplus_exp.results import Store, tidy
 from ratplus_exp.results.compare import paper_setting
 from ratplus_exp.results.paper import paper_tables
@@ -123,24 +123,77 @@ def test_a_cell_that_fails_stops_no_other(job, pair):
     assert cells[0].done() == 2
 
 
-def test_a_worker_whose_gpu_is_lost_asks_for_another_in_its_place(job, pair, monkeypatch):
-    with job.ready("experiment=table3", *pair) as cfg:
-        item = plain(sweep.expand(cfg)[0]), "MV"
+def lost_gpu(lost, here):
+    """In a worker: the first cell of the first process fails and takes its GPU with it."""
+    sweep._begin(here)
+    fill, first = sweep.fill, []
 
-    def fill(*_):
-        raise RuntimeError("no kernel")
+    def failing(*args):
+        if not first:
+            first.append(args)
+            with suppress(FileExistsError):
+                Path(lost).touch(exist_ok=False)
+                raise RuntimeError("no kernel")
+        return fill(*args)
 
-    monkeypatch.setattr(sweep, "fill", fill)
-    monkeypatch.setattr(sweep.Bench, "ready", lambda *_: (None, None))
-    for usable, last in ((True, ("end", None)), (False, ("broken", os.getpid()))):
-        monkeypatch.setattr(sweep, "_usable", lambda usable=usable: usable)
-        tasks, news = queue.Queue(), queue.Queue()
-        for task in (item, None):
-            tasks.put(task)
-        sweep._work(tasks, news, os.getppid())
-        kind, text = news.get()
-        assert kind == "failed" and "RuntimeError: no kernel" in text
-        assert news.get() == last and news.empty()
+    sweep.fill, sweep._usable = failing, lambda: False
+
+
+@pytest.mark.slow
+def test_a_worker_whose_gpu_is_lost_leaves_its_cells_to_others(job, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_begin", partial(lost_gpu, str(tmp_path / "lost")))
+    overrides = ["experiment=fig1", *pair, "stage.workers=2"]
+    with pytest.raises(ValueError, match=r"1 cells failed.*RuntimeError: no kernel"):
+        job(*overrides)
+    done = [cell.done() for cell in Store(job.folder / "results").cells()]
+    assert done == [2] * 19
+
+
+def started(pair, folder, *overrides):
+    command = [sys.executable, "run.py", f"output={folder}", "tracking=disabled", "device=cpu"]
+    command += ["experiment=table3", *pair, "stage.workers=2", *overrides]
+    log = (folder / "log").open("w")
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True)
+
+
+def children(pid):
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", ["ctrl-c", "worker killed", "failures"])
+def test_a_sweep_ends_in_time(pair, tmp_path, how):
+    """Whatever ended it: it waits neither for cells nor for the workers' queues."""
+    store = tmp_path / "results"
+    if how == "failures":
+        store.mkdir()
+        (store / "eval").write_text("not a folder")
+    process = started(pair, tmp_path, "data.examples=2000")
+    try:
+        if how != "failures":
+            while not any(p.stat().st_size for p in store.rglob("samples.jsonl")):
+                assert process.poll() is None
+                time.sleep(0.1)
+        workers = children(process.pid)
+        if how == "ctrl-c":
+            os.killpg(process.pid, signal.SIGINT)
+        elif how == "worker killed":
+            names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers}
+            os.kill(
+                next(pid for pid, name in names.items() if b"spawn_main" in name), signal.SIGKILL
+            )
+        assert process.wait(timeout=60) != 0
+        end = time.monotonic() + 20
+        while any(Path(f"/proc/{pid}").exists() for pid in workers):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    said = (tmp_path / "log").read_text()
+    wanted = {"worker killed": "stage.workers=1", "failures": "16 cells failed"}
+    assert wanted.get(how, "Interrupt") in said
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 import json
+from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ratplus_exp.results import Store, tidy
+from ratplus_exp.results import Store, StoreBusy, locked, tidy
+from ratplus_exp.stages import train as stage
+from ratplus_exp.training import Trainer
 
 TINY = [
     "model.architecture.hidden_size=16",
@@ -79,3 +82,56 @@ def test_an_attention_model_cannot_start_from_ratplus(job):
     ratplus = train(job, "pocket_scratch_ratplus")
     with pytest.raises(ValueError, match="has the memory"):
         train(job, "pocket_scratch_attention", init=ratplus)
+
+
+class Interrupted(Trainer):
+    """Notes its precision, and the first one stops after a checkpoint."""
+
+    seen: ClassVar[list] = []
+
+    def run(self, description="training"):
+        self.seen.append(self.settings.precision)
+        super().run(description)
+
+    def _train_step(self, micro_batches):
+        if self.step == 2 and len(self.seen) == 1:
+            raise KeyboardInterrupt
+        return super()._train_step(micro_batches)
+
+
+@pytest.mark.parametrize("first", ["fp32", "bf16"])
+def test_a_training_keeps_the_precision_that_it_began_with(job, monkeypatch, capsys, first):
+    monkeypatch.setattr(stage, "Trainer", Interrupted)
+    monkeypatch.setattr(stage, "fastest", lambda *_: first)
+    monkeypatch.setattr(Interrupted, "seen", [])
+    with pytest.raises(KeyboardInterrupt):
+        train(job, "pocket_scratch_attention")
+    assert f"precision=auto: {first}" in capsys.readouterr().out
+    other = {"fp32": "bf16", "bf16": "fp32"}[first]
+    monkeypatch.setattr(stage, "fastest", lambda *_: other)
+    with pytest.raises(ValueError, match="another configuration"):
+        train(job, "pocket_scratch_attention", **{"optimizer.precision": other})
+    model = train(job, "pocket_scratch_attention")
+    assert Interrupted.seen == [first] * 2
+    starts = json.loads((model.parent / "provenance.json").read_text())
+    assert [start["precision"] for start in starts] == [first] * 2
+
+
+def test_two_trainings_do_not_share_a_folder(job):
+    folder = job.folder / "training" / "pocket_scratch_attention"
+    with locked(folder), pytest.raises(StoreBusy, match="is being written by process"):
+        train(job, "pocket_scratch_attention")
+    train(job, "pocket_scratch_attention")
+
+
+def test_a_first_try_that_failed_does_not_block_the_corrected_one(job, tiny_models, tmp_path):
+    bad, good = tmp_path / "bad.txt", tmp_path / "good.txt"
+    bad.write_bytes(b"\xff\xfe")
+    good.write_text("the grass is green. the sky is blue. " * 100)
+    how = ["experiment=pocket_attention_sft", *TINY, f"stage.init={tiny_models['attention']}"]
+    how += ["stage.schedule=[[256,128]]", "data.forms.reserve=32"]
+    with pytest.raises(ValueError, match="bad.txt"):
+        job(*how, f"data.essay={bad}")
+    job(*how, f"data.essay={good}")
+    starts = json.loads((job.folder / "training/pocket_attention_sft/provenance.json").read_text())
+    assert [start["config"]["data"]["essay"] for start in starts] == [str(good)]

@@ -59,7 +59,7 @@ def stored(folder):
     return np.concatenate(parts).tolist(), index
 
 
-def write(path, folder, tokenizer=None, workers=1, **source):
+def write(path, folder, tokenizer=None, workers=0, **source):
     source = Source(str(path), **source)
     write_shards(source, tokenizer or Letters(), "letters", folder, workers)
 
@@ -140,6 +140,19 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch, change, message):
         path = tmp_path / "empty"
     with pytest.raises(ValueError, match=message):
         write(path, tmp_path / "corpus", **change)
+
+
+@pytest.mark.parametrize("wrong", [{"field": "body"}, {"path": "nowhere"}, {"field": "empty"}])
+def test_a_first_try_that_failed_does_not_claim_the_folder(tmp_path, monkeypatch, wrong):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    lines = [json.dumps({"text": text, "empty": ""}) for text in TEXTS]
+    (texts / "a.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="no field|cannot open|has no text"):
+        write(**{"path": texts, "folder": tmp_path / "corpus"} | wrong)
+    write(texts, tmp_path / "corpus")
+    assert stored(tmp_path / "corpus")[0] == tokens(TEXTS)
 
 
 def test_a_folder_keeps_to_its_source(tmp_path):

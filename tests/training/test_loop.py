@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import signal
 from functools import partial
 
@@ -72,6 +73,71 @@ def test_a_killed_and_resumed_training_is_the_uninterrupted_one(
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert logged(tmp_path / "whole") == logged(tmp_path / "killed")
     assert len(logged(tmp_path / "whole")) == 10 // log_every
+
+
+DAMAGES = {
+    "truncated": lambda whole: whole[: len(whole) // 2],
+    "empty": lambda whole: b"",
+    "garbage": lambda whole: bytes(reversed(whole)),
+    "one byte": lambda whole: whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(make_model, tmp_path, capsys, damage):
+    whole, _ = train(make_model(), tmp_path / "whole")
+    folder = tmp_path / "damaged"
+    train(make_model(), folder)
+    last = folder / "checkpoint-10.pt"
+    last.write_bytes(damage(last.read_bytes()))
+    again, rows = train(make_model(1), folder)
+    assert "checkpoint-10.pt is damaged" in capsys.readouterr().out
+    assert [row["step"] for row in rows] == [9, 10] and last.exists()
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert logged(folder) == logged(tmp_path / "whole")
+
+
+def test_where_all_checkpoints_are_damaged_nothing_is_trained(make_model, tmp_path):
+    train(make_model(), tmp_path)
+    for path in tmp_path.glob("checkpoint-*"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="all checkpoints in .* delete the folder"):
+        train(make_model(), tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(make_model, tmp_path):
+    """A limit on the size of files stands for it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Filling(Trainer):
+        def _train_step(self, micro_batches):
+            if self.step == 5:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+            return super()._train_step(micro_batches)
+
+    try:
+        with pytest.raises(OSError, match="checkpoint-8.pt .*make room") as error:
+            train(make_model(), tmp_path, trainer=Filling)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-4.pt"]
+    run, rows = train(make_model(1), tmp_path)
+    assert run.step == 10 and rows[0]["step"] == 5
+
+
+@pytest.mark.parametrize("torn", ['{"loss": 1.', '{"loss": 1.{"loss": 2, "step": 1}\n', "7\n"])
+def test_a_kill_before_the_first_checkpoint_leaves_no_row(make_model, tmp_path, torn):
+    train(make_model(), tmp_path / "whole", checkpoint_every=10)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_model(), tmp_path / "killed", trainer=Killed, checkpoint_every=10)
+    log = tmp_path / "killed" / "log.jsonl"
+    assert len(log.read_text().splitlines()) == 7
+    with log.open("a") as file:
+        file.write(torn)
+    train(make_model(), tmp_path / "killed", checkpoint_every=10)
+    assert logged(tmp_path / "whole") == logged(tmp_path / "killed")
 
 
 def logged(folder):
@@ -214,7 +280,7 @@ def test_flops_are_logged_as_a_share_of_the_peak(make_model, tmp_path):
     matrices = sum(p.numel() for p in model.parameters())
     patterns = [[j <= t for j in range(12)] for t in range(12)]
     dense = sum(map(sum, patterns)) / 12
-    sparse = sum((j + 1) % 4 == 0 or t - j <= 1 or j < 1 for t in range(12) for j in range(t + 1))
+    sparse = sum((j + 1) % 4 == 0 or j == t for t in range(12) for j in range(t + 1))
     token = 2 * 6 * matrices + 12 * 2 * 32 * (dense + sparse / 12)
     [first, *_] = rows
     assert first["mfu"] * 1e9 == pytest.approx(token * first["tokens_per_second"], rel=0.02)

@@ -39,15 +39,17 @@ def test_a_rate_of_zero_freezes_its_parameters_only(make_model, tmp_path, frozen
         assert torch.equal(p, before[name]) == still
 
 
-def test_weight_decay_is_for_the_matrices_outside_the_memory(make_model, tmp_path):
+@pytest.mark.parametrize("what", ["matrices", "all"])
+def test_weight_decay_is_for_the_matrices_outside_the_memory_or_for_all(make_model, tmp_path, what):
     model = make_model()
-    trainer = Trainer(model, batch, SCHEDULE, settings(weight_decay=0.25), tmp_path)
+    trainer = Trainer(model, batch, SCHEDULE, settings(weight_decay=0.25, decay=what), tmp_path)
     groups = trainer.optimizer.param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     memory = {id(p) for p in memory_parameters(model)}
     assert len(memory) == 4
     for p in model.parameters():
-        assert decay[id(p)] == (0.25 if p.ndim >= 2 and id(p) not in memory else 0.0)
+        decays = what == "all" or (p.ndim >= 2 and id(p) not in memory)
+        assert decay[id(p)] == (0.25 if decays else 0.0)
 
 
 def test_learning_rates_warm_up_and_follow_a_cosine(make_model, tmp_path):

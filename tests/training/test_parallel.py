@@ -111,3 +111,15 @@ def test_sigterm_of_one_rank_stops_all_with_a_checkpoint(tmp_path, alone):
     for name, value in alone[0].items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
     assert [row["step"] for row in log(tmp_path)] == list(range(1, 11))
+
+
+def test_a_damaged_checkpoint_of_two_processes_is_set_aside_by_both(tmp_path):
+    weights = final(tmp_path / "whole")
+    final(tmp_path / "damaged")
+    shards = sorted((tmp_path / "damaged" / "checkpoint-10").glob("*.distcp"))
+    shards[-1].write_bytes(shards[-1].read_bytes()[:1000])  # of one of them
+    codes, texts = start(tmp_path / "damaged")
+    assert codes == [0, 0] and "checkpoint-10 is damaged" in texts[0]
+    again = torch.load(tmp_path / "damaged" / "final.pt", weights_only=True)
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+    assert len(log(tmp_path / "damaged")) == 10

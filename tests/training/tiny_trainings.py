@@ -8,7 +8,7 @@ from ratplus_exp.memory import Memory
 from ratplus_exp.methods import Dilated
 from ratplus_exp.training import Schedule, Trainer, TrainSettings
 
-DILATED = Dilated(dilation=4, local=1, initial=1)
+DILATED = Dilated(dilation=4)
 SCHEDULE = Schedule([(6 * 48, 12), (4 * 48, 16)], 48)  # 6 steps of 4 × 12 tokens, 4 of 3 × 16
 ONE_STEP = Schedule([(48, 12)], 48)
 SHORT = Schedule([(48, 12), (48, 16)], 48)  # a step at each length

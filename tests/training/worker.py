@@ -60,7 +60,7 @@ def main(folder: Path, how: dict) -> None:
     if interrupt:
         Interrupted.signal_rank, Interrupted.at, name = interrupt
         Interrupted.number = signal.Signals[name]
-    sparse = Dilated(dilation=4, local=1, initial=1) if how.pop("joint", False) else None
+    sparse = Dilated(dilation=4) if how.pop("joint", False) else None
     defaults = {"lr": 3e-3, "memory_lr": 1e-2, "log_every": 1, "checkpoint_every": 4}
     settings = TrainSettings(**defaults | how)
     with processes(torch.device("cpu")):

@@ -1,0 +1,99 @@
+"""Batches made by worker processes are those that the training would have made itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ratplus_exp.training import Schedule
+from ratplus_exp.training.batches import NICE, Batches
+
+SCHEDULE = Schedule([(96, 8), (32, 16)], 32)  # 3 steps of 4 × 8, one of 2 × 16
+pytestmark = pytest.mark.timeout(180)
+
+
+def batch(step, rows, length):
+    generator = np.random.default_rng(step)
+    labels = generator.integers(0, 100_000, (rows, length))
+    return generator.integers(0, 100_000, (rows, length)), np.where(labels < 500, -100, labels)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("first", [0, 2, 4])
+def test_batches_come_in_the_order_of_steps(workers, first):
+    wanted = [batch(0, 4, 8), batch(1, 4, 8), batch(2, 4, 8), batch(3, 2, 16)][first:]
+    made = list(Batches(batch, SCHEDULE).since(first, workers))
+    assert len(made) == len(wanted)
+    for pair, wanted_pair in zip(made, wanted, strict=True):
+        for x, y in zip(pair, wanted_pair, strict=True):
+            np.testing.assert_array_equal(x, y)
+            assert x.dtype == y.dtype
+
+
+def wrong(step, rows, length):
+    raise ValueError("no such batch")
+
+
+def dying(step, rows, length):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("made_by", "message"), [(wrong, "no such batch"), (dying, "lower stage.workers")]
+)
+def test_what_ends_a_worker_ends_the_training(made_by, message):
+    with pytest.raises(ValueError, match=message):
+        next(Batches(made_by, SCHEDULE).since(0, 1))
+
+
+def process(step, rows, length):
+    """Says which process this is, and how nice; batches after the first take their time."""
+    if step:
+        time.sleep(1)
+    return np.full((rows, length), os.getpid()), np.full((rows, length), os.nice(0))
+
+
+def test_workers_leave_signals_and_the_first_turn_to_the_training():
+    with closing(Batches(process, SCHEDULE).since(0, 1)) as batches:
+        ids, niceness = next(batches)
+        worker = int(ids[0, 0])
+        assert niceness[0, 0] == min(19, os.nice(0) + NICE)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(worker, number)
+        assert int(next(batches)[0][0, 0]) == worker
+    assert not Path(f"/proc/{worker}").exists()
+
+
+PARENT = """
+import sys, time
+from contextlib import closing
+sys.path.insert(0, {here!r})
+from test_batches import SCHEDULE, process
+from ratplus_exp.training.batches import Batches
+if __name__ == "__main__":
+    with closing(Batches(process, SCHEDULE).since(0, 1)) as batches:
+        print(int(next(batches)[0][0, 0]), flush=True)
+        time.sleep(3600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_the_training(tmp_path, number):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.format(here=os.path.dirname(__file__)))
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    parent.send_signal(number)
+    assert parent.wait(timeout=30) != 0
+    end = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
