@@ -42,12 +42,14 @@ def peak_tflops(device: torch.device) -> float | None:
 class Shape:
     """What the estimates need to know of a model.
 
-    parameters: all of them, tied weights once; memory_parameters: the gates among them.
+    parameters: all of them, tied weights once; memory_parameters: the memory's among them.
+    memory_state: numbers that the memories carry from token to token of one sequence.
     multiplied: parameters that every token is multiplied by: all but an untied input embedding.
     """
 
     parameters: int
     memory_parameters: int
+    memory_state: int
     multiplied: int
     layers: int
     hidden: int
@@ -63,12 +65,13 @@ class Shape:
         net: Any = model
         config = net.config
         embedding, head = net.get_input_embeddings().weight, net.get_output_embeddings().weight
-        gates = [p for m in model.modules() if isinstance(m, Memory) for p in m.parameters()]
+        memories = [module for module in model.modules() if isinstance(module, Memory)]
         total = sum(p.numel() for p in model.parameters())
         heads = config.num_attention_heads
         return cls(
             parameters=total,
-            memory_parameters=sum(p.numel() for p in gates),
+            memory_parameters=sum(p.numel() for m in memories for p in m.parameters()),
+            memory_state=sum(memory.state_size for memory in memories),
             multiplied=total - (0 if embedding is head else embedding.numel()),
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
@@ -96,8 +99,8 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim * tokens * itemsize
 
     def memory_state_bytes(self) -> int:
-        """The memory's last k̃ and ṽ of one sequence, in fp32."""
-        return self.kv_bytes(1, itemsize=4) if self.memory_parameters else 0
+        """The memory's state of one sequence, in fp32."""
+        return 4 * self.memory_state
 
 
 @cache

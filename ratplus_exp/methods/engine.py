@@ -97,15 +97,19 @@ class Engine:
         lengths: Tensor | None,
         layer: int,
         representatives: Tensor | None = None,
+        select_by: Tensor | None = None,
     ) -> Tensor:
         """Attention of a whole prompt to itself.
 
         q (B, H, T, D), k and v (B, K, T, D), lengths (B,) real tokens of each row (None: all T),
-        representatives (B, K, N, *) of the blocks (None: found here where needed).
+        representatives (B, K, N, *) of the blocks (None: found here where needed), select_by
+        (B, K, T, D) the keys to select by (None: k).
         Returns (B, H, T, D); what it holds behind a row's length is meaningless.
         """
         length = q.shape[2]
         position = torch.arange(length, device=q.device)
+        if select_by is not None and self.method.phase == "prefill":
+            representatives = self.block_representatives(select_by)
         out = self.method.attend_prefill(q, k, v, representatives) if self._alone else None
         if out is not None:
             attended = self.method.attended(position).float()
@@ -232,17 +236,20 @@ class Engine:
             k = F.pad(k, (0, 0, 0, missing))
         return self.method.represent(k.unflatten(2, (-1, size)))
 
-    def keep(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor] | None:
+    def keep(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, select_by: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """Keys and values that stay in the cache after a prompt, (B, K, kept, D); None: all.
 
-        All rows have T tokens here: q (B, H, T, D), k and v (B, K, T, D).
+        All rows have T tokens here: q (B, H, T, D), k, v and select_by, the keys to select by
+        (None: k), (B, K, T, D).
         """
-        method = self.method
-        if self._alone and method.phase == "once" and k.shape[2] > method.top_k:
+        method, alone = self.method, self._alone and select_by is None
+        if alone and method.phase == "once" and k.shape[2] > method.top_k:
             kept = method.keep(q[:, :, -method.forced :], k, v)
             if kept is not None:
                 return kept
-        slots = self.kept_after_prefill(q, k, layer)
+        slots = self.kept_after_prefill(q, k if select_by is None else select_by, layer)
         if slots is None:
             return None
         index = slots[..., None].expand(-1, -1, -1, k.shape[-1])

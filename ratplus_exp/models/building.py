@@ -7,16 +7,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ratplus_exp.memory import Memory
 from ratplus_exp.models.configuration import RatPlusConfig
 from ratplus_exp.models.families import FAMILIES
 from ratplus_exp.models.hf import carry
 from ratplus_exp.models.modeling import RatPlusForCausalLM
 
-MEMORY_SETTINGS = ("gate_bias", "memory_on", "shared_gate", "memory_position", "output_gate")
+MEMORY_SETTINGS = (
+    "memory_kind",
+    "gate_bias",
+    "memory_on",
+    "shared_gate",
+    "memory_position",
+    "output_gate",
+)
 """The settings of an architecture that adding the memory takes."""
 
 
@@ -73,9 +80,9 @@ def add_memory(model: PreTrainedModel, seed: int = 0, **settings: Any) -> PreTra
     logging.set_verbosity(level)
     new = (".memory.", ".output_gate.")
     assert all(any(part in name for part in new) for name in report["missing_keys"])
-    for name in report["missing_keys"]:
-        if name.endswith(".memory.weight"):
-            nn.init.zeros_(ratplus.get_parameter(name))
+    for module in ratplus.modules():
+        if isinstance(module, Memory):
+            module.initialize(0.0, config.gate_bias)
     return ratplus
 
 

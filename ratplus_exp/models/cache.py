@@ -22,8 +22,9 @@ ROOM = 64  # slots allocated ahead of need
 
 
 class SparseLayer(DynamicLayer):
-    """One layer's share: keys and values (B, K, slots, D), memory state (2, B, K, D) in fp32, and
-    block representatives (B, K, N, *) for methods that select while decoding."""
+    """One layer's share: keys and values (B, K, slots, D), memory state (·, B, ..., K, D) in fp32,
+    and, for methods that select while decoding, block representatives (B, K, N, *) and the keys
+    to select by (B, K, slots, D) where they are others than those to attend to."""
 
     is_croppable = False  # see SparseCache.crop
 
@@ -31,6 +32,7 @@ class SparseLayer(DynamicLayer):
         super().__init__()
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.select_by: Tensor | None = None
         self.memory_state: Tensor | None = None
         self.representatives: Tensor | None = None
 
@@ -48,7 +50,7 @@ class SparseLayer(DynamicLayer):
 
     def map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
         """Replace every tensor by function(tensor, its batch dimension)."""
-        for name in ("keys", "values", "representatives"):
+        for name in ("keys", "values", "select_by", "representatives"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, function(tensor, 0))
@@ -122,16 +124,26 @@ class SparseCache(Cache):
         it."""
         return k, v
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        step: Step,
+        select_by: Tensor | None = None,
+    ) -> Tensor:
         """Attention of the step's tokens, which are stored on the way: (B, H, T, D)."""
         store, engine = self.layers[layer], self.engine
         if self.is_empty:
-            out = engine.prefill(q, k, v, step.lengths, layer, store.representatives)
+            out = engine.prefill(q, k, v, step.lengths, layer, store.representatives, select_by)
             if engine.method.phase != "decode":
                 store.representatives = None
             elif store.representatives is None:
-                store.representatives = engine.block_representatives(k)
-            self._store_prompt(layer, q, k, v, step)
+                store.representatives = engine.block_representatives(
+                    k if select_by is None else select_by
+                )
+            self._store_prompt(layer, q, k, v, step, select_by)
             return out
         assert self.processed is not None and self.stored is not None
         new = q.shape[2]
@@ -143,7 +155,8 @@ class SparseCache(Cache):
                 raise ValueError(f"the cache has room for {self.room} tokens after the prompt only")
             used = capacity
         slots = self.stored[:, None] + torch.arange(new, device=q.device)
-        self._append(store, k, v, slots, used)
+        new_states = {"keys": k, "values": v, "select_by": select_by}
+        self._append(store, new_states, slots, used)
         self._update_representatives(store, step.positions, used)
         return engine.decode(
             q,
@@ -177,27 +190,36 @@ class SparseCache(Cache):
             self.processed += new
             self.stored += new
 
-    def _store_prompt(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> None:
+    def _store_prompt(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step, select_by: Tensor | None
+    ) -> None:
         """Store the keys and values that stay after the prompt.
 
         Rows of equal length are handled together: an observation window ends with its own row.
         """
         store, method = self.layers[layer], self.engine.method
         room = ROOM if self.room is None else self.room
+        if select_by is not None and method.phase == "decode":
+            store.select_by = _with_room(select_by, select_by.shape[2] + room)
         if method.phase != "once" or step.lengths is None:
-            store.hold(*(self.engine.keep(q, k, v, layer) or (k, v)), room)
+            store.hold(*(self.engine.keep(q, k, v, layer, select_by) or (k, v)), room)
             return
         store.hold(k[:, :, : method.top_k], v[:, :, : method.top_k], room)
         assert store.keys is not None and store.values is not None
         for length, rows in step.rows_of_length.items():
             q_rows, k_rows, v_rows = (x[rows][:, :, :length] for x in (q, k, v))
-            kept = self.engine.for_rows(rows).keep(q_rows, k_rows, v_rows, layer)
+            by_rows = None if select_by is None else select_by[rows][:, :, :length]
+            kept = self.engine.for_rows(rows).keep(q_rows, k_rows, v_rows, layer, by_rows)
             if kept is not None:
                 store.keys[rows, :, : method.top_k], store.values[rows, :, : method.top_k] = kept
 
-    def _append(self, store: SparseLayer, k: Tensor, v: Tensor, slots: Tensor, needed: int) -> None:
-        for name, new in (("keys", k), ("values", v)):
+    def _append(
+        self, store: SparseLayer, states: dict[str, Tensor | None], slots: Tensor, needed: int
+    ) -> None:
+        for name, new in states.items():
             tensor = getattr(store, name)
+            if tensor is None or new is None:
+                continue
             if needed > tensor.shape[2]:
                 tensor = _with_room(tensor, needed + ROOM)
             index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
@@ -208,7 +230,8 @@ class SparseCache(Cache):
         if store.representatives is None:
             return
         size = self.engine.method.block_size
-        keys, old = store.keys, store.representatives
+        keys = store.keys if store.select_by is None else store.select_by
+        old = store.representatives
         assert keys is not None
         if missing := max(0, -(-used // size) - old.shape[2]):
             old = F.pad(old, (0, 0, 0, missing))

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ratplus_exp.memory import check_memory
+
 
 class RatPlusConfig(PretrainedConfig):
     """Attention and RAT+ are one model: `memory` switches Eq. 1 on, and nothing else differs.
@@ -14,7 +16,8 @@ class RatPlusConfig(PretrainedConfig):
         memory: whether K and V go through the exponentially decaying memory.
         gate_bias: where the gates start: one logit for all channels, or a pair of effective
             lengths in tokens over which the channels of every head are spread.
-        memory_on, shared_gate: for ablations, see `Memory`.
+        memory_kind: what the memory is, see `KINDS`: the papers' gate, or a control.
+        memory_on, shared_gate: for ablations and controls, see `Memory`.
         num_key_value_heads: fewer than num_attention_heads for grouped-query attention.
         intermediate_size: width of the FFN; P2 uses 4 · hidden_size.
 
@@ -38,6 +41,7 @@ class RatPlusConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
         memory: bool = True,
+        memory_kind: str = "gate",
         gate_bias: float | tuple[float, float] = 0.0,
         memory_on: str = "kv",
         shared_gate: bool = True,
@@ -57,10 +61,12 @@ class RatPlusConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.memory = memory
+        self.memory_kind = memory_kind
         self.gate_bias = gate_bias
         self.memory_on = memory_on
         self.shared_gate = shared_gate
         self.use_cache = use_cache
+        check_memory(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "

@@ -22,7 +22,7 @@ from transformers.models.olmo2 import modeling_olmo2 as olmo2
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from ratplus_exp.memory import Memory
+from ratplus_exp.memory import Memory, check_memory, memory_of
 from ratplus_exp.models.forward_pass import ForwardPass
 from ratplus_exp.models.generation import SavedWithCode
 from ratplus_exp.models.hf import ATTENTION, CarriedDecoder, attention
@@ -38,7 +38,7 @@ class MemoryFields:
     gate_bias: where the gates start, as in RatPlusConfig; −4 lets each token keep 98 % of itself,
         so that training starts near the stock model. The bias alone says it, for W_g = 0 at first:
         in OLMo2 x is the residual stream without a norm, and a random W_g would swamp any bias.
-    memory_on, shared_gate: for ablations, see `Memory`.
+    memory_kind, memory_on, shared_gate: for ablations and controls, see `KINDS` and `Memory`.
     memory_position: whether the memory sees keys "after_norm" or "before_norm", where the family
         has a k-norm (OLMo2, Qwen3); P1 leaves it open.
     output_gate: whether the attention output is multiplied by a gate of x, as in P2's models; P1
@@ -47,12 +47,14 @@ class MemoryFields:
 
     memory: bool = True
     gate_bias: Any = -4.0
+    memory_kind: str = "gate"
     memory_on: str = "kv"
     shared_gate: bool = True
     memory_position: str = "after_norm"
     output_gate: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_memory(self)
         if self.memory_position not in POSITIONS:
             raise ValueError(
                 f"memory_position={self.memory_position} is unknown: use {' or '.join(POSITIONS)}"
@@ -82,7 +84,7 @@ class MemoryAttention(nn.Module):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.memory = Memory.of(config, self.head_dim)
+        self.memory = memory_of(config, self.head_dim)
         # Qwen's layers have windows of their own, and Mistral's all have the config's.
         window = getattr(config, "sliding_window", None)
         self.sliding_window: int | None = getattr(self, "sliding_window", window)
@@ -104,12 +106,16 @@ class MemoryAttention(nn.Module):
         q, k, v = (states.unflatten(-1, (-1, self.head_dim)) for states in projections)
         if position == "after_norm":
             k = self._norm("k_norm", k)
+        select_by = None
         if self.memory is not None:
-            k, v = forward_pass.memorise(self.memory, self.layer_idx, x, k, v)
+            k, v, select_by = forward_pass.memorise(self.memory, self.layer_idx, x, k, v)
         if position == "before_norm":
             k = self._norm("k_norm", k)
+            select_by = None if select_by is None else self._norm("k_norm", select_by)
         q = self._norm("q_norm", q)
         q, k, v = (states.transpose(1, 2) for states in (q, k, v))
+        if select_by is not None:
+            select_by = self.rotate(q, select_by.transpose(1, 2), *position_embeddings)[1]
         q, k = self.rotate(q, k, *position_embeddings)
         out = attention(
             self,
@@ -120,6 +126,7 @@ class MemoryAttention(nn.Module):
             forward_pass=forward_pass,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            select_by=select_by,
         )[0]
         out = out.flatten(2)
         if self.output_gate is not None:
@@ -142,9 +149,7 @@ class _Gated:
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config  # type: ignore[attr-defined]
         if isinstance(module, Memory):
-            bias = config.gate_bias
-            bias = bias if isinstance(bias, int | float) else tuple(bias)
-            module.initialize(0.0, bias)
+            module.initialize(0.0, config.gate_bias)
         elif isinstance(module, OutputGate):
             nn.init.zeros_(module.weight)
         else:

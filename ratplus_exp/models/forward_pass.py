@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ratplus_exp.memory import Memory
+from ratplus_exp.memory import Gate, Memory
 from ratplus_exp.methods import Engine
 from ratplus_exp.models.cache import SparseCache, Step
 from ratplus_kernels.dispatch import use_triton
@@ -77,16 +77,18 @@ class ForwardPass:
 
     def memorise(
         self, memory: Memory, layer: int, x: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """k̃ and ṽ of Eq. 1, (B, T, K, D), going on from the layer's last state in the cache.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What queries attend to, (B, T, K, D): k̃ and ṽ, going on from the layer's last state in
+        the cache. Where the memory only selects: k, v, and k̃ as the keys to select by.
 
         x (B, T, C), k before RoPE and v (B, T, K, D).
         """
         state = self.cache.layers[layer].memory_state if self.cache is not None else None
-        k, v, state = memory(x, k, v, state, self.step.lengths)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not memory.selects):
+            new_k, new_v, state = memory(x, k, v, state, self.step.lengths)
         if self.cache is not None:
             self.cache.layers[layer].remember(state)
-        return k, v
+        return (k, v, new_k) if memory.selects else (new_k, new_v, None)
 
     def keys_and_values(
         self,
@@ -96,39 +98,47 @@ class ForwardPass:
         k: Tensor,
         v: Tensor,
         rope: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """What queries attend to, (B, T, K, D): k̃ of Eq. 1 after RoPE, and ṽ, or k and v where
-        there is no memory.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`memorise`, with RoPE on keys; k and v where there is no memory.
 
         x (B, T, C), k before RoPE and v (B, T, K, D), rope as in `rotate`.
         """
-        if memory is not None and self.cache is not None and self._takes_one_pass(memory, k, v):
-            method, store = self.cache.engine.method, self.cache.layers[layer]
+        cache = self.cache
+        if cache is not None and isinstance(memory, Gate) and self._takes_one_pass(memory, k, v):
+            method, store = cache.engine.method, cache.layers[layer]
             k, v, state, blocks = memory.prefill(
                 x, k, v, rope, method.block_size, self.step.lengths
             )
             store.remember(state)
             store.representatives = method.represent_blocks(blocks)
-            return k, v
+            return k, v, None
+        select_by = None
         if memory is not None:
-            k, v = self.memorise(memory, layer, x, k, v)
-        return rotate(k, rope), v
+            k, v, select_by = self.memorise(memory, layer, x, k, v)
+        if select_by is not None:
+            select_by = rotate(select_by, rope)
+        return rotate(k, rope), v, select_by
 
-    def _takes_one_pass(self, memory: Memory, k: Tensor, v: Tensor) -> bool:
+    def _takes_one_pass(self, memory: Gate, k: Tensor, v: Tensor) -> bool:
         """Whether memory, RoPE and blocks of this prompt are left to one kernel."""
         if self.cache is None or not self.cache.is_empty or torch.is_grad_enabled():
             return False
-        if not memory.as_in_the_papers:
+        if not memory.in_one_pass:
             return False
         method = self.cache.engine.method
         power_of_2 = method.block_size & (method.block_size - 1) == 0
         return method.unit == "block" and power_of_2 and use_triton(k, v)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the pass's tokens: q (B, H, T, D), k and v (B, K, T, D); (B, H, T, D)."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, select_by: Tensor | None = None
+    ) -> Tensor:
+        """Attention of the pass's tokens: q (B, H, T, D), k and v (B, K, T, D); (B, H, T, D).
+
+        select_by (B, K, T, D): the keys that methods select by, where they are others than k.
+        """
         if self.cache is None:
-            return self.engine.prefill(q, k, v, self.step.lengths, layer)
-        return self.cache.attend(layer, q, k, v, self.step)
+            return self.engine.prefill(q, k, v, self.step.lengths, layer, select_by=select_by)
+        return self.cache.attend(layer, q, k, v, self.step, select_by)
 
     def close(self, x: Tensor) -> Tensor:
         """Count the tokens in the cache, and put x (B, T, ·) back to where they came in."""

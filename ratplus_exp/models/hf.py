@@ -33,10 +33,12 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    select_by: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Eq. 2 in a stock attention layer: query (B, H, T, D), key and value (B, K, T, D) of the
-    pass's tokens; returns (B, T, H, D). Masks and attention dropout are not used.
+    pass's tokens; returns (B, T, H, D). Masks and attention dropout are not used. select_by as in
+    `ForwardPass.attend`.
 
     Raises ValueError for kinds of attention that the methods aren't defined for.
     """
@@ -56,7 +58,7 @@ def attention(
     factor = scaling * query.shape[-1] ** 0.5
     if abs(factor - 1) > 1e-6:
         query = query * factor
-    out = forward_pass.attend(module.layer_idx, query, key, value)  # type: ignore[arg-type]
+    out = forward_pass.attend(module.layer_idx, query, key, value, select_by)  # type: ignore[arg-type]
     return out.transpose(1, 2), None
 
 

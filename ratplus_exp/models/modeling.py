@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ratplus_exp.memory import Memory
+from ratplus_exp.memory import Memory, memory_of
 from ratplus_exp.methods import Engine
 from ratplus_exp.models.cache import SparseCache
 from ratplus_exp.models.configuration import RatPlusConfig
@@ -43,14 +43,16 @@ class SelfAttention(nn.Module):
         self.shares = (width, width, kv_width, kv_width)
         self.in_proj = nn.Linear(config.hidden_size, sum(self.shares), bias=False)
         self.out_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.memory = Memory.of(config, self.head_dim)
+        self.memory = memory_of(config, self.head_dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], forward_pass: ForwardPass) -> Tensor:
         o, q, k, v = self.in_proj(x).split(self.shares, dim=-1)
         q, k, v = (share.unflatten(-1, (-1, self.head_dim)) for share in (q, k, v))  # (B, T, ·, D)
-        k, v = forward_pass.keys_and_values(self.memory, self.layer, x, k, v, rope)
+        k, v, select_by = forward_pass.keys_and_values(self.memory, self.layer, x, k, v, rope)
         q, k, v = (share.transpose(1, 2) for share in (rotate(q, rope), k, v))
-        out = forward_pass.attend(self.layer, q, k, v).transpose(1, 2).flatten(2)
+        if select_by is not None:
+            select_by = select_by.transpose(1, 2)
+        out = forward_pass.attend(self.layer, q, k, v, select_by).transpose(1, 2).flatten(2)
         return self.out_proj(torch.sigmoid(o) * out)
 
 
@@ -92,8 +94,7 @@ class RatPlusPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, Memory):
-            bias = self.config.gate_bias
-            module.initialize(std, bias if isinstance(bias, int | float) else tuple(bias))
+            module.initialize(std, self.config.gate_bias)
 
 
 class RatPlusModel(RatPlusPreTrainedModel):

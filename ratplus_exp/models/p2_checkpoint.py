@@ -70,9 +70,10 @@ def read_p2(path: Path) -> dict[str, Tensor]:
 def p2_shapes(config: RatPlusConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of this architecture must hold."""
     width, ffn = config.hidden_size, config.intermediate_size
-    if config.memory_on != "kv" or not config.shared_gate:
+    if (config.memory_kind, config.memory_on, config.shared_gate) != ("gate", "kv", True):
         raise ValueError(
-            "P2's memory is on keys and values, by one gate: see memory_on, shared_gate"
+            "P2's memory is on keys and values, by one gate: see memory_kind, memory_on and "
+            "shared_gate"
         )
     if config.num_key_value_heads * config.head_dim != width:
         raise ValueError("P2's layout has no grouped-query attention: every head has its own K, V")
@@ -126,6 +127,7 @@ def to_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tenso
 
     Raises ValueError where the gates have a bias, for which P2's layout has no place.
     """
+    p2_shapes(config)  # refuses what the layout has no place for
     theirs = {name: state[ours] for name, ours in OUTSIDE.items()}
     for i in range(config.num_hidden_layers):
         for name, ours in LAYER.items():

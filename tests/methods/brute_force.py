@@ -153,38 +153,43 @@ def rows_of(q, k, v, prompts, steps):
     ]
 
 
-def attend_by_hand(method, q, k, v, prompts, steps):
+def attend_by_hand(method, q, k, v, prompts, steps, select_by=None):
     """What `attend` should return."""
     out = torch.full(q.shape, math.nan, dtype=torch.float64)
-    for b, row in enumerate(rows_of(q, k, v, prompts, steps)):
+    rows = rows_of(q, k, v, prompts, steps)
+    selecting = rows if select_by is None else rows_of(q, select_by, v, prompts, steps)
+    for b, row in enumerate(rows):
         for head in range(q.shape[1]):
             keys, values = row.k[row.kv(head)], row.v[row.kv(head)]
             for t in range(row.prompt + steps):
-                where = seen(method, row, head, t)
+                where = seen(method, selecting[b], head, t)
                 out[b, head, t] = torch.tensor(
                     attention(row.q[head][t], [keys[j] for j in where], [values[j] for j in where])
                 )
     return out
 
 
-def attend(engine, q, k, v, prompts, steps, layer=0):
+def attend(engine, q, k, v, prompts, steps, layer=0, select_by=None):
     """Run a batch through the engine: prompts of given lengths at once, then token by token.
 
-    q (B, H, T, D), k and v (B, K, T, D); row b's prompt is its first prompts[b] tokens, and what
-    follows is decoded. Returns the outputs (B, H, T, D), NaN behind a row's end, and the cache.
+    q (B, H, T, D), k, v and select_by (B, K, T, D); row b's prompt is its first prompts[b] tokens,
+    and what follows is decoded. Returns the outputs (B, H, T, D), NaN behind a row's end, and the
+    cache.
     """
     cache = SparseCache(layer + 1, engine)
     row, lengths, width = torch.arange(len(prompts)), torch.tensor(prompts), max(prompts)
     out = torch.full(q.shape, math.nan, dtype=q.dtype)
     step = Step(torch.arange(width)[None], lengths if min(prompts) < width else None)
-    prompt = cache.attend(layer, *(x[:, :, :width] for x in (q, k, v)), step)
+    by = None if select_by is None else select_by[:, :, :width]
+    prompt = cache.attend(layer, *(x[:, :, :width] for x in (q, k, v)), step, by)
     cache.advance(step, len(prompts))
     for b, length in enumerate(prompts):
         out[b, :, :length] = prompt[b, :, :length]
     for i in range(steps):
         step = Step((lengths + i)[:, None])
         new = (x[row, :, lengths + i].unsqueeze(2) for x in (q, k, v))
-        out[row, :, lengths + i] = cache.attend(layer, *new, step)[:, :, 0]
+        by = None if select_by is None else select_by[row, :, lengths + i].unsqueeze(2)
+        out[row, :, lengths + i] = cache.attend(layer, *new, step, by)[:, :, 0]
         cache.advance(step, len(prompts))
     return out, cache
 

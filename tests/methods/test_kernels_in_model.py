@@ -66,6 +66,22 @@ def ratplus(make_model):
     return make_model(num_hidden_layers=1, **SIZES)
 
 
+@torch.no_grad()
+@both_lengths
+@pytest.mark.parametrize("name", METHODS)
+def test_kernels_select_by_the_keys_to_select_by(
+    make_model, make_ids, left_pad, triton_device, name, lengths
+):
+    fixed = {"memory_kind": "ema_fixed", "memory_on": "select", "gate_bias": (1.0, 8.0)}
+    model = make_model(num_hidden_layers=1, **SIZES, **fixed)
+    ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
+    tokens, logits = generate(model, ids, mask, Engine(METHODS[name]))
+    model = model.to(triton_device, torch.float32)
+    tokens_through, logits_through = generate(model, ids, mask, Engine(METHODS[name]))
+    assert torch.equal(tokens_through, tokens)
+    torch.testing.assert_close(logits_through, logits.float(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture
 def prefills(monkeypatch):
     """The results of `ratplus_kernels.memory_prefill`; representatives are found nowhere else."""
@@ -83,9 +99,12 @@ def prefills(monkeypatch):
 @torch.no_grad()
 @both_lengths
 @pytest.mark.parametrize("name", ["quest_decode", "moba_prefill"])
+@pytest.mark.parametrize("kind", ["gate", "ema_fixed"])
 def test_one_pass_of_memory_rope_and_blocks_gives_the_same(
-    ratplus, make_ids, left_pad, triton_device, prefills, name, lengths
+    make_model, make_ids, left_pad, triton_device, prefills, name, kind, lengths
 ):
+    lowest = 1.0 if kind == "ema_fixed" else 1.5
+    ratplus = make_model(num_hidden_layers=1, memory_kind=kind, gate_bias=(lowest, 8.0), **SIZES)
     ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
     tokens, logits = generate(ratplus, ids, mask, Engine(METHODS[name]))
     assert not prefills
@@ -127,7 +146,16 @@ def test_one_pass_is_for_blocks_that_it_can_make(ratplus, make_ids, monkeypatch,
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", [{"memory_on": "k"}, {"shared_gate": False}], ids=str)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"memory_on": "k"},
+        {"shared_gate": False},
+        {"memory_kind": "conv"},
+        {"memory_kind": "ema_fixed", "memory_on": "select"},
+    ],
+    ids=str,
+)
 def test_one_pass_is_for_the_memory_of_the_papers(
     make_model, make_ids, monkeypatch, prefills, variant
 ):

@@ -46,6 +46,21 @@ def test_attends_as_defined(method, kv_heads, prompts):
 
 
 @selecting
+@pytest.mark.parametrize("kv_heads", [2, 4], ids=["GQA", "MHA"])
+@batches
+def test_selects_by_other_keys_than_it_attends_to(method, kv_heads, prompts):
+    q, k, v = states(kv_heads)
+    _, other, _ = states(kv_heads, seed=1)
+    out, cache = attend(Engine(method), q, k, v, prompts, STEPS, select_by=other)
+    wanted = attend_by_hand(method, q, k, v, prompts, STEPS, select_by=other)
+    torch.testing.assert_close(out, wanted, equal_nan=True)
+    own, _ = attend(Engine(method), q, k, v, prompts, STEPS)
+    all_forced = method.top_k == method.forced
+    assert torch.allclose(own, wanted, equal_nan=True) == all_forced
+    assert (cache.layers[0].select_by is None) == (method.phase != "decode")
+
+
+@selecting
 def test_scores_of_bf16_are_not_rounded_to_it(method):
     # The kernels' are not, and hit rates and oracles must rank as they do.
     generator = torch.Generator().manual_seed(0)

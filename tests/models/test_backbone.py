@@ -186,9 +186,9 @@ def test_everything_in_attention_is_bf16_under_autocast(make_model, make_ids, mo
     seen = []
     prefill = Engine.prefill
 
-    def watched(self, q, k, v, *rest):
+    def watched(self, q, k, v, *rest, **more):
         seen.extend((q.dtype, k.dtype, v.dtype))
-        return prefill(self, q, k, v, *rest)
+        return prefill(self, q, k, v, *rest, **more)
 
     monkeypatch.setattr(Engine, "prefill", watched)
     with torch.autocast("cpu", torch.bfloat16):

@@ -115,6 +115,23 @@ def test_replayed_steps_say_the_same(decode, method, memory, first_token, select
     assert len(wanted.unique()) > 3
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"memory_kind": "conv"},
+        {"memory_kind": "shift"},
+        {"memory_kind": "ema_fixed"},
+        {"memory_kind": "ema_fixed", "memory_on": "select"},
+    ],
+    ids=str,
+)
+def test_replayed_steps_of_other_memories_say_the_same(decode, fields):
+    setting = {"lengths": (22, 9, 17), **fields}
+    wanted, _ = decode(Engine(Quest(block_size=4, top_k=3)), **setting)
+    tokens, _ = decode(Engine(Quest(block_size=4, top_k=3)), **setting, capture=tape)
+    assert torch.equal(tokens, wanted)
+
+
 # Small, since the interpreter is slow.
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "tokens": 5}
 

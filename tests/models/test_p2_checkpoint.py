@@ -229,11 +229,13 @@ def test_gates_in_an_attention_model_are_refused():
         from_p2(released(), config(memory=False))
 
 
-@pytest.mark.parametrize("fields", [{"memory_on": "k"}, {"shared_gate": False}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"memory_on": "k"}, {"shared_gate": False}, {"memory_kind": "ema"}], ids=str
+)
 def test_variants_of_the_memory_have_no_place_in_the_layout(fields):
     model = RatPlusForCausalLM(config(**fields))
     for convert, state in ((from_p2, released()), (to_p2, model.state_dict())):
-        with pytest.raises(ValueError, match="by one gate: see memory_on, shared_gate"):
+        with pytest.raises(ValueError, match="by one gate: see memory_kind, memory_on"):
             convert(state, config(**fields))
 
 

@@ -71,11 +71,50 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(job):
         train(job, "pocket_scratch_attention", other_rate=0.5)
 
 
-@pytest.mark.parametrize("change", ["gate_bias=-2.0", "gate_bias=[1.5,8.0]"])
-def test_a_trained_memory_is_not_made_otherwise(job, tiny_models, change):
+@pytest.mark.parametrize(
+    ("change", "made"),
+    [
+        ("gate_bias=-2.0", "gate_bias=0.0"),
+        ("gate_bias=[1.5,8.0]", "gate_bias=0.0"),
+        ("memory_kind=conv", "memory_kind=gate"),
+    ],
+)
+def test_a_trained_memory_is_not_made_otherwise(job, tiny_models, change, made):
     how = ["experiment=pocket_ratplus_sft", *TINY, f"stage.init={tiny_models['ratplus']}"]
-    with pytest.raises(ValueError, match="was made with gate_bias=0.0, not .* set model.arch"):
-        job(*how, f"model.architecture.{change}")
+    with pytest.raises(ValueError, match=f"was made with {made}, not .* set model.arch"):
+        job(*how, "model.architecture.gate_bias=0.0", f"model.architecture.{change}")
+
+
+SELECT = ["memory_kind=ema_fixed", "memory_on=select", "gate_bias=[1,16]"]
+
+
+def test_a_control_is_trained_by_the_recipe_of_ratplus(job):
+    job(
+        "experiment=pocket_scratch_ratplus",
+        *TINY,
+        "stage.schedule=[[512,64]]",
+        "model.architecture.memory_kind=conv",
+    )
+    training = job.folder / "training/pocket_scratch_ratplus"
+    names = load_file(training / "model/model.safetensors")
+    assert "model.layers.0.attention.memory.filter" in names
+    rows = [json.loads(line) for line in (training / "log.jsonl").read_text().splitlines()]
+    assert "sparse_loss" in rows[0] and "gate_mean" not in rows[0]
+    assert rows[-1]["effective_memory_length"] > 1  # taps have left the identity
+
+
+def test_a_memory_that_only_selects_is_trained_as_the_attention_baseline(job):
+    attention = load_file(train(job, "pocket_scratch_attention") / "model.safetensors")
+    job(
+        "experiment=pocket_scratch_attention",
+        *TINY,
+        "model=pocket_ratplus",
+        "stage.folder=" + str(job.folder / "training/select"),
+        "stage.schedule=[[512,64]]",
+        *(f"model.architecture.{field}" for field in SELECT),
+    )
+    select = load_file(job.folder / "training/select/model/model.safetensors")
+    assert all(torch.equal(select[name], value) for name, value in attention.items())
 
 
 def test_an_attention_model_cannot_start_from_ratplus(job):

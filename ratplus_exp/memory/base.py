@@ -1,0 +1,117 @@
+"""What a memory is: keys and values go through it before attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Memory(nn.Module):
+    """k̃ and ṽ for k and v: the interface of all kinds.
+
+    A leaf module with parameters of its own, so that Hugging Face's weight initialisation reaches
+    it and an optimizer can give it its own learning rate: P1 trains memory parameters and the rest
+    at two rates.
+
+    Args:
+        d_model: width of x.
+        num_heads, head_dim: of the keys and values (under GQA, the KV heads).
+        memory_on: "kv" as in the papers; for ablations "k" or "v", which leaves the other as it
+            is; "select": methods choose by k̃, and attention sees k and v.
+        shared_gate: False gives K and V gates of their own: K's are the first half of the rows.
+    """
+
+    gated: ClassVar[bool] = True  # by Eq. 1
+    learned: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        head_dim: int,
+        memory_on: str = "kv",
+        shared_gate: bool = True,
+    ) -> None:
+        super().__init__()
+        self.selects = memory_on == "select"
+        self.memory_on = "k" if self.selects else memory_on
+        self.num_heads, self.head_dim, self.shared_gate = num_heads, head_dim, shared_gate
+
+    @property
+    def state_size(self) -> int:
+        """Numbers in the state of one sequence."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """k̃, ṽ (B, T, heads, head_dim) and the final state (·, B, ..., heads, head_dim) in fp32.
+
+        x is (B, T, d_model); k (before RoPE) and v are (B, T, heads, head_dim); state is the final
+        state of the tokens before, or None at the start of a sequence. Where rows have fewer than
+        T real tokens, lengths (B,) says how many, and the final state is the one at each row's
+        last token.
+        """
+        raise NotImplementedError
+
+    def initialize(self, std: float, bias: float | tuple[float, float]) -> None:
+        """Where the memory starts: std of random weights, 0 for a memory that is added to a trained
+        model, and the config's gate_bias, which says nothing to kinds without gates."""
+        raise NotImplementedError
+
+    def statistics(self, x: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """The effective "length" in tokens of each channel or head, and with gates their mean
+        "gate", at x (B, T, d_model) where real (B, T) is true."""
+        raise NotImplementedError
+
+
+@torch.no_grad()
+def gate_statistics(
+    model: Any,
+    ids: Tensor,
+    attention_mask: Tensor | None = None,
+    forward: Callable[[Tensor], Any] | None = None,
+) -> dict[str, float]:
+    """Mean gate and effective memory length (tokens; mean and median over channels) on ids (B, T).
+
+    attention_mask (B, T) is zero at left padding, which does not count. forward runs the model on
+    ids where it can't be called itself, as inside FSDP. Kinds without gates have lengths alone, a
+    model without the memory nothing.
+    """
+    # Inside the model rows start at their first token.
+    real = (torch.ones_like(ids) if attention_mask is None else attention_mask.flip(1)).bool()
+    found: list[dict[str, Tensor]] = []
+
+    def measure(memory: Memory, args: tuple[Any, ...]) -> None:
+        found.append(memory.statistics(args[0], real))
+
+    hooks = [
+        module.register_forward_pre_hook(measure)
+        for module in model.modules()
+        if isinstance(module, Memory)
+    ]
+    try:
+        if hooks and forward is not None:
+            forward(ids)
+        elif hooks:
+            model.model(ids, attention_mask, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        return {}
+    lengths = torch.stack([layer["length"] for layer in found])
+    gates = [layer["gate"] for layer in found if "gate" in layer]
+    statistics = {"gate_mean": round(float(torch.stack(gates).mean()), 4)} if gates else {}
+    return statistics | {
+        "effective_memory_length": round(float(lengths.mean()), 3),
+        "effective_memory_length_median": round(float(lengths.median()), 3),
+    }

@@ -1,0 +1,159 @@
+"""The exponentially decaying memory of Eq. 1: by a gate of the input, or by rates alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ratplus_kernels
+from ratplus_exp.memory.base import Memory
+
+
+class Gate(Memory):
+    """Eq. 1 of P1: k̃_t = g_t ⊙ k̃_{t-1} + (1 − g_t) ⊙ k_t, and the same for ṽ, g_t = σ(W_g x_t + b).
+
+    One gate a channel, shared by K and V. The state is the last k̃ and ṽ, (2, B, heads, head_dim).
+    """
+
+    sees_input: ClassVar[bool] = True
+    weight: nn.Parameter | None
+    bias: Tensor
+
+    def __init__(self, d_model: int, num_heads: int, head_dim: int, **settings: Any) -> None:
+        super().__init__(d_model, num_heads, head_dim, **settings)
+        channels = num_heads * head_dim * (1 if self.shared_gate else 2)
+        self.weight = nn.Parameter(torch.empty(channels, d_model)) if self.sees_input else None
+        bias = torch.empty(channels)
+        if self.learned:
+            self.bias = nn.Parameter(bias)
+        else:
+            self.register_buffer("bias", bias)
+
+    @property
+    def state_size(self) -> int:
+        return 2 * self.num_heads * self.head_dim
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether `prefill` can take K and V: both have a memory, by one gate."""
+        return self.memory_on == "kv" and self.shared_gate
+
+    def gate_logits(self, x: Tensor) -> Tensor:
+        """W_g x + b for x (B, T, d_model): (B, T, heads, head_dim), with gates apart twice as many
+        heads."""
+        if self.weight is None:
+            z = self.bias.expand(*x.shape[:2], -1)
+        else:
+            z = F.linear(x, self.weight, self.bias)
+        return z.unflatten(-1, (-1, self.head_dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z = self._gate_logits_of_rows(x, lengths)
+        if self.shared_gate:
+            new_k, new_v, state = _remembered(z, k, v, state)
+        else:
+            by_k, by_v = (_remembered(part, k, v, state) for part in z.chunk(2, dim=2))
+            new_k, new_v, state = by_k[0], by_v[1], torch.stack((by_k[2][0], by_v[2][1]))
+        return new_k if "k" in self.memory_on else k, new_v if "v" in self.memory_on else v, state
+
+    def prefill(
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor],
+        block_size: int,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, ratplus_kernels.Blocks]:
+        """`forward` of a whole prompt, RoPE on k̃, and its blocks, in one pass: see
+        `ratplus_kernels.memory_prefill`. For inference."""
+        assert self.in_one_pass
+        z = self._gate_logits_of_rows(x, lengths)
+        return ratplus_kernels.memory_prefill(z, k, v, rope, block_size)
+
+    def _gate_logits_of_rows(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """Gates are shut behind a row's last token (g = 1), so that its state stays."""
+        z = self.gate_logits(x)
+        if lengths is None:
+            return z
+        behind = torch.arange(z.shape[1], device=z.device) >= lengths[:, None]
+        return z.masked_fill(behind[..., None, None], torch.inf)
+
+    @torch.no_grad()
+    def initialize(self, std: float, bias: float | tuple[float, float]) -> None:
+        """Small random W_g, and a bias that sets where the gates start.
+
+        bias is either one logit for all channels, or a pair of effective lengths in tokens
+        (shortest, longest) over which the channels of every head are spread evenly in the
+        logarithm. A constant gate g has effective length 1 / (1 − g), so length L needs the logit
+        log(L − 1). One token, g = 0, is for fixed rates alone: no gradient would leave it.
+        """
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=std)
+        if isinstance(bias, int | float):
+            self.bias.fill_(bias)
+            return
+        shortest, longest = bias
+        if shortest > longest or shortest < 1 or (shortest == 1 and self.learned):
+            least = "1 <" if self.learned else "1 <="
+            raise ValueError(f"gate lengths need {least} shortest <= longest, got {bias}")
+        steps = torch.linspace(math.log(shortest), math.log(longest), self.head_dim)
+        self.bias.copy_(torch.log(torch.expm1(steps)).repeat(len(self.bias) // self.head_dim))
+
+    def statistics(self, x: Tensor, real: Tensor) -> dict[str, Tensor]:
+        z = self.gate_logits(x)
+        return {"length": effective_length(z, real), "gate": z.sigmoid()[real].mean()}
+
+
+class Ema(Gate):
+    """Control: one learned rate a channel, g = σ(b), whatever the input."""
+
+    sees_input = False
+
+
+class FixedEma(Ema):
+    """Control: rates that stay where they start."""
+
+    learned = False
+
+
+def _remembered(
+    z: Tensor, k: Tensor, v: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k̃, ṽ and the final state by one gate, token by token where there is one after others."""
+    if z.shape[1] == 1 and state is not None:
+        k, v, state = ratplus_kernels.memory_step(z[:, 0], k[:, 0], v[:, 0], state)
+        return k[:, None], v[:, None], state
+    return ratplus_kernels.memory_scan(z, k, v, state)
+
+
+@torch.no_grad()
+def effective_length(z: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How many tokens the memory of each channel reaches back, from gate logits z (B, T, H, D).
+
+    The memory at t weighs token s by w_{t,s} = (1 − g_s) Π_{r=s+1..t} g_r, and what is left goes to
+    the zero initial state, which counts as the token before the first. The mean lag
+    m_t = Σ_s w_{t,s} (t − s) then obeys m_t = g_t (m_{t-1} + 1), and 1 + m_t is the effective
+    length: in the long run 1 / (1 − g) for a constant gate. Returned is its mean over all positions
+    (those where mask (B, T) is true), one number a channel: (H, D).
+    """
+    gate = torch.sigmoid(z.float())
+    # m_t = g_t m_{t-1} + g_t: the scan of Eq. 1 with input g / (1 − g), kept finite by the clamp.
+    lag, _, _ = ratplus_kernels.memory_scan(
+        z, (gate / (1 - gate).clamp_min(1e-6)), torch.zeros_like(gate)
+    )
+    if mask is None:
+        return 1 + lag.mean((0, 1))
+    weight = mask[..., None, None].to(lag.dtype)
+    return 1 + (lag * weight).sum((0, 1)) / weight.sum()

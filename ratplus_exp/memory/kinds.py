@@ -1,0 +1,44 @@
+"""The kinds of memory that a model's config may ask for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ratplus_exp.memory.base import Memory
+from ratplus_exp.memory.gate import Ema, FixedEma, Gate
+from ratplus_exp.memory.taps import Convolution, Shift
+
+KINDS: dict[str, type[Memory]] = {
+    "gate": Gate,
+    "ema": Ema,
+    "ema_fixed": FixedEma,
+    "conv": Convolution,
+    "shift": Shift,
+}
+"""What `memory_kind` may be: the papers' gate, and what else could explain its gains."""
+
+
+def memory_of(config: Any, head_dim: int) -> Memory | None:
+    """The memory that a model's config asks for."""
+    if not config.memory:
+        return None
+    settings = {"memory_on": config.memory_on, "shared_gate": config.shared_gate}
+    kind = KINDS[config.memory_kind]
+    return kind(config.hidden_size, config.num_key_value_heads, head_dim, **settings)
+
+
+def check_memory(config: Any) -> None:
+    """ValueError for settings of a config's memory that are unknown or exclude each other."""
+    kind, on = config.memory_kind, config.memory_on
+    if kind not in KINDS:
+        raise ValueError(f"memory_kind={kind} is unknown: use one of {', '.join(KINDS)}")
+    if on not in ("kv", "k", "v", "select"):
+        raise ValueError(f"memory_on={on} is unknown: use kv, k, v or select")
+    if not config.shared_gate and not KINDS[kind].gated:
+        raise ValueError(f"memory_kind={kind} has no gate: leave shared_gate=true")
+    if not config.shared_gate and on != "kv":
+        raise ValueError(f"memory_on={on} has one gate only: leave shared_gate=true")
+    if on == "select" and KINDS[kind].learned:
+        raise ValueError(
+            f"memory_on=select gives memory_kind={kind} no gradient to learn from: use ema_fixed"
+        )
