@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
-from ratplus_bench import cpu_cases, report, scan_cases, sparse_cases, timing
+from ratplus_bench import cpu_cases, latency, report, scan_cases, sparse_cases, timing
 from ratplus_bench.timing import Case, Machine, Row
-from ratplus_exp import latency
 from ratplus_exp.provenance import REPOSITORY, provenance
 from ratplus_kernels.dispatch import interpreted
 
@@ -93,7 +92,7 @@ def _about(arguments: argparse.Namespace) -> dict[str, Any]:
     about = provenance({key: str(value) for key, value in vars(arguments).items()})
     if arguments.cpu:  # whether there is a GPU or not
         about["device"] = f"{platform.processor() or platform.machine()} CPU"
-    about["command"] = "python -m ratplus_exp.bench " + " ".join(sys.argv[1:])
+    about["command"] = "python -m ratplus_bench " + " ".join(sys.argv[1:])
     for name in PACKAGES:
         try:
             about["versions"][name] = version(name)
@@ -115,7 +114,7 @@ def _line(row: Row, machine: Machine) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ratplus_exp.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ratplus_bench", description=__doc__)
     parser.add_argument("--cpu", action="store_true", help="the CPU's part: forms of the scan")
     parser.add_argument(
         "--dry", action="store_true", help="tiny shapes once, interpreted without a GPU: a test"

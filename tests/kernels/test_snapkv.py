@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-import ratplus_kernels
+from ratplus_exp.methods import Engine, SnapKV
+from ratplus_kernels import attention_mass, gather_tokens
 
 GPU = torch.cuda.is_available()
 CPU = torch.device("cpu")
@@ -55,6 +56,12 @@ def pooled_scores(q, k, pooling, kernel):
     return shifted.mean(0) if pooling == "avg" else shifted.amax(0)
 
 
+def keep(q, k, v, top_k, pooling="avg", kernel=5):
+    """What models keep: keys, values, and their positions."""
+    method = SnapKV(top_k=top_k, window=q.shape[2], pooling=pooling, kernel=kernel)
+    return *Engine(method).keep(q, k, v, 0), Engine(method).kept_after_prefill(q, k, 0)
+
+
 def check(q, k, v, top_k, out, pooling, kernel):
     """Right tokens (ties within rounding excused), ascending, window last, and their own rows."""
     k_kept, v_kept, kept = out
@@ -78,32 +85,44 @@ def check(q, k, v, top_k, out, pooling, kernel):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("with_lse", [False, True], ids=["own lse", "prefill's lse"])
+def test_the_mass_is_the_windows_attention(device, shape, dtype, with_lse):
+    q, k, _ = inputs(shape, dtype, device)
+    logits = window_logits(q, k)
+    lse = logits.logsumexp(-1).float() if with_lse else None
+    wanted = logits.softmax(-1).sum(2).unflatten(1, (k.shape[1], -1)).sum(2)
+    torch.testing.assert_close(attention_mass(q, k, lse).double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("pooling", "kernel"), [("avg", 5), ("max", 7), ("none", 1)])
-def test_keeps_the_window_and_what_it_attends_to(device, shape, dtype, with_lse, pooling, kernel):
+def test_keeps_the_window_and_what_it_attends_to(device, shape, dtype, pooling, kernel):
     q, k, v = inputs(shape, dtype, device)
-    lse = window_logits(q, k).logsumexp(-1).float() if with_lse else None
     top_k = max(shape[4], shape[3] // 4 + shape[4])
-    out = ratplus_kernels.snapkv_select(q, k, v, top_k, pooling=pooling, kernel=kernel, lse=lse)
-    check(q, k, v, top_k, out, pooling, kernel)
+    if top_k >= shape[3]:
+        assert Engine(SnapKV(top_k=top_k, window=shape[4])).keep(q, k, v, 0) is None
+    else:
+        check(q, k, v, top_k, keep(q, k, v, top_k, pooling, kernel), pooling, kernel)
 
 
 def test_a_budget_of_everything_keeps_everything(device):
     q, k, v = inputs(SHAPES[0], torch.float32, device)
     for top_k in (19, 100):
-        k_kept, v_kept, kept = ratplus_kernels.snapkv_select(q, k, v, top_k)
-        assert torch.equal(k_kept, k) and torch.equal(v_kept, v)
-        assert torch.equal(kept, torch.arange(19, device=device).expand_as(kept))
+        assert Engine(SnapKV(top_k=top_k, window=3)).keep(q, k, v, 0) is None
+    everything = torch.arange(19, device=device).expand(*k.shape[:3])
+    for gathered, states in zip(gather_tokens(k, v, everything), (k, v), strict=True):
+        assert torch.equal(gathered, states)
 
 
 def test_a_budget_of_the_window_keeps_the_window(device):
     q, k, v = inputs(SHAPES[0], torch.float32, device)
-    assert torch.equal(ratplus_kernels.snapkv_select(q, k, v, 3)[0], k[:, :, -3:])
+    assert torch.equal(keep(q, k, v, 3)[0], k[:, :, -3:])
 
 
 def test_of_equal_scores_the_earliest_stay(device):
     _, k, v = inputs((1, 1, 1, 12, 2, 4), torch.float32, device)
     q = torch.zeros(1, 1, 2, 4, device=device)  # every token it sees gets the same mass
-    *_, kept = ratplus_kernels.snapkv_select(q, k, v, 6, pooling="none")
+    *_, kept = keep(q, k, v, 6, pooling="none")
     assert kept.flatten().tolist() == [0, 1, 2, 3, 10, 11]
 
 
@@ -113,27 +132,26 @@ def test_a_needle_is_kept(device):
     k = k.clone()
     k[0, 0, 9] = 10.0
     q = torch.full((1, 1, 2, 8), 3.0, device=device)
-    *_, kept = ratplus_kernels.snapkv_select(q, k, v, 2 + 5)
+    *_, kept = keep(q, k, v, 2 + 5)
     assert kept.flatten().tolist() == [7, 8, 9, 10, 11, 17, 18]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"top_k": 2}, "top_k=2 does not hold the window of 3"),
+        ({"top_k": 2}, "always keeps 3 tokens, but its budget gives only 2"),
         ({"kernel": 4}, "odd"),
         ({"pooling": "mean"}, "use avg, max or none"),
     ],
 )
 def test_what_cannot_work_is_refused(change, message):
-    q, k, v = inputs(SHAPES[0], torch.float32, CPU)
     with pytest.raises(ValueError, match=message):
-        ratplus_kernels.snapkv_select(q, k, v, **{"top_k": 8} | change)
+        SnapKV(**{"top_k": 8, "window": 3} | change).validate()
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    q, k, v = inputs(SHAPES[0], torch.float32, CPU)
+    q, k, _ = inputs(SHAPES[0], torch.float32, CPU)
     with pytest.raises(ValueError, match="K dividing H"):
-        ratplus_kernels.snapkv_select(q[:, :3], k, v, 8)
+        attention_mass(q[:, :3], k)
     with pytest.raises(ValueError, match="needs as many keys"):
-        ratplus_kernels.snapkv_select(q, k[:, :, :2], v[:, :, :2], 8)
+        attention_mass(q, k[:, :, :2])
