@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ratplus_exp.results import Store, tidy
+from ratplus_exp.analysis import tidy
+from ratplus_exp.store import Store
 
 TINY = [
     "model.architecture.hidden_size=16",
