@@ -77,9 +77,9 @@ def patterns(
         [[[found.mean((*s, b), [task]) for b in BACKBONES] for task in tasks] for s in settings]
     )
     measured = 100 * np.moveaxis(measured, -1, 0)  # (n_boot + 1, settings, tasks, backbones)
-    methods = np.array([method for method, *_ in settings])
+    methods = [method for method, *_ in settings]
     scopes = {"all": np.full(len(settings), True)}
-    scopes |= {method: methods == method for method in dict.fromkeys(methods)}
+    scopes |= {m: np.array([m == method for method in methods]) for m in dict.fromkeys(methods)}
     name = paper["table"].iloc[0]
     return [_pattern(name, s, theirs[here], measured[:, here]) for s, here in scopes.items()]
 

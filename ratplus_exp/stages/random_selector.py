@@ -59,8 +59,8 @@ def _table(cfg: DictConfig, cells: pd.DataFrame) -> Table:
         title=f"{model_name(cfg)}, {cfg.method.name} at budget {first['budget']}: who selects",
         caption=(
             "Accuracy in % by exact match; ± is the standard deviation over selector seeds. "
-            "random: as many candidates, uniformly, forced ones kept; oracle: always what holds the "
-            "gold values, then the method's choice. n: samples a task and seed."
+            "random: as many candidates, uniformly, forced ones kept; oracle: what holds the gold "
+            "values first, then the method's choice. n: samples a task and seed."
         ),
         columns=("Selector", *tasks, "Mean", "n", "seeds"),
         rows=tuple(rows),

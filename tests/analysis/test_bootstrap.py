@@ -114,7 +114,7 @@ def test_a_backbone_of_one_training_beside_one_of_three():
 
 
 def test_coverage_of_a_mean_over_many_trainings():
-    """Of 200 studies with 12 trainings and 30 samples, about 95 % of the intervals hold the mean."""
+    """Of 200 studies with 12 trainings and 30 samples, about 95 % of the intervals hold it."""
     generator = np.random.default_rng(3)
     held = 0
     for _ in range(200):

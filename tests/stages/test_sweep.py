@@ -109,7 +109,7 @@ def test_trainings_are_a_level_of_every_table(job, pair, tiny_models, capsys):
     }
     assert cells["checkpoint"].nunique() == 4
     table = pd.read_csv(job.folder / "reports" / "tiny" / "table5.csv")
-    assert set(table.loc[table["Method"] == "quest", "trainings"]) == {"2"}
+    assert set(table.loc[table["Method"] == "quest", "trainings"]) == {2}
     ranked = pd.read_csv(job.folder / "reports" / "tiny" / "fig2_ranked_heads.csv")
     assert (ranked[ranked["rank"] == 1].groupby(["budget", "backbone"]).size() == 2).all()
     capsys.readouterr()
