@@ -11,16 +11,8 @@ from ratplus_exp.analysis.bootstrap import difference
 from ratplus_exp.analysis.frame import BACKBONES, SCORERS, select
 from ratplus_exp.analysis.spread import DRAW, spread
 from ratplus_exp.report.paper import PAPER_TABLES, paper_means, paper_tables
-from ratplus_exp.report.prose import (
-    MISSING,
-    bounds,
-    number,
-    plus_minus,
-    say,
-    span,
-    trainings_of,
-)
-from ratplus_exp.report.table import Table, breaks
+from ratplus_exp.report.prose import MISSING, bounds, number, plus_minus, span, trainings_of
+from ratplus_exp.report.table import Table
 
 DENSE = "dense"
 
@@ -66,16 +58,14 @@ def accuracy_table(
     cells = cells.assign(setting=settings)
     context = _check_unmixed(cells)
 
-    labels = ("Method", "Block", "k", "Budget", "Kept", "Backbone")
-    counts = ("n", "trainings", "seeds")
-    columns = (*labels, *tasks, "Mean", "Paper", "Δ", "Δ 95 %", "Paper Δ", *counts)
     rows: list[tuple[str, ...]] = []
     for setting in _settings(paper, settings, context):
         here = cells[[other == setting for other in settings]]
         printed = setting.in_paper(paper, context)
         mine = samples[samples["cell"].isin(here["cell"])]
         x = difference(mine, scorer, "backbone", ("RAT+", "Attention"), tasks)
-        of_both = (number(x.value, sign="+"), MISSING if pd.isna(x.value) else bounds(x))
+        interval = MISSING if pd.isna(x.value) else bounds(x)
+        gain = (number(x.value, sign="+"), interval, number(printed.get("gain"), sign="+"))
         for backbone in BACKBONES:
             side = here[here["backbone"] == backbone]
             draws = side[["training", *DRAW]].drop_duplicates().groupby("training").size()
@@ -86,21 +76,36 @@ def accuracy_table(
                     backbone,
                     *_accuracies(side, scorer, tasks),
                     number(printed.get(backbone)),
-                    *(("", "") if backbone != "RAT+" else of_both),
-                    "" if backbone != "RAT+" else number(printed.get("gain"), sign="+"),
+                    *(gain if backbone == "RAT+" else ("", "", "")),
                     span(side["n"]),
                     *((str(len(draws)), str(draws.max())) if len(draws) else (MISSING, MISSING)),
                 )
             )
-    values = {name: {row[i] for row in rows} - {MISSING} for i, name in enumerate(columns)}
-    uniform = {name for name in counts if len(values[name]) == 1}  # the caption says it
-    return Table(
-        title=say("accuracy_title", table=paper_table[-1], tier=tier, first_token=first_token),
-        caption=_caption(cells, tier, paper_table, scorer, first_token),
-        columns=columns,
-        rows=tuple(rows),
-        breaks=breaks(rows),
-        text_hides=frozenset({"Paper", *uniform}),
+    counts = ("n", "trainings", "seeds")
+    columns = ("Method", "Block", "k", "Budget", "Kept", "Backbone", *tasks, "Mean")
+    columns = (*columns, "Paper", "Δ", "Δ 95 %", "Paper Δ", *counts)
+    told = [{row[i] for row in rows} - {MISSING} for i in range(-len(counts), 0)]
+    uniform = [name for name, values in zip(counts, told, strict=True) if len(values) == 1]
+    return Table.described(
+        "accuracy",
+        columns,
+        rows,
+        hide=("Paper", *uniform),  # the caption says what all rows have alike
+        table=paper_table[-1],
+        of=PAPER_TABLES[paper_table],
+        tier=tier,
+        scorer=scorer,
+        first_token=first_token,
+        trainings=trainings_of(cells),
+        n=span(cells["n"]),
+        n_varies=cells["n"].nunique() > 1,
+        context=context,
+        seeds=sorted(cells["seed"].unique()),
+        draws=sorted(cells[cells["selector"] == "random"]["selector_seed"].unique()),
+        several=cells.groupby(["backbone", "training", "setting", "task"])["cell"].size().max() > 1,
+        models=_of_each(cells, "model"),
+        checkpoints=_of_each(cells, "checkpoint"),
+        memory=_of_each(cells, "effective_memory_length"),
     )
 
 
@@ -184,35 +189,11 @@ def _check_unmixed(cells: pd.DataFrame) -> int:
     return int(cells["context_length"].iloc[0])
 
 
-def _caption(
-    cells: pd.DataFrame, tier: str, paper_table: str, scorer: str, first_token: str
-) -> str:
-    def of_each(column: str) -> str:
-        texts = []
-        for backbone in BACKBONES:
-            values = cells.loc[cells["backbone"] == backbone, column].dropna()
-            if values.dtype == float:
-                text = number(values.mean())
-            else:
-                text = ", ".join(sorted(map(str, values.unique()))) or MISSING
-            texts.append(f"{backbone} {text}")
-        return ", ".join(texts)
-
-    return say(
-        "accuracy",
-        scorer=scorer,
-        tier=tier,
-        context=span(cells["context_length"]),
-        n=span(cells["n"]),
-        n_varies=cells["n"].nunique() > 1,
-        seeds=sorted(cells["seed"].unique()),
-        draws=sorted(cells[cells["selector"] == "random"]["selector_seed"].unique()),
-        several=cells.groupby(["backbone", "training", "setting", "task"])["cell"].size().max() > 1,
-        trainings=trainings_of(cells),
-        first_token=first_token,
-        models=of_each("model"),
-        checkpoints=of_each("checkpoint"),
-        memory=of_each("effective_memory_length"),
-        table=paper_table[-1],
-        of=PAPER_TABLES[paper_table],
-    )
+def _of_each(cells: pd.DataFrame, column: str) -> str:
+    """What each backbone has in a column: the mean of numbers, or all other values."""
+    texts = []
+    for backbone in BACKBONES:
+        values = cells.loc[cells["backbone"] == backbone, column].dropna()
+        names = ", ".join(sorted(map(str, values.unique()))) or MISSING
+        texts.append(f"{backbone} {number(values.mean()) if values.dtype == float else names}")
+    return ", ".join(texts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ratplus_exp.report.prose import environment
+from ratplus_exp.report.prose import render
 from ratplus_exp.report.table import Table
 from ratplus_exp.store import write_atomically
 
@@ -52,10 +52,10 @@ def write_page(title: str, sections: list[Section], folder: Path, name: str) -> 
 
 def to_markdown(title: str, sections: list[Section]) -> str:
     """Pictures are linked by file name, so they belong beside the file."""
-    text = environment().get_template("page.md.j2").render(title=title, sections=sections)
+    text = render("page.md.j2", title=title, sections=sections)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def to_html(title: str, sections: list[Section]) -> str:
     """A page that needs no other file and no network."""
-    return environment().get_template("page.html.j2").render(title=title, sections=sections)
+    return render("page.html.j2", title=title, sections=sections)

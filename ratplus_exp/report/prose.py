@@ -61,21 +61,23 @@ def trainings_of(frame: pd.DataFrame) -> list[int]:
 
 def say(macro: str, /, **values: Any) -> str:
     """The text of a macro of prose.j2 in one line."""
-    return " ".join(_macro(macro, values).split())
+    return " ".join(paragraphs(macro, **values))
 
 
 def paragraphs(macro: str, /, **values: Any) -> tuple[str, ...]:
     """The same by paragraphs, which empty lines part."""
-    texts = (" ".join(text.split()) for text in _macro(macro, values).split("\n\n"))
-    return tuple(text for text in texts if text)
+    text = str(getattr(_environment().get_template("prose.j2").module, macro)(**values))
+    lines = (" ".join(part.split()) for part in text.split("\n\n"))
+    return tuple(line for line in lines if line)
 
 
-def _macro(name: str, values: Mapping[str, Any]) -> str:
-    return str(getattr(environment().get_template("prose.j2").module, name)(**values))
+def render(template: str, **values: Any) -> str:
+    """A template's text."""
+    return _environment().get_template(template).render(values)
 
 
 @cache
-def environment() -> Environment:
+def _environment() -> Environment:
     """Where all templates are; those of HTML escape what is put into them."""
     found = Environment(
         loader=PackageLoader("ratplus_exp.report"),
@@ -84,6 +86,21 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    latex = str.maketrans(_LATEX)
     found.filters |= {"number": number, "interval": interval, "bounds": bounds}
+    found.filters["latex"] = lambda text: text.translate(latex)
     found.globals |= {"METHODS": METHODS, "MISSING": MISSING, "setting_name": setting_name}
     return found
+
+
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "[": "{[}",  # else an option of the \\ before it
+    "—": "---",
+    "–": "--",
+    "−": "$-$",
+    "±": r"$\pm$",
+    "Δ": r"$\Delta$",
+}

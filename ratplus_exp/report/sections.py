@@ -82,7 +82,7 @@ class Evidence:
         return [p for found in by_table if found[0].measured for p in found]
 
     @property
-    def where(self) -> dict[str, str]:
+    def where(self) -> dict[str, Any]:
         """What titles and captions say of the cells."""
         return {"tier": self.tier, "first_token": self.first_token}
 
@@ -114,9 +114,8 @@ def _table(evidence: Evidence, name: str, brief: bool) -> Section:
     )
     table.write(folder, name)
     against = cell_by_cell(paper_tables(name), evidence.cells, scorer)
-    tables.against_table(against, name, evidence.trainings, **evidence.where).write(
-        folder, f"{name}_against_paper"
-    )
+    beside = tables.against_table(against, name, trainings=evidence.trainings, **evidence.where)
+    beside.write(folder, f"{name}_against_paper")
     shown, pictures, caption = [table.without(frame.TASKS) if brief else table], [], ""
     if name in ("table3", "table4"):
         title = f"RAT+ minus Attention: the paper's Table {name[-1]} and "
@@ -125,7 +124,11 @@ def _table(evidence: Evidence, name: str, brief: bool) -> Section:
         caption = say("gains_caption", first_token=first)
     if name == "table5" and len(evidence.selector_means):
         extra = tables.selector_table(
-            evidence.selector_means, evidence.cells, accuracy=scorer, **evidence.where
+            evidence.selector_means,
+            evidence.cells,
+            scorer,
+            trainings=evidence.trainings,
+            **evidence.where,
         )
         extra.write(folder, "selectors")
         shown.append(extra)
@@ -152,10 +155,8 @@ def _ranked(method: str) -> Callable[[Evidence, str], Section]:
         curves, rates = (x[x["method"] == method] for x in (evidence.curves, evidence.rates))
         pictures = figures.ranked_heads(curves, method, evidence.folder, name, title)
         found = _figure(evidence, name, say("ranked", method=method), pictures, rates)
-        shown = (
-            tables.heads_table(curves, rates, **evidence.where),
-            tables.top_heads_table(curves, trainings_of(rates), **evidence.where),
-        )
+        where = evidence.where | {"trainings": trainings_of(rates)}
+        shown = tables.heads_table(curves, rates, **where), tables.top_heads_table(curves, **where)
         for table, what in zip(shown, ("heads", "top_heads"), strict=True):
             table.write(evidence.folder, f"{name}_{what}")
         curves.to_csv(evidence.folder / f"{name}_ranks.csv", index=False)
@@ -202,7 +203,8 @@ _FIGURES: dict[str, Callable[[Evidence, str], Section]] = {
 
 def pattern_section(evidence: Evidence) -> Section:
     """Paper against measured; its files are written on the way."""
-    table = tables.pattern_table(evidence.patterns, evidence.trainings, **evidence.where)
+    where = evidence.where | {"trainings": evidence.trainings}
+    table = tables.pattern_table(evidence.patterns, **where)
     table.write(evidence.folder, "pattern")
     return Section("Paper against measured", (say("pattern_words"),), tables=(table,))
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig
 
 from ratplus_exp.analysis import SCORERS, Estimate, resample, sample_scores
 from ratplus_exp.report import Table
-from ratplus_exp.report.prose import METHODS, interval, number, say, trainings_of
+from ratplus_exp.report.prose import METHODS, interval, number, trainings_of
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import job_folder
 from ratplus_exp.stages.sweep import complete, configuration
@@ -69,18 +69,17 @@ def _table(cfg: DictConfig, samples: pd.DataFrame) -> Table:
             row += [number(own[0]), "" if model == models[0] else interval(gain)]
         rows.append(tuple(row))
     names = [name for m in methods for name in (METHODS.get(m, m), f"Δ {METHODS.get(m, m)}")]
-    where = say("at", tier=cfg.model.tier, first_token=cfg.stage.first_token)
-    return Table(
-        title=f"Budget {cfg.budget.fraction}, at {where}",
-        caption=say(
-            "ablation",
-            count=len(cfg.data.tasks),
-            first_model=models[0],
-            n=min(np.min(of.counts) for of in found.values()),
-            seed=cfg.seed,
-            trainings=trainings_of(samples),
-            first_token=cfg.stage.first_token,
-        ),
-        columns=("Model", *names),
-        rows=tuple(rows),
+    return Table.described(
+        "ablation",
+        ("Model", *names),
+        rows,
+        group=0,
+        budget=cfg.budget.fraction,
+        tier=cfg.model.tier,
+        count=len(cfg.data.tasks),
+        first_model=models[0],
+        n=min(np.min(of.counts) for of in found.values()),
+        seed=cfg.seed,
+        trainings=trainings_of(samples),
+        first_token=cfg.stage.first_token,
     )

@@ -12,6 +12,7 @@ from ratplus_exp.analysis.selectors import selector_means
 from ratplus_exp.report.tables import heads_table, selector_table, top_heads_table
 from ratplus_exp.store import Store
 
+WHERE = {"tier": "pocket", "first_token": "prefill", "trainings": [0]}
 SETTING = {"tier": "pocket", "method": "quest", "block_size": 8, "top_k": 4, "budget": "1/16"}
 COMMON = {"seed": 0, "context_length": 512, "first_token": "prefill", "selector_seed": 0}
 
@@ -56,9 +57,9 @@ def test_heads_are_ranked_and_compared(store):
     # Head 1.1 of RAT+ hits in one sample of two: it may be at the top, never above 100.
     third = curves.loc[("S-1", 3)]
     assert (third["RAT+ low"], third["RAT+ high"]) == (0, 50)
-    text = heads_table(curves.reset_index(), rates, "pocket").to_markdown()
+    text = heads_table(curves.reset_index(), rates, **WHERE).to_markdown()
     assert "| Quest | 8 | 1/16 | RAT+ | 100.0 |" in text and "(first_token=prefill)" in text
-    top = top_heads_table(curves.reset_index(), [0], "pocket", "decode")
+    top = top_heads_table(curves.reset_index(), **WHERE | {"first_token": "decode"})
     assert top.columns[4:] == ("rank 1", "rank 2", "rank 3", "rank 4", "n")
     attention, ratplus, gap = top.rows
     assert attention[3:] == ("Attention", "75.0", "50.0", "0.0", "0.0", "2")
@@ -111,7 +112,7 @@ def test_who_selects(store):
     assert value["Attention selection"] == 25 and value["RAT+ dense"] == 100
     low, high = means.set_index("name").loc["gap random", ["low", "high"]]
     assert 10 < low < 25 < high < 40
-    table = selector_table(means, tidy(store), "pocket")
+    table = selector_table(means, tidy(store), **WHERE)
     attention, ratplus, gap = table.rows
     assert attention[3:8] == ("Attention", "12.5±17.7", "50.0", "75.0", "100.0")
     assert gap[3] == "RAT+ − Attention" and gap[4].startswith("+25.0 [") and gap[8] == ""

@@ -71,7 +71,9 @@ def test_signs_are_counted_over_decisive_cells_alone():
     assert (whole.agree, whole.against, whole.tied) == tuple(expected.values())
     assert whole.agreement.value == pytest.approx(100 * expected["quest"] / 53)
     assert methods[0].agreement.value == 100 and methods[1].agreement.value == 0
-    text = pattern_table([whole, *methods], [0], "pocket").to_markdown()
+    text = pattern_table(
+        [whole, *methods], tier="pocket", first_token="prefill", trainings=[0]
+    ).to_markdown()
     assert "| Table 3 | all | 53 |" in text and "not the paper's scale" in text
 
 
