@@ -73,7 +73,8 @@ class Table:
 
     def align(self) -> str:
         """ "r" for each column of numbers, "l" for each other one."""
-        return "".join("r" if _numbers(column) else "l" for column in zip(*self.rows, strict=True))
+        columns = ([row[i] for row in self.rows] for i in range(len(self.columns)))
+        return "".join("r" if _numbers(column) else "l" for column in columns)
 
     def to_text(self, width: int = 120) -> str:
         """For a terminal; tighter where it would not fit in `width` characters."""
