@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
+from ratplus_exp.analysis import tidy
 from ratplus_exp.models import Olmo2RatPlusForCausalLM
 from ratplus_exp.models.loading import load_model, load_tokenizer, weight_files
-from ratplus_exp.results import Store, tidy
+from ratplus_exp.store import Store
 
 
 @pytest.fixture(scope="module")
