@@ -99,7 +99,7 @@ def test_a_stock_model_is_no_ratplus_backbone(job, olmo2):
 
 def test_memory_added_trained_jointly_saved_and_evaluated(job, olmo2):
     """The steps that made the pocket pair, on a model of another class."""
-    joint = "stage.joint.dilation=8"
+    joint = "stage.joint={dilation: 8}"
     job(
         "stage=pretrain",
         "model=olmo2_1b_ratplus",
