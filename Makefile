@@ -80,10 +80,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # In processes of their own, since an error on a GPU may spoil all that comes after it.
 bench: $(STAMP) ## measure kernels and models on the GPU, into outputs/bench/<device>
-	for part in scan sparse models plans; do $(BIN)/python -m ratplus_exp.bench --only $$part || exit; done
+	for part in scan sparse models plans; do $(BIN)/python -m ratplus_bench --only $$part || exit; done
 
 bench-cpu: $(STAMP) ## measure the forms of the memory scan on one CPU thread
-	OMP_NUM_THREADS=1 $(BIN)/python -m ratplus_exp.bench --cpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m ratplus_bench --cpu
 
 # Each runs what is missing and writes what it makes to outputs/reports (docs/results.md).
 .PHONY: table2 table3 table4 table5 fig1 fig2 fig3 fig4 reproduce report

@@ -20,13 +20,15 @@ TRACKING_MODES = ("online", "offline", "disabled")
 
 @dataclass
 class ModelConfig:
-    """A backbone. `path` is a folder in Hugging Face's format."""
+    """A backbone. `path` is a folder in Hugging Face's format; `training` says which training
+    of the model it holds, for instance as `path: models/attention/${.training}`."""
 
     name: str = MISSING
     tier: str = MISSING
     backbone: str = MISSING  # attention or ratplus
     path: str = MISSING
-    sha256: str | None = None  # of model.safetensors; checked where given
+    training: int = 0  # the seed that it was trained with, which both backbones of a pair share
+    sha256: Any = None  # of model.safetensors, or one a training: {0: …, 1: …}; checked where given
     architecture: dict[str, Any] = field(default_factory=dict)  # for training and converting
     tokenizer: str | None = None  # a folder, for training from scratch; null: made of data.forms
 
@@ -127,6 +129,22 @@ def budget_name(cfg: DictConfig, method: Method) -> str:
     return str(Budget(method.fraction(cfg.data.length)))
 
 
+def expected_sha256(model: DictConfig) -> str | None:
+    """The digest that model.sha256 gives this training; ValueError for a training it doesn't know.
+
+    One digest alone is that of training 0."""
+    if model.sha256 is None:
+        return None
+    digests = {0: model.sha256} if isinstance(model.sha256, str) else model.sha256
+    if model.training not in digests:
+        known = ", ".join(map(str, sorted(digests)))
+        raise ValueError(
+            f"model.training={model.training} is unknown: {model.name} has {known}; train another "
+            "one and name it in model.sha256, or set model.sha256=null model.path=DIR"
+        )
+    return str(digests[model.training])
+
+
 def forms_of(cfg: DictConfig, style: DictConfig | None = None) -> Forms:
     """The texts of data.forms; `style` replaces some of its fields."""
     changes = plain(style) if style is not None else {}
@@ -152,6 +170,7 @@ def validate(cfg: DictConfig) -> None:
         ("stage.batch_size", cfg.stage.get("batch_size", 1), 1),
         ("stage.workers", cfg.stage.get("workers", 0), 0),
         ("seed", cfg.seed, 0),
+        ("model.training", cfg.model.training, 0),
         ("selector_seed", cfg.selector_seed, 0),
         ("cluster.gpus", cfg.cluster.gpus, 1),
     ):

@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ratplus_exp.config import plain
-from ratplus_exp.results import Table
+from ratplus_exp.report import Table
 from ratplus_exp.training.parallel import rank
 
 

@@ -8,10 +8,10 @@ import json
 import pytest
 import torch
 
-from ratplus_bench import cpu_cases, report, scan_cases, sparse_cases, timing
+from ratplus_bench import __main__ as bench
+from ratplus_bench import cpu_cases, latency, report, scan_cases, sparse_cases, timing
 from ratplus_bench.scan_cases import both
 from ratplus_bench.timing import Case, Form, Machine, Row
-from ratplus_exp import bench, latency
 
 MACHINE = Machine(torch.device("cpu"), torch.float32, dry=True, bandwidth=1e9, matmul=1e12)
 

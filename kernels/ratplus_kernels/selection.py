@@ -29,17 +29,6 @@ def select(scores: Tensor, k: int, *, allowed: Tensor, forced: Tensor) -> Tensor
     return selected.scatter_(-1, best, True) & allowed
 
 
-def select_blocks(scores: Tensor, positions: Tensor, *, block_size: int, top_k: int) -> Tensor:
-    """`select` over blocks of the context: scores (B, H, Q, N), positions (B or 1, Q) tokens.
-
-    The first block and the query's own are forced, and blocks behind the query not allowed.
-    """
-    block = torch.arange(scores.shape[-1], device=scores.device)
-    own = (positions // block_size)[:, None, :, None]  # (B, 1, Q, 1)
-    forced = (block == 0) | (block == own)
-    return select(scores, top_k, allowed=block <= own, forced=forced)
-
-
 def check_top_k(top_k: int) -> None:
     """Refuse a selection that has no room for the two forced blocks."""
     if top_k < 2:

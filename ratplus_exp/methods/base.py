@@ -16,6 +16,7 @@ from ratplus_kernels import Blocks
 
 Unit = Literal["block", "token"]
 Phase = Literal["decode", "prefill", "once"]
+FAST_PATHS = {"represent_blocks", "attend_prefill", "attend_decode"}
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,17 @@ class Method:
         """s(q, r_i) of Eq. 3: queries (B, K, G, Q, D), result (B, K, G, Q, N); higher is better."""
         raise TypeError(f"{type(self).__name__} selects nothing, so it scores nothing")
 
-    def represent_blocks(self, blocks: Blocks) -> Tensor | None:
-        """`represent` of all blocks (B, K, N, *), where their statistics say it already."""
-        return None
+    # Fast paths: the engine's result without its masks; None where there is none for these tensors.
 
-    # A method may attend without a mask, all at once. The engine asks where nobody else picks the
-    # candidates and nobody watches; None says that this method, here, goes the engine's way.
+    def __init_subclass__(cls) -> None:
+        """A fast path belongs to the class that defines it: a subclass may select otherwise."""
+        super().__init_subclass__()
+        for name in FAST_PATHS - vars(cls).keys():
+            setattr(cls, name, vars(Method)[name])
+
+    def represent_blocks(self, blocks: Blocks) -> Tensor | None:
+        """`represent` of all blocks (B, K, N, *), of statistics that a kernel has taken."""
+        return None
 
     def attend_prefill(
         self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor | None = None
@@ -82,13 +88,8 @@ class Method:
         """
         return None
 
-    def keep(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The top_k keys and values that stay in the cache, (B, K, top_k, D) each, of a longer
-        prompt's k and v (B, K, T, D); q (B, H, forced, D) are its last queries."""
-        return None
-
     def attended(self, positions: Tensor) -> Tensor:
-        """How many tokens a query at each position attends to, wherever a method attends itself."""
+        """How many tokens a query at each position attends to, for the fast paths."""
         return positions + 1
 
     def pattern(self, query: Tensor, key: Tensor) -> Tensor | None:

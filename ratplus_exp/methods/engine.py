@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 from ratplus_exp.methods.attention import attend
 from ratplus_exp.methods.base import Dense, Method
 from ratplus_exp.methods.selectors import Selector, TopK
+from ratplus_kernels import gather_tokens
 from ratplus_kernels.selection import select
 
 Recorder = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -84,10 +86,14 @@ class Engine:
         assert self.rows is None
         return replace(self, selector=self.selector.rows(rows), rows=rows)
 
-    @property
-    def _alone(self) -> bool:
-        """Whether nothing but the result is asked for, so that the method may attend itself."""
-        return self.recorder is None and type(self.selector) is TopK
+    def _fast(self, path: Callable[..., Tensor | None], *states: Any) -> Tensor | None:
+        """What a fast path of the method gives; None where the engine must select.
+
+        A recorder needs the selection itself, and a fast path has the method's own top-k in it.
+        """
+        if self.recorder is not None or type(self.selector) is not TopK:
+            return None
+        return path(*states)
 
     def prefill(
         self,
@@ -110,7 +116,7 @@ class Engine:
         position = torch.arange(length, device=q.device)
         if select_by is not None and self.method.phase == "prefill":
             representatives = self.block_representatives(select_by)
-        out = self.method.attend_prefill(q, k, v, representatives) if self._alone else None
+        out = self._fast(self.method.attend_prefill, q, k, v, representatives)
         if out is not None:
             attended = self.method.attended(position).float()
             self._count(attended.expand(len(q), -1), position, lengths)
@@ -174,11 +180,10 @@ class Engine:
         all_seen, whether every query comes after all T slots, so that no mask is needed.
         """
         method = self.method
-        if self._alone:
-            out = method.attend_decode(q, k, v, representatives, positions, all_seen)
-            if out is not None:
-                self.usage.add(method.attended(positions).float(), positions)
-                return out
+        out = self._fast(method.attend_decode, q, k, v, representatives, positions, all_seen)
+        if out is not None:
+            self.usage.add(method.attended(positions).float(), positions)
+            return out
         slot = torch.arange(k.shape[2], device=q.device)
         pattern = method.pattern(slots[..., None], slot)
         if all_seen and pattern is None and method.phase != "decode":
@@ -244,16 +249,8 @@ class Engine:
         All rows have T tokens here: q (B, H, T, D), k, v and select_by, the keys to select by
         (None: k), (B, K, T, D).
         """
-        method, alone = self.method, self._alone and select_by is None
-        if alone and method.phase == "once" and k.shape[2] > method.top_k:
-            kept = method.keep(q[:, :, -method.forced :], k, v)
-            if kept is not None:
-                return kept
         slots = self.kept_after_prefill(q, k if select_by is None else select_by, layer)
-        if slots is None:
-            return None
-        index = slots[..., None].expand(-1, -1, -1, k.shape[-1])
-        return k.gather(2, index), v.gather(2, index)
+        return None if slots is None else gather_tokens(k, v, slots)
 
     def kept_after_prefill(self, q: Tensor, k: Tensor, layer: int) -> Tensor | None:
         """For methods that select once: the cache slots to keep, ascending, (B, K, kept).

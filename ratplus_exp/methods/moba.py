@@ -9,7 +9,6 @@ from torch import Tensor
 
 import ratplus_kernels
 from ratplus_exp.methods.base import BlockMethod, Phase
-from ratplus_kernels.dispatch import use_triton
 from ratplus_kernels.selection import inner_products
 
 
@@ -26,14 +25,11 @@ class MoBA(BlockMethod):
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         return inner_products(queries, representatives.unsqueeze(2))
 
-    def represent_blocks(self, blocks: ratplus_kernels.Blocks) -> Tensor | None:
-        return blocks.mean if type(self) is MoBA else None
+    def represent_blocks(self, blocks: ratplus_kernels.Blocks) -> Tensor:
+        return blocks.mean
 
     def attend_prefill(
         self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor | None = None
     ) -> Tensor | None:
-        # The kernel has this very score: a subclass may have another.
-        if type(self) is not MoBA or not use_triton(q, k, v):
-            return None
         sizes = {"block_size": self.block_size, "top_k": self.top_k}
         return ratplus_kernels.moba_prefill(q, k, v, means=representatives, **sizes)

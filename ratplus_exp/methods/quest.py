@@ -10,7 +10,6 @@ from torch import Tensor
 
 import ratplus_kernels
 from ratplus_exp.methods.base import BlockMethod, Phase
-from ratplus_kernels.dispatch import use_triton
 from ratplus_kernels.selection import inner_products
 
 
@@ -32,8 +31,8 @@ class Quest(BlockMethod):
         halves = torch.cat((queries.clamp(max=0), queries.clamp(min=0)), dim=-1)
         return inner_products(halves, representatives.unsqueeze(2))
 
-    def represent_blocks(self, blocks: ratplus_kernels.Blocks) -> Tensor | None:
-        return blocks.bounds if type(self) is Quest else None
+    def represent_blocks(self, blocks: ratplus_kernels.Blocks) -> Tensor:
+        return blocks.bounds
 
     def attend_decode(
         self,
@@ -45,8 +44,5 @@ class Quest(BlockMethod):
         all_seen: bool,
     ) -> Tensor | None:
         assert representatives is not None
-        # The kernel has this very score: a subclass may have another.
-        if type(self) is not Quest or not use_triton(q, k, v, representatives):
-            return None
         sizes = {"block_size": self.block_size, "top_k": self.top_k}
         return ratplus_kernels.quest_decode(q, k, v, representatives, positions, **sizes)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import ratplus_kernels
 from ratplus_exp.methods.base import Method, Phase
-from ratplus_kernels.dispatch import use_triton
-from ratplus_kernels.selection import inner_products
 
 
 @dataclass(frozen=True)
@@ -44,13 +40,9 @@ class SnapKV(Method):
 
         Returns (B, K, 1, 1, N).
         """
-        length, window = representatives.shape[2], queries.shape[3]
-        logits = inner_products(queries, representatives.unsqueeze(2))
-        position = torch.arange(length, device=queries.device)
-        future = position > position[-window:, None]
-        logits = (logits / math.sqrt(queries.shape[-1])).masked_fill(future, -torch.inf)
-        mass = logits.softmax(-1).sum(3).sum(2)  # (B, K, N)
-        mass[..., : length - window] = self._smooth(mass[..., : length - window])
+        before = representatives.shape[2] - queries.shape[3]
+        mass = ratplus_kernels.attention_mass(queries.flatten(1, 2), representatives)  # (B, K, N)
+        mass[..., :before] = self._smooth(mass[..., :before])
         return mass[:, :, None, None]
 
     def _smooth(self, mass: Tensor) -> Tensor:
@@ -59,15 +51,6 @@ class SnapKV(Method):
             return mass
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         return pool(mass, self.kernel, stride=1, padding=self.kernel // 2)
-
-    def keep(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-        # The kernel has this very score: a subclass may have another.
-        if type(self) is not SnapKV or not use_triton(q, k, v):
-            return None
-        keys, values, _ = ratplus_kernels.snapkv_select(
-            q, k, v, self.top_k, pooling=self.pooling, kernel=self.kernel
-        )
-        return keys, values
 
     def validate(self) -> None:
         super().validate()

@@ -6,13 +6,13 @@ cells are those of stage=eval.
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, ListConfig
 
-from ratplus_exp.results import Table, sample_scores
-from ratplus_exp.results.labels import METHODS, first_token_note, measured_at
-from ratplus_exp.results.layout import number
-from ratplus_exp.results.stats import paired_bootstrap
+from ratplus_exp.analysis import SCORERS, Estimate, resample, sample_scores
+from ratplus_exp.report import Table
+from ratplus_exp.report.prose import METHODS, interval, number, trainings_of
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import job_folder
 from ratplus_exp.stages.sweep import complete, configuration
@@ -26,15 +26,14 @@ def run(cfg: DictConfig) -> None:
         if not isinstance(names, ListConfig) or len(names) < least:
             raise ValueError(f"stage=ablation compares models: set stage.{field}=[{example}]")
     jobs = {
-        (model, method): _job(cfg, model, method)
+        (model, method, training): _job(cfg, model, method, training)
         for model in cfg.stage.models
         for method in cfg.stage.methods
+        for training in cfg.stage.trainings
     }
     complete(cfg, list(jobs.values()))
-    store = next(iter(jobs.values())).store
-    cells = {key: [cell.id for cell in job.cells.values()] for key, job in jobs.items()}
-    samples = sample_scores(store, cell=[name for names in cells.values() for name in names])
-    table = _table(cfg, cells, samples)
+    cells = [cell for job in jobs.values() for cell in job.cells.values()]
+    table = _table(cfg, sample_scores(cells))
     table.write(job_folder(), "ablation")
     print(table.to_text())
     print(f"Written to {job_folder()}/ablation.md, .csv and .tex.")
@@ -42,9 +41,9 @@ def run(cfg: DictConfig) -> None:
         log_table(tracker, "ablation", table)
 
 
-def _job(cfg: DictConfig, model: str, method: str) -> Job:
-    """The job of one model, whose prompts are those of cfg.model's tier."""
-    job = configuration(cfg, {"model": model, "method": method})
+def _job(cfg: DictConfig, model: str, method: str, training: int) -> Job:
+    """The job of one training of a model, whose prompts are those of cfg.model's tier."""
+    job = configuration(cfg, {"model": model, "method": method, "training": training})
     if job.model.tier != cfg.model.tier:
         raise ValueError(
             f"{model} is of the tier {job.model.tier}, but the data of the tier {cfg.model.tier}: "
@@ -53,39 +52,34 @@ def _job(cfg: DictConfig, model: str, method: str) -> Job:
     return Job(job)
 
 
-def _table(
-    cfg: DictConfig, cells: dict[tuple[str, str], list[str]], samples: pd.DataFrame
-) -> Table:
-    """One row a model; samples: rows of `sample_scores`."""
+def _table(cfg: DictConfig, samples: pd.DataFrame) -> Table:
+    """One row a model; samples: rows of `sample_scores`, of which those count that all models
+    answered under a method."""
     models, methods = list(cfg.stage.models), list(cfg.stage.methods)
-    scores = {}
-    for method in methods:  # a column a model, a row a sample that all of them answered
-        sides = (samples[samples["cell"].isin(cells[model, method])] for model in models)
-        columns = [side.set_index(["task", "id"])["score_p2"] for side in sides]
-        scores[method] = pd.concat(columns, axis=1, keys=models).dropna()
-    n = min(frame.groupby("task").size().min() for frame in scores.values())
+    found = {}
+    for method in methods:
+        here = samples[samples["method"] == method]
+        found[method] = resample(here, SCORERS[0], ["model"], shared=True)
     rows = []
     for model in models:
         row = [model]
         for method in methods:
-            own, first = scores[method][model], scores[method][models[0]]
-            row.append(number(100 * own.groupby("task").mean().mean()))
-            if model == models[0]:
-                row.append("")
-            else:
-                gain, low, high = (100 * x for x in paired_bootstrap(own, first))
-                row.append(f"{number(gain, sign='+')} [{number(low)}, {number(high)}]")
+            own, first = (100 * found[method].mean((name,)) for name in (model, models[0]))
+            gain = Estimate.of(own - first)
+            row += [number(own[0]), "" if model == models[0] else interval(gain)]
         rows.append(tuple(row))
     names = [name for m in methods for name in (METHODS.get(m, m), f"Δ {METHODS.get(m, m)}")]
-    where = measured_at(cfg.model.tier, cfg.stage.first_token)
-    return Table(
-        title=f"Budget {cfg.budget.fraction}, at {where}",
-        caption=(
-            f"Mean accuracy in % over {len(cfg.data.tasks)} tasks by P2's score; Δ: points more "
-            f"than {models[0]}, with a 95 % bootstrap interval over samples, paired by id. n = "
-            f"{n} samples a task or more, seed {cfg.seed}. Each model was trained once. "
-            f"{first_token_note(cfg.stage.first_token)}"
-        ),
-        columns=("Model", *names),
-        rows=tuple(rows),
+    return Table.described(
+        "ablation",
+        ("Model", *names),
+        rows,
+        group=0,
+        budget=cfg.budget.fraction,
+        tier=cfg.model.tier,
+        count=len(cfg.data.tasks),
+        first_model=models[0],
+        n=min(np.min(of.counts) for of in found.values()),
+        seed=cfg.seed,
+        trainings=trainings_of(samples),
+        first_token=cfg.stage.first_token,
     )

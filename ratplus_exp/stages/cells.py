@@ -28,7 +28,14 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from ratplus_exp import provenance
-from ratplus_exp.config import budget_name, forms_of, oracle_heads, plain, validate_method
+from ratplus_exp.config import (
+    budget_name,
+    expected_sha256,
+    forms_of,
+    oracle_heads,
+    plain,
+    validate_method,
+)
 from ratplus_exp.methods import Oracle, Random, Selector, TopK
 from ratplus_exp.models.loading import (
     check_model,
@@ -38,9 +45,9 @@ from ratplus_exp.models.loading import (
     load_tokenizer,
     weight_files,
 )
-from ratplus_exp.results import Cell
 from ratplus_exp.stages.common import device_of, job_folder, resolve, store_of
 from ratplus_exp.stages.samples import Samples, ruler_files
+from ratplus_exp.store import Cell
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tracking import tracked
 from ratplus_exp.training.parallel import barrier, from_first, processes, rank, world_size
@@ -78,11 +85,12 @@ class Job:
         cfg, method = self.cfg, self.method
         files = [file for file in weight_files(self.path) if file.exists()]
         stamp = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-        digest = _digest(self.path, cfg.model.sha256, cfg.model.backbone, stamp)
+        digest = _digest(self.path, expected_sha256(cfg.model), cfg.model.backbone, stamp)
         return {
             "stage": cfg.stage.name,
             "tier": cfg.model.tier,
             "model": cfg.model.name,
+            "training": cfg.model.training,
             "backbone": cfg.model.backbone,
             "checkpoint": digest[:16],
             "interface": interface_digest(self.path)[:16],

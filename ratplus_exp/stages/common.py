@@ -10,11 +10,12 @@ import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_method
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from ratplus_exp import provenance
-from ratplus_exp.config import validate
-from ratplus_exp.results import Store, StoreBusy
+from ratplus_exp.config import expected_sha256, validate
+from ratplus_exp.models.loading import check_model
+from ratplus_exp.store import Store, StoreBusy
 from ratplus_exp.training import LossDiverged, Stopped
 from ratplus_exp.training.parallel import local_rank, world_size
 
@@ -45,6 +46,26 @@ def option(group: str, name: str) -> DictConfig:
     """One option of a configuration group, its interpolations left open."""
     where = [x for x in HydraConfig.get().overrides.hydra if x.startswith("hydra.searchpath")]
     return compose("config", [*where, f"{group}={name}"])[group]
+
+
+def model_option(cfg: DictConfig, name: str, training: int) -> DictConfig:
+    """One training of an option of the group model, in this configuration: its folder may lie in
+    `output`."""
+    job = cfg.copy()
+    with open_dict(job):
+        job.model = option("model", name)
+        job.model.training = training
+    return job.model
+
+
+def model_name(cfg: DictConfig) -> str:
+    """The model for titles, with its training where it isn't the first."""
+    return cfg.model.name + (f", training {cfg.model.training}" if cfg.model.training else "")
+
+
+def checkpoint_of(model: DictConfig) -> str:
+    """The digest of a configured model's weights: see `check_model`."""
+    return check_model(resolve(model.path), expected_sha256(model), model.backbone)
 
 
 def resolve(path: str) -> Path:

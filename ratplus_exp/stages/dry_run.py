@@ -14,7 +14,7 @@ from ratplus_exp.config import build, forms_of, plain, validate_method
 from ratplus_exp.cost import Shape
 from ratplus_exp.methods import Dilated
 from ratplus_exp.models.building import config_for, memory_config, new_model
-from ratplus_exp.results import Table
+from ratplus_exp.report import Table
 from ratplus_exp.stages.common import model_folder, resolve
 from ratplus_exp.stages.train import schedule_of
 from ratplus_exp.training import TrainSettings

@@ -8,15 +8,16 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig
 
+from ratplus_exp.analysis.frame import COLUMNS, EXTRA, SCORERS, accuracies, tidy
 from ratplus_exp.config import forms_of
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine
 from ratplus_exp.models.decoding import cuda_graphs, greedy
-from ratplus_exp.results import MISSING, Cell, Store, Table, accuracies, tidy
-from ratplus_exp.results.frame import COLUMNS, EXTRA
+from ratplus_exp.report import MISSING, Table
 from ratplus_exp.stages.cells import Job, Loaded, fill_missing, padded, selector_of
-from ratplus_exp.stages.common import job_folder
-from ratplus_exp.tasks import Sample, score_p2, score_ruler
+from ratplus_exp.stages.common import job_folder, model_name
+from ratplus_exp.store import Cell, Store
+from ratplus_exp.tasks import Sample, exact, substring
 from ratplus_exp.tracking import log_frame
 from ratplus_exp.training.parallel import rank
 
@@ -35,8 +36,8 @@ def measure(job: Job, loaded: Loaded, samples: list[Sample]) -> list[dict[str, A
     return [
         {
             "id": sample.id,
-            "score_p2": score_p2(text, sample.answers),
-            "score_ruler": score_ruler(text, sample.answers),
+            "exact": exact(text, sample.answers),
+            "substring": substring(text, sample.answers),
             "prediction": text,
             "answers": list(sample.answers),
             "prompt_tokens": sample.length,
@@ -89,7 +90,7 @@ def _frame(store: Store, cells: dict[str, Cell]) -> pd.DataFrame:
     other = other[other["backbone"] != frame.loc[0, "backbone"]]
     if other["checkpoint"].nunique() != 1:
         return frame
-    accuracy = other.set_index("task")["accuracy"].rename(other["model"].iloc[0])
+    accuracy = other.set_index("task")[SCORERS[0]].rename(other["model"].iloc[0])
     return frame.join(accuracy, on="task")
 
 
@@ -101,9 +102,8 @@ def _setting(cell: Cell) -> dict[str, Any]:
 def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
     """Print and write the table of this job's cells, one row a task."""
     first = frame.iloc[0]
-    shown = {"accuracy": "P2", "accuracy_ruler": "RULER"}
     others = [name for name in frame.columns if name not in (*COLUMNS, *EXTRA)]
-    numbers = frame.set_index("task")[[*shown, *others]].astype(float)
+    numbers = frame.set_index("task")[[*SCORERS, *others]].astype(float)
     numbers.loc["Mean"] = numbers.mean(skipna=False)
     counts = [*frame["n"], frame["n"].sum()]
     rows = [
@@ -111,7 +111,7 @@ def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
         for (task, row), n in zip(numbers.iterrows(), counts, strict=True)
     ]
     caption = (
-        f"Accuracy in % by P2's and by RULER's score; tier {first.tier}, {first.context_length} "
+        f"Accuracy in %, exact and substring match; tier {first.tier}, {first.context_length} "
         f"tokens, seed {first.seed}; budget {first.budget}, really attended or stored: "
         f"{frame['budget_measured'].mean():.3f}."
     )
@@ -119,11 +119,11 @@ def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
         memory = frame["effective_memory_length"].mean()
         caption += f" Effective memory length: {memory:.1f} tokens."
     if others:
-        caption += f" {others[0]}: the other backbone in the same setting, by P2's score."
+        caption += f" {others[0]}: the other backbone in the same setting, exact match."
     title = (
-        f"{cfg.model.name}, {cfg.method.name} at budget {first.budget}, selector {first.selector}"
+        f"{model_name(cfg)}, {cfg.method.name} at budget {first.budget}, selector {first.selector}"
     )
-    columns = ("Task", *shown.values(), *others, "n")
+    columns = ("Task", *SCORERS, *others, "n")
     table = Table(title, caption, columns, tuple(rows), frozenset({len(rows) - 1}))
     table.write(job_folder(), "table")
     print(table.to_text())
@@ -131,6 +131,6 @@ def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
 
 
 def _log(tracker: Any, frame: pd.DataFrame) -> None:
-    accuracy = {f"accuracy/{r.task}": r.accuracy for r in frame.itertuples()}
-    tracker.summary.update(accuracy | {"accuracy/mean": float(frame["accuracy"].mean())})
+    accuracy = {f"accuracy/{r.task}": r.exact for r in frame.itertuples()}
+    tracker.summary.update(accuracy | {"accuracy/mean": float(frame[SCORERS[0]].mean())})
     log_frame(tracker, "cells", frame)

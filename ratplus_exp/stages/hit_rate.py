@@ -17,13 +17,13 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 
+from ratplus_exp.analysis.hits import hit_rates
 from ratplus_exp.methods import Engine
 from ratplus_exp.methods.hits import HitCounter
-from ratplus_exp.results import Table
-from ratplus_exp.results.hits import hit_rates
-from ratplus_exp.results.layout import number
+from ratplus_exp.report import Table
+from ratplus_exp.report.prose import number
 from ratplus_exp.stages.cells import Job, Loaded, fill_missing, padded, selector_of
-from ratplus_exp.stages.common import job_folder
+from ratplus_exp.stages.common import job_folder, model_name
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.golden import golden_answer
 from ratplus_exp.tracking import log_frame
@@ -137,7 +137,7 @@ def _table(cfg: DictConfig, frame: pd.DataFrame) -> Table:
     ]
     first = frame.iloc[0]
     return Table(
-        title=f"{cfg.model.name}, {cfg.method.name} at budget {first['budget']}: hit rate by head",
+        title=f"{model_name(cfg)}, {cfg.method.name} at budget {first['budget']}: hit rate by head",
         caption=(
             "Share of gold values, in %, whose golden position the head's selected candidates hold "
             f"at every decoding step, gold values teacher-forced; selector {cfg.selector}, "

@@ -12,11 +12,12 @@ from __future__ import annotations
 import pandas as pd
 from omegaconf import DictConfig
 
+from ratplus_exp.analysis import SCORERS, mean_std, tidy
 from ratplus_exp.config import validate_method
-from ratplus_exp.results import Table, mean_std, tidy
-from ratplus_exp.results.layout import number
+from ratplus_exp.report import Table
+from ratplus_exp.report.prose import plus_minus
 from ratplus_exp.stages.cells import Job
-from ratplus_exp.stages.common import job_folder
+from ratplus_exp.stages.common import job_folder, model_name
 from ratplus_exp.stages.sweep import complete, configuration
 from ratplus_exp.tracking import log_table, tracked
 
@@ -47,22 +48,19 @@ def _table(cfg: DictConfig, cells: pd.DataFrame) -> Table:
     tasks = list(cfg.data.tasks)
     rows = []
     for name, side in cells.groupby("selector", sort=False):
-        wide = side.pivot(index="selector_seed", columns="task", values="accuracy")[tasks]
+        wide = side.pivot(index="selector_seed", columns="task", values=SCORERS[0])[tasks]
         columns = [*(wide[task] for task in tasks), wide.mean(axis=1)]
-        spreads = (mean_std(column) for column in columns)
-        texts = [
-            number(mean) + ("" if pd.isna(std) else f"±{number(std)}") for mean, std in spreads
-        ]
+        texts = [plus_minus(*mean_std(column)) for column in columns]
         rows.append((str(name), *texts, str(side["n"].min()), str(len(wide))))
     order = ["random", "topk", "oracle"]
     rows.sort(key=lambda row: order.index(row[0]))
     first = cells.iloc[0]
     return Table(
-        title=f"{cfg.model.name}, {cfg.method.name} at budget {first['budget']}: who selects",
+        title=f"{model_name(cfg)}, {cfg.method.name} at budget {first['budget']}: who selects",
         caption=(
-            "Accuracy in % by P2's score; ± is the standard deviation over selector seeds. random: "
-            "as many candidates, uniformly, forced ones kept; oracle: always what holds the gold "
-            "values, then the method's choice. n: samples a task and seed."
+            "Accuracy in % by exact match; ± is the standard deviation over selector seeds. "
+            "random: as many candidates, uniformly, forced ones kept; oracle: what holds the gold "
+            "values first, then the method's choice. n: samples a task and seed."
         ),
         columns=("Selector", *tasks, "Mean", "n", "seeds"),
         rows=tuple(rows),

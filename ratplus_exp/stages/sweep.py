@@ -1,9 +1,9 @@
 """stage=sweep: all cells that some tables and figures need, then the tables and figures.
 
 What a sweep runs is data: `stage.cells` in conf/experiment/table2.yaml and its neighbours, one
-entry a grid, its lists multiplied out and run for each of `stage.models`. Finished cells are
-skipped; the rest is dealt out to worker processes under one progress bar. A sweep that was killed
-goes on where it stood.
+entry a grid, its lists multiplied out and run for each of `stage.trainings` of `stage.models`.
+Finished cells are skipped; the rest is dealt out to worker processes under one progress bar. A
+sweep that was killed goes on where it stood.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from ratplus_exp.config import plain, validate
 from ratplus_exp.models.loading import load_tokenizer
-from ratplus_exp.results import StoreBusy
 from ratplus_exp.stages import report
 from ratplus_exp.stages.cells import Job, Loaded, fill
 from ratplus_exp.stages.common import device_of, option
 from ratplus_exp.stages.samples import Samples
+from ratplus_exp.store import StoreBusy
 from ratplus_exp.training.parallel import cores
 from ratplus_exp.workers import SPAWN, Workers
 
@@ -64,8 +64,9 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
     """The configurations of `stage.cells`, checked, model by model so that each is loaded once."""
     grids = plain(cfg.stage.cells).values()
     return [
-        configuration(cfg, {"model": model} | entry)
+        configuration(cfg, {"model": model, "training": training} | entry)
         for model in cfg.stage.models
+        for training in cfg.stage.trainings
         for grid in grids
         for entry in _multiply(grid)
     ]
@@ -93,6 +94,8 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
         for group in ("model", "method"):
             if group in entry:
                 job[group] = option(group, entry[group])
+        if "training" in entry:
+            job.model.training = entry["training"]
         job.stage = option("stage", entry.get("stage", "eval"))
         for field in ("first_token", "batch_size"):
             job.stage[field] = cfg.stage[field]

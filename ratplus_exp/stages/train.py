@@ -29,7 +29,6 @@ from ratplus_exp.models.loading import (
     weight_files,
     weights_digest,
 )
-from ratplus_exp.results import locked, write_atomically
 from ratplus_exp.stages.common import (
     corpus_folder,
     device_of,
@@ -37,6 +36,7 @@ from ratplus_exp.stages.common import (
     resolve,
     tokenizer_name,
 )
+from ratplus_exp.store import locked, write_atomically
 from ratplus_exp.tasks import pocket_tokenizer
 from ratplus_exp.tasks.answers import Answers
 from ratplus_exp.tasks.facts import Facts

@@ -5,7 +5,7 @@ from ratplus_exp.tasks.niah import NIAH, SPLITS, TASKS, TaskSpec, split_of
 from ratplus_exp.tasks.prose import paragraph, sentence
 from ratplus_exp.tasks.ruler import read_jsonl, write_jsonl
 from ratplus_exp.tasks.sample import Sample, target, target_ids
-from ratplus_exp.tasks.scoring import score_p2, score_ruler
+from ratplus_exp.tasks.scoring import exact, substring
 from ratplus_exp.tasks.tokenizer import pocket_tokenizer
 
 __all__ = [
@@ -18,8 +18,8 @@ __all__ = [
     "paragraph",
     "pocket_tokenizer",
     "read_jsonl",
-    "score_p2",
-    "score_ruler",
+    "exact",
+    "substring",
     "sentence",
     "split_of",
     "target",

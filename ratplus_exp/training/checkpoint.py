@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ratplus_exp.results.files import sync
+from ratplus_exp.store.files import sync
 from ratplus_exp.training.parallel import barrier, like, rank, total, world_size
 
 State = dict[str, Any]

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ratplus_exp.cost import Shape, attended_keys, peak_tflops
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine, Method, Uncounted
-from ratplus_exp.results.files import write_atomically
+from ratplus_exp.store.files import write_atomically
 from ratplus_exp.training import parallel
 from ratplus_exp.training.batches import Batches, BatchOf
 from ratplus_exp.training.checkpoint import Checkpoints

@@ -94,8 +94,8 @@ def memory_scan() -> None:
     memory_step_triton.step(z[:, 0], k[:, 0], v[:, 0], state)
 
 
-def snapkv_select() -> None:
-    from ratplus_kernels import snapkv_select_triton as snapkv
+def snapkv() -> None:
+    from ratplus_kernels import snapkv_triton as snapkv
 
     q, k = meta(2, 32, 64, 128), meta(2, 8, 4096, 128)
     snapkv.attention_mass(q, k, None)
@@ -121,6 +121,6 @@ def moba_prefill() -> None:
 if __name__ == "__main__":
     assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
     JITFunction.run = compile_launch
-    cases = ["memory_scan", "snapkv_select", "quest_decode", "moba_prefill"]
+    cases = ["memory_scan", "snapkv", "quest_decode", "moba_prefill"]
     for case in sys.argv[1:] or cases:
         globals()[case]()

@@ -18,7 +18,7 @@ pytestmark = [
 SCRIPT = Path(__file__).with_name("compile_only.py")
 
 
-@pytest.mark.parametrize("case", ["memory_scan", "snapkv_select", "quest_decode", "moba_prefill"])
+@pytest.mark.parametrize("case", ["memory_scan", "snapkv", "quest_decode", "moba_prefill"])
 def test_kernels_compile_and_keep_to_their_registers(case, tmp_path):
     # A process of its own: in this one Triton may only interpret. Its cache is left alone.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

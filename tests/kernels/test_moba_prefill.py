@@ -6,8 +6,8 @@ import pytest
 import torch
 from block_attention import attend, states
 
+from ratplus_exp.methods import Engine, MoBA
 from ratplus_kernels import moba_prefill
-from ratplus_kernels.moba_prefill import moba_prefill_torch
 
 SHAPES = {
     "GQA": {"batch": 2, "length": 29, "block_size": 4, "top_k": 4},
@@ -23,6 +23,12 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 def inputs(block_size, top_k, length, **sizes):
     return states(queries=length, length=length, **sizes)
+
+
+def definition(q, k, v, block_size, top_k, means=None):
+    """What models compute where no kernel runs."""
+    engine = Engine(MoBA(block_size, top_k), recorder=lambda *_: None)
+    return engine.prefill(q, k, v, None, layer=0, representatives=means)
 
 
 def check(out, q, k, v, block_size, top_k, rows=None, tolerance=1e-5, near=1e-5):
@@ -46,24 +52,24 @@ def check(out, q, k, v, block_size, top_k, rows=None, tolerance=1e-5, near=1e-5)
 
 
 @shapes
-def test_torch_form_is_the_definition(shape):
+def test_the_engine_is_right(shape):
     q, k, v = inputs(**shape)
     size, top_k = shape["block_size"], shape["top_k"]
-    check(moba_prefill_torch(q, k, v, size, top_k), q, k, v, size, top_k)
+    check(definition(q, k, v, size, top_k), q, k, v, size, top_k)
 
 
 @shapes
-def test_triton_form_is_the_definition(triton_device, shape):
+def test_the_kernel_is_right(triton_device, shape):
     q, k, v = inputs(**shape, device=triton_device)
     size, top_k = shape["block_size"], shape["top_k"]
     check(moba_prefill(q, k, v, block_size=size, top_k=top_k), q, k, v, size, top_k)
 
 
-@pytest.mark.parametrize("form", ["torch", "triton"])
+@pytest.mark.parametrize("form", ["engine", "kernel"])
 def test_ties_go_to_the_lowest_block(triton_device, form):
     q, k, v = inputs(4, 5, length=44, integers=True, device=triton_device)
-    if form == "torch":
-        out = moba_prefill_torch(q, k, v, 4, 5)
+    if form == "engine":
+        out = definition(q, k, v, 4, 5)
     else:
         out = moba_prefill(q, k, v, block_size=4, top_k=5)
     check(out, q, k, v, 4, 5)
@@ -77,35 +83,36 @@ def test_many_blocks_are_gated_in_segments(triton_device, monkeypatch):
     check(moba_prefill(q, k, v, block_size=1, top_k=5), q, k, v, 1, 5)
 
 
-@pytest.mark.parametrize("form", ["torch", "triton"])
+@pytest.mark.parametrize("form", ["engine", "kernel"])
 def test_nothing_behind_a_query_matters(triton_device, form):
     q, k, v = inputs(4, 3, length=30, device=triton_device)
     outs = []
     for filler in (1.0, -50.0):
         k[:, :, 22:], v[:, :, 22:] = filler, filler
-        if form == "torch":
-            out = moba_prefill_torch(q, k, v, 4, 3)
+        if form == "engine":
+            out = definition(q, k, v, 4, 3)
         else:
             out = moba_prefill(q, k, v, block_size=4, top_k=3)
         outs.append(out[:, :, :22])
     assert torch.equal(*outs)
 
 
-@pytest.mark.parametrize("form", ["torch", "triton"])
+@pytest.mark.parametrize("form", ["engine", "kernel"])
 def test_means_that_are_there_are_used(triton_device, form):
     q, k, v = inputs(4, 3, length=22, device=triton_device)
     means = torch.stack([block.mean(2) for block in k.split(4, dim=2)], 2)
-    means[:, :, 5] = torch.nan if form == "triton" else 0  # unfinished
-    if form == "torch":
-        out = moba_prefill_torch(q, k, v, 4, 3, means)
+    means[:, :, 5] = torch.nan if form == "kernel" else 0  # unfinished
+    if form == "engine":
+        out = definition(q, k, v, 4, 3, means)
     else:
         out = moba_prefill(q, k, v, block_size=4, top_k=3, means=means)
     check(out, q, k, v, 4, 3)
 
 
-def test_gradients_go_through_the_torch_form(triton_device):
+def test_gradients_go_through_the_engine(triton_device):
     q, k, v = (x.requires_grad_() for x in inputs(4, 3, length=20, device=triton_device))
-    moba_prefill(q, k, v, block_size=4, top_k=3).sum().backward()
+    assert moba_prefill(q, k, v, block_size=4, top_k=3) is None
+    Engine(MoBA(4, 3)).prefill(q, k, v, None, layer=0).sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
 
 

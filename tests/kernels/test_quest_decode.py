@@ -6,8 +6,8 @@ import pytest
 import torch
 from block_attention import attend, states
 
+from ratplus_exp.methods import Engine, Quest
 from ratplus_kernels import quest_decode
-from ratplus_kernels.quest_decode import quest_decode_torch
 
 SHAPES = {
     "GQA, several queries": {"batch": 2, "queries": 2, "length": 37, "block_size": 4, "top_k": 4},
@@ -28,6 +28,12 @@ def inputs(block_size, top_k, **sizes):
     last = [length - 1 - 11 * b for b in range(batch)]
     positions = torch.tensor([list(range(end - queries + 1, end + 1)) for end in last])
     return q, k, v, representatives(k, block_size), positions.to(q.device)
+
+
+def definition(q, k, v, reps, positions, block_size, top_k):
+    """What models compute where no kernel runs."""
+    engine = Engine(Quest(block_size, top_k), recorder=lambda *_: None)
+    return engine.decode(q, k, v, positions, positions, reps, layer=0)
 
 
 def representatives(k, block_size):
@@ -60,24 +66,24 @@ def check(out, q, k, v, reps, positions, block_size, top_k, tolerance=1e-5):
 
 
 @shapes
-def test_torch_form_is_the_definition(shape):
+def test_the_engine_is_right(shape):
     args = inputs(**shape)
     size, top_k = shape["block_size"], shape["top_k"]
-    check(quest_decode_torch(*args, size, top_k), *args, size, top_k)
+    check(definition(*args, size, top_k), *args, size, top_k)
 
 
 @shapes
-def test_triton_form_is_the_definition(triton_device, shape):
+def test_the_kernel_is_right(triton_device, shape):
     args = inputs(**shape, device=triton_device)
     size, top_k = shape["block_size"], shape["top_k"]
     check(quest_decode(*args, block_size=size, top_k=top_k), *args, size, top_k)
 
 
-@pytest.mark.parametrize("form", ["torch", "triton"])
+@pytest.mark.parametrize("form", ["engine", "kernel"])
 def test_ties_go_to_the_lowest_block(triton_device, form):
     args = inputs(batch=2, length=60, block_size=4, top_k=5, integers=True, device=triton_device)
-    if form == "torch":
-        out = quest_decode_torch(*args, 4, 5)
+    if form == "engine":
+        out = definition(*args, 4, 5)
     else:
         out = quest_decode(*args, block_size=4, top_k=5)
     check(out, *args, 4, 5)

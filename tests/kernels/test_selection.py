@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ratplus_kernels.selection import select_blocks
+from ratplus_kernels.selection import select
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -53,5 +53,6 @@ def test_takes_the_best_between_the_first_and_the_own_block(triton_device, value
     out = torch.full(scores.shape, 7, dtype=torch.int8, device=triton_device)
     _select[(1,)](scores.to(triton_device), own.to(triton_device), out, top_k, ROWS=8, N=32)
     assert torch.equal(out.cpu(), wanted.to(torch.int8))
-    defined = select_blocks(scores[:, None, None], own[:, None], block_size=1, top_k=top_k)
-    assert torch.equal(defined[:, 0, 0], wanted)
+    block, last = torch.arange(32), own[:, None]
+    forced = (block == 0) | (block == last)
+    assert torch.equal(select(scores, top_k, allowed=block <= last, forced=forced), wanted)

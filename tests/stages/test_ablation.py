@@ -3,10 +3,11 @@
 import pandas as pd
 import pytest
 
+from ratplus_exp.analysis import sample_scores
 from ratplus_exp.config import plain
 from ratplus_exp.models.building import config_for
-from ratplus_exp.results import Store, sample_scores
 from ratplus_exp.stages import ablation, evaluate
+from ratplus_exp.store import Store
 
 VARIANTS = {
     "small_ratplus_no_joint": ("kv", True),
@@ -18,7 +19,7 @@ VARIANTS = {
 
 def test_models_stand_side_by_side(job, pair, capsys, monkeypatch):
     # Untrained models are never right, but they are not equally talkative.
-    monkeypatch.setattr(evaluate, "score_p2", lambda text, answers: len(text) % 5 / 4)
+    monkeypatch.setattr(evaluate, "exact", lambda text, answers: len(text) % 5 / 4)
     settings = [*pair, "data.tasks=[S-1,MV]", "data.examples=3", "stage.methods=[dense,moba]"]
     cfg = job("stage=ablation", "budget=1/4", *settings)
     table = pd.read_csv(job.folder / "job" / "ablation.csv")
@@ -28,7 +29,7 @@ def test_models_stand_side_by_side(job, pair, capsys, monkeypatch):
     for method, column in (("dense", "dense"), ("moba", "MoBA")):
         here = scores[scores["method"] == method]
         assert set(here["budget"]) == {"1" if method == "dense" else "1/4"}
-        means = 100 * here.groupby(["model", "task"])["score_p2"].mean().groupby("model").mean()
+        means = 100 * here.groupby(["model", "task"])["exact"].mean().groupby("model").mean()
         assert table[column].tolist() == pytest.approx(means[models].tolist(), abs=0.051)
         assert means.min() > 0 and means.nunique() == 2
         gain = float(str(table[f"Δ {column}"][1]).split()[0].replace("−", "-"))
@@ -42,16 +43,22 @@ def test_models_stand_side_by_side(job, pair, capsys, monkeypatch):
 def test_only_samples_that_all_models_answered_count(job):
     """More samples of one model, from another run, move neither its mean nor a difference."""
     cfg = job.compose("stage=ablation", "stage.models=[a,b]", "stage.methods=[moba]", "budget=1/4")
-    cells = {("a", "moba"): ["x1", "x2"], ("b", "moba"): ["y1", "y2"]}
-    scores = {"x1": [1, 0], "x2": [0, 1, 1], "y1": [1, 1, 0, 0], "y2": [0, 1]}
+    scores = {"a1": [1, 0], "a2": [0, 1, 1], "b1": [1, 1, 0, 0], "b2": [0, 1]}
     samples = pd.DataFrame(
         [
-            {"cell": cell, "task": f"MK-{cell[1]}", "id": i, "score_p2": score}
+            {
+                "model": cell[0],
+                "method": "moba",
+                "training": 0,
+                "task": f"MK-{cell[1]}",
+                "id": i,
+                "exact": score,
+            }
             for cell, values in scores.items()
             for i, score in enumerate(values)
         ]
     )
-    table = ablation._table(cfg, cells, samples)
+    table = ablation._table(cfg, samples)
     assert table.columns == ("Model", "MoBA", "Δ MoBA")
     first, second = table.rows
     assert first == ("a", "50.0", "") and second[:2] == ("b", "75.0")

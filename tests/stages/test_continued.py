@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
+from ratplus_exp.analysis import tidy
 from ratplus_exp.models import Olmo2RatPlusForCausalLM
 from ratplus_exp.models.loading import load_model, load_tokenizer
-from ratplus_exp.results import Store, tidy
+from ratplus_exp.store import Store
 
 STAGE = [
     "model=pocket_ratplus",

@@ -8,7 +8,7 @@ import torch
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 from ratplus_exp.models.loading import load_model, load_tokenizer, weights_digest
 from ratplus_exp.models.p2_checkpoint import to_p2
-from ratplus_exp.results import Store
+from ratplus_exp.store import Store
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from ratplus_exp.analysis import tidy
 from ratplus_exp.config import forms_of
 from ratplus_exp.models.loading import load_tokenizer
-from ratplus_exp.results import Store, tidy
 from ratplus_exp.stages import samples
+from ratplus_exp.store import Store
 from ratplus_exp.tasks import NIAH, TASKS, prompts, write_jsonl
 
 REPOSITORY = Path(__file__).parents[2]

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
+from ratplus_exp.analysis import tidy
 from ratplus_exp.models import Olmo2RatPlusForCausalLM
 from ratplus_exp.models.loading import load_model, load_tokenizer, weight_files
-from ratplus_exp.results import Store, tidy
+from ratplus_exp.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_a_stock_model_is_no_ratplus_backbone(job, olmo2):
 
 def test_memory_added_trained_jointly_saved_and_evaluated(job, olmo2):
     """The steps that made the pocket pair, on a model of another class."""
-    joint = "stage.joint.dilation=8"
+    joint = "stage.joint={dilation: 8}"
     job(
         "stage=pretrain",
         "model=olmo2_1b_ratplus",

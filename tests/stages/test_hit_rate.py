@@ -7,7 +7,7 @@ import torch
 from ratplus_exp.config import method_of
 from ratplus_exp.methods import Engine
 from ratplus_exp.models.loading import load_model, load_tokenizer
-from ratplus_exp.results import Store
+from ratplus_exp.store import Store
 from ratplus_exp.tasks import NIAH
 from ratplus_exp.tasks.sample import target_ids
 

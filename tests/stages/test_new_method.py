@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from ratplus_exp.analysis import tidy
 from ratplus_exp.config import method_of
 from ratplus_exp.methods import Engine
-from ratplus_exp.results import Store, tidy
+from ratplus_exp.store import Store
 
 DOCS = Path(__file__).parents[2] / "CONTRIBUTING.md"
 

@@ -5,8 +5,9 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
+from ratplus_exp.analysis import tidy
 from ratplus_exp.config import validate, validate_method
-from ratplus_exp.results import Store, tidy
+from ratplus_exp.store import Store
 
 
 def test_the_attention_twin_has_twice_the_tokens_in_every_phase(job):

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 
-from ratplus_exp.results import Store, tidy
-from ratplus_exp.results.compare import paper_setting
-from ratplus_exp.results.paper import paper_tables
+from ratplus_exp.analysis import tidy
+from ratplus_exp.analysis.frame import setting_of_paper
+from ratplus_exp.models.loading import weights_digest
+from ratplus_exp.report import paper_tables
 from ratplus_exp.stages import sweep
 from ratplus_exp.stages.cells import Job
+from ratplus_exp.store import Store
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -40,8 +43,8 @@ def test_the_experiments_hold_the_papers_settings_and_share_cells(job):
             continue
         frame = pd.DataFrame(cells.values())
         frame["backbone"] = frame["backbone"].replace({"attention": "Attention", "ratplus": "RAT+"})
-        ours = paper_setting(frame[frame["method"] != "dense"])
-        theirs = paper_setting(paper_tables().query("table == @table"))
+        ours = setting_of_paper(frame[frame["method"] != "dense"])
+        theirs = setting_of_paper(paper_tables(table))
         ours = ours[ours["selector"].isin(theirs["selector"])]
         place = ["method", "budget", "top_k", "selector", "backbone", "task"]
         found, wanted = (set(map(tuple, x[place].to_numpy())) for x in (ours, theirs))
@@ -67,7 +70,7 @@ def test_a_sweep_runs_what_is_missing_and_writes_the_report(job, pair, capsys):
         assert (folder / f"{name}.png").stat().st_size and (folder / f"{name}.pdf").stat().st_size
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 6 and "What is missing" in page
-    assert "P1's Table 5, measured at tier pocket" in out
+    assert "The paper's Table 5, measured at tier pocket" in out
     cells = tidy(Store(job.folder / "results"))
     assert len(cells) == 2 * (13 + 5 * 3 + 3)  # Table 3 and dense, random, oracle
     assert set(cells["n"]) == {2}
@@ -80,6 +83,40 @@ def test_a_sweep_runs_what_is_missing_and_writes_the_report(job, pair, capsys):
     assert len(after) == len(cells) and set(after["n"]) == {2, 3}
     untouched = [p for p, stamp in before.items() if p.stat().st_mtime_ns == stamp]
     assert len(before) - len(untouched) == 2 * (4 + 15 + 3)  # those of Table 5
+
+
+def test_trainings_are_a_level_of_every_table(job, pair, tiny_models, capsys):
+    """Two trainings of either backbone, which differ in their weights."""
+    conf = job.folder / "conf"
+    for backbone, folder in tiny_models.items():
+        (file,) = (conf / "model").glob(f"*_{backbone}.yaml")
+        path = job.folder / backbone
+        for training in (0, 1):
+            shutil.copytree(folder, path / str(training))
+        weights = load_file(path / "1" / "model.safetensors")
+        changed = {name: value + 0.3 for name, value in weights.items()}
+        save_file(changed, path / "1" / "model.safetensors", {"format": "pt"})
+        digests = {t: weights_digest(path / str(t)) for t in (0, 1)}
+        lines = [x for x in file.read_text().splitlines() if not x.startswith("path:")]
+        lines += [f"path: {path}/${{.training}}", f"sha256: {digests}"]
+        file.write_text("\n".join(lines))
+    settings = [*pair, "stage.trainings=[0,1]", "data.tasks=[MV]"]
+    job("experiment=fig2", *settings)
+    job("experiment=table5", *settings)
+    cells = tidy(Store(job.folder / "results"))
+    assert set(map(tuple, cells[["backbone", "training"]].to_numpy())) == {
+        (backbone, training) for backbone in ("Attention", "RAT+") for training in (0, 1)
+    }
+    assert cells["checkpoint"].nunique() == 4
+    table = pd.read_csv(job.folder / "reports" / "tiny" / "table5.csv")
+    assert set(table.loc[table["Method"] == "quest", "trainings"]) == {2}
+    ranked = pd.read_csv(job.folder / "reports" / "tiny" / "fig2_ranked_heads.csv")
+    assert (ranked[ranked["rank"] == 1].groupby(["budget", "backbone"]).size() == 2).all()
+    capsys.readouterr()
+    job("experiment=fig2", *settings)
+    assert "nothing to run" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"model.training=2 is unknown: .* has 0, 1;"):
+        job("experiment=fig2", *pair, "stage.trainings=[2]")
 
 
 def test_random_selection_has_five_seeds_and_leaves_cells_for_the_tables(job, pair, capsys):

@@ -5,8 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ratplus_exp.results import Store, StoreBusy, locked, tidy
+from ratplus_exp.analysis import tidy
 from ratplus_exp.stages import train as stage
+from ratplus_exp.store import Store, StoreBusy, locked
 from ratplus_exp.training import Trainer
 
 TINY = [

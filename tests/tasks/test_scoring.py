@@ -2,7 +2,7 @@
 
 import pytest
 
-from ratplus_exp.tasks import score_p2, score_ruler
+from ratplus_exp.tasks import exact, substring
 
 GOLD = ("4815", "2231")
 
@@ -22,10 +22,10 @@ GOLD = ("4815", "2231")
     ],
 )
 def test_scores(prediction, p2, ruler):
-    assert score_p2(prediction, GOLD) == p2
-    assert score_ruler(prediction, GOLD) == ruler
+    assert exact(prediction, GOLD) == p2
+    assert substring(prediction, GOLD) == ruler
 
 
 def test_only_ruler_ignores_case():
-    assert score_ruler("AB-CD", ["ab-cd"]) == 1.0
-    assert score_p2("AB-CD", ["ab-cd"]) == 0.0
+    assert substring("AB-CD", ["ab-cd"]) == 1.0
+    assert exact("AB-CD", ["ab-cd"]) == 0.0

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ratplus_kernels.selection import inner_products, select_blocks
+from ratplus_exp.methods import Engine, MoBA, Quest
 
 TILE = 128  # queries that FlexAttention, and our kernel in bf16, handle together
 
@@ -41,10 +41,8 @@ def decode_inputs(size: int, top_k: int) -> Callable[..., tuple]:
     def setup(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, positions: Tensor) -> tuple:
         from torch.nn.attention.flex_attention import BlockMask
 
-        halves = torch.cat((q.clamp(max=0), q.clamp(min=0)), dim=-1)
-        grouped = halves.unflatten(1, (k.shape[1], -1))
-        scores = inner_products(grouped, bounds.unsqueeze(2)).flatten(1, 2)
-        chosen = select_blocks(scores, positions, block_size=size, top_k=top_k)  # (B, H, 1, N)
+        engine = Engine(Quest(size, top_k))
+        chosen = engine.select_blocks(q, bounds, positions, 0).flatten(1, 2)  # (B, H, 1, N)
         count, index = _indices(chosen)
         mask = BlockMask.from_kv_blocks(
             torch.zeros_like(count), index, count, index,
@@ -62,7 +60,7 @@ def prefill_inputs(size: int, top_k: int) -> Callable[..., tuple]:
         from torch.nn.attention.flex_attention import BlockMask
 
         length = q.shape[2]
-        bits = selected(q, k, means, size, top_k)
+        bits = selected(q, means, size, top_k)
         count, index = _indices(bits.unflatten(2, (-1, TILE)).any(3))
 
         def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -76,17 +74,14 @@ def prefill_inputs(size: int, top_k: int) -> Callable[..., tuple]:
     return setup
 
 
-def selected(
-    q: Tensor, k: Tensor, means: Tensor, size: int, top_k: int, unite: bool = False
-) -> Tensor:
+def selected(q: Tensor, means: Tensor, size: int, top_k: int, unite: bool = False) -> Tensor:
     """MoBA's choice for every query, (B, H, T, N) bool; united, what any of a tile's queries
     selects, (B, H, T / TILE, N): the blocks that a kernel computes for that tile."""
-    means = means.unsqueeze(2)
+    engine = Engine(MoBA(size, top_k))
     position = torch.arange(q.shape[2], device=q.device)
     chosen = []
     for queries, at in zip(q.split(8 * TILE, dim=2), position.split(8 * TILE), strict=True):
-        scores = inner_products(queries.unflatten(1, (k.shape[1], -1)), means).flatten(1, 2)
-        bits = select_blocks(scores, at[None], block_size=size, top_k=top_k)
+        bits = engine.select_blocks(queries, means, at[None], 0).flatten(1, 2)
         if unite:
             tiles = [tile.any(2, keepdim=True) for tile in bits.split(TILE, dim=2)]
             bits = torch.cat(tiles, dim=2)

@@ -15,13 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import ratplus_kernels
 from ratplus_bench import flex
 from ratplus_bench.timing import Case, Form, Machine
-from ratplus_kernels.moba_prefill import moba_prefill_torch
-from ratplus_kernels.quest_decode import quest_decode_torch
-from ratplus_kernels.snapkv_select import (
-    attention_mass_torch,
-    snapkv_select,
-    snapkv_select_torch,
-)
+from ratplus_exp.methods import Engine, Method, MoBA, Quest, SnapKV
+from ratplus_exp.methods.engine import Uncounted
+from ratplus_kernels.snapkv import attention_mass_torch
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -47,6 +43,15 @@ def cases(machine: Machine) -> Iterator[Case]:
                 yield _moba((1, 32, 32, length, 128), 64, top_k, correlated, machine)
         for kv_heads in (32, 8):
             yield from _snapkv((1, 32, kv_heads, length, 128), 64, length // 16, machine)
+
+
+def _engines(method: Method) -> tuple[Engine, Engine]:
+    """The engine as models have it, which takes the kernel, and the definition: a recorder makes it
+    select by itself."""
+    return (
+        Engine(method, usage=Uncounted()),
+        Engine(method, usage=Uncounted(), recorder=lambda *_: None),
+    )
 
 
 def _name(shape: tuple[int, ...]) -> str:
@@ -84,15 +89,19 @@ def _dense(causal: bool) -> list[Form]:
 def _quest(shape: tuple[int, ...], size: int, top_k: int, machine: Machine) -> Case:
     b, h, kv, t, d = shape
     blocks = t // size
+    engines = _engines(Quest(size, top_k))
 
     def inputs(seed: int) -> tuple:
         q, k, v = _qkv(shape, 1, machine, seed)
-        grouped = k.unflatten(2, (-1, size))
-        bounds = torch.cat((grouped.amin(3), grouped.amax(3)), dim=-1)
+        bounds = engines[0].block_representatives(k)
         return q, k, v, bounds, torch.full((b, 1), t - 1, device=machine.device)
 
-    kernel = partial(ratplus_kernels.quest_decode, block_size=size, top_k=top_k)
-    definition = partial(quest_decode_torch, block_size=size, top_k=top_k)
+    def decode(
+        engine: Engine, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, last: Tensor
+    ) -> Tensor:
+        return engine.decode(q, k, v, last, last, bounds, layer=0, all_seen=True)
+
+    kernel, definition = (partial(decode, engine) for engine in engines)
 
     def gathered(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, _: Tensor) -> Tensor:
         """The usual recipe: scores, top-k, a gather of whole blocks, dense attention over them."""
@@ -129,24 +138,24 @@ def _moba(
 ) -> Case:
     b, h, _, t, d = shape
     blocks = t // size
+    engines = _engines(MoBA(size, top_k))
 
     def inputs(seed: int) -> tuple:
         q, k, v = _qkv(shape, t, machine, seed)
         if correlated:
             q = _slow_walk(q, seed)
         # Given, so that a form's error is not that of other means, which select other blocks.
-        return q, k, v, k.unflatten(2, (-1, size)).mean(3)
+        return q, k, v, engines[0].block_representatives(k)
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, means: Tensor | None) -> Tensor:
-        return ratplus_kernels.moba_prefill(q, k, v, block_size=size, top_k=top_k, means=means)
+    def prefill(engine: Engine, q: Tensor, k: Tensor, v: Tensor, means: Tensor | None) -> Tensor:
+        return engine.prefill(q, k, v, None, layer=0, representatives=means)
 
-    def definition(q: Tensor, k: Tensor, v: Tensor, means: Tensor) -> Tensor:
-        return moba_prefill_torch(q, k, v, size, top_k, means)
+    kernel, definition = (partial(prefill, engine) for engine in engines)
 
     gate = b * h * d * t * blocks  # its causal half
 
     def executed(q: Tensor, k: Tensor, v: Tensor, means: Tensor) -> float:
-        tiles = flex.selected(q, k, means, size, top_k, unite=True)
+        tiles = flex.selected(q, means, size, top_k, unite=True)
         return float(tiles.sum()) * flex.TILE * size * 4 * d + gate
 
     forms = [
@@ -195,6 +204,7 @@ def _slow_walk(noise: Tensor, seed: int) -> Tensor:
 def _snapkv(shape: tuple[int, ...], window: int, kept: int, machine: Machine) -> Iterator[Case]:
     b, h, kv, t, d = shape
     kept = max(kept, window)
+    engine, _ = _engines(SnapKV(top_k=kept, window=window))
     name = f"{_name(shape)} window={window} kept={kept}"
     itemsize = machine.dtype.itemsize
     keys = b * kv * t * d * itemsize
@@ -203,11 +213,6 @@ def _snapkv(shape: tuple[int, ...], window: int, kept: int, machine: Machine) ->
     def inputs(seed: int) -> tuple:
         q, k, v = _qkv(shape, window, machine, seed)
         return q, k, v, flex.window_lse(q, k)
-
-    def mass(q: Tensor, k: Tensor, lse: Tensor | None) -> Tensor:
-        from ratplus_kernels import snapkv_select_triton
-
-        return snapkv_select_triton.attention_mass(q, k, lse)
 
     def recipe(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> tuple:
         """As it is usually written: a matrix of probabilities, top-k, two gathers."""
@@ -222,15 +227,22 @@ def _snapkv(shape: tuple[int, ...], window: int, kept: int, machine: Machine) ->
         index = best[..., None].expand(-1, -1, -1, d)
         return k.gather(2, index), v.gather(2, index)
 
-    def reference(q: Tensor, k: Tensor, *_: Tensor) -> Tensor:
-        return attention_mass_torch(q, k, None)
+    def mass(q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> Tensor:
+        return ratplus_kernels.attention_mass(q, k)
 
-    exact = reference if t <= 32_768 else None
+    def mass_with_lse(q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> Tensor:
+        return ratplus_kernels.attention_mass(q, k, lse)
+
+    def definition(q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> Tensor:
+        return attention_mass_torch(q, k)
+
+    exact = definition if t <= 32_768 else None
     for suite, form in (
-        ("SnapKV scores, with the prefill's LSE", lambda q, k, v, lse: mass(q, k, lse)),
-        ("SnapKV scores, without", lambda q, k, v, lse: mass(q, k, None)),
+        ("SnapKV scores, with the prefill's LSE", mass_with_lse),
+        ("SnapKV scores, without", mass),
     ):
-        yield Case(suite, name, inputs, [Form("kernel", form)], bytes=keys, reference=exact)
+        forms = [Form("kernel", form), Form("torch definition", definition)]
+        yield Case(suite, name, inputs, forms, bytes=keys, reference=exact)
 
     def choice(seed: int) -> tuple:
         _, k, v = _qkv(shape, window, machine, seed)
@@ -238,24 +250,19 @@ def _snapkv(shape: tuple[int, ...], window: int, kept: int, machine: Machine) ->
         scores = torch.rand(b, kv, t, device=machine.device, generator=generator)
         return k, v, scores.topk(kept, dim=-1).indices.sort(-1).values
 
-    def gather(k: Tensor, v: Tensor, best: Tensor) -> tuple:
-        from ratplus_kernels import snapkv_select_triton
-
-        return snapkv_select_triton.gather(k, v, best)
-
     def gather_torch(k: Tensor, v: Tensor, best: Tensor) -> tuple:
         index = best[..., None].expand(-1, -1, -1, d)
         return k.gather(2, index), v.gather(2, index)
 
     yield Case(
-        "SnapKV gather", name, choice, [Form("kernel", gather), Form("torch", gather_torch)],
+        "SnapKV gather", name, choice,
+        [Form("kernel", ratplus_kernels.gather_tokens), Form("torch", gather_torch)],
         bytes=rows, reference=gather_torch,
     )  # fmt: skip
     yield Case(
         "SnapKV selection, all of it", name, inputs,
         [
-            Form("kernel", lambda q, k, v, lse: snapkv_select(q, k, v, kept, lse=lse)),
-            Form("torch definition", lambda q, k, v, lse: snapkv_select_torch(q, k, v, kept)),
+            Form("kernel", lambda q, k, v, lse: engine.keep(q, k, v, layer=0)),
             Form("torch recipe", recipe),
             Form("torch recipe, compiled", _compiled(recipe), gpu=True),
         ],

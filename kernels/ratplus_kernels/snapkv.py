@@ -1,0 +1,69 @@
+"""What SnapKV needs after a prompt: the window's attention mass on every token, and a gather.
+
+The last W queries of the prompt (the observation window) say what stays in the cache. `SnapKV` in
+ratplus_exp smooths the mass, and the engine selects.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ratplus_kernels.dispatch import use_triton
+from ratplus_kernels.selection import inner_products
+
+
+def attention_mass(q: Tensor, k: Tensor, lse: Tensor | None = None) -> Tensor:
+    """The attention that the window gives each token, over its queries and a group's heads.
+
+    Args:
+        q: the window's queries, (B, H, W, D), as attention sees them (after RoPE). The last one
+            belongs to the last of the T tokens.
+        k: the prompt's keys, (B, K, T, D), any strides; H is a multiple of K.
+        lse: the prefill's log Σ exp(q · k / √D) over the keys a window query sees, (B, H, W), in
+            natural logarithms; saves one pass over k. Found here if None.
+
+    Returns:
+        (B, K, T), fp32 or wider. No gradients through the kernel.
+    """
+    if q.shape[1] % k.shape[1] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"attention_mass needs q (B, H, W, D) and k (B, K, T, D) with K dividing H; got "
+            f"{tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(f"a window of {q.shape[2]} queries needs as many keys, got {k.shape[2]}")
+    if not use_triton(q, k):
+        return attention_mass_torch(q, k, lse)
+    from ratplus_kernels import snapkv_triton
+
+    return snapkv_triton.attention_mass(q, k, lse)
+
+
+def attention_mass_torch(q: Tensor, k: Tensor, lse: Tensor | None = None) -> Tensor:
+    """The definition of `attention_mass`."""
+    window, length = q.shape[2], k.shape[2]
+    queries = q.unflatten(1, (k.shape[1], -1))  # (B, K, G, W, D)
+    logits = inner_products(queries, k.unsqueeze(2)) / math.sqrt(q.shape[-1])
+    token = torch.arange(length, device=q.device)
+    logits = logits.masked_fill(token > token[-window:, None], -torch.inf)
+    if lse is None:
+        shares = logits.softmax(-1)
+    else:
+        shares = (logits - lse.view(queries.shape[:-1]).unsqueeze(-1)).exp()
+    return shares.sum(3).sum(2)
+
+
+def gather_tokens(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens `index` (B, K, C) int64 of k and v (B, K, T, D), any strides: two (B, K, C, D).
+
+    No gradients through the kernel.
+    """
+    if not use_triton(k, v):
+        index = index[..., None].expand(-1, -1, -1, k.shape[-1])
+        return k.gather(2, index), v.gather(2, index)
+    from ratplus_kernels import snapkv_triton
+
+    return snapkv_triton.gather(k, v, index)

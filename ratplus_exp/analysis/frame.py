@@ -1,0 +1,155 @@
+"""The store as tidy frames: one row a finished cell, or one row a sample of the finished cells."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from ratplus_exp.store import Cell, Store
+
+BACKBONES = ("Attention", "RAT+")
+TASKS = ("S-1", "S-2", "S-3", "MK-1", "MK-2", "MK-3", "MV", "MQ")
+SCORERS = ("exact", "substring")
+"""How an answer is scored, in samples (0 to 1), metrics and frames (percent): gold values among the
+comma-separated parts of the answer (the RAT+ paper's), or found anywhere in it (RULER's)."""
+LABELS = {"attention": "Attention", "ratplus": "RAT+"}
+"""The paper's names of the backbones, for those who configure them in lower case."""
+SETTING = ["method", "block_size", "budget"]
+"""Columns that say how a method was run."""
+COLUMNS = (
+    *("backbone", "training", "method", "block_size", "budget", "budget_measured", "selector"),
+    *("task", "seed", "n", *SCORERS),
+)
+EXTRA = (
+    *("model", "checkpoint", "top_k", "first_token", "selector_seed", "variant"),
+    *("context_length", "effective_memory_length", "gate_mean", "tier", "cell"),
+)
+_INTEGERS = ("training", "block_size", "seed", "selector_seed", "n", "top_k", "context_length")
+_FLOATS = ("budget_measured", *SCORERS, "effective_memory_length", "gate_mean")
+_ORDER = (
+    *("tier", "model", "backbone", "training", "method", "block_size", "budget", "first_token"),
+    *("variant", "selector", "selector_seed", "task", "seed"),
+)
+
+Source = Store | Sequence[Cell]
+"""A store, or the cells of one that were listed before."""
+
+
+def finished(source: Source, stage: str) -> list[Cell]:
+    """The finished cells of a stage."""
+    if isinstance(source, Store):
+        source = list(source.cells(stage))
+    return [cell for cell in source if cell.key["stage"] == stage and cell.done()]
+
+
+def tidy(source: Source, stage: str = "eval") -> pd.DataFrame:
+    """One row a finished cell of a stage, sorted by setting.
+
+    Each value comes from the cell's metrics or, failing that, from its key; what neither has is
+    missing. Accuracies are percent (0-100); training is which training of the model it was; budget
+    is the nominal fraction as a string, "1" on dense rows, whose method is "dense"; budget_measured
+    is the fraction that was attended or stored; effective_memory_length is in tokens; cell is the
+    cell's id. variant is what else a method was set to (pooling, kernel, …) and what samples it
+    saw, as text.
+
+    Returns:
+        COLUMNS then EXTRA, with one dtype a column (Int64, float64 or object), also when empty.
+    """
+    rows = [_row(cell) for cell in finished(source, stage)]
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, *EXTRA], dtype=object)
+    frame = frame.astype(dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys(_FLOATS, "float64"))
+    return frame.sort_values(list(_ORDER), kind="stable", ignore_index=True)
+
+
+def sample_scores(source: Source, stage: str = "eval", **where: Any) -> pd.DataFrame:
+    """One row a sample of the finished cells, for statistics that pair samples.
+
+    Args:
+        where: keep cells whose column of `tidy` has this value, or one of a list of values:
+            `sample_scores(store, tier="pocket", task=["MK-1", "MK-2"])`.
+
+    Returns:
+        Columns cell, id, the scorers (0 to 1), cut (whether the prompt left too little room for its
+        answer), and all setting columns of `tidy`; of stage "hit_rate", in the place of scorers,
+        hits (gold values hit, an array over layers and heads) and values (how many there were).
+    """
+    cells = {cell.id: cell for cell in finished(source, stage)}
+    settings = select(tidy(list(cells.values()), stage), where).drop(columns=[*_FLOATS, "n"])
+    fields = SCORERS if stage == "eval" else ("hits", "values")
+    rows = [
+        (name, i, *(record[field] for field in fields), record.get("prompt_tokens", 0) > room)
+        for name in settings["cell"]
+        for room in [_room(cells[name].key)]
+        for i, record in cells[name].records().items()
+    ]
+    frame = pd.DataFrame(rows, columns=["cell", "id", *fields, "cut"])
+    return frame.merge(settings, on="cell", validate="many_to_one")
+
+
+def select(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
+    """Rows whose columns have the given value, or one of a list of values."""
+    for column, wanted in where.items():
+        if column not in frame:
+            raise ValueError(f"no column {column!r} to select by; choose from {list(frame)}")
+        values = wanted if isinstance(wanted, list | tuple | set) else [wanted]
+        frame = frame[frame[column].isin(list(values))]
+    return frame
+
+
+def accuracies(records: Mapping[Any, Mapping[str, Any]]) -> dict[str, float]:
+    """The means of `Cell.records()` that metrics.json must have: every scorer's, in percent."""
+    count = len(records)
+    return {name: 100 * sum(r[name] for r in records.values()) / count for name in SCORERS}
+
+
+def setting_of_paper(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with `top_k` 0 where tokens are selected: method, budget and top_k are then what
+    the paper's settings share with measured ones, since a context has as many blocks as there."""
+    blocks = frame["block_size"].fillna(1).gt(1).astype(bool)
+    return frame.assign(top_k=frame["top_k"].where(blocks, 0).astype(int))
+
+
+def cost(cells: Iterable[Cell]) -> pd.DataFrame:
+    """What cells cost: stage, device, model, cells, samples, seconds (of all processes)."""
+    rows = [
+        (key["stage"], device, key["model"], 1, metrics["n"], metrics.get("seconds", 0.0))
+        for cell in cells
+        for key, metrics in [(cell.key, cell.metrics())]
+        for device in [cell.provenance()[-1].get("device", "")]
+    ]
+    place = ["stage", "device", "model"]
+    frame = pd.DataFrame(rows, columns=[*place, "cells", "samples", "seconds"])
+    return frame.groupby(place, as_index=False).sum()
+
+
+def _row(cell: Cell) -> dict[str, Any]:
+    found = {**cell.key, **cell.metrics(), "cell": cell.id, "variant": _variant(cell.key)}
+    row: dict[str, Any] = {column: found.get(column) for column in (*COLUMNS, *EXTRA)}
+    return row | {
+        "training": row["training"] or 0,
+        "selector_seed": row["selector_seed"] or 0,
+        "backbone": LABELS.get(row["backbone"], row["backbone"]),
+        "budget": str(row["budget"]),
+    }
+
+
+def _variant(key: Mapping[str, Any]) -> str:
+    """Settings that have no column of their own, so that unlike cells never pass for one."""
+    settings = key.get("settings", {})
+    parts = [f"{k}={v}" for k, v in sorted(settings.items()) if k not in ("block_size", "top_k")]
+    parts += [f"dtype={key['dtype']}"] if "dtype" in key else []
+    if "data" in key:
+        text = json.dumps(key["data"], sort_keys=True)
+        parts.append(f"data={hashlib.sha256(text.encode()).hexdigest()[:6]}")
+    return " ".join(parts)
+
+
+def _room(key: Mapping[str, Any]) -> float:
+    """Tokens that a prompt may have, so that its answer fits too."""
+    data = key.get("data", {})
+    reserve = data.get("forms", data).get("reserve", 0)  # RULER's files have no forms
+    return key.get("context_length", float("inf")) - reserve

@@ -1,0 +1,138 @@
+"""H1 from the store: hit rates by head, heads ranked, and the top heads of both backbones compared.
+
+A head's hit rate is the share of gold values whose golden position was among the head's selected
+candidates at every step (the paper, on H1); the mean over tasks weighs every task alike. Trainings
+have heads of their own, so heads are ranked within each training, and a rank is then the mean over
+trainings.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ratplus_exp.analysis.bootstrap import RESAMPLES, over_trainings, sample_counts
+from ratplus_exp.analysis.frame import BACKBONES, SETTING, Source, finished, select, tidy
+
+STAGE = "hit_rate"
+MEAN = "mean"
+"""Stands in the task column for the mean over tasks."""
+TOP = 4
+"""Heads of either backbone that are compared one by one."""
+
+
+def hit_rates(source: Source, **where: Any) -> pd.DataFrame:
+    """One row a layer, head and finished cell: the tidy frame of H1.
+
+    Args:
+        where: choices by column of `tidy`, a value or a list.
+
+    Returns:
+        layer, head (from 0), hit_rate (percent), values (gold values counted), and the columns of
+        `tidy` but for the accuracies.
+    """
+    cells = {cell.id: cell for cell in finished(source, STAGE)}
+    rows = []
+    for row in select(tidy(list(cells.values()), STAGE), where).to_dict("records"):
+        metrics = cells[row["cell"]].metrics()
+        for layer, heads in enumerate(metrics["hit_rate"]):
+            for head, rate in enumerate(heads):
+                own = {"layer": layer, "head": head, "hit_rate": rate, "values": metrics["values"]}
+                rows.append(row | own)
+    columns = [
+        *("layer", "head", "task", "backbone", "training", "method", "block_size", "budget"),
+        *("budget_measured", "hit_rate", "n", "values", "selector", "selector_seed", "first_token"),
+        *("seed", "model", "checkpoint", "context_length", "tier", "cell"),
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def ranked_heads(rates: pd.DataFrame) -> pd.DataFrame:
+    """Heads by their mean hit rate over tasks, best first, within each setting and training.
+
+    rates: rows of `hit_rates`. Returns SETTING, backbone, training, rank (from 1), layer, head,
+    hit_rate.
+    """
+    place = [*SETTING, "backbone", "training"]
+    means = rates.groupby([*place, "layer", "head"], as_index=False)["hit_rate"].mean()
+    means = means.sort_values("hit_rate", ascending=False, kind="stable")
+    means["rank"] = means.groupby(place).cumcount() + 1
+    return means.sort_values([*place, "rank"], ignore_index=True)
+
+
+def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
+    """Hit rate by rank, with 95 % bootstrap intervals; heads are ranked anew in every resampling.
+
+    Since the best of many heads looks better than it is, so does the top of every curve, alike for
+    both backbones if they have as many heads.
+
+    Args:
+        samples: rows of `sample_scores` of stage hit_rate, one model a backbone.
+
+    Returns:
+        SETTING, task (a task, or MEAN of all that both backbones have), rank, and for Attention,
+        RAT+ and difference (RAT+ minus Attention at the same rank) the value, and "… low" and
+        "… high"; n is the number of samples of a task.
+    """
+    bounds = [f"{x}{end}" for x in (*BACKBONES, "difference") for end in ("", " low", " high")]
+    frames = [pd.DataFrame(columns=[*SETTING, "task", "rank", *bounds, "n"])]
+    for setting, here in sorted(samples.groupby(SETTING), key=_by_size):
+        place = dict(zip(SETTING, setting, strict=True))
+        if here.duplicated(["task", "backbone", "training", "id"]).any():
+            raise ValueError(
+                f"several models or seeds share {' '.join(map(str, setting))}: choose one of each "
+                "backbone with stage.where"
+            )
+        trainings = [sorted(set(here.loc[here["backbone"] == b, "training"])) for b in BACKBONES]
+        rates = {}
+        for task, of_task in here.groupby("task"):
+            found, shared = _rates(str(task), of_task, n_boot)
+            if len(found) == len(trainings[0] + trainings[1]):
+                rates[str(task)], n = found, shared
+        for task in [*rates, *([MEAN] if rates else [])]:
+            sides = []
+            for backbone, numbers in zip(BACKBONES, trainings, strict=True):
+                chosen = list(rates) if task == MEAN else [task]
+                means = [np.mean([rates[t][backbone, i] for t in chosen], 0) for i in numbers]
+                ranked = -np.sort(-np.stack(means, 1), axis=-1)  # (n_boot + 1, trainings, heads)
+                sides.append(over_trainings(ranked, numbers, numbers))
+            frames.append(_curve(place | {"task": task, "n": n}, sides))
+    return pd.concat(frames[1:] or frames, ignore_index=True)[list(frames[0].columns)]
+
+
+def _rates(
+    task: str, samples: pd.DataFrame, n_boot: int
+) -> tuple[dict[tuple[str, int], np.ndarray], int]:
+    """Of each backbone and training the percent (n_boot + 1, layers · heads), over the samples that
+    all of them have, and the number of those."""
+    sides = {g: side.set_index("id") for g, side in samples.groupby(["backbone", "training"])}
+    ids = sorted(set.intersection(*(set(side.index) for side in sides.values())))
+    if not ids:
+        return {}, 0
+    counts = sample_counts(task, len(ids), n_boot)
+    rates = {}
+    for group, side in sides.items():
+        hits = np.array([np.ravel(hit) for hit in side["hits"][ids]], float)
+        values = side["values"][ids].to_numpy(float)
+        rates[group] = 100 * (counts @ hits) / (counts @ values)[:, None]
+    return rates, len(ids)
+
+
+def _curve(place: dict[str, Any], sides: list[np.ndarray]) -> pd.DataFrame:
+    """Rows of `rank_curves` from percent (n_boot + 1, heads) of either backbone."""
+    heads = min(side.shape[-1] for side in sides)
+    attention, ratplus = (side[:, :heads] for side in sides)
+    found: dict[str, Any] = {"rank": np.arange(1, heads + 1)}
+    three = (attention, ratplus, ratplus - attention)
+    for name, values in zip((*BACKBONES, "difference"), three, strict=True):
+        low, high = np.quantile(values[1:], (0.025, 0.975), axis=0)
+        found |= {name: values[0], f"{name} low": low, f"{name} high": high}
+    return pd.DataFrame(found).assign(**place)
+
+
+def _by_size(group: tuple[tuple[Any, ...], pd.DataFrame]) -> tuple[str, int, Fraction]:
+    method, block, budget = group[0]
+    return method, block, -Fraction(budget)

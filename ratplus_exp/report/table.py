@@ -1,0 +1,123 @@
+"""How any table is written: terminal text, Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import textwrap
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ratplus_exp.report.prose import METHODS, MISSING, paragraphs, render
+from ratplus_exp.store import write_atomically
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of strings, ready to be read.
+
+    Attributes:
+        rows: one string a column each; MISSING where there is no number, "" where none belongs.
+        breaks: indices of the rows that start a new group.
+        text_hides: columns that `to_text` leaves out to stay narrow.
+    """
+
+    title: str
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    breaks: frozenset[int] = frozenset()
+    text_hides: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.columns) for row in self.rows), "one string a column"
+
+    @classmethod
+    def described(
+        cls,
+        macro: str,
+        columns: Sequence[str],
+        rows: Sequence[tuple[str, ...]],
+        group: int = 1,
+        hide: Container[str] = (),
+        **values: Any,
+    ) -> Table:
+        """A table whose title and caption are a macro of prose.j2, filled with `values`.
+
+        group: how many of the first columns make a group of rows, 0 for no groups.
+        """
+        pairs = enumerate(pairwise(rows), start=1)
+        breaks = frozenset(i for i, (above, row) in pairs if above[:group] != row[:group])
+        title, caption = paragraphs(macro, **values)
+        hides = frozenset(name for name in columns if name in hide)
+        return cls(title, caption, tuple(columns), tuple(rows), breaks, hides)
+
+    def lines(self) -> list[tuple[str, ...]]:
+        """The columns' names, then the rows as people read them: with the methods' proper names."""
+        named = [i for i, name in enumerate(self.columns) if name in ("Method", "Methods")]
+        rows = (
+            tuple(METHODS.get(c, c) if i in named else c for i, c in enumerate(row))
+            for row in self.rows
+        )
+        return [self.columns, *rows]
+
+    def without(self, columns: Container[str]) -> Table:
+        """The table without some of its columns."""
+        kept = [i for i, name in enumerate(self.columns) if name not in columns]
+        rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
+        return replace(self, columns=tuple(self.columns[i] for i in kept), rows=rows)
+
+    def align(self) -> str:
+        """ "r" for each column of numbers, "l" for each other one."""
+        columns = ([row[i] for row in self.rows] for i in range(len(self.columns)))
+        return "".join("r" if _numbers(column) else "l" for column in columns)
+
+    def to_text(self, width: int = 120) -> str:
+        """For a terminal; tighter where it would not fit in `width` characters."""
+        shown = self.without(self.text_hides)
+        lines, align = shown.lines(), shown.align()
+        sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        gap = "  " if sum(sizes) + 2 * (len(sizes) - 1) <= width else " "
+        rule = "─" * (sum(sizes) + len(gap) * (len(sizes) - 1))
+        text = [self.title, rule]
+        for i, line in enumerate(lines, start=-1):  # the header is row -1
+            if i == 0 or i in self.breaks:
+                text.append(rule)
+            padded = (
+                cell.rjust(size) if side == "r" else cell.ljust(size)
+                for cell, size, side in zip(line, sizes, align, strict=True)
+            )
+            text.append(gap.join(padded).rstrip())
+        return "\n".join([*text, rule, textwrap.fill(self.caption, max(len(rule), 60))]) + "\n"
+
+    def to_markdown(self) -> str:
+        """A GitHub table under its title, the caption below."""
+        return render("table.md.j2", table=self, align=self.align())
+
+    def to_latex(self) -> str:
+        """A table* float; the document needs the booktabs package."""
+        return render("table.tex.j2", table=self, align=self.align())
+
+    def to_csv(self) -> str:
+        """Header and rows with ASCII minus signs and the methods' configured names; no caption."""
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows([cell.replace("−", "-") for cell in row] for row in self.rows)
+        return file.getvalue()
+
+    def write(self, folder: str | Path, name: str) -> None:
+        """Write name.md, name.csv and name.tex, each atomically."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{name}.md", self.to_markdown())
+        write_atomically(folder / f"{name}.csv", self.to_csv())
+        write_atomically(folder / f"{name}.tex", self.to_latex())
+
+
+def _numbers(column: Sequence[str]) -> bool:
+    return all(re.match(r"\[?[+−]?\d", cell) for cell in column if cell not in ("", MISSING))

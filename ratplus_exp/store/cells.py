@@ -1,0 +1,257 @@
+"""Append-only results: one folder a cell, written so that a kill at any moment costs no example.
+
+    <root>/<stage>/<readable name>-<hash of the key>/
+        config.json     the key, and one provenance entry for each time the cell was opened
+        samples.jsonl   one line a sample, on disk before `append` returns
+        samples.3.jsonl the same, from rank 3 of several processes; rank 0 writes samples.jsonl
+        metrics.json    what was computed from all of these lines
+        done            {"n": number of lines that metrics.json covers}
+        lock            names the one process, or rank 0 of the processes, that may write
+
+They are written in this order. Whoever sees `done` may trust the rest. The number of samples is not
+part of the key: a later run that wants more extends the same cell. Samples are told apart by id
+alone, so it does not matter which file one is in, nor how many processes wrote them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from ratplus_exp.store.files import locked, sync, write_atomically
+
+FORMAT = 2
+"""Part of every hash. Raise it when the same key comes to mean other numbers."""
+
+
+class Store:
+    """All cells under one folder. Making a Store writes nothing."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def cell(self, key: dict[str, Any]) -> Cell:
+        """The cell of a key, which may not exist yet; writes nothing."""
+        return Cell(self.root, key)
+
+    def cells(self, stage: str = "*") -> Iterator[Cell]:
+        """All cells that were ever opened, finished or not, in the order of their names.
+
+        Raises:
+            ValueError: a config.json was changed by hand, so that it belies its folder's name.
+        """
+        for path in sorted(self.root.glob(f"{stage}/*/config.json")):
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config["format"] != FORMAT:
+                continue
+            cell = self.cell(config["key"])
+            if cell.path != path.parent:
+                raise ValueError(
+                    f"{path} does not match its folder's name (expected {cell.path.name}): "
+                    "delete the folder and run the cell again"
+                )
+            yield cell
+
+
+class Cell:
+    """One measurement: its key, its folder, its samples and metrics.
+
+    Args:
+        root: the store's folder.
+        key: everything that affects the numbers, and nothing else (no n, no paths, no dates), as
+            plain JSON. "stage" is required; model, method, budget, task, training and seed name the
+            folder. Values are compared as written: 1, 1.0 and true are three keys.
+
+    Attributes:
+        key: as it reads back from JSON (tuples have become lists).
+        id: 16 hex digits, the hash of FORMAT and key.
+        path: the cell's folder.
+    """
+
+    def __init__(self, root: Path, key: dict[str, Any]) -> None:
+        canonical = _canonical(key)
+        self.key: dict[str, Any] = json.loads(canonical)
+        self.id = hashlib.sha256(f"{FORMAT}:{canonical}".encode()).hexdigest()[:16]
+        self.path = root / _plain(key["stage"]) / f"{_readable(self.key)}{self.id}"
+        self._ids: set[Any] = set()
+        self._file: FileIO | None = None  # a file of samples while open for writing
+
+    def __repr__(self) -> str:
+        return f"Cell({self.path})"
+
+    @contextmanager
+    def open(self, provenance: dict[str, Any]) -> Iterator[Cell]:
+        """Take the cell for writing: lock it, record who writes it, repair what a kill left.
+
+        Args:
+            provenance: plain JSON: config, commit, versions, command, date. It is kept with
+                "from_sample", the number of samples that were there before.
+
+        Raises:
+            StoreBusy: another process holds the cell.
+            OSError: the folder can't be written or locked.
+            ValueError: config.json has another key, or samples.jsonl is damaged inside.
+        """
+        assert self._file is None, "the cell is open already"
+        with locked(self.path):
+            config = self._read_json("config.json") or {"format": FORMAT, "provenance": []}
+            if _canonical(config.setdefault("key", self.key)) != _canonical(self.key):
+                raise ValueError(
+                    f"{self.path} holds the results of another key: "
+                    "delete the folder and run the cell again"
+                )
+            config["provenance"].append({**provenance, "from_sample": len(self.records())})
+            self._write_json("config.json", config)
+            with self._appending(self.path / "samples.jsonl"):
+                yield self
+
+    @contextmanager
+    def open_share(self, rank: int) -> Iterator[Cell]:
+        """Write samples beside rank 0, which has the cell open and will finish it."""
+        assert self._file is None and rank > 0, "rank 0 opens the cell itself"
+        with self._appending(self.path / f"samples.{rank}.jsonl"):
+            yield self
+
+    @contextmanager
+    def _appending(self, path: Path) -> Iterator[None]:
+        self._ids = set(self.records())
+        size = _read_samples(path)[1]
+        try:
+            with FileIO(path, "ab") as self._file:
+                self._file.truncate(size)  # what a killed writer left of a line
+                sync(self.path)
+                yield
+        finally:
+            self._file = None
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """Add samples, each a plain JSON dict with a new "id" (str or int); on disk on return.
+
+        A cell that was done is not done any more until `finish`.
+        """
+        assert self._file is not None, "append needs an open cell"
+        ids = {record["id"] for record in records}
+        assert len(ids) == len(records) and not ids & self._ids, "a sample was appended twice"
+        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+        rest = memoryview("".join(lines).encode())
+        if not rest:
+            return
+        if self.done():
+            (self.path / "done").unlink(missing_ok=True)  # by another rank
+            sync(self.path)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        os.fsync(self._file.fileno())
+        self._ids |= ids
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write the metrics of all samples, then the marker. "n" is filled in; NaN becomes null."""
+        assert self._file is not None, "finish needs an open cell"
+        n = len(self.records())
+        assert metrics.get("n", n) == n, f"metrics of {metrics['n']} samples, but {n} are stored"
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
+        self._write_json("metrics.json", {**finite, "n": n})
+        self._write_json("done", {"n": n})
+
+    def records(self) -> dict[Any, dict[str, Any]]:
+        """Whole samples by id, a file after the other in the order of writing; needs no lock."""
+        found: dict[Any, dict[str, Any]] = {}
+        for path in sorted(self.path.glob("samples*.jsonl")):
+            found = _read_samples(path)[0] | found
+        return found
+
+    def metrics(self) -> dict[str, Any]:
+        """What `finish` was given, with n; empty if there is none."""
+        return self._read_json("metrics.json") or {}
+
+    def provenance(self) -> list[dict[str, Any]]:
+        """One entry for each time the cell was opened, oldest first."""
+        return (self._read_json("config.json") or {"provenance": []})["provenance"]
+
+    def done(self) -> int:
+        """Number of samples that the metrics cover; 0 if the cell isn't done."""
+        return (self._read_json("done") or {"n": 0})["n"]
+
+    def is_done(self, n: int) -> bool:
+        """Whether the cell was finished with at least n samples."""
+        return self.done() >= n
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        write_atomically(self.path / name, text)
+
+
+def _read_samples(path: Path) -> tuple[dict[Any, dict[str, Any]], int]:
+    """Whole records of one file by id, and the number of bytes that they take."""
+    records: dict[Any, dict[str, Any]] = {}
+    size, torn = 0, 0
+    if not path.exists():
+        return records, size
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            record = _parse(line)
+            if record is None:
+                torn = torn or number
+            elif torn:  # a kill can't do this, so nothing is thrown away unasked
+                raise ValueError(
+                    f"line {torn} of {path} is not a sample, but later ones are: "
+                    "delete that line (its sample is run again)"
+                )
+            else:
+                assert record["id"] not in records, f"{record['id']} twice in {path}"
+                records[record["id"]] = record
+                size += len(line)
+    return records, size
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """One line of samples.jsonl, or None if it was not written whole."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:  # also UnicodeDecodeError
+        return None
+    return record if isinstance(record, dict) and "id" in record else None
+
+
+def _canonical(key: dict[str, Any]) -> str:
+    """The one JSON text of a key, whatever the order of its entries."""
+    if "stage" not in key:
+        raise ValueError(f"a cell's key needs a 'stage'; got {sorted(key)}")
+    try:
+        return json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"a cell's key must be plain JSON ({error}): pass str, int, finite float, bool, None, "
+            "list and dict only"
+        ) from error
+
+
+def _readable(key: dict[str, Any]) -> str:
+    """What a person looks for in a folder listing; identity is the hash's work."""
+    names = [_plain(key[name]) for name in ("model", "method", "budget", "task") if key.get(name)]
+    names += [f"{name}{key[name]}" for name in ("training", "seed") if name in key]
+    return "".join(f"{name}-" for name in names)
+
+
+def _plain(value: Any) -> str:
+    """A short string that is safe as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9+-]+", "_", str(value))[:40]

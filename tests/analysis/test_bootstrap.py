@@ -1,0 +1,194 @@
+"""The one bootstrap against brute force: every way to draw trainings and samples, in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ratplus_exp.analysis.bootstrap import (
+    Estimate,
+    difference,
+    mean_std,
+    over_trainings,
+    resample,
+    sample_counts,
+    training_weights,
+)
+from ratplus_exp.analysis.spread import spread
+
+QUANTILES = (0.025, 0.975)
+SIDES = ("RAT+", "Attention")
+
+
+def rows(scores: np.ndarray, side: str, task: str, trainings=None) -> pd.DataFrame:
+    """scores: (trainings, samples)."""
+    numbers = range(len(scores)) if trainings is None else trainings
+    return pd.DataFrame(
+        {"backbone": side, "task": task, "id": f"{task}/{i}", "training": number, "exact": score}
+        for number, line in zip(numbers, scores, strict=True)
+        for i, score in enumerate(line)
+    )
+
+
+def gain(samples, tasks=("S-1", "MQ"), n_boot=10_000) -> Estimate:
+    return difference(samples, "exact", "backbone", SIDES, tasks, n_boot=n_boot)
+
+
+def every_way(scores: dict[str, np.ndarray]) -> np.ndarray:
+    """Of {task: (trainings, samples)} the mean over tasks for every draw of trainings, shared by
+    the tasks, and of samples, by plain loops."""
+    found = []
+    trainings = len(next(iter(scores.values())))
+    for drawn in itertools.product(range(trainings), repeat=trainings):
+        by_task = []
+        for values in scores.values():
+            n = values.shape[1]
+            means = []
+            for samples in itertools.product(range(n), repeat=n):
+                total = 0.0
+                for t in drawn:
+                    for i in samples:
+                        total += float(values[t, i])
+                means.append(total / (trainings * n))
+            by_task.append(means)
+        found += [np.mean(combination) for combination in itertools.product(*by_task)]
+    return np.array(found)
+
+
+@pytest.mark.parametrize("trainings", [1, 2, 3])
+def test_the_interval_is_that_of_every_way_to_draw(trainings):
+    generator = np.random.default_rng(1)
+    sizes = {"S-1": 3, "MQ": 4 if trainings < 3 else 2}
+    scores = {
+        side: {t: generator.normal(size=(trainings, n)) for t, n in sizes.items()} for side in SIDES
+    }
+    frames = [rows(s, side, task) for side in SIDES for task, s in scores[side].items()]
+    found = gain(pd.concat(frames), n_boot=200_000)
+    every = 100 * every_way({t: scores["RAT+"][t] - scores["Attention"][t] for t in sizes})
+    assert found.value == pytest.approx(every.mean())
+    spread_of_all = every.max() - every.min()
+    expected = tuple(np.quantile(every, QUANTILES))
+    assert (found.low, found.high) == pytest.approx(expected, abs=0.02 * spread_of_all)
+
+
+def test_alike_trainings_add_nothing_and_unlike_ones_widen_the_interval():
+    generator = np.random.default_rng(2)
+    one, base = generator.integers(0, 2, (2, 60)).astype(float)
+    single = pd.concat([rows(one[None], "RAT+", "MQ"), rows(base[None], "Attention", "MQ")])
+    alike = pd.concat([rows(np.tile(x, (3, 1)), s, "MQ") for s, x in zip(SIDES, (one, base))])  # noqa: B905
+    assert vars(gain(alike, ["MQ"])) == pytest.approx(vars(gain(single, ["MQ"])))
+
+    shifted = np.stack([one - 0.3, one, one + 0.3])  # the same mean
+    unlike = pd.concat(
+        [rows(shifted, "RAT+", "MQ"), rows(np.tile(base, (3, 1)), "Attention", "MQ")]
+    )
+    narrow, wide = gain(alike, ["MQ"]), gain(unlike, ["MQ"])
+    assert wide.value == pytest.approx(narrow.value)
+    assert wide.low < narrow.low - 5 and wide.high > narrow.high + 5
+
+
+def test_trainings_of_one_number_are_paired():
+    """What a training does to both backbones alike is no part of their difference."""
+    scores = np.array([[0.2], [0.5], [0.9]]) + np.zeros((3, 40))
+    both = [rows(scores + 0.05, "RAT+", "MQ"), rows(scores, "Attention", "MQ")]
+    paired = gain(pd.concat(both), ["MQ"])
+    assert (paired.low, paired.high) == pytest.approx((5, 5))
+    both[1]["training"] += 3  # others: nothing to pair
+    unpaired = gain(pd.concat(both), ["MQ"])
+    assert unpaired.value == pytest.approx(5) and unpaired.low < -20 and unpaired.high > 30
+
+
+def test_a_backbone_of_one_training_beside_one_of_three():
+    scores = np.array([[0.2], [0.5], [0.8]]) + np.zeros((3, 30))
+    frame = pd.concat([rows(scores, "RAT+", "MQ"), rows(scores[:1], "Attention", "MQ")])
+    found = resample(frame, "exact", ["backbone"])
+    alone = Estimate.of(found.mean(("Attention",)))
+    assert (alone.value, alone.low, alone.high) == pytest.approx((0.2, 0.2, 0.2))
+    x = gain(frame, ["MQ"])
+    assert (
+        x.value == pytest.approx(30) and x.low == pytest.approx(0) and x.high == pytest.approx(60)
+    )
+
+
+def test_coverage_of_a_mean_over_many_trainings():
+    """Of 200 studies with 12 trainings and 30 samples, about 95 % of the intervals hold it."""
+    generator = np.random.default_rng(3)
+    held = 0
+    for _ in range(200):
+        scores = generator.normal(size=(12, 1)) + generator.normal(size=(1, 30))
+        found = resample(rows(scores, "RAT+", "MQ"), "exact", ["task"], n_boot=400)
+        x = Estimate.of(found.mean(("MQ",)))
+        held += x.low <= 0 <= x.high
+    assert 0.86 <= held / 200 <= 0.98
+
+
+def test_tasks_weigh_alike_whatever_their_size():
+    frame = pd.concat([rows(np.ones((1, 10)), "RAT+", "S-1"), rows(np.zeros((1, 1)), "RAT+", "MQ")])
+    assert resample(frame, "exact", ["backbone"]).mean(("RAT+",))[0] == 0.5
+
+
+def test_samples_pair_by_id_and_those_without_a_partner_do_not_count():
+    a, b = (
+        rows(np.array([[1.0, 0, 1]]), "RAT+", "MQ"),
+        rows(np.array([[1.0, 0]]), "Attention", "MQ"),
+    )
+    assert vars(gain(pd.concat([a, b]), ["MQ"])) == {"value": 0, "low": 0, "high": 0}
+    b["id"] += "x"
+    assert np.isnan(gain(pd.concat([a, b]), ["MQ"]).value)
+    assert np.isnan(gain(pd.concat([a, b]), ["MQ", "S-1"]).value)
+
+
+def test_seeds_of_a_selector_are_averaged_within_a_training():
+    draws = [rows(np.array([x]), "RAT+", "MQ") for x in ([1.0, 0.0], [0.0, 0.0])]
+    found = resample(pd.concat(draws), "exact", ["backbone"]).mean(("RAT+",))
+    assert found[0] == 0.25 and set(np.round(found, 6)) == {0, 0.25, 0.5}
+
+
+def test_a_training_that_lacks_a_task_counts_in_the_others():
+    frame = pd.concat(
+        [rows(np.array([[1.0], [0.0]]), "RAT+", "S-1"), rows(np.array([[1.0]]), "RAT+", "MQ")]
+    )
+    found = resample(frame, "exact", ["backbone"]).mean(("RAT+",))
+    assert found[0] == 0.75
+    drawn = training_weights([0, 1])[:, 0]
+    assert (np.isnan(found) == (drawn == 0)).all() and np.nanmin(found) == 0.75
+
+
+def test_draws_begin_with_what_was_measured_and_come_again():
+    counts = sample_counts("MQ", 5, 100)
+    assert counts.shape == (101, 5) and (counts[0] == 1).all() and (counts.sum(1) == 5).all()
+    assert len(np.unique(counts, axis=0)) > 50
+    assert (counts == sample_counts("MQ", 5, 100)).all()
+    assert (counts != sample_counts("S-1", 5, 100)).any()
+    assert (counts != sample_counts("MQ", 5, 100, seed=1)).any()
+    weights = training_weights([2, 0, 1], 100)
+    assert weights[0] == pytest.approx(1 / 3) and weights.sum(1) == pytest.approx(1)
+    means = np.random.default_rng(0).normal(size=(101, 3, 4))
+    by_hand = [
+        [sum(weights[r, t] * means[r, t, c] for t in range(3)) for c in range(4)]
+        for r in range(101)
+    ]
+    assert over_trainings(means, [0, 1, 2], [0, 1, 2]) == pytest.approx(np.array(by_hand))
+
+
+def test_mean_and_deviation():
+    assert mean_std([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    mean, std = mean_std([4.0])
+    assert mean == 4.0 and np.isnan(std)
+
+
+def test_the_spread_is_over_trainings_or_else_over_seeds():
+    cells = pd.DataFrame(
+        {"training": t, "seed": 0, "selector_seed": s, "task": task, "exact": 10.0 * t + s + shift}
+        for t in (0, 1, 2)
+        for s in (0, 1)
+        for task, shift in (("S-1", 0), ("MQ", 4))
+    )
+    assert spread(cells, "exact") == (pytest.approx(12.5), pytest.approx(10), 3, 2)
+    one = cells[cells["training"] == 1]
+    assert spread(one, "exact") == (pytest.approx(12.5), pytest.approx(0.5**0.5), 1, 2)
+    gone = cells.drop(cells.index[-1])  # a draw that lacks a task
+    assert spread(gone, "exact").mean == pytest.approx((2.5 + 12.5 + 22) / 3)

@@ -1,0 +1,142 @@
+"""H1 and H2 from a filled store, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ratplus_exp.analysis import TASKS, accuracies, sample_scores, tidy
+from ratplus_exp.analysis.hits import MEAN, STAGE, hit_rates, rank_curves, ranked_heads
+from ratplus_exp.analysis.sanity import cut_prompts, doubts
+from ratplus_exp.analysis.selectors import selector_means
+from ratplus_exp.report.tables import heads_table, selector_table, top_heads_table
+from ratplus_exp.store import Store
+
+WHERE = {"tier": "pocket", "first_token": "prefill", "trainings": [0]}
+SETTING = {"tier": "pocket", "method": "quest", "block_size": 8, "top_k": 4, "budget": "1/16"}
+COMMON = {"seed": 0, "context_length": 512, "first_token": "prefill", "selector_seed": 0}
+
+
+def add_hits(store: Store, backbone: str, task: str, hits: list, **key) -> None:
+    """hits: of each sample, [layer][head] of 2 values."""
+    key = SETTING | COMMON | {"selector": "topk", "checkpoint": backbone} | key
+    key |= {"stage": "hit_rate", "backbone": backbone, "model": f"my_{backbone}", "task": task}
+    cell = store.cell(key)
+    with cell.open({}):
+        cell.append([{"id": f"{task}/{i}", "values": 2, "hits": h} for i, h in enumerate(hits)])
+        rates = 100 * np.sum(hits, axis=0) / (2 * len(hits))
+        cell.finish({"hit_rate": rates.tolist(), "values": 2 * len(hits), "budget_measured": 0.1})
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path)
+
+
+def test_heads_are_ranked_and_compared(store):
+    add_hits(store, "attention", "S-1", [[[0, 1], [2, 0]], [[0, 1], [2, 0]]])
+    add_hits(store, "ratplus", "S-1", [[[2, 0], [1, 0]], [[2, 0], [1, 2]]])
+    add_hits(store, "attention", "MV", [[[0, 2], [0, 0]], [[0, 2], [0, 0]]])
+    add_hits(store, "ratplus", "MV", [[[1, 0], [0, 0]], [[1, 0], [0, 0]]])
+    rates = hit_rates(store)
+    assert len(rates) == 16 and set(rates["n"]) == {2} and set(rates["values"]) == {4}
+    one = rates[(rates["backbone"] == "RAT+") & (rates["task"] == "S-1")]
+    found = {(r.layer, r.head): r.hit_rate for r in one.itertuples()}
+    assert found == {(0, 0): 100, (0, 1): 0, (1, 0): 50, (1, 1): 50}
+
+    ranked = ranked_heads(rates)
+    attention = ranked[ranked["backbone"] == "Attention"]
+    assert list(attention["hit_rate"]) == [75, 50, 0, 0]  # means of (50, 100), (100, 0), …
+    assert tuple(attention.iloc[0][["layer", "head", "rank"]]) == (0, 1, 1)
+
+    curves = rank_curves(sample_scores(store, STAGE), n_boot=200).set_index(["task", "rank"])
+    assert list(curves.loc["S-1"]["Attention"]) == [100, 50, 0, 0]
+    assert list(curves.loc["S-1"]["RAT+"]) == [100, 50, 50, 0]
+    assert list(curves.loc[MEAN]["RAT+"]) == [75, 25, 25, 0]
+    assert list(curves.loc[MEAN]["difference"]) == [0, -25, 25, 0]
+    # Head 1.1 of RAT+ hits in one sample of two: it may be at the top, never above 100.
+    third = curves.loc[("S-1", 3)]
+    assert (third["RAT+ low"], third["RAT+ high"]) == (0, 50)
+    text = heads_table(curves.reset_index(), rates, **WHERE).to_markdown()
+    assert "| Quest | 8 | 1/16 | RAT+ | 100.0 |" in text and "(first_token=prefill)" in text
+    top = top_heads_table(curves.reset_index(), **WHERE | {"first_token": "decode"})
+    assert top.columns[4:] == ("rank 1", "rank 2", "rank 3", "rank 4", "n")
+    attention, ratplus, gap = top.rows
+    assert attention[3:] == ("Attention", "75.0", "50.0", "0.0", "0.0", "2")
+    assert ratplus[4:6] == ("75.0", "25.0") and gap[5] == "−25.0 [−25.0, 0.0]"
+    assert "first token decoded" in top.title
+
+
+def test_samples_pair_by_id_and_models_do_not_mix(store):
+    add_hits(store, "attention", "S-1", [[[2]], [[0]], [[0]]])
+    add_hits(store, "ratplus", "S-1", [[[2]]])
+    curves = rank_curves(sample_scores(store, STAGE), n_boot=50)
+    assert set(curves["n"]) == {1} and set(curves["Attention"]) == {100}
+    add_hits(store, "ratplus", "S-1", [[[2]]], checkpoint="another")
+    with pytest.raises(ValueError, match="choose one of each backbone"):
+        rank_curves(sample_scores(store, STAGE))
+    assert len(hit_rates(store, checkpoint="another")) == 1
+
+
+def add(store: Store, backbone: str, right: int, n: int = 8, tasks=TASKS, **key) -> None:
+    """Cells of all tasks, whose first `right` of n samples are right."""
+    key = SETTING | COMMON | {"selector": "topk", "stage": "eval", "checkpoint": backbone} | key
+    for task in tasks:
+        own = {"backbone": backbone, "model": f"my_{backbone}", "task": task}
+        cell = store.cell(key | own)
+        with cell.open({}):
+            cell.append(
+                [
+                    {"id": f"{task}/{i}", "exact": float(i < right), "substring": 0.0}
+                    | {"prompt_tokens": 100}
+                    for i in range(n)
+                ]
+            )
+            cell.finish(accuracies(cell.records()) | {"budget_measured": 0.1})
+
+
+DENSE = {"method": "dense", "block_size": 1, "top_k": 0, "budget": "1"}
+
+
+def test_who_selects(store):
+    for backbone, random in (("attention", (2, 0)), ("ratplus", (4, 2))):
+        for seed, right in enumerate(random):
+            add(store, backbone, right, selector="random", selector_seed=seed)
+        add(store, backbone, 4)
+        add(store, backbone, 6, selector="oracle")
+        add(store, backbone, 8, **DENSE)
+    means = selector_means(sample_scores(store), "exact", n_boot=200)
+    value = means.set_index("name")["value"]
+    assert value["Attention random"] == 12.5 and value["RAT+ random"] == 37.5
+    assert value["gap random"] == 25 and value["gap topk"] == 0
+    assert value["Attention selection"] == 25 and value["RAT+ dense"] == 100
+    low, high = means.set_index("name").loc["gap random", ["low", "high"]]
+    assert 10 < low < 25 < high < 40
+    table = selector_table(means, tidy(store), **WHERE)
+    attention, ratplus, gap = table.rows
+    assert attention[3:8] == ("Attention", "12.5±17.7", "50.0", "75.0", "100.0")
+    assert gap[3] == "RAT+ − Attention" and gap[4].startswith("+25.0 [") and gap[8] == ""
+    assert ratplus[-1] == "8"
+
+
+def test_what_is_odd_is_doubted(store):
+    for backbone in ("attention", "ratplus"):
+        add(store, backbone, 24, n=40, **DENSE)
+        add(store, backbone, 20, n=40)
+        add(store, backbone, 23, n=40, budget="1/8", top_k=8)
+    assert doubts(sample_scores(store), "exact") == []
+    add(store, "ratplus", 36, n=40, budget="1/32", top_k=2, tasks=["MK-2"])
+    found = doubts(sample_scores(store), "exact")
+    assert {x.setting for x in found} == {("RAT+", "quest", 8, "1/32")}
+    assert [(x.than, x.task) for x in found] == [("dense", None), ("dense", "MK-2"), ("1/16", None)]
+    assert [round(x.gain) for x in found] == [30, 30, 40]
+    assert all(0 < x.bound < x.gain for x in found)
+
+
+def test_a_prompt_without_room_for_its_answer_is_noticed(store):
+    add(store, "ratplus", 3, tasks=["S-1"], data={"forms": {"reserve": 420}}, **DENSE)
+    assert list(cut_prompts(sample_scores(store)).values()) == [8]
+    add(store, "ratplus", 3, tasks=["S-1"], data={"file": "ab", "reserve": 413}, **DENSE)
+    assert len(cut_prompts(sample_scores(store))) == 2  # a RULER file
+    add(store, "ratplus", 3, tasks=["S-1"], data={"forms": {"reserve": 412}}, **DENSE)
+    assert len(cut_prompts(sample_scores(store))) == 2

@@ -1,0 +1,33 @@
+"""The paper's numbers against its own text."""
+
+import pytest
+
+from ratplus_exp.analysis import BACKBONES, TASKS
+from ratplus_exp.report import paper_means, paper_tables
+
+
+def test_snapkv_gains_of_table_3_are_those_of_the_introduction():
+    snapkv = paper_means("table3").query("method == 'snapkv'").set_index("budget")["gain"]
+    assert round(snapkv["1/4"], 2) == 34.11
+    assert round(snapkv["1/8"], 2) == 40.03
+
+
+def test_paper_tables_are_whole_and_say_what_was_inferred():
+    frame = paper_tables()
+    assert frame.groupby("table").size().to_dict() == {
+        "table2": 20,
+        "table3": 192,
+        "table4": 192,
+        "table5": 48,
+    }
+    assert set(frame["backbone"]) == set(BACKBONES) and set(frame["task"]) == set(TASKS)
+    assert set(frame["budget"]) == {"1/4", "1/8", "1/16", "1/64"}
+    assert set(frame.loc[frame["inferred"], "table"]) == {"table2", "table5"}
+    assert frame["inferred"].sum() == 68
+    assert frame["std"].notna().equals(frame["inferred"])
+    assert frame["accuracy"].between(0, 100).all()
+
+
+def test_an_unknown_paper_table_is_an_error():
+    with pytest.raises(ValueError, match="choose one of table2"):
+        paper_means("table9")
