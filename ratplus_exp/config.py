@@ -48,6 +48,7 @@ class DataConfig:
     kernel: int = MISSING  # of SnapKV's pooling; 5 in the paper
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     examples: int = 100  # a task
+    first_token: str = "prefill"  # what gives an answer's first token: the prefill, or "decode"
     forms: dict[str, Any] = field(default_factory=dict)
     essay: str | None = None  # a text file or RULER's PaulGrahamEssays.json; None: generated prose
     path: str | None = None  # a folder of RULER's own <task>/validation.jsonl to use instead

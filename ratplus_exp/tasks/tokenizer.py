@@ -12,8 +12,8 @@ from ratplus_exp.tasks.forms import Forms
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"  # ids 0, 1 and 2; there is no BOS
 
-# A token owns the space in front of it, so that decoding is plain concatenation. Before eight of the
-# letters a to f a uuid begins: no word of the vocabulary has so many.
+# A token owns the space in front of it, so that decoding is plain concatenation. Eight letters from
+# a to f begin a uuid: no word of the vocabulary does.
 _PIECE = "|".join((r" (?=[0-9]|[0-9a-f]{8})[0-9a-f]{2}", r" [a-z]+", r"[0-9a-f]{2}", r"[.,?]"))
 
 

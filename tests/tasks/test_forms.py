@@ -29,18 +29,18 @@ def test_defaults_are_rulers_word_for_word():
 def test_pocket_file_says_what_the_pocket_is(pocket_forms):
     assert pocket_forms == Forms(
         needle="{key} {value}.",
-        template="{context} what are {query}",
-        answer_prefix="",
+        template="{context} what are the {type_needle_v} of {query}?",
+        answer_prefix=" {query}",
         noise=Forms().noise.lower(),
         separator=" ",
         query_joiner=", ",
         key_words="noun",
         key_count=400,
-        number_digits=4,
-        uuid="short",
+        number_digits=8,
+        uuid="hex",
         lowercase=True,
         answer_order="document",
-        reserve=16,
+        reserve=32,
     )
 
 
@@ -70,9 +70,10 @@ def test_key_nouns_are_a_fixed_spread_of_unambiguous_words(pocket_forms):
 def test_values_have_their_formats(pocket_forms):
     rng = random.Random(0)
     assert all(re.fullmatch("[1-9][0-9]{6}", Forms().random_number(rng)) for _ in range(100))
-    assert all(re.fullmatch("[1-9][0-9]{3}", pocket_forms.random_number(rng)) for _ in range(100))
+    assert all(re.fullmatch("[1-9][0-9]{7}", pocket_forms.random_number(rng)) for _ in range(100))
     assert uuid.UUID(Forms().random_uuid(rng)).version == 4
-    assert re.fullmatch("[0-9a-f]{2}(-[0-9a-f]{2}){3}", pocket_forms.random_uuid(rng))
+    pocket_uuid = pocket_forms.random_uuid(rng)
+    assert re.fullmatch("[0-9a-f]{32}", pocket_uuid) and uuid.UUID(pocket_uuid).version == 4
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_values_have_their_formats(pocket_forms):
         ({"needle": "{key} is {value} or {other}."}, "unknown field {other}: use only"),
         ({"needle": "{key} is {value}. {"}, "no format string"),
         ({"key_words": "verb"}, "'verb': use pair or noun"),
-        ({"uuid": "long"}, "'long': use uuid4 or short"),
+        ({"uuid": "long"}, "'long': use uuid4 or hex"),
         ({"answer_order": "random"}, "use creation or document"),
         ({"noise": " "}, "noise is empty"),
         ({"number_digits": 1}, "at least 2"),

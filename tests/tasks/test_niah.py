@@ -10,7 +10,7 @@ import pytest
 from ratplus_exp.tasks import NIAH, SPLITS, TASKS, Forms, split_of, target, target_ids
 
 UUID = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
-SHORT = "[0-9a-f]{2}(?:-[0-9a-f]{2}){3}"
+HEX = "[0-9a-f]{32}"
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_sample_is_the_same_in_another_process(small, pocket, tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_value_is_of_its_split(small, ruler, task):
-    for niah, uuid in ((small, SHORT), (ruler, UUID)):
+    for niah, uuid in ((small, HEX), (ruler, UUID)):
         for split in SPLITS:
             sample = niah.sample(task, 0, 0, split)
             pattern = (
@@ -119,7 +119,7 @@ def test_split_is_by_the_sum_of_character_codes():
 
 
 def test_needle_haystack_repeats_neither_key_nor_value(small, ruler):
-    found = re.findall(r"(\S+) (\d{4})\.", small.sample("MK-2", 0, 0).prompt)
+    found = re.findall(r"(\S+) (\d{8})\.", small.sample("MK-2", 0, 0).prompt)
     assert len(found) > 50
     text = ruler.sample("MK-3", 0, 0).prompt
     uuids = re.findall(rf"for ({UUID}) is: ({UUID})\.", text)
@@ -171,8 +171,9 @@ def test_ruler_uuid_needles_are_plural_and_questions_singular(ruler):
 def test_pocket_prompts_are_short_and_lower_case(small):
     sample = small.sample("MQ", 0, 0)
     assert sample.prompt == sample.prompt.lower()
-    keys = re.search(r" what are (\w+), (\w+), (\w+), (\w+)$", sample.prompt).groups()
-    needles = dict(re.findall(r"([a-z]+) (\d{4})\.", sample.prompt))
+    question = r" what are the numbers of (\w+), (\w+), (\w+), (\w+)\?"
+    keys = re.search(question, sample.prompt).groups()
+    needles = dict(re.findall(r"([a-z]+) (\d{8})\.", sample.prompt))
     assert {needles[key] for key in keys} == set(sample.answers)
     for task in ("MQ", "MV"):  # the answers in the order of the document
         for index in range(5):
@@ -183,8 +184,8 @@ def test_pocket_prompts_are_short_and_lower_case(small):
 
 def test_multivalue_asks_one_key_for_four_values(small):
     sample = small.sample("MV", 0, 0)
-    key = re.search(r"what are (\w+)$", sample.prompt)[1]
-    values = re.findall(rf"\b{key} (\d{{4}})\.", sample.prompt)
+    key = re.search(r"what are the numbers of (\w+)\? \1$", sample.prompt)[1]
+    values = re.findall(rf"\b{key} (\d{{8}})\.", sample.prompt)
     assert tuple(values) == sample.answers
     assert len(set(values)) == 4
 
@@ -231,9 +232,9 @@ def test_needles_that_do_not_fit_are_refused(bpe, task):
 
 
 def test_tight_length_gets_the_needles_alone(pocket, pocket_forms):
-    """13 tokens of needles and question fit into 16 + 16, whatever little haystack goes along."""
-    sample = NIAH(pocket, 16 + 16, pocket_forms).sample("S-1", 0, 0)
-    assert re.fullmatch(r"(\w+) \d{4}\. what is \1", sample.prompt)
+    """14 tokens of needle and question fit, whatever little haystack goes along."""
+    sample = NIAH(pocket, 16 + pocket_forms.reserve, pocket_forms).sample("S-1", 0, 0)
+    assert re.fullmatch(r"(\w+) \d{8}\. what is the number of \1\? \1", sample.prompt)
 
 
 def test_too_few_keys_are_an_error(pocket, pocket_forms):

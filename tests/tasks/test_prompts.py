@@ -8,7 +8,7 @@ from ratplus_exp.tasks import NIAH, Forms, pocket_tokenizer
 from ratplus_exp.tasks import prompts as module
 from ratplus_exp.tasks.prompts import Prompts, prompts_of
 
-FORMS = Forms(lowercase=True, key_words="noun", uuid="short", number_digits=4, reserve=24)
+FORMS = Forms(lowercase=True, key_words="noun", uuid="hex", number_digits=4, reserve=48)
 NAMES = [("S-1", 0), ("MK-2", 3), ("MV", 1)]
 
 
