@@ -21,12 +21,14 @@ MODEL := ratplus_7b
 SWEEP  = $(RUN) experiment=$@ pair=$(if $(filter paper,$(TIER)),$(MODEL),$(TIER)) $(SET)
 POCKET := outputs/reference/pocket
 
-# What `make weights` runs, one conf/experiment/<name>.yaml each.
-WEIGHTS := $(foreach part,scratch_% %_sft %_sft_long %_sft_last %_sft_end, \
-  $(foreach backbone,attention ratplus,pocket_$(subst %,$(backbone),$(part))))
+# The pocket tier's trainings (docs/pocket-training.md): three of each shipped model, one of each control.
+SHIPPED  := attention ratplus added_attention added_ratplus
+CONTROLS := ema ema_fixed conv shift
+shipped   = $(foreach seed,0 1 2,$(SHIPPED:%=pocket_%_$(seed)))
+controls  = $(CONTROLS:%=pocket_%_0) pocket_select_0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint weights ship clean bench bench-cpu
+.PHONY: help install demo test test-slow lint weights controls ship clean bench bench-cpu
 
 help: ## list these targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -48,20 +50,37 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-weights: $(STAMP) ## train the pocket pair again and ship it (hours; resumes)
-	set -e; for name in $(WEIGHTS); do $(RUN) experiment=$$name; done
+# A training uses one core: `make -j2 weights` does two at a time. Each resumes where it was killed.
+weights: $(shipped:%=outputs/training/%_sft/model) ## train the pocket models again and ship them (hours; -j2: on two cores)
 	$(MAKE) ship
 
-ship: $(STAMP) ## put the pair of outputs/training in the place of the shipped one
-	@set -e; for name in $(WEIGHTS); do \
-	  log=$(POCKET)/training/$$name; mkdir -p $$log; \
-	  cp outputs/training/$$name/log.jsonl outputs/training/$$name/provenance.json $$log; done
-	@set -e; for backbone in attention ratplus; do \
-	  model=$(POCKET)/models/$$backbone; conf=conf/model/pocket_$$backbone.yaml; \
-	  cp outputs/training/pocket_$${backbone}_sft_end/model/* $$model; \
-	  digest=$$(openssl dgst -sha256 -r $$model/model.safetensors | cut -d' ' -f1); \
-	  sed "s/^sha256: .*/sha256: $$digest/" $$conf > $$conf.new; mv $$conf.new $$conf; \
-	  echo "$$model has sha256 $$digest"; done
+controls: $(controls:%=outputs/training/%_sft/model) ## train the controls of the memory and compare them (hours; -j2: on two cores)
+	$(RUN) experiment=pocket_controls $(SET)
+
+# $(1) experiment, $(2) model, $(3) seed, $(4) the model that it starts from
+define TRAINING
+outputs/training/$(2)_$(3)/model: | $(STAMP) $(if $(4),outputs/training/$(4)_$(3)/model)
+	$(RUN) experiment=$(1) model=$(2) seed=$(3) threads=1
+outputs/training/$(2)_$(3)_sft/model: | outputs/training/$(2)_$(3)/model
+	$(RUN) experiment=pocket_sft model=$(2) seed=$(3) threads=1
+endef
+$(foreach seed,0 1 2,\
+  $(foreach m,attention ratplus,$(eval $(call TRAINING,pocket_$m,pocket_$m,$(seed))))\
+  $(foreach m,added_attention added_ratplus,$(eval $(call TRAINING,pocket_$m,pocket_$m,$(seed),pocket_attention))))
+$(foreach m,$(CONTROLS),$(eval $(call TRAINING,pocket_ratplus,pocket_$m,0)))
+
+outputs/training/pocket_select_0_sft/model: | outputs/training/pocket_attention_0/model
+	$(RUN) experiment=pocket_sft model=pocket_select threads=1 stage.init=outputs/training/pocket_attention_0/model
+
+ship: $(STAMP) ## put the models of outputs/training in the place of the shipped ones
+	@set -e; for m in $(SHIPPED); do for seed in 0 1 2; do \
+	  from=outputs/training/pocket_$${m}_$$seed; to=$(POCKET)/models/$$m/$$seed; conf=conf/model/pocket_$$m.yaml; \
+	  test -d $${from}_sft/model || continue; mkdir -p $$to; cp $${from}_sft/model/* $$to; \
+	  for part in $$from $${from}_sft; do log=$(POCKET)/training/$${part##*/}; mkdir -p $$log; \
+	    cp $$part/log.jsonl $$part/provenance.json $$log; done; \
+	  digest=$$(openssl dgst -sha256 -r $$to/model.safetensors | cut -d' ' -f1); \
+	  sed "s/^  $$seed: .*/  $$seed: $$digest/" $$conf > $$conf.new; mv $$conf.new $$conf; \
+	  echo "$$to has sha256 $$digest"; done; done
 
 clean: ## remove caches and build products; .venv and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

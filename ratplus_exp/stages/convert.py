@@ -15,7 +15,7 @@ from ratplus_exp.models.loading import (
 )
 from ratplus_exp.models.p2_checkpoint import from_p2, read_p2
 from ratplus_exp.stages.common import resolve
-from ratplus_exp.stages.train import save_model
+from ratplus_exp.stages.train import dtype_named, save_model
 
 
 def run(cfg: DictConfig) -> None:
@@ -38,7 +38,7 @@ def run(cfg: DictConfig) -> None:
             setattr(config, name, getattr(tokenizer, name))
     state = from_p2(read_p2(resolve(cfg.checkpoint)), config)
     if cfg.stage.dtype:
-        state = {name: tensor.to(_dtype(cfg.stage.dtype)) for name, tensor in state.items()}
+        state = {name: tensor.to(dtype_named(cfg.stage.dtype)) for name, tensor in state.items()}
     with torch.device("meta"):
         model = RatPlusForCausalLM(config)
     model.load_state_dict(state, assign=True)
@@ -52,10 +52,3 @@ def run(cfg: DictConfig) -> None:
             f"It has no tokenizer yet: copy the files of the model's own (Llama-2's, for P2's "
             f"models) into {target}."
         )
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"stage.dtype={name} is unknown: use bfloat16, float32 or null")
-    return dtype

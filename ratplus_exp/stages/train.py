@@ -110,6 +110,7 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
     sparse = build(Dilated, plain(cfg.stage.joint), "stage.joint") if cfg.stage.joint else None
     schedule.check(world_size())
     device = device_of(cfg)
+    dtype = dtype_named(cfg.stage.dtype) if cfg.stage.dtype else None
     steps = cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step
     _refuse_other_settings(cfg, folder)
     with locked(folder) if rank() == 0 else nullcontext():
@@ -140,6 +141,9 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
                 trainer.run(f"{cfg.stage.name} {cfg.model.name}")
             weights = whole_state_dict(model)
             if rank() == 0:
+                if dtype is not None:
+                    cast = {id(tensor): tensor.to(dtype) for tensor in weights.values()}
+                    weights = {name: cast[id(tensor)] for name, tensor in weights.items()}
                 save_model(model, tokenizer, target, weights)
                 print(f"Saved {target}, sha256 {weights_digest(target)}")
             barrier()
@@ -175,6 +179,14 @@ def save_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     os.replace(partial, target)
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """torch's dtype of stage.dtype."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"stage.dtype={name} is unknown: use bfloat16, float32 or null")
+    return dtype
 
 
 def _tokenizer(cfg: DictConfig) -> Tokenizer:

@@ -95,7 +95,7 @@ NONSENSE = {
 )
 def test_no_nonsense_is_trained(job, override):
     with pytest.raises(ValueError, match="use|must be|write") as error:
-        job("experiment=pocket_scratch_attention", override)
+        job("experiment=pocket_attention", override)
     name, _, _ = override.rpartition("=")
     assert name.rpartition(".")[2] in str(error.value)
     assert not list(job.folder.rglob("training"))
@@ -103,7 +103,11 @@ def test_no_nonsense_is_trained(job, override):
 
 @pytest.mark.parametrize("mixture", ["{S-1: -1}", "{S-1: .nan}", "{S-1: 0}", "{S-9: 1}", "{}"])
 def test_no_nonsense_is_tuned(job, tiny_models, mixture):
-    how = ["experiment=pocket_attention_sft", f"stage.init={tiny_models['attention']}"]
+    how = [
+        "experiment=pocket_sft",
+        "model=pocket_attention",
+        f"stage.init={tiny_models['attention']}",
+    ]
     cfg = job.compose(*how)
     only = {f"~stage.mixture.{task}" for task in cfg.stage.mixture}
     with pytest.raises(ValueError, match="mixture .*(use 0 or positive|give some task)"):
