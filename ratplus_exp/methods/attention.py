@@ -21,7 +21,7 @@ def attend(
     """
     heads, kv_heads = q.shape[1], k.shape[1]
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # At short contexts PyTorch's bf16 backward on a CPU takes up to ten times as long as fp32's.
+        # PyTorch's bf16 backward on a CPU takes up to ten times as long as fp32's.
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), seen, causal)
     if seen is None or heads == kv_heads:
