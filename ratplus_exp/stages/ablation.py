@@ -15,7 +15,7 @@ from ratplus_exp.report import Table
 from ratplus_exp.report.prose import METHODS, interval, number, trainings_of
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import job_folder
-from ratplus_exp.stages.sweep import complete, configuration
+from ratplus_exp.stages.sweep import complete, configuration, job_of
 from ratplus_exp.tracking import log_table, tracked
 
 
@@ -49,7 +49,7 @@ def _job(cfg: DictConfig, model: str, method: str, training: int) -> Job:
             f"{model} is of the tier {job.model.tier}, but the data of the tier {cfg.model.tier}: "
             f"set model={model}, and only models of its tier"
         )
-    return Job(job)
+    return job_of(job)
 
 
 def _table(cfg: DictConfig, samples: pd.DataFrame) -> Table:

@@ -1,25 +1,16 @@
-"""What the measuring stages share: the cells of a configuration, their samples, and filling them.
-
-A measuring stage is a module with two functions, which `fill` calls:
-
-    measure(job, loaded, samples) -> one record a sample, plain JSON with "id"
-    metrics(job, loaded, records, samples) -> what is computed from all records of a cell
-
-`records` are all of the cell by id, `samples` its first ones, for what takes prompts to measure.
-"""
+"""What measuring stages share: the cells of a configuration, their samples, and filling them."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from omegaconf import DictConfig
@@ -36,7 +27,7 @@ from ratplus_exp.config import (
     plain,
     validate_method,
 )
-from ratplus_exp.methods import Oracle, Random, Selector, TopK
+from ratplus_exp.methods import Method, Oracle, Random, Selector, TopK
 from ratplus_exp.models.loading import (
     check_model,
     dtype_on,
@@ -52,7 +43,30 @@ from ratplus_exp.tasks import Sample
 from ratplus_exp.tracking import tracked
 from ratplus_exp.training.parallel import barrier, from_first, processes, rank, world_size
 
+Records = Mapping[Any, Mapping[str, Any]]
 DECODING = ("decode", "once")  # phases of methods that leave the prefill dense
+
+
+class MeasuringStage(Protocol):
+    """What is measured of a model under a method, sample by sample."""
+
+    def check(self, method: Method, name: str) -> None:
+        """ValueError, with the remedy, for a method (and its name) that it can't measure."""
+
+    def measure(self, job: Job, loaded: Loaded, samples: list[Sample]) -> list[dict[str, Any]]:
+        """One record a sample of a batch, plain JSON with "id"."""
+        ...
+
+    def metrics(
+        self,
+        job: Job,
+        loaded: Loaded,
+        records: Mapping[Any, Mapping[str, Any]],
+        first: list[Sample],
+    ) -> dict[str, Any]:
+        """What is computed from all records of a cell, by id; first: some of its samples, for what
+        takes prompts to measure."""
+        ...
 
 
 class Job:
@@ -61,9 +75,10 @@ class Job:
     Making it checks what can be wrong, and loads and writes nothing.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: DictConfig, stage: MeasuringStage) -> None:
+        self.cfg, self.stage = cfg, stage
         self.method = validate_method(cfg)
+        stage.check(self.method, cfg.method.name)
         self.store = store_of(cfg)
         self.path = resolve(cfg.model.path)
         self.files = ruler_files(cfg)
@@ -196,7 +211,7 @@ def fill(job: Job, task: str, loaded: Loaded, source: Samples, done: Callable[[i
     done: called with the number of samples that were appended, by all processes together.
     """
     cfg, cell = job.cfg, job.cells[task]
-    stage = import_module(cfg.stage.run.rpartition(".")[0])
+    stage = job.stage
     with _opened(cell, cfg):
         todo = from_first(lambda: _lacking(job, task, source))
         mine, left = todo[rank() :: world_size()], len(todo)
@@ -216,7 +231,7 @@ def fill(job: Job, task: str, loaded: Loaded, source: Samples, done: Callable[[i
         every = cell.records()
         first = [source(task, index) for index in range(min(16, cfg.data.examples))]
         seconds = round(sum(record.get("seconds", 0.0) for record in every.values()), 3)
-        cell.finish(stage.metrics(job, loaded, every, first) | {"seconds": seconds})
+        cell.finish(stage.metrics(loaded, every, first) | {"seconds": seconds})
 
 
 def _lacking(job: Job, task: str, source: Samples) -> list[int]:

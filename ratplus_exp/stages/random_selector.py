@@ -16,9 +16,8 @@ from ratplus_exp.analysis import SCORERS, mean_std, tidy
 from ratplus_exp.config import validate_method
 from ratplus_exp.report import Table
 from ratplus_exp.report.prose import plus_minus
-from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import job_folder, model_name
-from ratplus_exp.stages.sweep import complete, configuration
+from ratplus_exp.stages.sweep import complete, configuration, job_of
 from ratplus_exp.tracking import log_table, tracked
 
 
@@ -31,7 +30,7 @@ def run(cfg: DictConfig) -> None:
         )
     entries = [{"selector": "random", "selector_seed": seed} for seed in cfg.stage.selector_seeds]
     entries += [{"selector": "topk"}, {"selector": "oracle"}]
-    jobs = [Job(configuration(cfg, entry)) for entry in entries]
+    jobs = [job_of(configuration(cfg, entry)) for entry in entries]
     complete(cfg, jobs)
     ids = [cell.id for job in jobs for cell in job.cells.values()]
     cells = tidy(jobs[0].store)

@@ -23,8 +23,10 @@ from tqdm import tqdm
 from ratplus_exp.config import plain, validate
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.stages import report
-from ratplus_exp.stages.cells import Job, Loaded, fill
+from ratplus_exp.stages.cells import Job, Loaded, MeasuringStage, fill
 from ratplus_exp.stages.common import device_of, option
+from ratplus_exp.stages.evaluate import Accuracy
+from ratplus_exp.stages.hit_rate import HitRate
 from ratplus_exp.stages.samples import Samples
 from ratplus_exp.store import StoreBusy
 from ratplus_exp.training.parallel import cores
@@ -34,14 +36,21 @@ MOST_WORKERS = 8  # on a CPU; more would read the same memory
 MOST_FAILURES = 16  # cells that may fail before one succeeds
 FIELDS = ("stage", "method", "budget", "blocks", "selector", "selector_seed", "tasks", "examples")
 
+MEASURING: dict[str, MeasuringStage] = {"eval": Accuracy(), "hit_rate": HitRate()}
+
 Item = tuple[Job, str]
 
 
 def run(cfg: DictConfig) -> None:
     """Run what is missing, then write `stage.outputs`."""
-    failed = fill_jobs(cfg, [Job(job) for job in expand(cfg)])
+    failed = fill_jobs(cfg, [job_of(job) for job in expand(cfg)])
     report.run(cfg)
     refuse(failed)
+
+
+def job_of(cfg: DictConfig) -> Job:
+    """The job of a configuration of one of the measuring stages."""
+    return Job(cfg, MEASURING[cfg.stage.name])
 
 
 def complete(cfg: DictConfig, jobs: list[Job]) -> None:
@@ -261,7 +270,7 @@ def _fill(config: dict[str, Any], task: str) -> tuple[str, str]:
     global _lost
     if _lost:
         return "again", ""
-    job = Job(OmegaConf.create(config))
+    job = job_of(OmegaConf.create(config))
     try:
         fill(job, task, *_bench.ready(job), _count)
     except StoreBusy:
