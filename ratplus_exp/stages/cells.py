@@ -57,13 +57,7 @@ class MeasuringStage(Protocol):
         """One record a sample of a batch, plain JSON with "id"."""
         ...
 
-    def metrics(
-        self,
-        job: Job,
-        loaded: Loaded,
-        records: Mapping[Any, Mapping[str, Any]],
-        first: list[Sample],
-    ) -> dict[str, Any]:
+    def metrics(self, loaded: Loaded, records: Records, first: list[Sample]) -> dict[str, Any]:
         """What is computed from all records of a cell, by id; first: some of its samples, for what
         takes prompts to measure."""
         ...

@@ -13,7 +13,7 @@ from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine, Method
 from ratplus_exp.models.decoding import cuda_graphs, greedy
 from ratplus_exp.report import MISSING, Table
-from ratplus_exp.stages.cells import Job, Loaded, fill_missing, padded, selector_of
+from ratplus_exp.stages.cells import Job, Loaded, Records, fill_missing, padded, selector_of
 from ratplus_exp.stages.common import job_folder, model_name
 from ratplus_exp.store import Cell, Store
 from ratplus_exp.tasks import Sample, exact, substring
@@ -50,13 +50,7 @@ class Accuracy:
             for sample, text, fraction in zip(samples, texts, fractions, strict=True)
         ]
 
-    def metrics(
-        self,
-        job: Job,
-        loaded: Loaded,
-        records: Mapping[Any, Mapping[str, Any]],
-        first: list[Sample],
-    ) -> dict[str, Any]:
+    def metrics(self, loaded: Loaded, records: Records, first: list[Sample]) -> dict[str, Any]:
         """Accuracies, the measured budget and the gates' statistics."""
         measured = sum(r["budget_measured"] for r in records.values()) / len(records)
         found = accuracies(records) | {"budget_measured": round(measured, 5)}

@@ -21,7 +21,7 @@ from ratplus_exp.methods import Engine, Method
 from ratplus_exp.methods.hits import HitCounter
 from ratplus_exp.report import Table
 from ratplus_exp.report.prose import number
-from ratplus_exp.stages.cells import Job, Loaded, fill_missing, padded, selector_of
+from ratplus_exp.stages.cells import Job, Loaded, Records, fill_missing, padded, selector_of
 from ratplus_exp.stages.common import job_folder, model_name
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.golden import golden_answer
@@ -105,13 +105,7 @@ class HitRate:
             for row, sample in enumerate(samples)
         ]
 
-    def metrics(
-        self,
-        job: Job,
-        loaded: Loaded,
-        records: Mapping[Any, Mapping[str, Any]],
-        first: list[Sample],
-    ) -> dict[str, Any]:
+    def metrics(self, loaded: Loaded, records: Records, first: list[Sample]) -> dict[str, Any]:
         """Hit rates in percent, [layer][head], over all gold values."""
         values = sum(record["values"] for record in records.values())
         hits = np.sum([record["hits"] for record in records.values()], axis=0)

@@ -1,7 +1,8 @@
 """stage=sweep: all cells that some tables and figures need, then the tables and figures.
 
 What a sweep runs is data: `stage.cells` in conf/experiment/table2.yaml and its neighbours, one
-entry a grid, its lists multiplied out and run for each of `stage.trainings` of `stage.models`.
+entry a grid, its lists multiplied out and run for each of `stage.trainings` of `stage.models`, or
+for the one model of the configuration.
 Finished cells are skipped; the rest is dealt out to worker processes under one progress bar. A
 sweep that was killed goes on where it stood.
 """
@@ -22,13 +23,15 @@ from tqdm import tqdm
 
 from ratplus_exp.config import plain, validate
 from ratplus_exp.models.loading import load_tokenizer
+from ratplus_exp.report import Table
 from ratplus_exp.stages import report
 from ratplus_exp.stages.cells import Job, Loaded, MeasuringStage, fill
-from ratplus_exp.stages.common import device_of, option
+from ratplus_exp.stages.common import device_of, job_folder, option
 from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
 from ratplus_exp.stages.samples import Samples
-from ratplus_exp.store import StoreBusy
+from ratplus_exp.store import Cell, StoreBusy
+from ratplus_exp.tracking import log_table, tracked
 from ratplus_exp.training.parallel import cores
 from ratplus_exp.workers import SPAWN, Workers
 
@@ -53,11 +56,20 @@ def job_of(cfg: DictConfig) -> Job:
     return Job(cfg, MEASURING[cfg.stage.name])
 
 
-def complete(cfg: DictConfig, jobs: list[Job]) -> None:
-    """`fill_jobs` for a table that needs all cells; ValueError if some are still missing."""
+def run_table(cfg: DictConfig, make: Callable[[DictConfig, list[Cell]], Table]) -> None:
+    """Run what is missing, then print and write the one table that `make` makes of these cells
+    alone; ValueError if some are still missing."""
+    jobs = [job_of(job) for job in expand(cfg)]
     refuse(fill_jobs(cfg, jobs))
     if any(job.missing() for job in jobs):
         raise ValueError("another process still writes some of the cells: run this again after it")
+    table = make(cfg, list({c.id: c for job in jobs for c in job.cells.values()}.values()))
+    name = cfg.stage.name
+    table.write(job_folder(), name)
+    print(table.to_text())
+    print(f"Written to {job_folder()}/{name}.md, .csv and .tex.")
+    with tracked(cfg, job_folder()) as tracker:
+        log_table(tracker, name, table)
 
 
 def refuse(failed: list[str]) -> None:
@@ -71,12 +83,11 @@ def refuse(failed: list[str]) -> None:
 
 def expand(cfg: DictConfig) -> list[DictConfig]:
     """The configurations of `stage.cells`, checked, model by model so that each is loaded once."""
-    grids = plain(cfg.stage.cells).values()
+    models = [{"model": m, "training": t} for m in cfg.stage.models for t in cfg.stage.trainings]
     return [
-        configuration(cfg, {"model": model, "training": training} | entry)
-        for model in cfg.stage.models
-        for training in cfg.stage.trainings
-        for grid in grids
+        configuration(cfg, model | entry)
+        for model in models or [{}]
+        for grid in plain(cfg.stage.cells).values()
         for entry in _multiply(grid)
     ]
 
@@ -105,6 +116,11 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
                 job[group] = option(group, entry[group])
         if "training" in entry:
             job.model.training = entry["training"]
+        if job.model.tier != cfg.model.tier:
+            raise ValueError(
+                f"{job.model.name} is of the tier {job.model.tier}, but the data of the tier "
+                f"{cfg.model.tier}: set model={job.model.name}, and only models of its tier"
+            )
         job.stage = option("stage", entry.get("stage", "eval"))
         for field in ("first_token", "batch_size"):
             job.stage[field] = cfg.stage[field]
