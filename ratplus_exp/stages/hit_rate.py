@@ -19,10 +19,12 @@ from omegaconf import DictConfig
 from ratplus_exp.analysis.hits import hit_rates
 from ratplus_exp.methods import Engine, Method
 from ratplus_exp.methods.hits import HitCounter
+from ratplus_exp.models.prompts import Prompts
 from ratplus_exp.report import Table
 from ratplus_exp.report.prose import number
-from ratplus_exp.stages.cells import Job, Loaded, Records, fill_missing, padded, selector_of
+from ratplus_exp.stages.cells import Job, Records, selector_of
 from ratplus_exp.stages.common import job_folder, model_name
+from ratplus_exp.stages.runner import fill_missing
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.golden import golden_answer
 from ratplus_exp.tracking import log_frame
@@ -58,11 +60,12 @@ class HitRate:
             raise ValueError(f"stage=hit_rate needs a method that selects, not {name}: use quest")
 
     @torch.inference_mode()
-    def measure(self, job: Job, loaded: Loaded, samples: list[Sample]) -> list[dict[str, Any]]:
+    def measure(
+        self, job: Job, samples: list[Sample], prompts: Prompts, tokenizer: Any
+    ) -> list[dict[str, Any]]:
         """Hits, by layer and head."""
-        model, tokenizer = loaded.model, loaded.tokenizer
+        model, ids, mask = prompts.model, prompts.ids, prompts.mask
         answers = [golden_answer(sample, tokenizer) for sample in samples]
-        ids, mask = padded(samples, loaded)
         lengths = mask.sum(1)
         width = max(len(answer.ids) for answer in answers) - 1  # nothing follows EOS
         golden = torch.zeros(len(samples), width, job.cfg.data.length, dtype=torch.bool)
@@ -77,8 +80,6 @@ class HitRate:
         if job.first_token == "prefill":
             steps = steps[:, 1:]
             owners = [[-1, *tokens[1:]] for tokens in owners]
-        else:
-            ids, mask = ids[:, :-1], mask[:, :-1]
         if all(owner < 0 for tokens in owners for owner in tokens):
             raise ValueError(
                 f"{samples[0].task}: every answer is one token long, so no decoding step has a "
@@ -88,7 +89,7 @@ class HitRate:
         counter = HitCounter(job.method, golden.to(ids.device), lengths, layers)
         engine = Engine(job.method, selector_of(job.cfg, samples, ids.device), counter)
         cache = model.new_cache(engine)
-        model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+        prompts.prefill(cache)
         if steps.shape[1]:
             model(steps, past_key_values=cache, logits_to_keep=1)
         last = lengths.cpu() + torch.tensor([len(answer.ids) - 3 for answer in answers])
@@ -105,7 +106,7 @@ class HitRate:
             for row, sample in enumerate(samples)
         ]
 
-    def metrics(self, loaded: Loaded, records: Records, first: list[Sample]) -> dict[str, Any]:
+    def metrics(self, records: Records, first: Prompts) -> dict[str, Any]:
         """Hit rates in percent, [layer][head], over all gold values."""
         values = sum(record["values"] for record in records.values())
         hits = np.sum([record["hits"] for record in records.values()], axis=0)

@@ -18,7 +18,7 @@ from ratplus_exp.analysis import tidy
 from ratplus_exp.analysis.frame import setting_of_paper
 from ratplus_exp.models.loading import weights_digest
 from ratplus_exp.report import paper_tables
-from ratplus_exp.stages import sweep
+from ratplus_exp.stages import pool, sweep
 from ratplus_exp.store import Store
 
 REPOSITORY = Path(__file__).parents[2]
@@ -159,10 +159,10 @@ def test_a_cell_that_fails_stops_no_other(job, pair):
     assert cells[0].done() == 2
 
 
-def lost_gpu(lost, here):
+def lost_gpu(lost, here, workers):
     """In a worker: the first cell of the first process fails and takes its GPU with it."""
-    sweep._begin(here)
-    fill, first = sweep.fill, []
+    pool._begin(here, workers)
+    fill, first = pool.fill, []
 
     def failing(*args):
         if not first:
@@ -172,12 +172,12 @@ def lost_gpu(lost, here):
                 raise RuntimeError("no kernel")
         return fill(*args)
 
-    sweep.fill, sweep._usable = failing, lambda: False
+    pool.fill, pool._usable = failing, lambda: False
 
 
 @pytest.mark.slow
 def test_a_worker_whose_gpu_is_lost_leaves_its_cells_to_others(job, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_begin", partial(lost_gpu, str(tmp_path / "lost")))
+    monkeypatch.setattr(pool, "_begin", partial(lost_gpu, str(tmp_path / "lost")))
     overrides = ["experiment=fig1", *pair, "stage.workers=2"]
     with pytest.raises(ValueError, match=r"1 cells failed.*RuntimeError: no kernel"):
         job(*overrides)
