@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from ratplus_exp.config import plain
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.stages.cells import Job, MeasuringStage
 from ratplus_exp.stages.common import device_of
-from ratplus_exp.stages.runner import Group, Loaded, fill
+from ratplus_exp.stages.runner import Group, Session, fill
 from ratplus_exp.stages.samples import Samples
 from ratplus_exp.store import StoreBusy
 from ratplus_exp.training.parallel import cores
@@ -104,7 +102,7 @@ def _fill_here(groups: list[Group], progress: Callable[[int, int], None]) -> tup
         while left:
             group = left.popleft()
             try:
-                session.fill(group, lambda n: progress(n, 0))
+                fill(group, session, lambda n: progress(n, 0))
                 progress(0, len(group[0]))
             except StoreBusy:
                 if len(group[0]) > 1:
@@ -112,40 +110,6 @@ def _fill_here(groups: list[Group], progress: Callable[[int, int], None]) -> tup
                 else:
                     busy += 1
     return busy, []
-
-
-class Session:
-    """What a process keeps from one group to the next: the model and where samples come from.
-
-    workers: how many processes share this machine's memory.
-    """
-
-    def __init__(self, workers: int = 1) -> None:
-        self.workers = workers
-        self.path: Path | None = None
-        self.sources: dict[str, Samples] = {}
-
-    def fill(self, group: Group, done: Callable[[int], None]) -> None:
-        job = max(group[0], key=lambda job: job.cfg.data.examples)
-        if job.path != self.path:
-            self.loaded, self.path, self.sources = Loaded.of(job), job.path, {}
-        # RULER's files are read once; generated prompts are shared by all sources anyway.
-        samples = str((plain(job.cfg.data), job.cfg.seed))
-        if samples not in self.sources:
-            self.sources[samples] = Samples(job.cfg, self.loaded.tokenizer)
-        memory = total_memory(self.loaded.model.device) / 2 / self.workers
-        fill(group, self.loaded, self.sources[samples], done, memory)
-
-    def close(self) -> None:
-        for source in self.sources.values():
-            source.close()
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of a GPU, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _fill_in(
@@ -219,7 +183,7 @@ def _fill(configs: list[tuple[dict[str, Any], MeasuringStage]], task: str) -> Ou
         return "again", ""
     jobs = [Job(OmegaConf.create(config), stage) for config, stage in configs]
     try:
-        _session.fill((jobs, task), _count)
+        fill((jobs, task), _session, _count)
     except StoreBusy:
         return "busy", ""
     except Exception as error:  # the parent says it
