@@ -47,6 +47,7 @@ def answers(prompts, method, chooser):
     return [*out, *(x for call in calls for x in call)]
 
 
+@torch.no_grad()
 @rows
 @first_tokens
 @pytest.mark.parametrize(
@@ -54,8 +55,8 @@ def answers(prompts, method, chooser):
     [
         {"memory": False},
         {"memory": True},
-        {"num_key_value_heads": 2},
-        {"memory_on": "select"},
+        {"num_key_value_heads": 4},
+        {"memory_kind": "ema_fixed", "memory_on": "select"},
         {"memory_kind": "conv"},
         "llama",
     ],

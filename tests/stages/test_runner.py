@@ -81,7 +81,7 @@ def test_a_group_that_was_cut_off_goes_on(jobs, alone, tmp_path, monkeypatch, ca
         with pytest.raises(KeyboardInterrupt):
             pool.fill_jobs(*jobs("cut"))
     cells = list(Store(tmp_path / "cut").cells())
-    assert sum(len(cell.records()) for cell in cells) == sum(map(len, seen))
+    assert sum(map(len, seen)) <= sum(len(cell.records()) for cell in cells) < 20
     lines = {p: p.read_bytes() for p in (tmp_path / "cut").rglob("samples.jsonl")}
     assert not pool.fill_jobs(*jobs("cut"))
     assert stored(tmp_path / "cut") == alone
