@@ -90,10 +90,9 @@ def test_a_group_that_was_cut_off_goes_on(jobs, alone, tmp_path, monkeypatch, ca
 
 
 def test_a_cell_of_another_process_holds_up_no_other(jobs, alone, tmp_path, capsys):
-    cfg, all_jobs = jobs("busy")
-    (taken,) = all_jobs[1].cells.values()
+    (taken,) = jobs("busy")[1][1].cells.values()
     with taken.open({}):
-        assert not pool.fill_jobs(cfg, all_jobs)
+        assert not pool.fill_jobs(*jobs("busy"))
     assert "1 cells are being written by another process" in capsys.readouterr().out
     found = stored(tmp_path / "busy")
     assert found.pop(taken.id) == ({}, {})
