@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ratplus_exp.methods import Engine
 from ratplus_exp.models.cache import SparseCache
-from ratplus_exp.models.prompts import Prompts
+from ratplus_exp.models.prefill import PromptBatch
 
 Run = Callable[[], None]
 Capture = Callable[[Run], Run | None]
@@ -68,7 +68,7 @@ cuda_graphs = CudaGraphs()
 
 @torch.inference_mode()
 def greedy(
-    prompts: Prompts,
+    prompts: PromptBatch,
     engine: Engine,
     max_new_tokens: int,
     *,

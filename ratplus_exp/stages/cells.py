@@ -24,7 +24,7 @@ from ratplus_exp.config import (
 )
 from ratplus_exp.methods import Method, Oracle, Random, Selector, TopK
 from ratplus_exp.models.loading import check_model, dtype_on, interface_digest, weight_files
-from ratplus_exp.models.prompts import Prompts
+from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.stages.common import device_of, resolve, store_of
 from ratplus_exp.stages.samples import ruler_files
 from ratplus_exp.store import Cell
@@ -43,12 +43,12 @@ class MeasuringStage(Protocol):
         """ValueError, with the remedy, for a method (and its name) that it can't measure."""
 
     def measure(
-        self, job: Job, samples: list[Sample], prompts: Prompts, tokenizer: Any
+        self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
     ) -> list[dict[str, Any]]:
         """One record a sample of a batch, plain JSON with "id"; prompts: those of the samples."""
         ...
 
-    def metrics(self, records: Records, first: Prompts) -> dict[str, Any]:
+    def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
         """What is computed from all records of a cell, by id; first: some of its prompts."""
         ...
 

@@ -11,7 +11,7 @@ from ratplus_exp.analysis.frame import COLUMNS, EXTRA, SCORERS, accuracies, tidy
 from ratplus_exp.config import forms_of
 from ratplus_exp.methods import Engine, Method
 from ratplus_exp.models.decoding import cuda_graphs, greedy
-from ratplus_exp.models.prompts import Prompts
+from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import MISSING, Table
 from ratplus_exp.stages.cells import Job, Records, selector_of
 from ratplus_exp.stages.common import job_folder, model_name
@@ -37,7 +37,7 @@ class Accuracy:
         """Any method has answers."""
 
     def measure(
-        self, job: Job, samples: list[Sample], prompts: Prompts, tokenizer: Any
+        self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
     ) -> list[dict[str, Any]]:
         texts, fractions = generate(job, samples, prompts, tokenizer)
         return [
@@ -53,7 +53,7 @@ class Accuracy:
             for sample, text, fraction in zip(samples, texts, fractions, strict=True)
         ]
 
-    def metrics(self, records: Records, first: Prompts) -> dict[str, Any]:
+    def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
         """Accuracies, the measured budget and the gates' statistics."""
         measured = sum(r["budget_measured"] for r in records.values()) / len(records)
         found = accuracies(records) | {"budget_measured": round(measured, 5)}
@@ -61,7 +61,7 @@ class Accuracy:
 
 
 def generate(
-    job: Job, samples: list[Sample], prompts: Prompts, tokenizer: Any
+    job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
 ) -> tuple[list[str], list[float]]:
     """Greedy answers to a batch of prompts, and each one's measured budget."""
     ids, mask = prompts.ids, prompts.mask

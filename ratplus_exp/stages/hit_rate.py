@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from ratplus_exp.analysis.hits import hit_rates
 from ratplus_exp.methods import Engine, Method
 from ratplus_exp.methods.hits import HitCounter
-from ratplus_exp.models.prompts import Prompts
+from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
 from ratplus_exp.report.prose import number
 from ratplus_exp.stages.cells import Job, Records, selector_of
@@ -61,7 +61,7 @@ class HitRate:
 
     @torch.inference_mode()
     def measure(
-        self, job: Job, samples: list[Sample], prompts: Prompts, tokenizer: Any
+        self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
     ) -> list[dict[str, Any]]:
         """Hits, by layer and head."""
         model, ids, mask = prompts.model, prompts.ids, prompts.mask
@@ -106,7 +106,7 @@ class HitRate:
             for row, sample in enumerate(samples)
         ]
 
-    def metrics(self, records: Records, first: Prompts) -> dict[str, Any]:
+    def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
         """Hit rates in percent, [layer][head], over all gold values."""
         values = sum(record["values"] for record in records.values())
         hits = np.sum([record["hits"] for record in records.values()], axis=0)

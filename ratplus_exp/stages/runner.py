@@ -22,7 +22,7 @@ from ratplus_exp import provenance
 from ratplus_exp.config import forms_of, plain
 from ratplus_exp.cost import Shape
 from ratplus_exp.models.loading import load_model, load_tokenizer
-from ratplus_exp.models.prompts import Prompts
+from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import device_of, job_folder
 from ratplus_exp.stages.samples import Samples
@@ -119,7 +119,7 @@ def fill(group: Group, session: Session, done: Callable[[int], None]) -> None:
                 new = min(len(samples) * world_size(), left)
                 left -= new
                 ids, mask = source.padded(samples)
-                prompts = Prompts(model, ids, mask, jobs[0].first_token, shared)
+                prompts = PromptBatch(model, ids, mask, jobs[0].first_token, shared)
                 for job in those:
                     began = time.perf_counter()
                     records = job.stage.measure(job, samples, prompts, source.tokenizer)
@@ -135,8 +135,8 @@ def _finish(group: Group, source: Samples, model: Any) -> None:
     jobs, task = group
 
     @cache
-    def first(count: int) -> Prompts:
-        return Prompts(model, *source.padded([source(task, index) for index in range(count)]))
+    def first(count: int) -> PromptBatch:
+        return PromptBatch(model, *source.padded([source(task, index) for index in range(count)]))
 
     for job in jobs:
         every = job.cells[task].records()
@@ -160,7 +160,7 @@ def _lacking(jobs: list[Job], task: str, source: Samples) -> list[tuple[list[int
 
 
 def _sharing(jobs: list[Job], model: Any, workers: int) -> tuple[tuple[int, int] | None, int]:
-    """What a prefill must keep for the jobs, as in `Prompts`, and how many prompts make a batch.
+    """What a prefill must keep for the jobs, as in `PromptBatch`, and how many prompts make a batch.
 
     Keys and values, prefilled and copied by a method, may take half of the workers' memory.
     """

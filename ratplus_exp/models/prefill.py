@@ -56,7 +56,7 @@ class Prefilled(SparseCache):
         cache.advance(self.step, len(self.queries[0]))
 
 
-class Prompts:
+class PromptBatch:
     """A batch of left-padded prompts before a model.
 
     Args:

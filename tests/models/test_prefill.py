@@ -8,7 +8,7 @@ from test_families import carry, stock_model
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Oracle, Quest, Random, SnapKV
 from ratplus_exp.models.decoding import greedy
-from ratplus_exp.models.prompts import Prompts
+from ratplus_exp.models.prefill import PromptBatch
 
 TOKENS, WINDOW = 5, 6
 METHODS = [
@@ -70,10 +70,10 @@ def test_a_shared_prefill_changes_nothing(
     else:
         model = make_model(**fields)
     ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
-    shared = Prompts(model, ids, mask, first_token, shared=(WINDOW, TOKENS))
+    shared = PromptBatch(model, ids, mask, first_token, shared=(WINDOW, TOKENS))
     for method in METHODS:
         for chooser in SELECTORS if method.phase else ["topk"]:
-            own = answers(Prompts(model, ids, mask, first_token), method, chooser)
+            own = answers(PromptBatch(model, ids, mask, first_token), method, chooser)
             found = answers(shared, method, chooser)
             assert len(own) == len(found) and len(own[0].unique()) > 2
             for a, b in zip(own, found, strict=True):
@@ -87,7 +87,7 @@ def test_the_model_reads_the_prompts_once(make_model, make_ids, monkeypatch):
     monkeypatch.setattr(
         model, "forward", lambda ids, *a, **k: read.append(ids) or forward(ids, *a, **k)
     )
-    prompts = Prompts(model, ids, torch.ones_like(ids), shared=(WINDOW, TOKENS))
+    prompts = PromptBatch(model, ids, torch.ones_like(ids), shared=(WINDOW, TOKENS))
     for method in METHODS:
         greedy(prompts, Engine(method), TOKENS, eos=-1, pad=0)
     assert sum(x.shape[1] == 22 for x in read) == 1 + 2
@@ -105,7 +105,7 @@ def test_methods_say_whether_their_prefill_is_dense():
 def test_a_prefill_keeps_no_larger_tensors_alive(make_model, make_ids):
     """Such as the projection that values are a share of."""
     model, ids = make_model(memory=False), make_ids(2, 22)
-    prompts = Prompts(model, ids, torch.ones_like(ids), shared=(WINDOW, TOKENS))
+    prompts = PromptBatch(model, ids, torch.ones_like(ids), shared=(WINDOW, TOKENS))
     prompts.prefill(model.new_cache(Engine()))
     prefilled, _ = prompts._prefilled
     for layer, queries in zip(prefilled.layers, prefilled.queries, strict=True):
