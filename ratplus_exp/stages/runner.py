@@ -160,7 +160,7 @@ def _lacking(jobs: list[Job], task: str, source: Samples) -> list[tuple[list[int
 
 
 def _sharing(jobs: list[Job], model: Any, workers: int) -> tuple[tuple[int, int] | None, int]:
-    """What a prefill must keep for the jobs, as in `PromptBatch`, and how many prompts make a batch.
+    """What a prefill must keep for the jobs, as in `PromptBatch`, and how many prompts a batch has.
 
     Keys and values, prefilled and copied by a method, may take half of the workers' memory.
     """
