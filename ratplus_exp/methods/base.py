@@ -17,6 +17,7 @@ from ratplus_kernels import Blocks
 Unit = Literal["block", "token"]
 Phase = Literal["decode", "prefill", "once"]
 FAST_PATHS = {"represent_blocks", "attend_prefill", "attend_decode"}
+PREFILL = ("attend_prefill", "pattern")  # what makes a prefill a method's own
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ class Method:
         Both are integer tensors that broadcast against each other.
         """
         return None
+
+    @property
+    def dense_prefill(self) -> bool:
+        """Whether a prompt goes through dense attention, as under any other such method."""
+        own = (getattr(type(self), name) is not getattr(Method, name) for name in PREFILL)
+        return self.phase != "prefill" and not any(own)
 
     @property
     def forced(self) -> int:

@@ -246,8 +246,8 @@ class Engine:
     ) -> tuple[Tensor, Tensor] | None:
         """Keys and values that stay in the cache after a prompt, (B, K, kept, D); None: all.
 
-        All rows have T tokens here: q (B, H, T, D), k, v and select_by, the keys to select by
-        (None: k), (B, K, T, D).
+        All rows have T tokens here: q (B, H, ·, D) holds at least the last `forced` of their
+        queries; k, v and select_by, the keys to select by (None: k), (B, K, T, D).
         """
         slots = self.kept_after_prefill(q, k if select_by is None else select_by, layer)
         return None if slots is None else gather_tokens(k, v, slots)
@@ -255,7 +255,7 @@ class Engine:
     def kept_after_prefill(self, q: Tensor, k: Tensor, layer: int) -> Tensor | None:
         """For methods that select once: the cache slots to keep, ascending, (B, K, kept).
 
-        All rows have T tokens here: q (B, H, T, D), k (B, K, T, D). None: keep everything.
+        q and k as in `keep`. None: keep everything.
         """
         method = self.method
         length = k.shape[2]

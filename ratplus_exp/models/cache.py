@@ -58,6 +58,17 @@ class SparseLayer(DynamicLayer):
             self.memory_state = function(self.memory_state, 1)
 
 
+def last_queries(q: Tensor, lengths: Tensor | None, count: int) -> Tensor:
+    """The last `count` queries of each row, (B, H, count, D) of q (B, H, T, D); where a row has
+    fewer, its first one stands in for those that are missing. lengths as in `Step`."""
+    length = q.shape[2]
+    if lengths is None:
+        return q[:, :, max(0, length - count) :]
+    last = lengths[:, None] - count + torch.arange(count, device=q.device)
+    index = last.clamp(min=0)[:, None, :, None]
+    return q.gather(2, index.expand(-1, q.shape[1], -1, q.shape[3]))
+
+
 def _with_room(states: Tensor, slots: int) -> Tensor:
     """A copy of states (B, K, T, D) in a tensor of `slots` slots."""
     room = slots - states.shape[2]
@@ -137,13 +148,9 @@ class SparseCache(Cache):
         store, engine = self.layers[layer], self.engine
         if self.is_empty:
             out = engine.prefill(q, k, v, step.lengths, layer, store.representatives, select_by)
-            if engine.method.phase != "decode":
-                store.representatives = None
-            elif store.representatives is None:
-                store.representatives = engine.block_representatives(
-                    k if select_by is None else select_by
-                )
-            self._store_prompt(layer, q, k, v, step, select_by)
+            if engine.method.phase == "once":
+                q = last_queries(q, step.lengths, engine.method.forced)
+            self.store_prompt(layer, q, k, v, step, select_by)
             return out
         assert self.processed is not None and self.stored is not None
         new = q.shape[2]
@@ -190,15 +197,21 @@ class SparseCache(Cache):
             self.processed += new
             self.stored += new
 
-    def _store_prompt(
+    def store_prompt(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step, select_by: Tensor | None
     ) -> None:
-        """Store the keys and values that stay after the prompt.
+        """Store what stays after the prompt: keys, values, representatives.
 
-        Rows of equal length are handled together: an observation window ends with its own row.
+        q (B, H, at least the last `forced`, D). Rows of equal length are handled together: an
+        observation window ends with its own row.
         """
         store, method = self.layers[layer], self.engine.method
         room = ROOM if self.room is None else self.room
+        if method.phase != "decode":
+            store.representatives = None
+        elif store.representatives is None:
+            by = k if select_by is None else select_by
+            store.representatives = self.engine.block_representatives(by)
         if select_by is not None and method.phase == "decode":
             store.select_by = _with_room(select_by, select_by.shape[2] + room)
         if method.phase != "once" or step.lengths is None:
@@ -207,7 +220,8 @@ class SparseCache(Cache):
         store.hold(k[:, :, : method.top_k], v[:, :, : method.top_k], room)
         assert store.keys is not None and store.values is not None
         for length, rows in step.rows_of_length.items():
-            q_rows, k_rows, v_rows = (x[rows][:, :, :length] for x in (q, k, v))
+            q_rows = q[rows][:, :, -length:]
+            k_rows, v_rows = (x[rows][:, :, :length] for x in (k, v))
             by_rows = None if select_by is None else select_by[rows][:, :, :length]
             kept = self.engine.for_rows(rows).keep(q_rows, k_rows, v_rows, layer, by_rows)
             if kept is not None:

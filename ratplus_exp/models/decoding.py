@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ratplus_exp.methods import Engine
 from ratplus_exp.models.cache import SparseCache
+from ratplus_exp.models.prefill import PromptBatch
 
 Run = Callable[[], None]
 Capture = Callable[[Run], Run | None]
@@ -67,35 +68,25 @@ cuda_graphs = CudaGraphs()
 
 @torch.inference_mode()
 def greedy(
-    model: Any,
-    ids: Tensor,
-    mask: Tensor,
+    prompts: PromptBatch,
     engine: Engine,
     max_new_tokens: int,
     *,
     eos: int,
     pad: int,
-    first_token: str = "prefill",
     capture: Capture | None = None,
 ) -> Tensor:
-    """Answers (B, at most max_new_tokens) to left-padded prompts, `pad` behind each one's `eos`.
+    """Answers (B, at most max_new_tokens) to prompts, `pad` behind each one's `eos`.
 
     Args:
-        model: a causal model with `new_cache`.
-        ids, mask: (B, T).
-        first_token: what gives the answer's first token, the "prefill" (as in the papers' own code)
-            or a "decode" step for the prompt's last token, so that methods which select while
-            decoding or keep a part of the cache are at work from the first token on.
         capture: turns a step into a function that takes it again and again in the same memory:
             `cuda_graphs` on a GPU. None, or None in return: every step is run as the first one.
     """
     assert capture is None or engine.recorder is None, "a replayed step records nothing"
-    prompt = ids.shape[1] - (first_token == "decode")
-    step = _Step(model, model.new_cache(engine, room=max_new_tokens), ids[:, -1:], eos, pad)
-    logits = model(
-        ids[:, :prompt], mask[:, :prompt], past_key_values=step.cache, logits_to_keep=1
-    ).logits
-    if first_token == "decode":
+    cache = prompts.model.new_cache(engine, room=max_new_tokens)
+    step = _Step(prompts.model, cache, prompts.ids[:, -1:], eos, pad)
+    logits = prompts.prefill(cache)
+    if prompts.first_token == "decode":
         step.run()
     else:
         step.choose(logits)

@@ -1,4 +1,5 @@
-"""stage=ablation: several models, for instance variants of one, side by side at one budget.
+"""stage=ablation: several models, for instance variants of one, side by side at one budget; a
+sweep with a table of its own.
 
 Means over the tasks, dense and under each method, and how far each model is from the first one. The
 cells are those of stage=eval.
@@ -13,10 +14,7 @@ from omegaconf import DictConfig, ListConfig
 from ratplus_exp.analysis import SCORERS, Estimate, resample, sample_scores
 from ratplus_exp.report import Table
 from ratplus_exp.report.prose import METHODS, interval, number, trainings_of
-from ratplus_exp.stages.cells import Job
-from ratplus_exp.stages.common import job_folder
-from ratplus_exp.stages.sweep import complete, configuration
-from ratplus_exp.tracking import log_table, tracked
+from ratplus_exp.stages.sweep import run_table
 
 
 def run(cfg: DictConfig) -> None:
@@ -25,31 +23,7 @@ def run(cfg: DictConfig) -> None:
         names = cfg.stage[field]
         if not isinstance(names, ListConfig) or len(names) < least:
             raise ValueError(f"stage=ablation compares models: set stage.{field}=[{example}]")
-    jobs = {
-        (model, method, training): _job(cfg, model, method, training)
-        for model in cfg.stage.models
-        for method in cfg.stage.methods
-        for training in cfg.stage.trainings
-    }
-    complete(cfg, list(jobs.values()))
-    cells = [cell for job in jobs.values() for cell in job.cells.values()]
-    table = _table(cfg, sample_scores(cells))
-    table.write(job_folder(), "ablation")
-    print(table.to_text())
-    print(f"Written to {job_folder()}/ablation.md, .csv and .tex.")
-    with tracked(cfg, job_folder()) as tracker:
-        log_table(tracker, "ablation", table)
-
-
-def _job(cfg: DictConfig, model: str, method: str, training: int) -> Job:
-    """The job of one training of a model, whose prompts are those of cfg.model's tier."""
-    job = configuration(cfg, {"model": model, "method": method, "training": training})
-    if job.model.tier != cfg.model.tier:
-        raise ValueError(
-            f"{model} is of the tier {job.model.tier}, but the data of the tier {cfg.model.tier}: "
-            f"set model={model}, and only models of its tier"
-        )
-    return Job(job)
+    run_table(cfg, lambda _, cells: _table(cfg, sample_scores(cells)))
 
 
 def _table(cfg: DictConfig, samples: pd.DataFrame) -> Table:

@@ -1,30 +1,17 @@
-"""What the measuring stages share: the cells of a configuration, their samples, and filling them.
-
-A measuring stage is a module with two functions, which `fill` calls:
-
-    measure(job, loaded, samples) -> one record a sample, plain JSON with "id"
-    metrics(job, loaded, records, samples) -> what is computed from all records of a cell
-
-`records` are all of the cell by id, `samples` its first ones, for what takes prompts to measure.
-"""
+"""What measuring stages share: the cells of a configuration, and what is measured in them."""
 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoConfig
 
 from ratplus_exp import provenance
@@ -33,26 +20,37 @@ from ratplus_exp.config import (
     expected_sha256,
     forms_of,
     oracle_heads,
-    plain,
     validate_method,
 )
-from ratplus_exp.methods import Oracle, Random, Selector, TopK
-from ratplus_exp.models.loading import (
-    check_model,
-    dtype_on,
-    interface_digest,
-    load_model,
-    load_tokenizer,
-    weight_files,
-)
-from ratplus_exp.stages.common import device_of, job_folder, resolve, store_of
-from ratplus_exp.stages.samples import Samples, ruler_files
+from ratplus_exp.methods import Method, Oracle, Random, Selector, TopK
+from ratplus_exp.models.loading import check_model, dtype_on, interface_digest, weight_files
+from ratplus_exp.models.prefill import PromptBatch
+from ratplus_exp.stages.common import device_of, resolve, store_of
+from ratplus_exp.stages.samples import ruler_files
 from ratplus_exp.store import Cell
 from ratplus_exp.tasks import Sample
-from ratplus_exp.tracking import tracked
-from ratplus_exp.training.parallel import barrier, from_first, processes, rank, world_size
 
-DECODING = ("decode", "once")  # phases of methods that leave the prefill dense
+Records = Mapping[Any, Mapping[str, Any]]
+DECODING = ("decode", "once")  # phases of methods that select after the prompt
+PROMPTS = ("checkpoint", "interface", "dtype", "task", "seed", "data", "context_length")
+"""What of a cell's key its prompts and a dense prefill of them depend on."""
+
+
+class MeasuringStage(Protocol):
+    """What is measured of a model under a method, sample by sample."""
+
+    def check(self, method: Method, name: str) -> None:
+        """ValueError, with the remedy, for a method (and its name) that it can't measure."""
+
+    def measure(
+        self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
+    ) -> list[dict[str, Any]]:
+        """One record a sample of a batch, plain JSON with "id"; prompts: those of the samples."""
+        ...
+
+    def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
+        """What is computed from all records of a cell, by id; first: some of its prompts."""
+        ...
 
 
 class Job:
@@ -61,9 +59,10 @@ class Job:
     Making it checks what can be wrong, and loads and writes nothing.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: DictConfig, stage: MeasuringStage) -> None:
+        self.cfg, self.stage = cfg, stage
         self.method = validate_method(cfg)
+        stage.check(self.method, cfg.method.name)
         self.store = store_of(cfg)
         self.path = resolve(cfg.model.path)
         self.files = ruler_files(cfg)
@@ -79,6 +78,13 @@ class Job:
         """Cells that lack samples, by task."""
         n = self.cfg.data.examples
         return {task: cell for task, cell in self.cells.items() if not cell.is_done(n)}
+
+    def prefill(self, task: str) -> str:
+        """Equal for cells that begin with the same prefill of the same prompts."""
+        cell = self.cells[task]
+        if not self.method.dense_prefill:
+            return cell.id
+        return json.dumps([self.first_token, *(cell.key[name] for name in PROMPTS)])
 
     def _setting(self) -> dict[str, Any]:
         """Everything that affects the numbers of all cells, and nothing else."""
@@ -145,104 +151,6 @@ def _file_digest(path: Path, field: str) -> str:
 def _digest(path: Path, sha256: str | None, backbone: str, stamp: Any) -> str:
     """check_model, once for the many jobs of a sweep; stamp changes when the file does."""
     return check_model(path, sha256, backbone)
-
-
-@dataclass
-class Loaded:
-    """A model and the tokenizer it was trained with."""
-
-    model: Any
-    tokenizer: Any
-
-    @classmethod
-    def of(cls, job: Job) -> Loaded:
-        return cls(load_model(job.path, device_of(job.cfg)), load_tokenizer(job.path))
-
-
-def fill_missing(job: Job, log: Callable[[Any], None]) -> None:
-    """Run a job's missing cells with a progress bar, in a W&B run that `log` fills in the end; of
-    several processes, each has its share of the samples."""
-    with processes(device_of(job.cfg), timedelta(hours=2)):
-        if missing := from_first(lambda: list(job.missing())):
-            _fill_all(job, missing, log)
-        elif rank() == 0:
-            print(f"All {len(job.cells)} cells are there already; nothing to run.")
-
-
-def _fill_all(job: Job, missing: list[str], log: Callable[[Any], None]) -> None:
-    cfg, source = job.cfg, Samples(job.cfg, load_tokenizer(job.path))
-    for task in missing:
-        source(task, 0)  # prompts that cannot be made are refused before anything is written
-    for task in missing[:1]:  # while the model is loaded
-        source.ahead(task, _lacking(job, task, source)[rank() :: world_size()])
-    with closing(source), tracked(cfg, job_folder()) as tracker:
-        loaded = Loaded.of(job)
-        have = sum(min(len(job.cells[t].records()), cfg.data.examples) for t in missing)
-        total = cfg.data.examples * len(missing)
-        with tqdm(total=total, initial=have, unit="example", disable=rank() > 0) as bar:
-            for task in missing:
-                bar.set_description(f"{cfg.model.name} {cfg.method.name} {task}")
-                fill(job, task, loaded, source, bar.update)
-        if rank() == 0:
-            log(tracker)
-
-
-def fill(job: Job, task: str, loaded: Loaded, source: Samples, done: Callable[[int], None]) -> None:
-    """Append the samples that a cell lacks, batch by batch, and finish it.
-
-    What is missing is dealt out by rank 0's reading of the store, card by card: a share that a dead
-    process left is shared by all of the next run, whatever their number.
-
-    done: called with the number of samples that were appended, by all processes together.
-    """
-    cfg, cell = job.cfg, job.cells[task]
-    stage = import_module(cfg.stage.run.rpartition(".")[0])
-    with _opened(cell, cfg):
-        todo = from_first(lambda: _lacking(job, task, source))
-        mine, left = todo[rank() :: world_size()], len(todo)
-        source.ahead(task, mine)
-        for start in range(0, len(mine), cfg.stage.batch_size):
-            batch = [source(task, index) for index in mine[start : start + cfg.stage.batch_size]]
-            began = time.perf_counter()
-            records = stage.measure(job, loaded, batch)
-            seconds = round((time.perf_counter() - began) / len(batch), 5)
-            cell.append([record | {"seconds": seconds} for record in records])
-            new = min(len(batch) * world_size(), left)
-            left -= new
-            done(new)
-        barrier()
-        if rank() > 0:
-            return
-        every = cell.records()
-        first = [source(task, index) for index in range(min(16, cfg.data.examples))]
-        seconds = round(sum(record.get("seconds", 0.0) for record in every.values()), 3)
-        cell.finish(stage.metrics(job, loaded, every, first) | {"seconds": seconds})
-
-
-def _lacking(job: Job, task: str, source: Samples) -> list[int]:
-    have, every = job.cells[task].records(), range(job.cfg.data.examples)
-    return [index for index in every if source.id(task, index) not in have]
-
-
-@contextmanager
-def _opened(cell: Cell, cfg: DictConfig) -> Iterator[None]:
-    """Rank 0 takes the cell; only then do the others write beside it."""
-    with ExitStack() as stack:
-        if rank() == 0:
-            stack.enter_context(cell.open(provenance.provenance(plain(cfg))))
-        barrier()
-        if rank() > 0:
-            stack.enter_context(cell.open_share(rank()))
-        yield
-
-
-def padded(samples: Iterable[Sample], loaded: Loaded) -> tuple[Tensor, Tensor]:
-    """Prompts and attention mask (B, T), left-padded, on the model's device."""
-    batch = loaded.tokenizer.pad(
-        {"input_ids": [list(sample.input_ids) for sample in samples]}, return_tensors="pt"
-    )
-    device = loaded.model.device
-    return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 
 def selector_of(cfg: DictConfig, samples: list[Sample], device: torch.device) -> Selector:

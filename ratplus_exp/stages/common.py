@@ -19,6 +19,21 @@ from ratplus_exp.store import Store, StoreBusy
 from ratplus_exp.training import LossDiverged, Stopped
 from ratplus_exp.training.parallel import local_rank, world_size
 
+STAGES = {
+    "eval": "evaluate.run",
+    "hit_rate": "hit_rate.run",
+    "sweep": "sweep.run",
+    "random_selector": "random_selector.run",
+    "ablation": "ablation.run",
+    "report": "report.run",
+    "pretrain": "train.pretrain",
+    "continued_pretrain": "train.continued_pretrain",
+    "sft": "train.sft",
+    "tokenize": "tokenize.run",
+    "convert": "convert.run",
+}
+"""Each stage's function in this package, imported only when it runs."""
+
 SHARED = ("pretrain", "continued_pretrain", "sft", "eval", "hit_rate")
 """The stages that several processes share; the others run in one."""
 
@@ -27,9 +42,11 @@ UserError = (ValueError, OSError, StoreBusy, LossDiverged, Stopped)
 
 
 def run(cfg: DictConfig) -> None:
-    """Validate, then hand the configuration to its stage (`stage.run` names the function), or to
-    the estimate of what that would cost."""
+    """Validate, then hand the configuration to its stage, or to the estimate of what that would
+    cost."""
     validate(cfg)
+    if cfg.stage.name not in STAGES:
+        raise ValueError(f"stage={cfg.stage.name} is unknown: use one of {', '.join(STAGES)}")
     if world_size() > 1 and (cfg.dry_run or cfg.stage.name not in SHARED):
         what = "dry_run=true" if cfg.dry_run else f"stage={cfg.stage.name}"
         raise ValueError(
@@ -38,7 +55,8 @@ def run(cfg: DictConfig) -> None:
         )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    get_method("ratplus_exp.stages.dry_run.run" if cfg.dry_run else cfg.stage.run)(cfg)
+    function = "dry_run.run" if cfg.dry_run else STAGES[cfg.stage.name]
+    get_method(f"ratplus_exp.stages.{function}")(cfg)
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -10,12 +9,13 @@ from omegaconf import DictConfig
 
 from ratplus_exp.analysis.frame import COLUMNS, EXTRA, SCORERS, accuracies, tidy
 from ratplus_exp.config import forms_of
-from ratplus_exp.memory import gate_statistics
-from ratplus_exp.methods import Engine
+from ratplus_exp.methods import Engine, Method
 from ratplus_exp.models.decoding import cuda_graphs, greedy
+from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import MISSING, Table
-from ratplus_exp.stages.cells import Job, Loaded, fill_missing, padded, selector_of
+from ratplus_exp.stages.cells import Job, Records, selector_of
 from ratplus_exp.stages.common import job_folder, model_name
+from ratplus_exp.stages.runner import fill_missing
 from ratplus_exp.store import Cell, Store
 from ratplus_exp.tasks import Sample, exact, substring
 from ratplus_exp.tracking import log_frame
@@ -24,52 +24,54 @@ from ratplus_exp.training.parallel import rank
 
 def run(cfg: DictConfig) -> None:
     """Run the cells that are missing, log them, and print and write the table of this job."""
-    job = Job(cfg)
+    job = Job(cfg, Accuracy())
     fill_missing(job, lambda tracker: _log(tracker, _frame(job.store, job.cells)))
     if rank() == 0:
         _report(cfg, _frame(job.store, job.cells))
 
 
-def measure(job: Job, loaded: Loaded, samples: list[Sample]) -> list[dict[str, Any]]:
-    """Answers and scores of a batch: see `cells.fill`."""
-    texts, fractions = generate(job, loaded, samples)
-    return [
-        {
-            "id": sample.id,
-            "exact": exact(text, sample.answers),
-            "substring": substring(text, sample.answers),
-            "prediction": text,
-            "answers": list(sample.answers),
-            "prompt_tokens": sample.length,
-            "budget_measured": round(fraction, 6),
-        }
-        for sample, text, fraction in zip(samples, texts, fractions, strict=True)
-    ]
+class Accuracy:
+    """The measuring stage: answers and their scores."""
+
+    def check(self, method: Method, name: str) -> None:
+        """Any method has answers."""
+
+    def measure(
+        self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
+    ) -> list[dict[str, Any]]:
+        texts, fractions = generate(job, samples, prompts, tokenizer)
+        return [
+            {
+                "id": sample.id,
+                "exact": exact(text, sample.answers),
+                "substring": substring(text, sample.answers),
+                "prediction": text,
+                "answers": list(sample.answers),
+                "prompt_tokens": sample.length,
+                "budget_measured": round(fraction, 6),
+            }
+            for sample, text, fraction in zip(samples, texts, fractions, strict=True)
+        ]
+
+    def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
+        """Accuracies, the measured budget and the gates' statistics."""
+        measured = sum(r["budget_measured"] for r in records.values()) / len(records)
+        found = accuracies(records) | {"budget_measured": round(measured, 5)}
+        return found | first.gates
 
 
-def metrics(
-    job: Job, loaded: Loaded, records: Mapping[Any, Mapping[str, Any]], samples: list[Sample]
-) -> dict[str, Any]:
-    """Accuracies, the measured budget and the gates' statistics: see `cells.fill`."""
-    measured = sum(r["budget_measured"] for r in records.values()) / len(records)
-    found = accuracies(records) | {"budget_measured": round(measured, 5)}
-    return found | gate_statistics(loaded.model, *padded(samples, loaded))
-
-
-def generate(job: Job, loaded: Loaded, samples: list[Sample]) -> tuple[list[str], list[float]]:
+def generate(
+    job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
+) -> tuple[list[str], list[float]]:
     """Greedy answers to a batch of prompts, and each one's measured budget."""
-    tokenizer = loaded.tokenizer
-    ids, mask = padded(samples, loaded)
+    ids, mask = prompts.ids, prompts.mask
     engine = Engine(job.method, selector_of(job.cfg, samples, ids.device))
     out = greedy(
-        loaded.model,
-        ids,
-        mask,
+        prompts,
         engine,
         forms_of(job.cfg).reserve,
         eos=tokenizer.eos_token_id,
         pad=tokenizer.pad_token_id,
-        first_token=job.first_token,
         capture=cuda_graphs if job.cfg.cuda_graphs and ids.is_cuda else None,
     )
     # The last generated token is never fed back, nor is anything behind a row's EOS.

@@ -9,7 +9,6 @@ generation, the answer's first token comes from the prefill (stage.first_token),
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,14 @@ import torch
 from omegaconf import DictConfig
 
 from ratplus_exp.analysis.hits import hit_rates
-from ratplus_exp.methods import Engine
+from ratplus_exp.methods import Engine, Method
 from ratplus_exp.methods.hits import HitCounter
+from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
 from ratplus_exp.report.prose import number
-from ratplus_exp.stages.cells import Job, Loaded, fill_missing, padded, selector_of
+from ratplus_exp.stages.cells import Job, Records, selector_of
 from ratplus_exp.stages.common import job_folder, model_name
+from ratplus_exp.stages.runner import fill_missing
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.golden import golden_answer
 from ratplus_exp.tracking import log_frame
@@ -32,7 +33,7 @@ from ratplus_exp.training.parallel import rank
 
 def run(cfg: DictConfig) -> None:
     """Run the cells that are missing, and print and write the heads' hit rates."""
-    job = checked(Job(cfg))
+    job = Job(cfg, HitRate())
     fill_missing(job, lambda tracker: log_frame(tracker, "hit_rate", _frame(job)))
     if rank() > 0:
         return
@@ -44,82 +45,78 @@ def run(cfg: DictConfig) -> None:
     print(f"Written to {job_folder()}/hit_rate.csv and heads.md, .csv and .tex.")
 
 
-def checked(job: Job) -> Job:
-    """The job, if its method selects at all where H1 looks; ValueError with the reason if not."""
-    name, phase = job.cfg.method.name, job.method.phase
-    if phase == "prefill":
-        raise ValueError(
-            f"stage=hit_rate knows no {name}: it selects for prompt tokens and decodes densely, so "
-            "no decoding step has a selection that could hold the answer; use quest or snapkv"
-        )
-    if phase is None:
-        raise ValueError(f"stage=hit_rate needs a method that selects, not {name}: use quest")
-    return job
+class HitRate:
+    """The measuring stage: gold values hit, by layer and head."""
 
+    def check(self, method: Method, name: str) -> None:
+        """Methods must select where H1 looks."""
+        if method.phase == "prefill":
+            raise ValueError(
+                f"stage=hit_rate knows no {name}: it selects for prompt tokens and decodes "
+                "densely, so no decoding step has a selection that could hold the answer; use "
+                "quest or snapkv"
+            )
+        if method.phase is None:
+            raise ValueError(f"stage=hit_rate needs a method that selects, not {name}: use quest")
 
-@torch.inference_mode()
-def measure(job: Job, loaded: Loaded, samples: list[Sample]) -> list[dict[str, Any]]:
-    """Hits of a batch, by layer and head: see `cells.fill`."""
-    checked(job)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    answers = [golden_answer(sample, tokenizer) for sample in samples]
-    ids, mask = padded(samples, loaded)
-    lengths = mask.sum(1)
-    width = max(len(answer.ids) for answer in answers) - 1  # nothing follows EOS
-    golden = torch.zeros(len(samples), width, job.cfg.data.length, dtype=torch.bool)
-    forced = torch.full((len(samples), width), tokenizer.pad_token_id)
-    owners = [list(answer.values[:width]) for answer in answers]
-    for row, answer in enumerate(answers):
-        forced[row, : len(answer.ids) - 1] = torch.tensor(answer.ids[:-1])
-        for token, positions in enumerate(answer.positions[:width]):
-            golden[row, token, list(positions)] = True
-    # The query that predicts answer token a is the prompt's last token (a = 0) or token a − 1.
-    steps = torch.cat((ids[:, -1:], forced[:, :-1].to(ids.device)), dim=1)
-    if job.first_token == "prefill":
-        steps = steps[:, 1:]
-        owners = [[-1, *tokens[1:]] for tokens in owners]
-    else:
-        ids, mask = ids[:, :-1], mask[:, :-1]
-    if all(owner < 0 for tokens in owners for owner in tokens):
-        raise ValueError(
-            f"{samples[0].task}: every answer is one token long, so no decoding step has a golden "
-            "position: set stage.first_token=decode"
-        )
-    layers = model.config.num_hidden_layers
-    counter = HitCounter(job.method, golden.to(ids.device), lengths, layers)
-    engine = Engine(job.method, selector_of(job.cfg, samples, ids.device), counter)
-    cache = model.new_cache(engine)
-    model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
-    if steps.shape[1]:
-        model(steps, past_key_values=cache, logits_to_keep=1)
-    last = lengths.cpu() + torch.tensor([len(answer.ids) - 3 for answer in answers])
-    fractions = engine.usage.fractions(len(samples), last)
-    values, hits = counter.values(owners)
-    return [
-        {
-            "id": sample.id,
-            "values": values[row],
-            "hits": hits[row],
-            "prompt_tokens": sample.length,
-            "budget_measured": round(float(fractions[row]), 6),
+    @torch.inference_mode()
+    def measure(
+        self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
+    ) -> list[dict[str, Any]]:
+        """Hits, by layer and head."""
+        model, ids, mask = prompts.model, prompts.ids, prompts.mask
+        answers = [golden_answer(sample, tokenizer) for sample in samples]
+        lengths = mask.sum(1)
+        width = max(len(answer.ids) for answer in answers) - 1  # nothing follows EOS
+        golden = torch.zeros(len(samples), width, job.cfg.data.length, dtype=torch.bool)
+        forced = torch.full((len(samples), width), tokenizer.pad_token_id)
+        owners = [list(answer.values[:width]) for answer in answers]
+        for row, answer in enumerate(answers):
+            forced[row, : len(answer.ids) - 1] = torch.tensor(answer.ids[:-1])
+            for token, positions in enumerate(answer.positions[:width]):
+                golden[row, token, list(positions)] = True
+        # The query that predicts answer token a is the prompt's last token (a = 0) or token a − 1.
+        steps = torch.cat((ids[:, -1:], forced[:, :-1].to(ids.device)), dim=1)
+        if job.first_token == "prefill":
+            steps = steps[:, 1:]
+            owners = [[-1, *tokens[1:]] for tokens in owners]
+        if all(owner < 0 for tokens in owners for owner in tokens):
+            raise ValueError(
+                f"{samples[0].task}: every answer is one token long, so no decoding step has a "
+                "golden position: set stage.first_token=decode"
+            )
+        layers = model.config.num_hidden_layers
+        counter = HitCounter(job.method, golden.to(ids.device), lengths, layers)
+        engine = Engine(job.method, selector_of(job.cfg, samples, ids.device), counter)
+        cache = model.new_cache(engine)
+        prompts.prefill(cache)
+        if steps.shape[1]:
+            model(steps, past_key_values=cache, logits_to_keep=1)
+        last = lengths.cpu() + torch.tensor([len(answer.ids) - 3 for answer in answers])
+        fractions = engine.usage.fractions(len(samples), last)
+        values, hits = counter.values(owners)
+        return [
+            {
+                "id": sample.id,
+                "values": values[row],
+                "hits": hits[row],
+                "prompt_tokens": sample.length,
+                "budget_measured": round(float(fractions[row]), 6),
+            }
+            for row, sample in enumerate(samples)
+        ]
+
+    def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
+        """Hit rates in percent, [layer][head], over all gold values."""
+        values = sum(record["values"] for record in records.values())
+        hits = np.sum([record["hits"] for record in records.values()], axis=0)
+        rates = np.round(100 * hits / max(values, 1), 4)
+        measured = sum(r["budget_measured"] for r in records.values()) / len(records)
+        return {
+            "hit_rate": rates.tolist(),
+            "values": values,
+            "budget_measured": round(measured, 5),
         }
-        for row, sample in enumerate(samples)
-    ]
-
-
-def metrics(
-    job: Job, loaded: Loaded, records: Mapping[Any, Mapping[str, Any]], samples: list[Sample]
-) -> dict[str, Any]:
-    """Hit rates in percent, [layer][head], over all gold values: see `cells.fill`."""
-    values = sum(record["values"] for record in records.values())
-    hits = np.sum([record["hits"] for record in records.values()], axis=0)
-    rates = np.round(100 * hits / max(values, 1), 4)
-    measured = sum(r["budget_measured"] for r in records.values()) / len(records)
-    return {
-        "hit_rate": rates.tolist(),
-        "values": values,
-        "budget_measured": round(measured, 5),
-    }
 
 
 def _frame(job: Job) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""stage=random_selector: H2 for one model, method and budget.
+"""stage=random_selector: H2 for one model, method and budget, a sweep with a table of its own.
 
 The selector is swapped for a uniformly random one of equal size and nothing else: forced candidates
 are kept, Quest draws anew at every decoding step, layer and head, SnapKV once after the prompt,
@@ -9,17 +9,15 @@ that Tables 2 and 5 share them.
 
 from __future__ import annotations
 
-import pandas as pd
 from omegaconf import DictConfig
 
 from ratplus_exp.analysis import SCORERS, mean_std, tidy
 from ratplus_exp.config import validate_method
 from ratplus_exp.report import Table
 from ratplus_exp.report.prose import plus_minus
-from ratplus_exp.stages.cells import Job
-from ratplus_exp.stages.common import job_folder, model_name
-from ratplus_exp.stages.sweep import complete, configuration
-from ratplus_exp.tracking import log_table, tracked
+from ratplus_exp.stages.common import model_name
+from ratplus_exp.stages.sweep import run_table
+from ratplus_exp.store import Cell
 
 
 def run(cfg: DictConfig) -> None:
@@ -29,22 +27,14 @@ def run(cfg: DictConfig) -> None:
             f"stage=random_selector needs a method that selects, not {cfg.method.name}: "
             "use quest, moba or snapkv"
         )
-    entries = [{"selector": "random", "selector_seed": seed} for seed in cfg.stage.selector_seeds]
-    entries += [{"selector": "topk"}, {"selector": "oracle"}]
-    jobs = [Job(configuration(cfg, entry)) for entry in entries]
-    complete(cfg, jobs)
-    ids = [cell.id for job in jobs for cell in job.cells.values()]
-    cells = tidy(jobs[0].store)
-    table = _table(cfg, cells[cells["cell"].isin(ids)])
-    table.write(job_folder(), "random_selector")
-    print(table.to_text())
-    print(f"Written to {job_folder()}/random_selector.md, .csv and .tex.")
-    with tracked(cfg, job_folder()) as tracker:
-        log_table(tracker, "random_selector", table)
+    cfg = cfg.copy()
+    cfg.stage.models = []  # one model, whatever the pair
+    run_table(cfg, _table)
 
 
-def _table(cfg: DictConfig, cells: pd.DataFrame) -> Table:
+def _table(cfg: DictConfig, stored: list[Cell]) -> Table:
     """One row a selector, a column a task."""
+    cells = tidy(stored)
     tasks = list(cfg.data.tasks)
     rows = []
     for name, side in cells.groupby("selector", sort=False):

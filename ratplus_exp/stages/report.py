@@ -137,7 +137,7 @@ def _page(
 
 def _settings(cfg: DictConfig) -> str:
     """The configuration that the page depends on; the rest belongs to its cells."""
-    stage = {k: v for k, v in plain(cfg.stage).items() if k not in ("name", "run", "folder")}
+    stage = {k: v for k, v in plain(cfg.stage).items() if k not in ("name", "folder")}
     text = OmegaConf.to_yaml(OmegaConf.create({"stage": stage, "data": plain(cfg.data)}))
     assert isinstance(text, str)
     return text

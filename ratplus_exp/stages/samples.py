@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from ratplus_exp.config import forms_of
 from ratplus_exp.stages.common import device_of, resolve
@@ -29,9 +30,9 @@ class Samples:
     def __init__(self, cfg: DictConfig, tokenizer: Any) -> None:
         forms = forms_of(cfg)
         essay = str(resolve(cfg.data.essay)) if cfg.data.essay else None
-        self.seed = cfg.seed
+        self.seed, self.tokenizer, self.device = cfg.seed, tokenizer, device_of(cfg)
         niah = NIAH(tokenizer, cfg.data.length, forms, essay)
-        self.prompts = prompts_of(niah, cfg.seed, _makers(device_of(cfg)))
+        self.prompts = prompts_of(niah, cfg.seed, _makers(self.device))
         self.read: dict[str, list[Sample]] = {}
         for task, file in ruler_files(cfg).items():
             self.read[task] = read_jsonl(file, tokenizer, cfg.data.length - forms.reserve, task)
@@ -44,6 +45,12 @@ class Samples:
     def id(self, task: str, index: int) -> str:
         """A sample's id, without making the sample."""
         return self.read[task][index].id if self.read else sample_name(task, self.seed, index)
+
+    def padded(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
+        """Prompts and attention mask (B, T), left-padded, on the configured device."""
+        rows = {"input_ids": [list(sample.input_ids) for sample in samples]}
+        batch = self.tokenizer.pad(rows, return_tensors="pt").to(self.device)
+        return batch["input_ids"], batch["attention_mask"]
 
     def ahead(self, task: str, indices: list[int]) -> None:
         """These samples are going to be asked for, in this order."""

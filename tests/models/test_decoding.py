@@ -10,6 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Oracle, Quest, Random, SnapKV
 from ratplus_exp.models.decoding import CudaGraphs, greedy
+from ratplus_exp.models.prefill import PromptBatch
 
 TOKENS = 11  # over two boundaries of blocks
 METHODS = [
@@ -38,8 +39,8 @@ def decode(make_model, make_ids, left_pad):
         model = make_model(**sizes).to(device, dtype)
         ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
         ids, mask = ids.to(device), mask.to(device)
-        settings = {"eos": eos, "pad": 0, "first_token": first_token, "capture": capture}
-        out = greedy(model, ids, mask, engine, tokens, **settings)
+        settings = {"eos": eos, "pad": 0, "capture": capture}
+        out = greedy(PromptBatch(model, ids, mask, first_token), engine, tokens, **settings)
         return out.cpu(), engine.usage.fractions(len(ids))
 
     return run
@@ -157,7 +158,7 @@ def test_steps_of_other_models_can_be_replayed(make_ids, family, change):
     ids, mask = make_ids(2, 22), torch.ones(2, 22)
     mask[1, :9] = 0
     wanted, out = (
-        greedy(model, ids, mask, Engine(METHODS[1]), 6, eos=-1, pad=0, capture=capture)
+        greedy(PromptBatch(model, ids, mask), Engine(METHODS[1]), 6, eos=-1, pad=0, capture=capture)
         for capture in (None, tape)
     )
     assert torch.equal(out, wanted)
@@ -192,7 +193,7 @@ def test_every_token_is_counted_once(make_model, make_ids, monkeypatch, capture)
 
     ids = make_ids(2, 22)
     how = {"eos": -1, "pad": 0, "capture": failing if capture == "failing" else capture}
-    tokens = greedy(model, ids, torch.ones_like(ids), engine, TOKENS, **how)
+    tokens = greedy(PromptBatch(model, ids, torch.ones_like(ids)), engine, TOKENS, **how)
     assert tokens.shape == (2, TOKENS)
     fed = 22 + TOKENS - 1
     assert cache.seen == cache.longest == int(cache.processed[0]) == fed
@@ -235,9 +236,10 @@ def test_a_tape_refuses_what_a_graph_cannot_hold(decode, what):
 def test_an_answer_that_may_outgrow_a_sliding_window_is_refused(make_ids, capture):
     model = carry(MistralForCausalLM(MistralConfig(**TINY, sliding_window=24)).eval())
     ids, how = make_ids(1, 20), {"eos": -1, "pad": 0, "capture": capture}
-    assert greedy(model, ids, torch.ones_like(ids), Engine(), 4, **how).shape == (1, 4)
+    prompts = PromptBatch(model, ids, torch.ones_like(ids))
+    assert greedy(prompts, Engine(), 4, **how).shape == (1, 4)
     with pytest.raises(ValueError, match="window of 24 tokens only, and the context has 25"):
-        greedy(model, ids, torch.ones_like(ids), Engine(), 5, **how)
+        greedy(prompts, Engine(), 5, **how)
 
 
 @torch.no_grad()

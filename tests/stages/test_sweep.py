@@ -18,8 +18,7 @@ from ratplus_exp.analysis import tidy
 from ratplus_exp.analysis.frame import setting_of_paper
 from ratplus_exp.models.loading import weights_digest
 from ratplus_exp.report import paper_tables
-from ratplus_exp.stages import sweep
-from ratplus_exp.stages.cells import Job
+from ratplus_exp.stages import pool, sweep
 from ratplus_exp.store import Store
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,7 +27,7 @@ REPOSITORY = Path(__file__).parents[2]
 def keys(job, experiment, *overrides):
     """The cells of an experiment, by table's setting."""
     with job.ready(f"experiment={experiment}", *overrides) as cfg:
-        jobs = [Job(each) for each in sweep.expand(cfg)]
+        jobs = [sweep.job_of(each) for each in sweep.expand(cfg)]
     return {cell.id: cell.key for each in jobs for cell in each.cells.values()}
 
 
@@ -139,7 +138,7 @@ def test_a_table_of_all_cells_waits_for_those_of_another_process(job, pair):
     model = next(x for x in (job.folder / "conf" / "model").iterdir() if "ratplus" in x.name).stem
     line = ["stage=random_selector", f"model={model}", "method=snapkv", "budget=1/4", *pair]
     with job.ready("method=snapkv", f"model={model}", "budget=1/4", *pair[:-1]) as cfg:
-        (cell,) = Job(cfg).cells.values()
+        (cell,) = sweep.job_of(cfg).cells.values()
     with cell.open({}), pytest.raises(ValueError, match="another process still writes"):
         job(*line)
     job(*line)
@@ -149,7 +148,7 @@ def test_a_table_of_all_cells_waits_for_those_of_another_process(job, pair):
 def test_a_cell_that_fails_stops_no_other(job, pair):
     overrides = ["experiment=fig3", *pair, "data.tasks=[MV,MQ]", "stage.workers=2"]
     with job.ready(*overrides) as cfg:
-        cells = [cell for each in sweep.expand(cfg) for cell in Job(each).cells.values()]
+        cells = [cell for each in sweep.expand(cfg) for cell in sweep.job_of(each).cells.values()]
     (cells[0].path / "lock").mkdir(parents=True)  # cannot be opened
     with pytest.raises(ValueError, match=f"1 cells failed.*{cells[0].path.name}"):
         job(*overrides)
@@ -160,10 +159,10 @@ def test_a_cell_that_fails_stops_no_other(job, pair):
     assert cells[0].done() == 2
 
 
-def lost_gpu(lost, here):
+def lost_gpu(lost, here, workers):
     """In a worker: the first cell of the first process fails and takes its GPU with it."""
-    sweep._begin(here)
-    fill, first = sweep.fill, []
+    pool._begin(here, workers)
+    fill, first = pool.fill, []
 
     def failing(*args):
         if not first:
@@ -173,12 +172,12 @@ def lost_gpu(lost, here):
                 raise RuntimeError("no kernel")
         return fill(*args)
 
-    sweep.fill, sweep._usable = failing, lambda: False
+    pool.fill, pool._usable = failing, lambda: False
 
 
 @pytest.mark.slow
 def test_a_worker_whose_gpu_is_lost_leaves_its_cells_to_others(job, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_begin", partial(lost_gpu, str(tmp_path / "lost")))
+    monkeypatch.setattr(pool, "_begin", partial(lost_gpu, str(tmp_path / "lost")))
     overrides = ["experiment=fig1", *pair, "stage.workers=2"]
     with pytest.raises(ValueError, match=r"1 cells failed.*RuntimeError: no kernel"):
         job(*overrides)

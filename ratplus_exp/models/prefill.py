@@ -1,0 +1,111 @@
+"""One prefill, many methods: what a batch of prompts leaves behind, as a value.
+
+Dense attention, Quest and SnapKV, whatever their budgets, selectors and seeds, begin an answer with
+the same dense prefill. It is made once; each of them goes on from a copy of its own.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ratplus_exp.memory import gate_statistics
+from ratplus_exp.models.cache import SparseCache, Step, last_queries
+
+
+class Prefilled(SparseCache):
+    """Keys, values, memory states and last queries of prompts after a dense prefill.
+
+    window: how many of each prompt's last queries to keep, for methods that select by them.
+    room: how many tokens may follow at most.
+    """
+
+    def __init__(self, num_layers: int, window: int, room: int) -> None:
+        super().__init__(num_layers, room=room)
+        self.window = window
+        self.queries: list[Tensor] = []  # (B, H, window, D) a layer
+        self.step: Step
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        step: Step,
+        select_by: Tensor | None = None,
+    ) -> Tensor:
+        assert self.is_empty, "only a prompt is prefilled"
+        store, self.step = self.layers[layer], step
+        self.queries.append(last_queries(q, step.lengths, self.window).clone())
+        store.keys, store.values = _alone(k), _alone(v)
+        store.select_by = None if select_by is None else _alone(select_by)
+        return self.engine.prefill(q, k, v, step.lengths, layer)
+
+    def copy_to(self, cache: SparseCache) -> None:
+        """Leave an empty cache as its own prefill of these prompts would."""
+        assert cache.is_empty and cache.engine.method.dense_prefill
+        for i, (store, queries) in enumerate(zip(self.layers, self.queries, strict=True)):
+            assert store.keys is not None and store.values is not None
+            if store.memory_state is not None:
+                cache.layers[i].memory_state = store.memory_state.clone()
+            cache.store_prompt(i, queries, store.keys, store.values, self.step, store.select_by)
+        cache.advance(self.step, len(self.queries[0]))
+
+
+class PromptBatch:
+    """A batch of left-padded prompts before a model.
+
+    Args:
+        model: a causal model with `new_cache`.
+        ids, mask: (B, T).
+        first_token: what gives an answer's first token, the "prefill" (as in the papers' own code)
+            or a "decode" step for the prompt's last token, so that methods which select while
+            decoding or keep a part of the cache are at work from the first token on.
+        shared: (window, room) of a `Prefilled` that dense prefills share; None: each is made anew,
+            which needs no memory for it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        ids: Tensor,
+        mask: Tensor,
+        first_token: str = "prefill",
+        shared: tuple[int, int] | None = None,
+    ) -> None:
+        self.model, self.ids, self.mask = model, ids, mask
+        self.first_token, self.shared = first_token, shared
+        self._prefilled: tuple[Prefilled, Tensor] | None = None
+
+    @cached_property
+    def gates(self) -> dict[str, float]:
+        """`gate_statistics` of these prompts."""
+        return gate_statistics(self.model, self.ids, self.mask)
+
+    @torch.inference_mode()
+    def prefill(self, cache: SparseCache) -> Tensor:
+        """Logits (B, 1, V) behind the prompts, without their last token where the answer's first
+        one comes from a decoding step; `cache`, empty until then, holds them."""
+        if self.shared is None or not cache.engine.method.dense_prefill:
+            return self._run(cache)
+        if self._prefilled is None:
+            empty = Prefilled(len(cache.layers), *self.shared)
+            self._prefilled = empty, self._run(empty)
+        prefilled, logits = self._prefilled
+        prefilled.copy_to(cache)
+        return logits
+
+    def _run(self, cache: SparseCache) -> Tensor:
+        length = self.ids.shape[1] - (self.first_token == "decode")
+        ids, mask = self.ids[:, :length], self.mask[:, :length]
+        return self.model(ids, mask, past_key_values=cache, logits_to_keep=1).logits
+
+
+def _alone(states: Tensor) -> Tensor:
+    """The states, copied where they are a view of a far larger tensor."""
+    whole = states.untyped_storage().nbytes()
+    return states if whole == states.numel() * states.element_size() else states.clone()

@@ -1,0 +1,114 @@
+"""One prefill for many methods gives what each one's own prefill gives, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_families import carry, stock_model
+
+from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Oracle, Quest, Random, SnapKV
+from ratplus_exp.models.decoding import greedy
+from ratplus_exp.models.prefill import PromptBatch
+
+TOKENS, WINDOW = 5, 6
+METHODS = [
+    Dense(),
+    Quest(block_size=4, top_k=3),
+    Quest(block_size=8, top_k=2),
+    SnapKV(top_k=12, window=4),
+    SnapKV(top_k=8, window=6, pooling="max", kernel=3),
+    SnapKV(top_k=40, window=4),  # keeps all
+    MoBA(block_size=4, top_k=3),
+    Dilated(dilation=4, local=2, initial=1),
+]
+GOLD = torch.arange(22) % 7 == torch.tensor([[1], [2], [3]])
+SELECTORS = {
+    "topk": {},
+    "random": {"selector": Random(torch.tensor([5, 6, 7]))},
+    "oracle": {"selector": Oracle(GOLD)},
+    "oracle in one head": {"selector": Oracle(GOLD, ((1, 0),))},
+}
+first_tokens = pytest.mark.parametrize("first_token", ["prefill", "decode"])
+rows = pytest.mark.parametrize("lengths", [(22,) * 3, (22, 5, 17)], ids=["alike", "padded"])
+
+
+def answers(prompts, method, chooser):
+    """Tokens, what was attended, and every selection."""
+    calls = []
+
+    def record(layer, rows, positions, selected):
+        calls.append([torch.tensor(layer), rows, positions, selected])
+
+    out = []
+    for recorder in (None, record):  # without a recorder a method goes its fast path
+        engine = Engine(method, recorder=recorder, **SELECTORS[chooser])
+        out.append(greedy(prompts, engine, TOKENS, eos=-1, pad=0))
+        out += [engine.usage.fractions(3), *engine.usage.attended]
+    return [*out, *(x for call in calls for x in call)]
+
+
+@torch.no_grad()
+@rows
+@first_tokens
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"memory": False},
+        {"memory": True},
+        {"num_key_value_heads": 4},
+        {"memory_kind": "ema_fixed", "memory_on": "select"},
+        {"memory_kind": "conv"},
+        "llama",
+    ],
+    ids=str,
+)
+def test_a_shared_prefill_changes_nothing(
+    make_model, make_ids, left_pad, lengths, first_token, fields
+):
+    if fields == "llama":
+        model = carry(stock_model("llama", torch.float32)).eval()
+    else:
+        model = make_model(**fields)
+    ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
+    shared = PromptBatch(model, ids, mask, first_token, shared=(WINDOW, TOKENS))
+    for method in METHODS:
+        for chooser in SELECTORS if method.phase else ["topk"]:
+            own = answers(PromptBatch(model, ids, mask, first_token), method, chooser)
+            found = answers(shared, method, chooser)
+            assert len(own) == len(found) and len(own[0].unique()) > 2
+            for a, b in zip(own, found, strict=True):
+                assert torch.equal(a, b), (method, chooser)
+
+
+def test_the_model_reads_the_prompts_once(make_model, make_ids, monkeypatch):
+    """But for methods with a prefill of their own."""
+    model, ids = make_model(), make_ids(3, 22)
+    read, forward = [], model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda ids, *a, **k: read.append(ids) or forward(ids, *a, **k)
+    )
+    prompts = PromptBatch(model, ids, torch.ones_like(ids), shared=(WINDOW, TOKENS))
+    for method in METHODS:
+        greedy(prompts, Engine(method), TOKENS, eos=-1, pad=0)
+    assert sum(x.shape[1] == 22 for x in read) == 1 + 2
+
+
+def test_methods_say_whether_their_prefill_is_dense():
+    class Own(Quest):
+        def attend_prefill(self, q, k, v, representatives=None):
+            return None
+
+    assert [m.dense_prefill for m in METHODS] == [True] * 6 + [False] * 2
+    assert not Own().dense_prefill
+
+
+def test_a_prefill_keeps_no_larger_tensors_alive(make_model, make_ids):
+    """Such as the projection that values are a share of."""
+    model, ids = make_model(memory=False), make_ids(2, 22)
+    prompts = PromptBatch(model, ids, torch.ones_like(ids), shared=(WINDOW, TOKENS))
+    prompts.prefill(model.new_cache(Engine()))
+    prefilled, _ = prompts._prefilled
+    for layer, queries in zip(prefilled.layers, prefilled.queries, strict=True):
+        for states in (layer.keys, layer.values, queries):
+            assert states.untyped_storage().nbytes() == states.numel() * states.element_size()
+        assert queries.shape[2] == WINDOW
