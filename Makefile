@@ -19,16 +19,15 @@ SET  :=
 TIER  := pocket
 MODEL := ratplus_7b
 SWEEP  = $(RUN) experiment=$@ pair=$(if $(filter paper,$(TIER)),$(MODEL),$(TIER)) $(SET)
-POCKET := outputs/reference/pocket
 
-# The pocket tier's trainings (docs/pocket-training.md): three of each shipped model, one of each control.
-SHIPPED  := attention ratplus added_attention added_ratplus
+# Trainings of the pocket tier to come (docs/pocket-training.md): three of each model, one of each control.
+MODELS   := attention ratplus added_attention added_ratplus
 CONTROLS := ema ema_fixed conv shift
-shipped   = $(foreach seed,0 1 2,$(SHIPPED:%=pocket_%_$(seed)))
-controls  = $(CONTROLS:%=pocket_%_0) pocket_select_0
+trained   = $(foreach seed,0 1 2,$(MODELS:%=pocket1024_%_$(seed)))
+controls  = $(CONTROLS:%=pocket1024_%_0) pocket1024_select_0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint weights controls ship clean bench bench-cpu
+.PHONY: help install demo test test-slow lint weights controls clean bench bench-cpu
 
 help: ## list these targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -51,36 +50,25 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/mypy
 
 # A training uses one core: `make -j2 weights` does two at a time. Each resumes where it was killed.
-weights: $(shipped:%=outputs/training/%_sft/model) ## train the pocket models again and ship them (hours; -j2: on two cores)
-	$(MAKE) ship
+weights: $(trained:%=outputs/training/%_sft/model) ## train the models of the pocket tier to come (hours; -j2: on two cores)
 
 controls: $(controls:%=outputs/training/%_sft/model) ## train the controls of the memory and compare them (hours; -j2: on two cores)
-	$(RUN) experiment=pocket_controls $(SET)
+	$(RUN) experiment=pocket1024_controls $(SET)
 
 # $(1) experiment, $(2) model, $(3) seed, $(4) the model that it starts from
 define TRAINING
 outputs/training/$(2)_$(3)/model: | $(STAMP) $(if $(4),outputs/training/$(4)_$(3)/model)
 	$(RUN) experiment=$(1) model=$(2) seed=$(3) threads=1
 outputs/training/$(2)_$(3)_sft/model: | outputs/training/$(2)_$(3)/model
-	$(RUN) experiment=pocket_sft model=$(2) seed=$(3) threads=1
+	$(RUN) experiment=pocket1024_sft model=$(2) seed=$(3) threads=1
 endef
 $(foreach seed,0 1 2,\
-  $(foreach m,attention ratplus,$(eval $(call TRAINING,pocket_$m,pocket_$m,$(seed))))\
-  $(foreach m,added_attention added_ratplus,$(eval $(call TRAINING,pocket_$m,pocket_$m,$(seed),pocket_attention))))
-$(foreach m,$(CONTROLS),$(eval $(call TRAINING,pocket_ratplus,pocket_$m,0)))
+  $(foreach m,attention ratplus,$(eval $(call TRAINING,pocket1024_$m,pocket1024_$m,$(seed))))\
+  $(foreach m,added_attention added_ratplus,$(eval $(call TRAINING,pocket1024_$m,pocket1024_$m,$(seed),pocket1024_attention))))
+$(foreach m,$(CONTROLS),$(eval $(call TRAINING,pocket1024_ratplus,pocket1024_$m,0)))
 
-outputs/training/pocket_select_0_sft/model: | outputs/training/pocket_attention_0/model
-	$(RUN) experiment=pocket_sft model=pocket_select threads=1 stage.init=outputs/training/pocket_attention_0/model
-
-ship: $(STAMP) ## put the models of outputs/training in the place of the shipped ones
-	@set -e; for m in $(SHIPPED); do for seed in 0 1 2; do \
-	  from=outputs/training/pocket_$${m}_$$seed; to=$(POCKET)/models/$$m/$$seed; conf=conf/model/pocket_$$m.yaml; \
-	  test -d $${from}_sft/model || continue; mkdir -p $$to; cp $${from}_sft/model/* $$to; \
-	  for part in $$from $${from}_sft; do log=$(POCKET)/training/$${part##*/}; mkdir -p $$log; \
-	    cp $$part/log.jsonl $$part/provenance.json $$log; done; \
-	  digest=$$(openssl dgst -sha256 -r $$to/model.safetensors | cut -d' ' -f1); \
-	  sed "s/^  $$seed: .*/  $$seed: $$digest/" $$conf > $$conf.new; mv $$conf.new $$conf; \
-	  echo "$$to has sha256 $$digest"; done; done
+outputs/training/pocket1024_select_0_sft/model: | outputs/training/pocket1024_attention_0/model
+	$(RUN) experiment=pocket1024_sft model=pocket1024_select threads=1 stage.init=outputs/training/pocket1024_attention_0/model
 
 clean: ## remove caches and build products; .venv and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

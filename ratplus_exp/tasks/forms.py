@@ -16,7 +16,7 @@ from ratplus_exp.tasks import prose
 
 _CHOICES = {
     "key_words": ("pair", "noun"),
-    "uuid": ("uuid4", "hex"),
+    "uuid": ("uuid4", "hex", "short"),
     "answer_order": ("creation", "document", "question"),
 }
 _FIELDS = {
@@ -51,7 +51,7 @@ class Forms:
     key_words: str = "pair"  # 'pair': adjective-noun; 'noun': one noun of 4 to 8 letters
     key_count: int | None = None  # size of a fixed subset of the nouns; None: all of them
     number_digits: int = 7
-    uuid: str = "uuid4"  # or 'hex': its 32 hexadecimal digits without the dashes
+    uuid: str = "uuid4"  # or 'hex': its 32 digits without the dashes; 'short': four bytes
     lowercase: bool = False  # the whole prompt
     # RULER's; 'document': as the values stand in the prompt; 'question': as their keys are asked
     # for, the values of one key as they stand in the prompt.
@@ -118,7 +118,9 @@ class Forms:
         return str(rng.randrange(10 ** (self.number_digits - 1), 10**self.number_digits))
 
     def random_uuid(self, rng: random.Random) -> str:
-        """A version 4 uuid, or its digits alone."""
+        """A version 4 uuid, or its digits alone, or four bytes, as in 9f-3a-c0-1b."""
+        if self.uuid == "short":
+            return rng.randbytes(4).hex("-")
         random_uuid = uuid.UUID(int=rng.getrandbits(128), version=4)
         return str(random_uuid) if self.uuid == "uuid4" else random_uuid.hex
 

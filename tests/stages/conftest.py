@@ -9,10 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 from ratplus_exp import stages
-from ratplus_exp.config import forms_of
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
+from ratplus_exp.models.loading import read_tokenizer
 from ratplus_exp.stages.train import save_model
-from ratplus_exp.tasks import pocket_tokenizer
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -58,8 +57,7 @@ def job(tmp_path):
 def tiny_models(tmp_path_factory):
     """Random models of both backbones in the pocket's format: {backbone: folder}."""
     folder = tmp_path_factory.mktemp("models")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        tokenizer = pocket_tokenizer(forms_of(compose("config")))
+    tokenizer = read_tokenizer(CONF.parent / "outputs/reference/pocket/models/attention")
     for backbone in ("attention", "ratplus"):
         torch.manual_seed(0)
         config = RatPlusConfig(

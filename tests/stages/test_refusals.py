@@ -41,10 +41,16 @@ REPOSITORY = Path(__file__).parents[2]
         (["stage.batch_size=0"], "use at least 1"),
         (["data.forms.number_digits=abc"], "whole number"),
         (["method.target=foo.Bar"], "is no Method"),
-        (["stage=pretrain", "stage.optimizer.precision=fp17"], "use one of auto, fp32, bf16"),
-        (["stage=pretrain", "+stage.optimizer.speed=1"], "has no field 'speed'"),
-        (["stage=pretrain", "+stage.joint.depth=1"], "has no field 'depth'"),
-        (["stage=pretrain", "stage.joint={local: -1}"], "local is -1: use at least 0"),
+        (
+            ["stage=pretrain", "data=pocket1024", "stage.optimizer.precision=fp17"],
+            "use one of auto, fp32, bf16",
+        ),
+        (["stage=pretrain", "data=pocket1024", "+stage.optimizer.speed=1"], "has no field 'speed'"),
+        (["stage=pretrain", "data=pocket1024", "+stage.joint.depth=1"], "has no field 'depth'"),
+        (
+            ["stage=pretrain", "data=pocket1024", "stage.joint={local: -1}"],
+            "local is -1: use at least 0",
+        ),
         (["stage=sft"], "set stage.init"),
         (["stage=report"], "evaluate first"),
     ],
@@ -95,7 +101,7 @@ NONSENSE = {
 )
 def test_no_nonsense_is_trained(job, override):
     with pytest.raises(ValueError, match="use|must be|write") as error:
-        job("experiment=pocket_attention", override)
+        job("experiment=pocket1024_attention", override)
     name, _, _ = override.rpartition("=")
     assert name.rpartition(".")[2] in str(error.value)
     assert not list(job.folder.rglob("training"))
@@ -104,7 +110,7 @@ def test_no_nonsense_is_trained(job, override):
 @pytest.mark.parametrize("mixture", ["{S-1: -1}", "{S-1: .nan}", "{S-1: 0}", "{S-9: 1}", "{}"])
 def test_no_nonsense_is_tuned(job, tiny_models, mixture):
     how = [
-        "experiment=pocket_sft",
+        "experiment=pocket1024_sft",
         "model=pocket_attention",
         f"stage.init={tiny_models['attention']}",
     ]
