@@ -1,104 +1,386 @@
-"""The typed configuration that Hydra composes, and what of it can be checked before any loading."""
+"""The configuration that Hydra composes: every field's type and bounds, and what of it can be
+checked before any loading.
+
+Stages read the composed DictConfig; `validate` says whether its words can be meant. The classes
+below are the one place that knows a field. Nothing here imports torch or transformers.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+from pydantic import AfterValidator, Field
 
 from ratplus_exp.budget import Budget
-from ratplus_exp.methods import Method
+from ratplus_exp.settings import (
+    OF_LIST,
+    Amount,
+    BlockSettings,
+    DilatedSettings,
+    Distinct,
+    Length,
+    Name,
+    NoSettings,
+    Positive,
+    Processes,
+    Rate,
+    Seed,
+    Settings,
+    Share,
+    SnapKVSettings,
+    Text,
+    Tokens,
+    Whole,
+    build,
+    matching,
+)
 from ratplus_exp.tasks import TASKS, Forms
+from ratplus_exp.training.settings import TrainSettings
 
-SELECTORS = ("topk", "random", "oracle")
-TRACKING_MODES = ("online", "offline", "disabled")
+if TYPE_CHECKING:
+    from ratplus_exp.methods import Method
+
+    Task = str
+else:
+    Task = Literal[tuple(TASKS)]
+
+Selector = Literal["topk", "random", "oracle"]
+FirstToken = Literal["prefill", "decode"]
+Scorer = Literal["exact", "substring"]
+Output = Literal["table2", "table3", "table4", "table5", "fig1", "fig2", "fig3", "fig4", "report"]
+Digest = Annotated[str, matching("[0-9a-f]{64}", "use a sha256, 64 hexadecimal digits, or null")]
+Fraction = Annotated[str | int | float, AfterValidator(lambda text: str(Budget.parse(text)))]
+Head = Annotated[str, matching(r"\d+-\d+", "write layer-head, as in [1-0,1-3]")]
+Batch = Annotated[int, Field(ge=1, le=100_000)]
+Examples = Annotated[int, Field(ge=1, le=10**6)]
+Device = Annotated[str, matching(r"auto|cpu|cuda(:\d\d?)?", "use auto, cpu or cuda")]
+Names = Annotated[list[Name], Distinct]
+Seeds = Annotated[list[Seed], Field(min_length=1), Distinct]
+Lengths = Annotated[tuple[Amount, Amount], OF_LIST]
 
 
-@dataclass
-class ModelConfig:
+def _nothing() -> Any:
+    """The defaults of a class stay out of the configuration."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Settings):
+    """Fields of Hugging Face's configs, and of the memory (`models.RatPlusConfig`)."""
+
+    model_type: Name | None = None
+    vocab_size: Positive | None = None
+    hidden_size: Positive | None = None
+    intermediate_size: Positive | None = None
+    num_hidden_layers: Positive | None = None
+    num_attention_heads: Positive | None = None
+    num_key_value_heads: Positive | None = None
+    head_dim: Positive | None = None
+    max_position_embeddings: Positive | None = None
+    rope_theta: Amount | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
+    initializer_range: Share | None = None
+    hidden_act: Name | None = None
+    tie_word_embeddings: bool | None = None
+    attention_bias: bool | None = None
+    attention_dropout: Share | None = None
+    mlp_bias: bool | None = None
+    sliding_window: Positive | None = None
+    use_sliding_window: bool | None = None
+    max_window_layers: Whole | None = None
+    layer_types: list[Name] | None = None
+    bos_token_id: Whole | None = None
+    eos_token_id: Whole | None = None
+    pad_token_id: Whole | None = None
+    memory_kind: Literal["gate", "ema", "ema_fixed", "conv", "shift"] | None = None
+    memory_on: Literal["kv", "k", "v", "select"] | None = None
+    memory_position: Literal["after_norm", "before_norm"] | None = None
+    shared_gate: bool | None = None
+    output_gate: bool | None = None
+    gate_bias: Annotated[float, Field(ge=-100, le=100)] | Lengths | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Settings):
     """A backbone. `path` is a folder in Hugging Face's format; `training` says which training
     of the model it holds, for instance as `path: models/attention/${.training}`."""
 
-    name: str = MISSING
-    tier: str = MISSING
-    backbone: str = MISSING  # attention or ratplus
-    path: str = MISSING
-    training: int = 0  # the seed that it was trained with, which both backbones of a pair share
-    sha256: Any = None  # of model.safetensors, or one a training: {0: …, 1: …}; checked where given
-    architecture: dict[str, Any] = field(default_factory=dict)  # for training and converting
-    tokenizer: str | None = None  # a folder, for training from scratch; null: made of data.forms
+    name: Name = MISSING
+    tier: Name = MISSING
+    backbone: Literal["attention", "ratplus"] = MISSING
+    path: Text = MISSING
+    training: Seed = 0  # the seed that it was trained with, which both backbones of a pair share
+    # Of model.safetensors, or one a training: {0: …, 1: …}; checked where given.
+    sha256: Digest | dict[Seed, Digest] | None = None
+    architecture: Architecture = field(default_factory=_nothing)  # for training and converting
+    tokenizer: Text | None = None  # a folder, for training from scratch; null: made of data.forms
 
 
-@dataclass
-class BudgetConfig:
-    fraction: str = MISSING
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Settings):
+    name: Name = MISSING
+    length: Length = MISSING  # context length in tokens, answer included
+    batch_size: Batch = 50  # prompts at a time in evaluation; stage.batch_size may differ
+    block_size: Positive = MISSING  # the tier's block size; 64 in the paper
+    window: Positive = MISSING  # SnapKV's observation window; 64 in the paper
+    tasks: Annotated[list[Task], Field(min_length=1), Distinct] = field(
+        default_factory=lambda: list(TASKS)
+    )
+    examples: Examples = 100  # a task
+    forms: Forms = field(default_factory=_nothing)
+    essay: Text | None = None  # a text file or RULER's PaulGrahamEssays.json; None: generated prose
+    path: Text | None = None  # a folder of RULER's own <task>/validation.jsonl to use instead
 
 
-@dataclass
-class DataConfig:
-    name: str = MISSING
-    length: int = MISSING  # context length in tokens, answer included
-    batch_size: int = 50  # prompts at a time in evaluation, unless stage.batch_size says otherwise
-    block_size: int = MISSING  # the tier's block size; 64 in the paper
-    window: int = MISSING  # SnapKV's observation window; 64 in the paper
-    tasks: list[str] = field(default_factory=lambda: list(TASKS))
-    examples: int = 100  # a task
-    forms: dict[str, Any] = field(default_factory=dict)
-    essay: str | None = None  # a text file or RULER's PaulGrahamEssays.json; None: generated prose
-    path: str | None = None  # a folder of RULER's own <task>/validation.jsonl to use instead
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig(Settings):
+    """Text to train on: `training.shards.Source`, and the folder of its tokens."""
+
+    path: Text
+    subset: Name | None = None
+    split: Text = "train"
+    field: Name = "text"
+    tokens: Tokens | None = None
+    folder: Text
 
 
-@dataclass
-class TrackingConfig:
-    mode: str = "offline"
-    project: str = "ratplus_exp"
-    entity: str | None = None
-    group: str | None = None  # runs of one sweep
+@dataclass(frozen=True, kw_only=True)
+class PairConfig(Settings):
+    """Two models that tables compare, and what the sweeps over them need."""
+
+    name: Name = "cells"  # of the folder of its report
+    models: Names = field(default_factory=list)
+    trainings: Seeds = field(default_factory=lambda: [0])  # of every model
+    random_examples: Examples = 100  # a task and seed, for random selection with its five seeds
+    workers: Processes = 0
 
 
-@dataclass
-class ClusterConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig(Settings):
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: Name = "ratplus_exp"
+    entity: Name | None = None
+    group: Name | None = None  # runs of one sweep
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig(Settings):
     """The GPUs that dry_run=true reckons with: one GH200 by default."""
 
-    gpus: int = 1
-    peak_tflops: float = 989.0  # of one GPU, dense bf16
-    memory_gb: float = 96.0
-    bandwidth_tb: float = 4.0  # TB/s of its memory
-    mfu: float = 0.4  # share of the peak that is reached
+    gpus: Positive = 1
+    peak_tflops: Amount = 989.0  # of one GPU, dense bf16
+    memory_gb: Amount = 96.0
+    bandwidth_tb: Amount = 4.0  # TB/s of its memory
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.4  # share of the peak that is reached
 
 
-@dataclass
-class Config:
-    """The root; `method`, `stage` and `corpus` stay open, since each file there brings its own
-    fields. Only stages that read text have a corpus."""
+@dataclass(frozen=True, kw_only=True)
+class Measuring(Settings):
+    run: Text = ""
+    batch_size: Batch
+    first_token: FirstToken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(Measuring):
+    name: Literal["eval"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HitRate(Measuring):
+    name: Literal["hit_rate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSelector(Measuring):
+    name: Literal["random_selector"]
+    selector_seeds: Seeds
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation(Measuring):
+    name: Literal["ablation"]
+    models: Annotated[Names, Field(min_length=2)]
+    trainings: Seeds
+    methods: Annotated[Names, Field(min_length=1)]
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Settings):
+    """Cells of a sweep: every combination of the lists (`stages.sweep`)."""
+
+    stage: Literal["eval", "hit_rate"] | None = None
+    method: Name | Names | None = None
+    budget: Fraction | list[Fraction] | None = None
+    blocks: Positive | list[Positive] | None = None
+    selector: Selector | list[Selector] | None = None
+    selector_seed: Seed | Seeds | None = None
+    tasks: list[Task] | None = None
+    examples: Examples | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Settings):
+    name: Literal["report"]
+    run: Text = ""
+    models: Names
+    trainings: Seeds
+    outputs: dict[Output, bool]
+    scorer: Scorer
+    first_token: FirstToken
+    folder: Text | None
+    where: dict[Name, Any] | None  # choices by column of cells.csv
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Report, Measuring):
+    name: Literal["sweep"]  # type: ignore[assignment]
+    cells: Annotated[dict[Name, Grid], Field(min_length=1)]
+    random_examples: Examples
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Settings):
+    run: Text = ""
+    folder: Text
+    init: Text | None
+    schedule: Annotated[list[Annotated[tuple[Tokens, Length], OF_LIST]], Field(min_length=1)]
+    tokens_per_step: Positive
+    joint: DilatedSettings | None
+    sparse_only_tokens: Annotated[int, Field(ge=0, le=10**15)]
+    workers: Processes = 0
+    optimizer: TrainSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Training):
+    name: Literal["pretrain"]
+    drill_tokens: Annotated[int, Field(ge=0, le=10**15)]
+    several_rate: Share
+    other_rate: Share
+    styles: list[dict[str, Any]] = field(default_factory=list)  # changes of data.forms
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuedPretrain(Training):
+    name: Literal["continued_pretrain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sft(Training):
+    name: Literal["sft"]
+    mixture: dict[Task, Rate]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenize(Settings):
+    name: Literal["tokenize"]
+    run: Text = ""
+    init: Text | None
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(Settings):
+    name: Literal["convert"]
+    run: Text = ""
+    tokenizer: Text | None
+    dtype: Literal["bfloat16", "float16", "float32"] | None
+
+
+Stage = (
+    Eval
+    | HitRate
+    | RandomSelector
+    | Ablation
+    | Sweep
+    | Report
+    | Pretrain
+    | ContinuedPretrain
+    | Sft
+    | Tokenize
+    | Convert
+)
+METHODS: dict[str, type[Settings]] = {  # of those in ratplus_exp.methods; others bring their own
+    "Dense": NoSettings,
+    "Dilated": DilatedSettings,
+    "MoBA": BlockSettings,
+    "Quest": BlockSettings,
+    "SnapKV": SnapKVSettings,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(Settings):
+    """What all methods have; the other fields are those of their class."""
+
+    name: Name
+    target: Annotated[Text, matching(r"\w+(\.\w+)+", "use a class, as in package.module.Class")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """The root. Only stages that read text have a corpus."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     method: dict[str, Any] = field(default_factory=dict)
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    budget: Fraction = MISSING
     data: DataConfig = field(default_factory=DataConfig)
-    stage: dict[str, Any] = field(default_factory=dict)
-    corpus: dict[str, Any] = field(default_factory=dict)
+    stage: Annotated[Stage, Field(discriminator="name")] = MISSING
+    corpus: CorpusConfig | None = None
+    pair: PairConfig = field(default_factory=PairConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    checkpoint: str | None = None  # stage=convert: one of P2's .pth files
-    selector: str = "topk"
-    selector_seed: int = 0  # of selector=random
-    oracle_heads: list[str] = field(default_factory=list)  # of selector=oracle: layer-head; []: all
-    seed: int = 0  # of the samples; in training, of the data and the initial weights
-    device: str = "auto"  # auto: a GPU if there is one
+    checkpoint: Text | None = None  # stage=convert: one of P2's .pth files
+    selector: Selector = "topk"
+    selector_seed: Seed = 0  # of selector=random
+    oracle_heads: Annotated[list[Head], Distinct] = field(default_factory=list)  # []: all
+    seed: Seed = 0  # of the samples; in training, of the data and the initial weights
+    device: Device = "auto"  # auto: a GPU if there is one
     cuda_graphs: bool = True  # on a GPU: a decoding step is launched as one
-    threads: int = 0  # of torch on a CPU; 0: one a core
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # of torch on a CPU; 0: one a core
     dry_run: bool = False  # print what the job would cost, and do nothing
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    output: str = "outputs"
-    results: str = "${output}/results"  # the store
+    output: Text = "outputs"
+    results: Text = "${output}/results"  # the store
 
 
-T = TypeVar("T")
-ConfigStore.instance().store(name="schema", node=Config)
+ConfigStore.instance().store(name="schema", node=asdict(Config()))
+
+
+def validate(cfg: DictConfig) -> None:
+    """Everything that can be wrong in the words alone; ValueError with the remedy, in one line."""
+    try:
+        settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} is missing: set {error.full_key}=…") from None
+    assert isinstance(settings, Mapping)
+    config = build(Config, {str(name): value for name, value in settings.items()})
+    common: dict[str, Any] = {
+        name: config.method[name] for name in ("name", "target") if name in config.method
+    }
+    target = build(MethodConfig, common, "method").target
+    package, _, name = target.rpartition(".")
+    if package == "ratplus_exp.methods" and name in METHODS:
+        own = {x: value for x, value in config.method.items() if x not in common}
+        build(METHODS[name], own, "method")
+    for style in config.stage.styles if isinstance(config.stage, Pretrain) else ():
+        build(Forms, settings["data"]["forms"] | style, "stage.styles")
+    if isinstance(config.stage, Sft) and not any(config.stage.mixture.values()):
+        raise ValueError("stage.mixture is empty or all 0: give some task a positive weight")
+    if config.oracle_heads and config.selector != "oracle":
+        raise ValueError(f"oracle_heads needs selector=oracle, not {config.selector}")
+    if config.checkpoint and not isinstance(config.stage, Convert):
+        raise ValueError("checkpoint is for stage=convert: set model.path to evaluate a model")
 
 
 def method_of(cfg: DictConfig) -> Method:
@@ -108,18 +390,22 @@ def method_of(cfg: DictConfig) -> Method:
     methods that select; dense and dilated attention ignore it.
     """
     settings = plain(cfg.method)
-    name, cls = settings.pop("name"), _class(settings.pop("target"))
-    if settings.get("block_size") == 0:
-        raise ValueError("method.block_size must be at least 1")
-    method = build(cls, settings, f"method {name}")
+    del settings["name"]
+    cls = _class(settings.pop("target"))
+    method = build(cls, settings, "method")
     if cls.phase is not None and not settings.get("top_k"):
-        budget = Budget.parse(cfg.budget.fraction)
+        budget = Budget.parse(cfg.budget)
         if cls.unit == "block":
-            settings["top_k"] = budget.blocks(cfg.data.length, method.block_size)
+            top_k = budget.blocks(cfg.data.length, method.block_size)
         else:
-            settings["top_k"] = budget.tokens(cfg.data.length)
-    method = build(cls, settings, f"method {name}")
+            top_k = budget.tokens(cfg.data.length)
+        method = replace(method, top_k=top_k)
     method.validate()
+    if method.fraction(cfg.data.length) > 1:
+        raise ValueError(
+            f"method.top_k={method.top_k} is more than a context of {cfg.data.length} tokens has: "
+            "leave it at 0 and set the budget"
+        )
     return method
 
 
@@ -151,46 +437,10 @@ def forms_of(cfg: DictConfig, style: DictConfig | None = None) -> Forms:
     return build(Forms, plain(cfg.data.forms) | changes, where)
 
 
-def validate(cfg: DictConfig) -> None:
-    """Everything that can be wrong in the words alone; ValueError with the remedy, in one line."""
-    _one_of("selector", cfg.selector, SELECTORS)
-    _one_of("tracking.mode", cfg.tracking.mode, TRACKING_MODES)
-    _one_of("model.backbone", cfg.model.backbone, ("attention", "ratplus"))
-    if not cfg.data.tasks:
-        raise ValueError(f"data.tasks is empty: use some of {', '.join(TASKS)}")
-    for task in cfg.data.tasks:
-        _one_of("data.tasks", task, tuple(TASKS))
-    for name, value, least in (
-        ("data.examples", cfg.data.examples, 1),
-        ("data.length", cfg.data.length, 2),
-        ("data.block_size", cfg.data.block_size, 1),
-        ("data.window", cfg.data.window, 1),
-        ("threads", cfg.threads, 0),
-        ("stage.batch_size", cfg.stage.get("batch_size", 1), 1),
-        ("stage.workers", cfg.stage.get("workers", 0), 0),
-        ("seed", cfg.seed, 0),
-        ("model.training", cfg.model.training, 0),
-        ("selector_seed", cfg.selector_seed, 0),
-        ("cluster.gpus", cfg.cluster.gpus, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name}={value} is too small: use at least {least}")
-    _one_of("stage.first_token", cfg.stage.get("first_token", "prefill"), ("prefill", "decode"))
-    forms_of(cfg)
-    oracle_heads(cfg)
-
-
 def oracle_heads(cfg: DictConfig) -> tuple[tuple[int, int], ...]:
-    """(layer, head) of oracle_heads, in order; ValueError where they can't be meant."""
-    if cfg.oracle_heads and cfg.selector != "oracle":
-        raise ValueError(f"oracle_heads needs selector=oracle, not {cfg.selector}")
-    heads = set()
-    for name in cfg.oracle_heads:
-        layer, dash, head = name.partition("-")
-        if not (dash and layer.isdecimal() and head.isdecimal()):
-            raise ValueError(f"oracle_heads: {name} is no head: write layer-head, as in [1-0,1-3]")
-        heads.add((int(layer), int(head)))
-    return tuple(sorted(heads))
+    """(layer, head) of oracle_heads, in order."""
+    pairs = (name.split("-") for name in cfg.oracle_heads)
+    return tuple(sorted((int(layer), int(head)) for layer, head in pairs))
 
 
 def validate_method(cfg: DictConfig) -> Method:
@@ -211,38 +461,9 @@ def validate_method(cfg: DictConfig) -> Method:
     return method
 
 
-def build(cls: type[T], settings: dict[str, Any], where: str) -> T:
-    """A dataclass from a mapping; ValueError for a field that it lacks or of another type."""
-    hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    for name, value in settings.items():
-        if name not in known:
-            raise ValueError(f"{where} has no field {name!r}: use one of {', '.join(known)}")
-        if not _fits(value, hints[name]):
-            kind = getattr(hints[name], "__name__", None) or str(hints[name])
-            kind = {"int": "a whole number", "float": "a number"}.get(kind, kind)
-            raise ValueError(f"{where}: {name} must be {kind}, got {value!r}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, arg) for arg in args)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:
-        return isinstance(value, list | tuple) and all(
-            _fits(x, a) for x, a in zip(value, args, strict=False)
-        )
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
 def _class(target: str) -> type[Method]:
+    from ratplus_exp.methods import Method
+
     try:
         cls = get_class(target)
     except Exception:  # hydra raises several kinds, each over many lines
@@ -257,8 +478,3 @@ def plain(cfg: Any) -> dict[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value} is unknown: use one of {', '.join(choices)}")

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from ratplus_exp.settings import BlockSettings, Positive, Settings, Whole
 from ratplus_kernels import Blocks
 
 Unit = Literal["block", "token"]
@@ -20,7 +21,7 @@ FAST_PATHS = {"represent_blocks", "attend_prefill", "attend_decode"}
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Settings):
     """A way to attend. The base class is dense attention: it selects nothing.
 
     Class attributes say what a method is; the engine branches on them alone.
@@ -34,8 +35,8 @@ class Method:
     unit: ClassVar[Unit] = "token"
     phase: ClassVar[Phase | None] = None
 
-    block_size: int = 1
-    top_k: int = 0
+    block_size: Positive = 1
+    top_k: Whole = 0
 
     def represent(self, keys: Tensor) -> Tensor:
         """Candidates' representations r_i of Eq. 3.
@@ -124,7 +125,7 @@ class Dense(Method):
 
 
 @dataclass(frozen=True)
-class BlockMethod(Method):
+class BlockMethod(BlockSettings, Method):
     """Selects blocks of the context; the first and the query's own block are always among them.
 
     P1: "Quest and MoBA always include the first block and the local (current) block". They count
@@ -132,9 +133,6 @@ class BlockMethod(Method):
     """
 
     unit: ClassVar[Unit] = "block"
-
-    block_size: int = 64
-    top_k: int = 16
 
     @property
     def forced(self) -> int:

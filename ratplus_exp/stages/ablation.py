@@ -74,7 +74,7 @@ def _table(cfg: DictConfig, samples: pd.DataFrame) -> Table:
         ("Model", *names),
         rows,
         group=0,
-        budget=cfg.budget.fraction,
+        budget=str(cfg.budget),
         tier=cfg.model.tier,
         count=len(cfg.data.tasks),
         first_model=models[0],

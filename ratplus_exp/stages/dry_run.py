@@ -17,7 +17,7 @@ from ratplus_exp.models.building import config_for, memory_config, new_model
 from ratplus_exp.report import Table
 from ratplus_exp.stages.common import model_folder, resolve
 from ratplus_exp.stages.train import schedule_of
-from ratplus_exp.training import TrainSettings
+from ratplus_exp.training.settings import TrainSettings
 
 Rows = list[tuple[str, str]]
 BUDGETS = {"1": 1.0, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16, "1/64": 1 / 64}

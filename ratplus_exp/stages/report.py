@@ -85,7 +85,7 @@ def gather(cfg: DictConfig) -> Evidence:
         where["model"] = [model.name for model in models]
         where["training"] = [model.training for model in models]
         where["checkpoint"] = [checkpoint_of(model)[:16] for model in models]
-    where |= plain(cfg.stage.where)
+    where |= plain(cfg.stage.where or {})
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     evidence = Evidence.read(
         store,

@@ -41,10 +41,10 @@ from ratplus_exp.tasks import pocket_tokenizer
 from ratplus_exp.tasks.answers import Answers
 from ratplus_exp.tasks.facts import Facts
 from ratplus_exp.tracking import tracked
-from ratplus_exp.training import Schedule, Trainer, TrainSettings
 from ratplus_exp.training.batches import BatchOf
 from ratplus_exp.training.checkpoint import Checkpoints
 from ratplus_exp.training.corpus import Corpus
+from ratplus_exp.training.loop import Trainer
 from ratplus_exp.training.parallel import (
     barrier,
     from_first,
@@ -54,6 +54,7 @@ from ratplus_exp.training.parallel import (
     world_size,
 )
 from ratplus_exp.training.precision import fastest
+from ratplus_exp.training.settings import Schedule, TrainSettings
 
 # What a training may be continued with a change of.
 RATES = ("lr", "memory_lr", "spike", "log_every", "checkpoint_every")
@@ -242,7 +243,7 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
         )
 
 
-def _precision(model: PreTrainedModel, device: torch.device, folder: Path) -> str:
+def _precision(model: PreTrainedModel, device: torch.device, folder: Path) -> Any:
     """What the training in the folder began with, or what is fastest here."""
     if past := _past(folder):
         return past[0]["precision"]

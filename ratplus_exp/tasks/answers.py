@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ratplus_exp.tasks.facts import IGNORE, Batch
 from ratplus_exp.tasks.forms import Forms
 from ratplus_exp.tasks.niah import NIAH, TASKS
 from ratplus_exp.tasks.sample import target_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,13 +13,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ratplus_exp.tasks import prose
 from ratplus_exp.tasks.forms import Forms
 from ratplus_exp.tasks.niah import Draw, seeded_random, singular
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Batch = tuple[np.ndarray, np.ndarray]  # token ids and next-token labels, (batch, length)
 IGNORE = -100  # the label of tokens that are not in the loss

@@ -35,10 +35,12 @@ def test_the_geometry_is_the_papers(job, method):
 
 def test_from_nothing_to_a_cell(job):
     """What `make small DRY=1` runs, but for worker processes and the report."""
-    for name in ("small_ratplus", "small_ratplus_sft"):
-        job(f"experiment={name}", "trial=small", "stage.workers=0")
+    drills = "stage.drill_tokens=1024"
+    job("experiment=[small_ratplus,small_trial_training]", "stage.workers=0", drills)
+    tuned = "experiment=[small_sft,small_trial_training]"
+    job(tuned, "model=small_ratplus", "stage.workers=0")
     log = (job.folder / "training/small_ratplus/log.jsonl").read_text().splitlines()
     assert [json.loads(row)["length"] for row in log] == [480, 480, 512, 512]
-    job("model=small_ratplus", "trial=small", "method=quest", "budget=1/16")
+    job("model=small_ratplus", "experiment=small_trial", "method=quest", "budget=1/16")
     cells = tidy(Store(job.folder / "results"))
     assert list(cells["tier"].unique()) == ["small"] and len(cells) == 2
