@@ -7,6 +7,7 @@ below are the one place that knows a field. Nothing here imports torch or transf
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -50,19 +51,32 @@ if TYPE_CHECKING:
 else:
     Task = Literal[tuple(TASKS)]
 
+
+def _fraction(value: str | float) -> str:
+    if not re.fullmatch(r"\d{1,9}(/\d{1,9})?|\d?\.\d{1,12}", str(value)):
+        raise ValueError("write it as 1/16")
+    return str(Budget.parse(str(value)))
+
+
 Selector = Literal["topk", "random", "oracle"]
 FirstToken = Literal["prefill", "decode"]
 Scorer = Literal["exact", "substring"]
 Output = Literal["table2", "table3", "table4", "table5", "fig1", "fig2", "fig3", "fig4", "report"]
 Digest = Annotated[str, matching("[0-9a-f]{64}", "use a sha256, 64 hexadecimal digits, or null")]
-Fraction = Annotated[str | int | float, AfterValidator(lambda text: str(Budget.parse(text)))]
-Head = Annotated[str, matching(r"\d+-\d+", "write layer-head, as in [1-0,1-3]")]
+Fraction = Annotated[str | int | float, AfterValidator(_fraction)]
+Head = Annotated[str, matching(r"\d{1,6}-\d{1,6}", "write layer-head, as in [1-0,1-3]")]
 Batch = Annotated[int, Field(ge=1, le=100_000)]
 Examples = Annotated[int, Field(ge=1, le=10**6)]
 Device = Annotated[str, matching(r"auto|cpu|cuda(:\d\d?)?", "use auto, cpu or cuda")]
 Names = Annotated[list[Name], Distinct]
 Seeds = Annotated[list[Seed], Field(min_length=1), Distinct]
 Lengths = Annotated[tuple[Amount, Amount], OF_LIST]
+
+
+def _not_empty(cells: dict[str, Grid]) -> dict[str, Grid]:
+    if not cells:
+        raise ValueError("choose what it runs, as in experiment=table3")
+    return cells
 
 
 def _nothing() -> Any:
@@ -244,7 +258,7 @@ class Report(Settings):
 @dataclass(frozen=True, kw_only=True)
 class Sweep(Report, Measuring):
     name: Literal["sweep"]  # type: ignore[assignment]
-    cells: Annotated[dict[Name, Grid], Field(min_length=1)]
+    cells: Annotated[dict[Name, Grid], AfterValidator(_not_empty)]
     random_examples: Examples
     workers: Processes
 
@@ -360,11 +374,15 @@ ConfigStore.instance().store(name="schema", node=asdict(Config()))
 def validate(cfg: DictConfig) -> None:
     """Everything that can be wrong in the words alone; ValueError with the remedy, in one line."""
     try:
-        settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        settings: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} is missing: set {error.full_key}=…") from None
-    assert isinstance(settings, Mapping)
-    config = build(Config, {str(name): value for name, value in settings.items()})
+    check(settings)
+
+
+def check(settings: Mapping[str, Any]) -> Config:
+    """`validate` of a plain, resolved configuration, typed."""
+    config = build(Config, settings)
     common: dict[str, Any] = {
         name: config.method[name] for name in ("name", "target") if name in config.method
     }
@@ -381,6 +399,7 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError(f"oracle_heads needs selector=oracle, not {config.selector}")
     if config.checkpoint and not isinstance(config.stage, Convert):
         raise ValueError("checkpoint is for stage=convert: set model.path to evaluate a model")
+    return config
 
 
 def method_of(cfg: DictConfig) -> Method:

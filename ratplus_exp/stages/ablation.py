@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from ratplus_exp.analysis import SCORERS, Estimate, resample, sample_scores
 from ratplus_exp.report import Table
@@ -21,10 +21,6 @@ from ratplus_exp.tracking import log_table, tracked
 
 def run(cfg: DictConfig) -> None:
     """Run the cells that are missing, and print and write the table."""
-    for field, least, example in (("models", 2, "first,second"), ("methods", 1, "quest")):
-        names = cfg.stage[field]
-        if not isinstance(names, ListConfig) or len(names) < least:
-            raise ValueError(f"stage=ablation compares models: set stage.{field}=[{example}]")
     jobs = {
         (model, method, training): _job(cfg, model, method, training)
         for model in cfg.stage.models

@@ -25,7 +25,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from ratplus_exp import provenance
 from ratplus_exp.config import (
@@ -38,9 +37,11 @@ from ratplus_exp.config import (
 )
 from ratplus_exp.methods import Oracle, Random, Selector, TopK
 from ratplus_exp.models.loading import (
+    check_length,
     check_model,
     dtype_on,
     interface_digest,
+    load_config,
     load_model,
     load_tokenizer,
     weight_files,
@@ -86,6 +87,7 @@ class Job:
         files = [file for file in weight_files(self.path) if file.exists()]
         stamp = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
         digest = _digest(self.path, expected_sha256(cfg.model), cfg.model.backbone, stamp)
+        check_length(self.path, cfg.data.length)
         return {
             "stage": cfg.stage.name,
             "tier": cfg.model.tier,
@@ -111,7 +113,7 @@ class Job:
         heads = oracle_heads(self.cfg)
         if not heads:
             return ""
-        model = AutoConfig.from_pretrained(self.path)
+        model = load_config(self.path)
         shared = self.method.phase == "once"
         count = model.num_key_value_heads if shared else model.num_attention_heads
         for layer, head in heads:

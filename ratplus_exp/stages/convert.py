@@ -38,7 +38,7 @@ def run(cfg: DictConfig) -> None:
             setattr(config, name, getattr(tokenizer, name))
     state = from_p2(read_p2(resolve(cfg.checkpoint)), config)
     if cfg.stage.dtype:
-        state = {name: tensor.to(_dtype(cfg.stage.dtype)) for name, tensor in state.items()}
+        state = {name: tensor.to(getattr(torch, cfg.stage.dtype)) for name, tensor in state.items()}
     with torch.device("meta"):
         model = RatPlusForCausalLM(config)
     model.load_state_dict(state, assign=True)
@@ -52,10 +52,3 @@ def run(cfg: DictConfig) -> None:
             f"It has no tokenizer yet: copy the files of the model's own (Llama-2's, for P2's "
             f"models) into {target}."
         )
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"stage.dtype={name} is unknown: use bfloat16, float32 or null")
-    return dtype

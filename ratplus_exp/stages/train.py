@@ -65,8 +65,6 @@ OWN = ("folder", "optimizer", "workers")  # of a stage: not compared, or apart
 def pretrain(cfg: DictConfig) -> None:
     """Next-token training on generated text: from scratch, or from `stage.init`."""
     tokenizer = _tokenizer(cfg)
-    _at_least("stage.drill_tokens", cfg.stage.drill_tokens, 0)
-    _at_least("stage.tokens_per_step", cfg.stage.tokens_per_step, 1)
     drill_steps = cfg.stage.drill_tokens // cfg.stage.tokens_per_step
     stage, forms = cfg.stage, forms_of(cfg)
     styles = tuple(forms_of(cfg, style) for style in stage.get("styles", []))
@@ -141,20 +139,8 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
 
 
 def schedule_of(cfg: DictConfig) -> Schedule:
-    """stage.schedule and the other lengths of a training; ValueError where one can't be meant."""
-    _at_least("stage.sparse_only_tokens", cfg.stage.sparse_only_tokens, 0)
-    for name, value in plain(cfg.model.architecture).items():
-        if name.endswith(("_size", "_dim")) or name.startswith("num_"):
-            _at_least(f"model.architecture.{name}", value, 1)
-    stages = plain(cfg.stage)["schedule"]
-    if not isinstance(stages, list) or not all(isinstance(stage, list) for stage in stages):
-        raise ValueError(f"stage.schedule is {stages}: write [[tokens, length], …]")
-    return Schedule([tuple(stage) for stage in stages], cfg.stage.tokens_per_step)
-
-
-def _at_least(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value}: use a whole number, at least {least}")
+    """stage.schedule in steps of stage.tokens_per_step."""
+    return Schedule([tuple(part) for part in cfg.stage.schedule], cfg.stage.tokens_per_step)
 
 
 def save_model(

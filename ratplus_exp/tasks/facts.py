@@ -54,12 +54,6 @@ class Facts:
     drill_steps: int = 0
     styles: tuple[Forms, ...] = ()
 
-    def __post_init__(self) -> None:
-        for name in ("other_rate", "several_rate"):
-            rate = getattr(self, name)
-            if not isinstance(rate, int | float) or not 0 <= rate <= 1:
-                raise ValueError(f"{name} is {rate}: use a share from 0 to 1")
-
     @cached_property
     def _fact_sizes(self) -> dict[tuple[Forms, str, str], int]:
         """Tokens of a fact in each style, and 2 for its share of what stands between facts."""

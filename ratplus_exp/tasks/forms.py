@@ -44,9 +44,10 @@ class Forms(Settings):
     answer_prefix: Words = (
         " The special magic {type_needle_v} for {query} mentioned in the provided text are"
     )
-    noise: Annotated[Words, matching(r"(?s).*\S.*", "give the sentence that fills task S-1")] = (
-        "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-    )
+    noise: Annotated[
+        Words,
+        matching(r"\s*[^\0-\x1f\x7f\s][^\0-\x1f\x7f]*", "give the sentence that fills task S-1"),
+    ] = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
     separator: Words = "\n"  # between the units of a noise or needle haystack
     query_joiner: Words = ", and "  # before the last queried key; ', ' before the others
     key_words: Literal["pair", "noun"] = "pair"  # adjective-noun; or one noun of 4 to 8 letters
