@@ -46,6 +46,8 @@ def message_of(error: BaseException) -> str:
     """What an error says to a user."""
     if missing := getattr(error, "missing_cfg_file", None):
         return _no_option(*str(missing).partition("/")[::2])
+    if str(error).startswith("Config group override must be"):
+        return "a group has no such option: use one of them by its name, as in method=quest"
     if isinstance(error, OverrideParseException):
         return (
             f"cannot read {error.override!r}: write name=value, and quote a value with other signs "

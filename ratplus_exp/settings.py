@@ -143,7 +143,7 @@ def _adapter(cls: Any) -> TypeAdapter[Any]:
 
 _REMEDIES = {  # by kind of error, filled with its context
     "model_attributes_type": "use fields, as in {{name: value}}",
-    "missing": "something is missing at its end",
+    "missing": "write what is missing at its end",
     "bool_type": "use true or false",
     "dataclass_type": "use fields, as in {{name: value}}",
     "dict_type": "use fields, as in {{name: value}}",

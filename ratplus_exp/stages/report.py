@@ -86,7 +86,7 @@ def gather(cfg: DictConfig) -> Evidence:
         where["model"] = [model.name for model in models]
         where["training"] = [model.training for model in models]
         where["checkpoint"] = [checkpoint_of(model)[:16] for model in models]
-    where |= plain(cfg.stage.where or {})
+    where |= plain(cfg.stage.where) if cfg.stage.where else {}
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     evidence = Evidence.read(
         store,

@@ -25,6 +25,10 @@ _FIELDS = {
 }
 
 Words = Annotated[str, Field(max_length=100_000)]
+Sentence = Annotated[
+    Words,
+    matching(r"\s*[^\0-\x1f\x7f\s][^\0-\x1f\x7f]*", "give the sentence that fills task S-1"),
+]
 
 
 @dataclass(frozen=True)

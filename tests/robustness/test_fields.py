@@ -11,7 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ratplus_exp.config import METHODS, Config, check
+from ratplus_exp.config import check
+from ratplus_exp.schema import METHODS, Config
 
 CONF = Path(__file__).parents[2] / "conf"
 STAGES = {

@@ -27,8 +27,8 @@ def test_the_attention_twin_has_twice_the_tokens_in_every_phase(job):
 
 @pytest.mark.parametrize("method", ["quest", "moba", "snapkv"])
 def test_the_geometry_is_the_papers(job, method):
-    cfg = job.compose("model=small_ratplus", f"method={method}", "budget=1/16")
-    validate(cfg)
+    with job.ready("model=small_ratplus", f"method={method}", "budget=1/16") as cfg:
+        validate(cfg)
     assert validate_method(cfg).top_k == {"quest": 4, "moba": 4, "snapkv": 256}[method]
     assert (cfg.data.length, cfg.data.block_size, cfg.data.examples) == (4096, 64, 500)
 
