@@ -188,6 +188,20 @@ class ClusterConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Grid(Settings):
+    """Cells of a sweep: every combination of the lists (`stages.sweep`)."""
+
+    stage: Literal["eval", "hit_rate"] | None = None
+    method: Name | Names | None = None
+    budget: Fraction | list[Fraction] | None = None
+    blocks: Positive | list[Positive] | None = None
+    selector: Selector | list[Selector] | None = None
+    selector_seed: Seed | Seeds | None = None
+    tasks: list[Task] | None = None
+    examples: Examples | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measuring(Settings):
     run: Text = ""
     batch_size: Batch
@@ -208,6 +222,8 @@ class HitRate(Measuring):
 class RandomSelector(Measuring):
     name: Literal["random_selector"]
     selector_seeds: Seeds
+    models: Names = field(default_factory=list)
+    cells: dict[Name, Grid] = field(default_factory=dict)
     workers: Processes
 
 
@@ -217,21 +233,8 @@ class Ablation(Measuring):
     models: Annotated[Names, Field(min_length=2)]
     trainings: Seeds
     methods: Annotated[Names, Field(min_length=1)]
+    cells: dict[Name, Grid] = field(default_factory=dict)
     workers: Processes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid(Settings):
-    """Cells of a sweep: every combination of the lists (`stages.sweep`)."""
-
-    stage: Literal["eval", "hit_rate"] | None = None
-    method: Name | Names | None = None
-    budget: Fraction | list[Fraction] | None = None
-    blocks: Positive | list[Positive] | None = None
-    selector: Selector | list[Selector] | None = None
-    selector_seed: Seed | Seeds | None = None
-    tasks: list[Task] | None = None
-    examples: Examples | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
