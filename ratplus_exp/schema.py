@@ -124,7 +124,7 @@ class ModelConfig(Settings):
     path: Text = MISSING
     training: Seed = 0  # the seed that it was trained with, which both backbones of a pair share
     # Of model.safetensors, or one a training: {0: …, 1: …}; checked where given.
-    sha256: Digest | dict[Seed, Digest] | None = None
+    sha256: Digest | dict[Annotated[Seed, Field(strict=False)], Digest] | None = None
     architecture: Architecture = field(default_factory=_nothing)  # for training and converting
     tokenizer: Text | None = None  # a folder, for training from scratch; null: made of data.forms
 
