@@ -11,14 +11,11 @@ BIN    := $(VENV)/bin
 RUN    := $(BIN)/python run.py
 STAMP  := $(if $(filter command,$(firstword $(origin BIN))),,$(VENV)/.installed)
 
-# Both backbones; SET takes further settings, for instance SET='data.examples=200 seed=0,1,2'.
-PAIR := model=pocket_attention,pocket_ratplus
-SET  :=
-
-# Tables and figures: of the tier pocket, small or paper; at the last, of MODEL's pair.
-TIER  := pocket
-MODEL := ratplus_7b
-SWEEP  = $(RUN) experiment=$@ pair=$(if $(filter paper,$(TIER)),$(MODEL),$(TIER)) $(SET)
+# The two models of tables and figures: pocket, small, ratplus_7b or olmo2_7b (conf/pair). SET takes
+# further settings, for instance SET='data.examples=200 seed=0'.
+PAIR  := pocket
+SET   :=
+SWEEP  = $(RUN) experiment=$@ pair=$(PAIR) $(SET)
 
 # Trainings of the pocket tier to come (docs/pocket-training.md): three of each model, one of each control.
 MODELS   := attention ratplus added_attention added_ratplus
@@ -36,7 +33,7 @@ install: $(VENV)/.installed ## create .venv and install the pinned versions into
 	@echo "Installed in $(VENV)."
 
 demo: $(STAMP) ## the main job: Quest at budget 1/16 on both pocket models
-	$(RUN) -m $(PAIR) method=quest budget=1/16 $(SET)
+	$(RUN) -m model=pocket_attention,pocket_ratplus method=quest budget=1/16 $(SET)
 
 test: $(STAMP) ## the fast tests, on every core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
@@ -101,7 +98,7 @@ table2: $(STAMP) ## Table 2: random selection, tasks with several keys, values o
 table3: $(STAMP) ## Table 3: Quest, MoBA and SnapKV at all budgets and block sizes
 	$(SWEEP)
 
-table4: $(STAMP) ## Table 4: Table 3's settings on OLMo2-7B (TIER=paper MODEL=olmo2_7b)
+table4: $(STAMP) ## Table 4: Table 3's settings on OLMo2-7B (PAIR=olmo2_7b)
 	$(SWEEP)
 
 table5: $(STAMP) ## Table 5: random selection, five seeds; oracle and top-k beside it
@@ -119,28 +116,31 @@ fig3: $(STAMP) ## Figure 3: hit rates of SnapKV's heads
 fig4: $(STAMP) ## Figure 4: hit rates by task
 	$(SWEEP)
 
-reproduce: $(STAMP) ## all tables, all figures and the report; TIER=pocket on two cores
+reproduce: $(STAMP) ## all tables, all figures and the report; PAIR=pocket on two cores
 	$(SWEEP)
 
 report: $(STAMP) ## the report of what is there, without running anything
-	$(RUN) stage=report pair=$(if $(filter paper,$(TIER)),$(MODEL),$(TIER)) \
-	  stage.folder=outputs/reports/$(if $(filter paper,$(TIER)),$(MODEL),$(TIER)) $(SET)
+	$(RUN) stage=report pair=$(PAIR) stage.folder=outputs/reports/$(PAIR) $(SET)
 
-# The small tier's trainings, in order; DRY=1 cuts everything down by conf/trial/small.yaml. SET is
-# for what trainings and tables share, for instance SET=tracking=disabled.
-SMALL := small_ratplus,small_attention,small_ratplus_sft,small_attention_sft
-TRIAL  = $(if $(DRY),trial=small)
-
+# The small tier; DRY=1 cuts everything down by conf/experiment/small_trial*.yaml. SET is for what
+# trainings and tables share, for instance SET=tracking=disabled.
+comma := ,
+TABLES = $(if $(DRY),[$(1)$(comma)small_trial],$(1))
+TRAIN  = $(RUN) -m experiment=$(if $(DRY),[$(1)$(comma)small_trial_training],$(1)) $(SET)
+DRILLS = $(if $(DRY),stage.drill_tokens=1024)
 VARIANTS := small_ratplus_gates,small_ratplus_keys,small_ratplus_values
 
-.PHONY: small ablation
-small: $(STAMP) ## the small tier on one GPU, from nothing to the report (resumes; DRY=1: a trial)
-	$(RUN) -m experiment=$(SMALL) $(TRIAL) $(SET)
-	$(RUN) experiment=reproduce pair=small $(TRIAL) $(SET)
+.PHONY: small small-models ablation
+small-models: $(STAMP)
+	$(call TRAIN,small_ratplus) $(DRILLS)
+	$(call TRAIN,small_attention) $(DRILLS)
+	$(call TRAIN,small_sft) model=small_ratplus,small_attention
 
-ablation: $(STAMP) ## the small pair and variants of its RAT+ at one budget (resumes; DRY=1: a trial)
-	$(RUN) -m experiment=$(SMALL) $(TRIAL) $(SET)
-	$(RUN) -m experiment=small_ratplus model=$(VARIANTS) $(TRIAL) $(SET)
-	$(RUN) experiment=small_attention model=small_ratplus_no_joint $(TRIAL) $(SET)
-	$(RUN) -m experiment=small_ratplus_sft model=$(VARIANTS),small_ratplus_no_joint $(TRIAL) $(SET)
-	$(RUN) experiment=small_ablation $(TRIAL) $(SET)
+small: small-models ## the small tier on one GPU, from nothing to the report (resumes; DRY=1: a trial)
+	$(RUN) experiment=$(call TABLES,reproduce) pair=small $(SET)
+
+ablation: small-models ## the small pair and variants of its RAT+ at one budget (resumes; DRY=1: a trial)
+	$(call TRAIN,small_ratplus) model=$(VARIANTS) $(DRILLS)
+	$(call TRAIN,small_attention) model=small_ratplus_no_joint $(DRILLS)
+	$(call TRAIN,small_sft) model=$(VARIANTS),small_ratplus_no_joint
+	$(RUN) experiment=$(call TABLES,small_ablation) $(SET)

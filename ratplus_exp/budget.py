@@ -41,7 +41,7 @@ class Budget:
     def _of(self, whole: int, unit: str) -> int:
         part = self.fraction * whole
         if part.denominator != 1:
-            fitting = ", ".join(f"1/{d}" for d in (2, 4, 8, 16, 32, 64) if whole % d == 0)
+            fitting = ", ".join(f"1/{d}" for d in (1, 2, 4, 8, 16, 32, 64) if whole % d == 0)
             raise ValueError(
                 f"budget {self} of {whole} {unit} is no whole number: take one of {fitting}, or "
                 "change data.length"

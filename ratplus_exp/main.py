@@ -1,6 +1,7 @@
-"""The command: compose a configuration with Hydra and hand it to its stage.
+"""The command: compose a configuration with Hydra, check its words, and hand it to its stage.
 
-`python run.py` in a checkout, `ratplus_exp` where the package is installed.
+`python run.py` in a checkout, `ratplus_exp` where the package is installed. What takes seconds to
+import (torch, transformers) waits until the words are checked.
 """
 
 import os
@@ -9,11 +10,11 @@ import time
 from pathlib import Path
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ratplus_exp.stages import UserError, run
+from ratplus_exp.config import validate
 
 CONF = Path(__file__).parent / "conf"  # a link to the checkout's conf/; in a wheel, a copy
 WAIT = 3.0  # seconds; torchrun looks after its processes ten times a second
@@ -22,36 +23,57 @@ WAIT = 3.0  # seconds; torchrun looks after its processes ten times a second
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
     try:
+        validate(cfg)
+        from ratplus_exp.stages import run
+
         run(cfg)
-    except (*UserError, OmegaConfBaseException) as error:
+    except (ValueError, OSError, OmegaConfBaseException) as error:
         fail(error)
 
 
 def fail(error: BaseException) -> None:
     """One line that says what is wrong and what to do, and an exit code that is not zero."""
-    message = str(error)
-    if missing := getattr(error, "missing_cfg_file", None):
-        group, _, option = str(missing).partition("/")
-        folder = CONF / group
-        options = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
-        message = f"there is no {group} {option}: choose one of {', '.join(options)}"
-        if "submitit" in option:
-            message = "SLURM launchers need a package: pip install -e '.[slurm]'"
-        if group == "budget":
-            message += "; or set budget.fraction, for instance budget.fraction=3/4"
-    elif isinstance(error, FileNotFoundError) and error.filename:
-        message = f"there is no {error.filename}: check the path"
-    elif isinstance(error, OSError) and error.filename:
-        message = f"cannot use {error.filename} ({error.strerror}): for an output, set output=DIR"
-    elif error.__cause__ is not None:
-        message = f"{message}: {error.__cause__}"
     where = ""
     if (rank := os.environ.get("RANK", "0")) != "0":
         # Most errors are every process's. The first then says it, and torchrun or srun ends the
         # others while they wait; what is wrong with one of them alone is said by that one.
         time.sleep(WAIT)
         where = f" on rank {rank}"
-    sys.exit(f"error{where}: " + " ".join(message.split()))
+    sys.exit(f"error{where}: " + " ".join(message_of(error).split()))
+
+
+def message_of(error: BaseException) -> str:
+    """What an error says to a user."""
+    if missing := getattr(error, "missing_cfg_file", None):
+        return _no_option(*str(missing).partition("/")[::2])
+    if str(error).startswith("Config group override must be"):
+        return "a group has no such option: use one of them by its name, as in method=quest"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read {error.override!r}: write name=value, and quote a value with other signs "
+            "than letters, digits and ._/-+: 'name=\"value\"'"
+        )
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"there is no {error.filename}: check the path"
+    if isinstance(error, OSError) and error.strerror:
+        where = error.filename or "a file"
+        return f"cannot use {where} ({error.strerror}): for an output, set output=DIR"
+    cause = error.__cause__
+    if isinstance(parent := getattr(cause, "parent_node", None), DictConfig):
+        where = str(parent._get_full_key("")) or "the configuration"
+        known = ", ".join(str(name) for name in parent if name != "hydra")
+        return f"{where}: there is no field {getattr(cause, 'key', '')!r}: use one of {known}"
+    return f"{error}: {cause}" if cause and isinstance(error, HydraException) else str(error)
+
+
+def _no_option(group: str, option: str) -> str:
+    folder = CONF / group
+    options = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+    if not option or not options:
+        return f"there is no configuration {group}: leave --config-name out"
+    if "submitit" in option:
+        return "SLURM launchers need a package: pip install -e '.[slurm]'"
+    return f"there is no {group} {option}: choose one of {', '.join(options)}"
 
 
 def command() -> None:
@@ -61,5 +83,8 @@ def command() -> None:
         sys.argv += ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled"]
     try:
         main()
-    except (*UserError, HydraException, OmegaConfBaseException) as error:
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -22,7 +22,7 @@ def provenance(config: dict[str, Any]) -> dict[str, Any]:
     """What is stored beside every result."""
     return {
         "config": config,
-        "command": " ".join((*_program(sys.argv[0]), *sys.argv[1:])),
+        "command": _public(" ".join((*_program(sys.argv[0]), *sys.argv[1:]))),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
@@ -36,6 +36,11 @@ def _program(path: str) -> tuple[str, ...]:
     """Of a script, "python script.py"; of an installed command, its name."""
     name = Path(path).name
     return ("python", name) if name.endswith(".py") else (name,)
+
+
+def _public(text: str) -> str:
+    """Without the folders of this machine."""
+    return text.replace(f"{REPOSITORY}/", "").replace(str(Path.home()), "~")
 
 
 @cache

@@ -27,7 +27,8 @@ def tracked(cfg: DictConfig, folder: Path) -> Iterator[wandb.Run]:
     """
     job = HydraConfig.get()
     multirun = Path(job.sweep.dir).name if job.mode == RunMode.MULTIRUN else None
-    group = cfg.tracking.group or multirun or job.runtime.choices.get("experiment")
+    experiment = job.runtime.choices.get("experiment")  # one, or a list of them
+    group = cfg.tracking.group or multirun or (experiment and str(experiment))
     settings = wandb.Settings(silent=True, console="off")
     name = f"{cfg.stage.name}-{cfg.model.name}-{cfg.method.name}-seed{cfg.seed}"
     run = wandb.init(

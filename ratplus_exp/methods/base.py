@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from ratplus_exp.settings import BlockSettings, Positive, Settings, Whole
 from ratplus_kernels import Blocks
 
 Unit = Literal["block", "token"]
@@ -21,7 +22,7 @@ PREFILL = ("attend_prefill", "pattern")  # what makes a prefill a method's own
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Settings):
     """A way to attend. The base class is dense attention: it selects nothing.
 
     Class attributes say what a method is; the engine branches on them alone.
@@ -35,8 +36,8 @@ class Method:
     unit: ClassVar[Unit] = "token"
     phase: ClassVar[Phase | None] = None
 
-    block_size: int = 1
-    top_k: int = 0
+    block_size: Positive = 1
+    top_k: Whole = 0
 
     def represent(self, keys: Tensor) -> Tensor:
         """Candidates' representations r_i of Eq. 3.
@@ -131,7 +132,7 @@ class Dense(Method):
 
 
 @dataclass(frozen=True)
-class BlockMethod(Method):
+class BlockMethod(BlockSettings, Method):
     """Selects blocks of the context; the first and the query's own block are always among them.
 
     P1: "Quest and MoBA always include the first block and the local (current) block". They count
@@ -139,9 +140,6 @@ class BlockMethod(Method):
     """
 
     unit: ClassVar[Unit] = "block"
-
-    block_size: int = 64
-    top_k: int = 16
 
     @property
     def forced(self) -> int:

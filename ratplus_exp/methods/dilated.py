@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ratplus_exp.methods.attention import attend
 from ratplus_exp.methods.base import Method
+from ratplus_exp.settings import DilatedSettings
 
 CHUNK = 64  # queries of a chunk, which share their keys
 AT_ONCE = 64  # chunks that attend in one call
@@ -20,26 +21,12 @@ Position = TypeVar("Position", int, Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dilated(Method):
+class Dilated(DilatedSettings, Method):
     """Query t sees position j <= t when (j + 1) mod D = 0, or t − j <= W, or j < I.
 
     By default a query sees itself and every D-th position, as in the joint training of all of P2's
     RAT+ models: what lies between must come through the memory.
-
-    dilation: D; 0 leaves only the local window and the initial positions, which is how P2 trains
-        the attention twin of a jointly trained RAT+.
-    local: W, how far back the local window reaches.
-    initial: I, the number of initial positions that every query sees.
     """
-
-    dilation: int = 64
-    local: int = 0
-    initial: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("dilation", "local", "initial"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"dilated attention: {name} is {value}: use at least 0")
 
     def fraction(self, length: int) -> Fraction:
         """1/D, as P2 counts, which leaves the local window and the initial positions out."""

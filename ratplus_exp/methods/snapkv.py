@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 import ratplus_kernels
 from ratplus_exp.methods.base import Method, Phase
+from ratplus_exp.settings import SnapKVSettings
 
 
 @dataclass(frozen=True)
-class SnapKV(Method):
+class SnapKV(SnapKVSettings, Method):
     """Scores tokens by the attention mass that the last `window` prompt queries give them.
 
     The mass is smoothed over neighbouring positions ("avg" with kernel 5 or "max" with kernel 7 in
@@ -22,11 +23,6 @@ class SnapKV(Method):
     """
 
     phase: ClassVar[Phase | None] = "once"
-
-    top_k: int = 1024
-    window: int = 64
-    pooling: Literal["avg", "max", "none"] = "avg"
-    kernel: int = 5
 
     @property
     def forced(self) -> int:
@@ -51,12 +47,3 @@ class SnapKV(Method):
             return mass
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         return pool(mass, self.kernel, stride=1, padding=self.kernel // 2)
-
-    def validate(self) -> None:
-        super().validate()
-        if self.window < 1:
-            raise ValueError(f"method.window={self.window} is too small: use at least 1")
-        if self.pooling not in ("avg", "max", "none"):
-            raise ValueError(f"method.pooling={self.pooling} is unknown: use avg, max or none")
-        if self.kernel % 2 == 0:
-            raise ValueError(f"SnapKV's pooling kernel must be odd, got {self.kernel}")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -22,18 +25,20 @@ from ratplus_exp.provenance import sha256
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of large models, whose weights are several files
+INTERFACE = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+LOCAL: Any = {"local_files_only": True, "trust_remote_code": False}  # a folder's code is never run
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of a model's weights: one, or those that its index names."""
-    if not (path / INDEX).is_file():
+    """The files of a model's weights that are loaded: one, or else those that its index names."""
+    if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
         return [path / WEIGHTS]
     try:
         names = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-    except (ValueError, KeyError):
+        return [path / Path(name).name for name in sorted(set(names))]
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path / INDEX} is no index of weights: restore the file") from None
-    return [path / name for name in sorted(set(names))]
 
 
 def weights_digest(path: Path) -> str:
@@ -58,10 +63,9 @@ def check_model(path: Path, expected_sha256: str | None, backbone: str) -> str:
                 f"there is no {file.name} in {path}: set model.path, or train the model first "
                 "(docs/models.md); the pocket models are in a clone of the repository"
             )
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path / 'config.json'} is not JSON: restore the file") from None
+    config = read_config(path)
+    if "quantization_config" in config:
+        raise ValueError(f"the model in {path} is quantised: use its weights in fp32, fp16 or bf16")
     memory = bool(config.get("memory"))  # a stock config says nothing of it
     if memory != (backbone == "ratplus"):
         raise ValueError(
@@ -77,10 +81,41 @@ def check_model(path: Path, expected_sha256: str | None, backbone: str) -> str:
     return digest
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """A model's config.json; ValueError where it is none."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is no configuration in JSON: restore the file")
+    return config
+
+
+def load_config(path: Path) -> PretrainedConfig:
+    """The configuration of the model in a folder, in its family's class."""
+    return AutoConfig.from_pretrained(path, **LOCAL)
+
+
+def check_length(path: Path, length: int) -> None:
+    """ValueError for contexts of more tokens than the model in a folder has positions for."""
+    positions = read_config(path).get("max_position_embeddings")
+    if isinstance(positions, int) and length > positions:
+        raise ValueError(
+            f"data.length={length} is more than the {positions} positions of the model in {path}: "
+            "lower it, or choose data of the model's tier"
+        )
+
+
 def interface_digest(path: Path) -> str:
-    """One digest of what turns text into the model's input and weights into the model."""
-    files = [file for file in (path / "config.json", path / "tokenizer.json") if file.exists()]
-    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+    """One digest of what turns text into the model's input and weights into the model.
+
+    generation_config.json is not among it: `load_model` leaves its suggestions out.
+    """
+    files = [path / name for name in INTERFACE if (path / name).exists()]
+    lines = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def dtype_on(device: torch.device) -> torch.dtype:
@@ -92,14 +127,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a model's folder; ValueError where it is broken or doesn't fit the model."""
     if not (path / "config.json").is_file():
         raise ValueError(f"there is no model in {path}: train it first, or name another folder")
-    vocab_size = json.loads((path / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    return read_tokenizer(path, vocab_size)
+    return read_tokenizer(path, read_config(path).get("vocab_size"))
 
 
 def read_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer in a folder, for a model with vocab_size embeddings; it pads on the left."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, **LOCAL)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         text = " ".join(str(error).split())[:120]
         raise ValueError(f"the tokenizer in {path} is broken ({text}): restore its files") from None
@@ -125,18 +159,38 @@ def load_model(path: Path, device: torch.device) -> PreTrainedModel:
     It decodes greedily: penalties and temperatures that its folder suggests are left out.
     """
     disable_progress_bar()  # a file of a few seconds; the stages show their own
+    for file in weight_files(path):
+        _check_dtypes(file)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype_on(device), local_files_only=True, output_loading_info=True
+            path,
+            dtype=dtype_on(device),
+            use_safetensors=True,
+            output_loading_info=True,
+            **LOCAL,
         )
-    except SafetensorError as error:
-        raise ValueError(
-            f"{weight_files(path)[0]} is damaged ({error}): restore the file"
-        ) from None
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"the weights in {path} lack {', '.join(missing)}: restore its files")
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(f"the model in {path} cannot be loaded ({text}): restore it") from None
+    for kind, what in (("missing_keys", "lack"), ("unexpected_keys", "belie config.json, with")):
+        if names := ", ".join(sorted(report[kind])[:4]):
+            raise ValueError(f"the weights in {path} {what} {names}: restore its files")
     suggested = model.generation_config
     model.generation_config = GenerationConfig(
         **{name: getattr(suggested, name) for name in SPECIAL_TOKENS}
     )
-    return carry(model).to(device).eval()
+    model = carry(model).to(device).eval()
+    for name, weight in model.named_parameters():
+        if not weight.detach().sum().isfinite():
+            raise ValueError(f"{name} in {path} is not finite: restore the weights")
+    return model
+
+
+def _check_dtypes(file: Path) -> None:
+    try:
+        with safe_open(file, "pt") as weights:
+            kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): restore the file") from None
+    if unfit := kinds - {"F64", "F32", "F16", "BF16"}:
+        raise ValueError(f"{file} has weights in {min(unfit)}: use them in fp32, fp16 or bf16")

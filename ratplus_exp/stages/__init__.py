@@ -1,5 +1,5 @@
 """What `run.py` can do: one file a stage, each a function of the composed configuration."""
 
-from ratplus_exp.stages.common import UserError, run
+from ratplus_exp.stages.common import run
 
-__all__ = ["UserError", "run"]
+__all__ = ["run"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from ratplus_exp.analysis import SCORERS, Estimate, resample, sample_scores
 from ratplus_exp.report import Table
@@ -19,10 +19,6 @@ from ratplus_exp.stages.sweep import run_table
 
 def run(cfg: DictConfig) -> None:
     """Run the cells that are missing, and print and write the table."""
-    for field, least, example in (("models", 2, "first,second"), ("methods", 1, "quest")):
-        names = cfg.stage[field]
-        if not isinstance(names, ListConfig) or len(names) < least:
-            raise ValueError(f"stage=ablation compares models: set stage.{field}=[{example}]")
     run_table(cfg, lambda _, cells: _table(cfg, sample_scores(cells)))
 
 
@@ -48,7 +44,7 @@ def _table(cfg: DictConfig, samples: pd.DataFrame) -> Table:
         ("Model", *names),
         rows,
         group=0,
-        budget=cfg.budget.fraction,
+        budget=str(cfg.budget),
         tier=cfg.model.tier,
         count=len(cfg.data.tasks),
         first_model=models[0],

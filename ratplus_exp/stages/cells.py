@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from omegaconf import DictConfig
-from transformers import AutoConfig
 
 from ratplus_exp import provenance
 from ratplus_exp.config import (
@@ -23,7 +22,14 @@ from ratplus_exp.config import (
     validate_method,
 )
 from ratplus_exp.methods import Method, Oracle, Random, Selector, TopK
-from ratplus_exp.models.loading import check_model, dtype_on, interface_digest, weight_files
+from ratplus_exp.models.loading import (
+    check_length,
+    check_model,
+    dtype_on,
+    interface_digest,
+    load_config,
+    weight_files,
+)
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.stages.common import device_of, resolve, store_of
 from ratplus_exp.stages.samples import ruler_files
@@ -92,6 +98,7 @@ class Job:
         files = [file for file in weight_files(self.path) if file.exists()]
         stamp = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
         digest = _digest(self.path, expected_sha256(cfg.model), cfg.model.backbone, stamp)
+        check_length(self.path, cfg.data.length)
         return {
             "stage": cfg.stage.name,
             "tier": cfg.model.tier,
@@ -117,7 +124,7 @@ class Job:
         heads = oracle_heads(self.cfg)
         if not heads:
             return ""
-        model = AutoConfig.from_pretrained(self.path)
+        model = load_config(self.path)
         shared = self.method.phase == "once"
         count = model.num_key_value_heads if shared else model.num_attention_heads
         for layer, head in heads:

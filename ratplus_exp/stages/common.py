@@ -15,8 +15,7 @@ from omegaconf import DictConfig, open_dict
 from ratplus_exp import provenance
 from ratplus_exp.config import expected_sha256, validate
 from ratplus_exp.models.loading import check_model
-from ratplus_exp.store import Store, StoreBusy
-from ratplus_exp.training import LossDiverged, Stopped
+from ratplus_exp.store import Store
 from ratplus_exp.training.parallel import local_rank, world_size
 
 STAGES = {
@@ -36,9 +35,6 @@ STAGES = {
 
 SHARED = ("pretrain", "continued_pretrain", "sft", "eval", "hit_rate")
 """The stages that several processes share; the others run in one."""
-
-UserError = (ValueError, OSError, StoreBusy, LossDiverged, Stopped)
-"""What a user can cause: shown as one line, without a traceback."""
 
 
 def run(cfg: DictConfig) -> None:
@@ -148,10 +144,9 @@ def device_of(cfg: DictConfig) -> torch.device:
 
 
 def _named_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device={name} is unknown: use auto, cpu or cuda") from None
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name}: there is no GPU that torch can use; use device=cpu")
+    if (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise ValueError(f"device={name}: there is no such GPU; use device=cuda")
     return device

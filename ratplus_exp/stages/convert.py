@@ -15,7 +15,7 @@ from ratplus_exp.models.loading import (
 )
 from ratplus_exp.models.p2_checkpoint import from_p2, read_p2
 from ratplus_exp.stages.common import resolve
-from ratplus_exp.stages.train import dtype_named, save_model
+from ratplus_exp.stages.train import save_model
 
 
 def run(cfg: DictConfig) -> None:
@@ -38,7 +38,7 @@ def run(cfg: DictConfig) -> None:
             setattr(config, name, getattr(tokenizer, name))
     state = from_p2(read_p2(resolve(cfg.checkpoint)), config)
     if cfg.stage.dtype:
-        state = {name: tensor.to(dtype_named(cfg.stage.dtype)) for name, tensor in state.items()}
+        state = {name: tensor.to(getattr(torch, cfg.stage.dtype)) for name, tensor in state.items()}
     with torch.device("meta"):
         model = RatPlusForCausalLM(config)
     model.load_state_dict(state, assign=True)

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from transformers import AutoConfig
 
 from ratplus_exp import cost
 from ratplus_exp.config import build, forms_of, plain, validate_method
 from ratplus_exp.cost import Shape
 from ratplus_exp.methods import Dilated
 from ratplus_exp.models.building import config_for, memory_config, new_model
+from ratplus_exp.models.loading import load_config
 from ratplus_exp.report import Table
 from ratplus_exp.stages.common import model_folder, resolve
 from ratplus_exp.stages.train import schedule_of
-from ratplus_exp.training import TrainSettings
+from ratplus_exp.training.settings import TrainSettings
 
 Rows = list[tuple[str, str]]
 BUDGETS = {"1": 1.0, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16, "1/64": 1 / 64}
@@ -52,11 +52,11 @@ def shape_of(cfg: DictConfig) -> Shape:
     memory, architecture = cfg.model.backbone == "ratplus", plain(cfg.model.architecture)
     folder = resolve(cfg.model.path)
     if (folder / "config.json").is_file():
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = load_config(folder)
     elif "hidden_size" in architecture:
         config = config_for(architecture, memory)
     else:
-        start = AutoConfig.from_pretrained(model_folder(cfg), local_files_only=True)
+        start = load_config(model_folder(cfg))
         config = memory_config(start, **architecture) if memory else start
     with torch.device("meta"):
         return Shape.of(new_model(config, seed=0))

@@ -52,7 +52,8 @@ def run(cfg: DictConfig) -> None:
         parts.append(pattern_section(evidence))
     for name, frame in (("cells", evidence.cells), ("hit_rates", evidence.rates)):
         if len(frame) or name == "cells":
-            write_atomically(folder / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
+            text = frame.map(_not_a_formula).to_csv(index=False, lineterminator="\n")
+            write_atomically(folder / f"{name}.csv", text)
     _write_provenance(evidence.used, folder)
     for table in (table for part in parts for table in part.tables):
         print(table.to_text())
@@ -85,7 +86,7 @@ def gather(cfg: DictConfig) -> Evidence:
         where["model"] = [model.name for model in models]
         where["training"] = [model.training for model in models]
         where["checkpoint"] = [checkpoint_of(model)[:16] for model in models]
-    where |= plain(cfg.stage.where)
+    where |= plain(cfg.stage.where) if cfg.stage.where else {}
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     evidence = Evidence.read(
         store,
@@ -133,6 +134,11 @@ def _page(
         model_section(evidence, _settings(cfg)),
         Section("What it cost", tables=(cost_table(cost(evidence.used)),)),
     ]
+
+
+def _not_a_formula(value: Any) -> Any:
+    """What a spreadsheet takes for text, whoever named it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@")) else value
 
 
 def _settings(cfg: DictConfig) -> str:

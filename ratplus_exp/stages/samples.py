@@ -15,6 +15,7 @@ from ratplus_exp.stages.common import device_of, resolve
 from ratplus_exp.tasks import NIAH, TASKS, Sample, read_jsonl
 from ratplus_exp.tasks.niah import sample_name
 from ratplus_exp.tasks.prompts import prompts_of
+from ratplus_exp.tasks.sample import target
 from ratplus_exp.training.parallel import cores, local_world_size
 
 MOST_MAKERS = 4  # of prompts: 15 ms each at 4096 tokens is less than a GPU takes for one
@@ -30,7 +31,8 @@ class Samples:
     def __init__(self, cfg: DictConfig, tokenizer: Any) -> None:
         forms = forms_of(cfg)
         essay = str(resolve(cfg.data.essay)) if cfg.data.essay else None
-        self.seed, self.tokenizer, self.device = cfg.seed, tokenizer, device_of(cfg)
+        self.seed, self.tokenizer, self.reserve = cfg.seed, tokenizer, forms.reserve
+        self.device = device_of(cfg)
         niah = NIAH(tokenizer, cfg.data.length, forms, essay)
         self.prompts = prompts_of(niah, cfg.seed, _makers(self.device))
         self.read: dict[str, list[Sample]] = {}
@@ -40,7 +42,25 @@ class Samples:
                 raise ValueError(f"{file} has {found} samples: set data.examples={found}")
 
     def __call__(self, task: str, index: int) -> Sample:
-        return self.read[task][index] if self.read else self.prompts(task, index)
+        sample = self.read[task][index] if self.read else self.prompts(task, index)
+        if index == 0:
+            self._check(sample)
+        return sample
+
+    def _check(self, sample: Sample) -> None:
+        """ValueError for a task that the model can't solve, whatever it has learnt."""
+        answer = len(self.tokenizer(target(sample), add_special_tokens=False).input_ids)
+        if answer > self.reserve:
+            raise ValueError(
+                f"{sample.id}: the answer has {answer} tokens, but data.forms.reserve keeps "
+                f"{self.reserve} free for it: raise it"
+            )
+        unknown = sample.input_ids.count(self.tokenizer.unk_token_id)
+        if unknown > 0.05 * sample.length:
+            raise ValueError(
+                f"{sample.id}: {unknown} of {sample.length} tokens are unknown to the model's "
+                "tokenizer: choose the data of the model's tier, for instance data=pocket"
+            )
 
     def id(self, task: str, index: int) -> str:
         """A sample's id, without making the sample."""

@@ -105,7 +105,7 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
                 job[field] = entry[field]
         job.data.examples = min(cfg.data.examples, entry.get("examples", cfg.data.examples))
         if "budget" in entry:
-            job.budget.fraction = entry["budget"]
+            job.budget = entry["budget"]
         if blocks := entry.get("blocks"):
             if cfg.data.length % blocks:
                 raise ValueError(

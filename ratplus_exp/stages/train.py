@@ -41,10 +41,10 @@ from ratplus_exp.tasks import pocket_tokenizer
 from ratplus_exp.tasks.answers import Answers
 from ratplus_exp.tasks.facts import Facts
 from ratplus_exp.tracking import tracked
-from ratplus_exp.training import Schedule, Trainer, TrainSettings
 from ratplus_exp.training.batches import BatchOf
 from ratplus_exp.training.checkpoint import Checkpoints
 from ratplus_exp.training.corpus import Corpus
+from ratplus_exp.training.loop import Trainer
 from ratplus_exp.training.parallel import (
     barrier,
     from_first,
@@ -54,6 +54,7 @@ from ratplus_exp.training.parallel import (
     world_size,
 )
 from ratplus_exp.training.precision import fastest
+from ratplus_exp.training.settings import Schedule, TrainSettings
 
 # What a training may be continued with a change of.
 RATES = ("lr", "memory_lr", "spike", "log_every", "checkpoint_every")
@@ -64,8 +65,6 @@ OWN = ("folder", "optimizer", "workers")  # of a stage: not compared, or apart
 def pretrain(cfg: DictConfig) -> None:
     """Next-token training on generated text: from scratch, or from `stage.init`."""
     tokenizer = _tokenizer(cfg)
-    _at_least("stage.drill_tokens", cfg.stage.drill_tokens, 0)
-    _at_least("stage.tokens_per_step", cfg.stage.tokens_per_step, 1)
     stage = cfg.stage
     facts = Facts(
         tokenizer,
@@ -110,7 +109,7 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
     sparse = build(Dilated, plain(cfg.stage.joint), "stage.joint") if cfg.stage.joint else None
     schedule.check(world_size())
     device = device_of(cfg)
-    dtype = dtype_named(cfg.stage.dtype) if cfg.stage.dtype else None
+    dtype = getattr(torch, cfg.stage.dtype) if cfg.stage.dtype else None
     steps = cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step
     _refuse_other_settings(cfg, folder)
     with locked(folder) if rank() == 0 else nullcontext():
@@ -150,20 +149,8 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
 
 
 def schedule_of(cfg: DictConfig) -> Schedule:
-    """stage.schedule and the other lengths of a training; ValueError where one can't be meant."""
-    _at_least("stage.sparse_only_tokens", cfg.stage.sparse_only_tokens, 0)
-    for name, value in plain(cfg.model.architecture).items():
-        if name.endswith(("_size", "_dim")) or name.startswith("num_"):
-            _at_least(f"model.architecture.{name}", value, 1)
-    stages = plain(cfg.stage)["schedule"]
-    if not isinstance(stages, list) or not all(isinstance(stage, list) for stage in stages):
-        raise ValueError(f"stage.schedule is {stages}: write [[tokens, length], …]")
-    return Schedule([tuple(stage) for stage in stages], cfg.stage.tokens_per_step)
-
-
-def _at_least(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value}: use a whole number, at least {least}")
+    """stage.schedule in steps of stage.tokens_per_step."""
+    return Schedule([tuple(part) for part in cfg.stage.schedule], cfg.stage.tokens_per_step)
 
 
 def save_model(
@@ -179,14 +166,6 @@ def save_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     os.replace(partial, target)
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """torch's dtype of stage.dtype."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"stage.dtype={name} is unknown: use bfloat16, float32 or null")
-    return dtype
 
 
 def _tokenizer(cfg: DictConfig) -> Tokenizer:
@@ -260,7 +239,7 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
         )
 
 
-def _precision(model: PreTrainedModel, device: torch.device, folder: Path) -> str:
+def _precision(model: PreTrainedModel, device: torch.device, folder: Path) -> Any:
     """What the training in the folder began with, or what is fastest here."""
     if past := _past(folder):
         return past[0]["precision"]

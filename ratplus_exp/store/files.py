@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class StoreBusy(RuntimeError):
+class StoreBusy(OSError):
     """Another process is writing this folder."""
 
 

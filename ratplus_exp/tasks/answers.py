@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ratplus_exp.tasks.facts import IGNORE, Batch
 from ratplus_exp.tasks.forms import Forms
-from ratplus_exp.tasks.niah import NIAH, TASKS
+from ratplus_exp.tasks.niah import NIAH
 from ratplus_exp.tasks.sample import target_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,16 +27,6 @@ class Answers:
     forms: Forms
     essay: str | None
     mixture: dict[str, float]
-
-    def __post_init__(self) -> None:
-        for task, weight in self.mixture.items():
-            if task not in TASKS or not isinstance(weight, int | float) or not 0 <= weight < inf:
-                raise ValueError(
-                    f"mixture gives {task} the weight {weight}: use 0 or positive numbers, for "
-                    f"{', '.join(TASKS)}"
-                )
-        if not any(self.mixture.values()):
-            raise ValueError("mixture is empty or all 0: give some task a positive weight")
 
     def batch(self, seed: int, step: int, batch: int, length: int) -> Batch:
         """Token ids and labels (already those of the next token), both (batch, length) int64."""

@@ -13,13 +13,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ratplus_exp.tasks import prose
 from ratplus_exp.tasks.forms import Forms, singular
 from ratplus_exp.tasks.niah import Draw, seeded_random
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Batch = tuple[np.ndarray, np.ndarray]  # token ids and next-token labels, (batch, length)
 IGNORE = -100  # the label of tokens that are not in the loss
@@ -53,12 +56,6 @@ class Facts:
     drill_steps: int = 0
     list_rate: float = 0.0
     styles: tuple[Forms, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("other_rate", "several_rate"):
-            rate = getattr(self, name)
-            if not isinstance(rate, int | float) or not 0 <= rate <= 1:
-                raise ValueError(f"{name} is {rate}: use a share from 0 to 1")
 
     @cached_property
     def _fact_sizes(self) -> dict[tuple[Forms, str, str], int]:

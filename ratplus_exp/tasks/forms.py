@@ -11,80 +11,76 @@ import uuid
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from ratplus_exp.settings import Positive, Settings, matching
 from ratplus_exp.tasks import prose
 
-_CHOICES = {
-    "key_words": ("pair", "noun"),
-    "uuid": ("uuid4", "hex", "short"),
-    "answer_order": ("creation", "document", "question"),
-}
 _FIELDS = {
     "needle": ({"key", "value"}, {"type_needle_v"}),
     "template": ({"context", "query"}, {"type_needle_v"}),
     "answer_prefix": (set(), {"type_needle_v", "query"}),
 }
 
+Words = Annotated[str, Field(max_length=100_000)]
+Sentence = Annotated[
+    Words,
+    matching(r"\s*[^\0-\x1f\x7f\s][^\0-\x1f\x7f]*", "give the sentence that fills task S-1"),
+]
+
 
 @dataclass(frozen=True)
-class Forms:
+class Forms(Settings):
     """Texts and value formats of the NIAH tasks; `Forms()` is RULER.
 
     A prompt is `template` + `answer_prefix`, filled in. Where a sample has a single answer, both
     are put into the singular as RULER does. Raises ValueError, with the remedy, on a bad field.
     """
 
-    needle: str = "One of the special magic {type_needle_v} for {key} is: {value}."
-    template: str = (
+    needle: Words = "One of the special magic {type_needle_v} for {key} is: {value}."
+    template: Words = (
         "Some special magic {type_needle_v} are hidden within the following text. Make sure to"
         " memorize it. I will quiz you about the {type_needle_v} afterwards.\n{context}\nWhat are"
         " all the special magic {type_needle_v} for {query} mentioned in the provided text?"
     )
-    answer_prefix: str = (
+    answer_prefix: Words = (
         " The special magic {type_needle_v} for {query} mentioned in the provided text are"
     )
-    noise: str = (
-        "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-    )
-    separator: str = "\n"  # between the units of a noise or needle haystack
-    query_joiner: str = ", and "  # before the last of several queried keys; ', ' before the others
-    key_words: str = "pair"  # 'pair': adjective-noun; 'noun': one noun of 4 to 8 letters
-    key_count: int | None = None  # size of a fixed subset of the nouns; None: all of them
-    number_digits: int = 7
-    uuid: str = "uuid4"  # or 'hex': its 32 digits without the dashes; 'short': four bytes
+    noise: Annotated[
+        Words,
+        matching(r"\s*[^\0-\x1f\x7f\s][^\0-\x1f\x7f]*", "give the sentence that fills task S-1"),
+    ] = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+    separator: Words = "\n"  # between the units of a noise or needle haystack
+    query_joiner: Words = ", and "  # before the last queried key; ', ' before the others
+    key_words: Literal["pair", "noun"] = "pair"  # adjective-noun; or one noun of 4 to 8 letters
+    key_count: Positive | None = None  # size of a fixed subset of the nouns; None: all of them
+    number_digits: Annotated[int, Field(ge=2, le=18)] = 7
+    # 'hex': its 32 digits without the dashes; 'short': four bytes, as in 9f-3a-c0-1b.
+    uuid: Literal["uuid4", "hex", "short"] = "uuid4"
     lowercase: bool = False  # the whole prompt
     # RULER's; 'document': as the values stand in the prompt; 'question': as their keys are asked
     # for, the values of one key as they stand in the prompt.
-    answer_order: str = "creation"
-    reserve: int = 128  # tokens kept free for the answer
+    answer_order: Literal["creation", "document", "question"] = "creation"
+    reserve: Annotated[int, Field(ge=1, le=10**6)] = 128  # tokens kept free for the answer
 
     def __post_init__(self) -> None:
         for name, (needed, optional) in _FIELDS.items():
             found = _fields(name, getattr(self, name))
             if missing := needed - found:
-                raise ValueError(f"forms.{name} lacks {{{min(missing)}}}: add it to the text")
+                raise ValueError(f"{name} lacks {{{min(missing)}}}: add it to the text")
             if unknown := found - needed - optional:
                 raise ValueError(
-                    f"forms.{name} has the unknown field {{{min(unknown)}}}: use only"
+                    f"{name} has the unknown field {{{min(unknown)}}}: use only"
                     f" {', '.join(f'{{{field}}}' for field in sorted(needed | optional))}"
                 )
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"forms.{name} is {getattr(self, name)!r}: use {' or '.join(choices)}"
-                )
-        if not self.noise.strip():
-            raise ValueError("forms.noise is empty: give the sentence that fills task S-1")
-        if self.number_digits < 2:
-            raise ValueError(f"forms.number_digits is {self.number_digits}: use at least 2")
-        if self.reserve < 1:
-            raise ValueError(f"forms.reserve is {self.reserve}: keep at least 1 token free")
         if self.key_count is not None:
             if self.key_words != "noun":
-                raise ValueError("forms.key_count counts nouns: set key_words to noun or drop it")
+                raise ValueError("key_count counts nouns: set key_words to noun or drop it")
             available = len(_nouns(self.words))
-            if not 1 <= self.key_count <= available:
-                raise ValueError(f"forms.key_count is {self.key_count}: use 1 to {available}")
+            if self.key_count > available:
+                raise ValueError(f"key_count is {self.key_count}: use 1 to {available}")
 
     @cached_property
     def words(self) -> frozenset[str]:
@@ -155,6 +151,4 @@ def _fields(name: str, text: str) -> set[str]:
     try:
         return {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
     except ValueError as error:
-        raise ValueError(
-            f"forms.{name} is no format string ({error}): double literal braces"
-        ) from error
+        raise ValueError(f"{name} is no format string ({error}): double literal braces") from error

@@ -5,17 +5,21 @@ differs is on purpose: every sample depends on its own name alone, train and val
 value, and the haystack is sized for each prompt rather than once for all.
 """
 
+from __future__ import annotations
+
 import hashlib
 import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from ratplus_exp.tasks import prose
 from ratplus_exp.tasks.forms import Forms, singular
 from ratplus_exp.tasks.sample import Sample, make_sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ class NIAH:
         )
 
     def _units(
-        self, spec: TaskSpec, draw: "Draw", rng: random.Random
+        self, spec: TaskSpec, draw: Draw, rng: random.Random
     ) -> Callable[[int], Sequence[str]]:
         """The haystack as a function of its size; a larger one begins with the smaller."""
         if spec.haystack == "noise":

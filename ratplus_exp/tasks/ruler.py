@@ -1,12 +1,16 @@
 """RULER's own JSONL files: read as samples, and written in the same format."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from ratplus_exp.tasks.sample import Sample, make_sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _FIELDS = {
     "index": int,
@@ -33,7 +37,7 @@ def read_jsonl(
     try:
         lines = path.read_text("utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"RULER file {path} cannot be read: {error}") from error
+        raise ValueError(f"RULER file {path} cannot be read: {error}") from None
     samples = []
     for i, line in enumerate(lines):
         try:
@@ -47,7 +51,7 @@ def read_jsonl(
                     f" length {length}: generate the file for at most that length"
                 )
         except ValueError as error:
-            raise ValueError(f"{path}, line {i + 1}: {error}") from error
+            raise ValueError(f"{path}, line {i + 1}: {error}") from None
         samples.append(sample)
     return samples
 

@@ -4,11 +4,17 @@ A model of a million parameters cannot afford 32 000 embeddings. Its prompts are
 closed lists, so a word-level vocabulary of some 1 300 entries covers them without unknowns.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from ratplus_exp.tasks import prose
 from ratplus_exp.tasks.forms import Forms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"  # ids 0, 1 and 2; there is no BOS
 
@@ -39,6 +45,8 @@ def pocket_tokenizer(forms: Forms) -> PreTrainedTokenizerFast:
     pieces = (*marks, *octets, *(f" {piece}" for piece in (*octets, *words)))
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     assert len(vocabulary) == len(pieces), "a word looks like a byte"
+
+    from transformers import PreTrainedTokenizerFast  # seconds, which a mistyped word need not wait
 
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     backend.normalizer = normalizers.Sequence(

@@ -8,7 +8,7 @@ from collections import deque
 from ratplus_exp.training.checkpoint import Checkpoints
 
 
-class LossDiverged(RuntimeError):
+class LossDiverged(ValueError):
     """The loss is not finite or has jumped; the message names the last good checkpoint."""
 
 

@@ -36,7 +36,7 @@ from ratplus_exp.training.optimizer import adamw, set_learning_rates
 from ratplus_exp.training.settings import Batch, Schedule, TrainSettings
 
 
-class Stopped(RuntimeError):
+class Stopped(ValueError):
     """A signal ended the run at a step's end, after a checkpoint."""
 
 

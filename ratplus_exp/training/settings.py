@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
+
+from ratplus_exp.settings import OF_LIST, Amount, Below1, Positive, Rate, Settings, Share
 
 Kind = Literal["fsdp", "ddp"]
-CHOICES = {
-    "precision": ("auto", "fp32", "bf16"),
-    "decay": ("matrices", "all"),
-    "parallel": get_args(Kind),
-}
-BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
-    **dict.fromkeys(
-        ("lr", "memory_lr", "weight_decay"),
-        (lambda x: 0 <= x < math.inf, "0 or a positive number"),
-    ),
-    "min_lr_ratio": (lambda x: 0 <= x <= 1, "a share from 0 to 1"),
-    **dict.fromkeys(("warmup", "betas"), (lambda x: 0 <= x < 1, "numbers from 0 to less than 1")),
-    **dict.fromkeys(("clip", "peak_tflops"), (lambda x: x > 0, "a positive number")),
-    **dict.fromkeys(
-        ("rows_per_pass", "log_every", "checkpoint_every"), (lambda x: x >= 1, "at least 1")
-    ),
-    "spike": (lambda x: x > 1, "more than 1, for instance 2, or null"),
-}
+Precision = Literal["auto", "fp32", "bf16"]
 Batch = tuple[np.ndarray, np.ndarray]  # token ids and next-token labels, (rows, length)
 
 
@@ -37,15 +23,6 @@ class Schedule:
 
     stages: Sequence[tuple[int, int]]
     tokens_per_step: int
-
-    def __post_init__(self) -> None:
-        numbers = [self.tokens_per_step, *(number for stage in self.stages for number in stage)]
-        pairs = self.stages and all(len(stage) == 2 for stage in self.stages)
-        if not pairs or not all(type(number) is int and number > 0 for number in numbers):
-            raise ValueError(
-                f"the schedule is {list(self.stages)} in steps of {self.tokens_per_step} tokens: "
-                "use whole numbers from 1 on, [[tokens, length], …]"
-            )
 
     @property
     def steps(self) -> int:
@@ -76,7 +53,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Settings):
     """Optimizer and execution. lr is for all parameters but the memory's, which have memory_lr.
 
     rows_per_pass: rows that a process takes through the model at a time; its gradients are added up
@@ -91,35 +68,25 @@ class TrainSettings:
     peak_tflops: of one GPU, for the MFU; None: of the GPU at hand, where it is known.
     """
 
-    lr: float = 3e-3
-    memory_lr: float = 3e-3
-    min_lr_ratio: float = 0.1
-    warmup: float = 0.02
-    weight_decay: float = 0.1
-    decay: str = "matrices"
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    rows_per_pass: int | None = None
-    precision: str = "fp32"
-    spike: float | None = None
+    lr: Rate = 3e-3
+    memory_lr: Rate = 3e-3
+    min_lr_ratio: Share = 0.1
+    warmup: Below1 = 0.02
+    weight_decay: Rate = 0.1
+    decay: Literal["matrices", "all"] = "matrices"
+    betas: Annotated[tuple[Below1, Below1], OF_LIST] = (0.9, 0.95)
+    clip: Amount = 1.0
+    rows_per_pass: Positive | None = None
+    precision: Precision = "fp32"
+    spike: Annotated[float, Field(gt=1, le=1e9)] | None = None
     activation_checkpointing: bool = False
     compile: bool = False
     parallel: Kind = "fsdp"
-    peak_tflops: float | None = None
-    log_every: int = 20
-    checkpoint_every: int = 500
+    peak_tflops: Amount | None = None
+    log_every: Positive = 20
+    checkpoint_every: Positive = 500
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} is {value}: use one of {', '.join(choices)}")
-        for name, (allowed, what) in BOUNDS.items():
-            values = getattr(self, name)
-            for value in values if isinstance(values, tuple) else (values,):
-                if value is not None and not allowed(value):  # nothing holds of NaN
-                    raise ValueError(f"{name} is {value}: use {what}")
-        if len(self.betas) != 2:
-            raise ValueError(f"betas is {self.betas}: use two numbers")
         if self.checkpoint_every % self.log_every:  # a checkpoint holds no half-averaged row
             raise ValueError(
                 f"checkpoint_every ({self.checkpoint_every}) must be a multiple of log_every "

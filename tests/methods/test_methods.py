@@ -137,11 +137,6 @@ def test_what_selects_nothing_needs_no_budget():
     Dilated(top_k=0).validate()
 
 
-def test_an_even_pooling_kernel_is_refused():
-    with pytest.raises(ValueError, match="odd, got 4"):
-        SnapKV(kernel=4).validate()
-
-
 @pytest.mark.parametrize("method", [m for m in METHODS if isinstance(m, SnapKV)], ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_snapkv_stores_exactly_what_it_keeps(method, kv_heads):

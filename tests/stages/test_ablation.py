@@ -68,10 +68,10 @@ def test_only_samples_that_all_models_answered_count(job):
 @pytest.mark.parametrize(
     ("field", "problem"),
     [
-        ("stage.models=[pocket_ratplus]", r"set stage.models=\[first,second\]"),
-        ("stage.models=null", r"set stage.models=\[first,second\]"),
-        ("stage.models=pocket_ratplus", r"set stage.models=\[first,second\]"),
-        ("stage.methods=[]", r"set stage.methods=\[quest\]"),
+        ("stage.models=[pocket_ratplus]", "stage.models is .*use a list"),
+        ("stage.models=null", "stage.models is .*use a list"),
+        ("stage.models=pocket_ratplus", "stage.models is .*use a list"),
+        ("stage.methods=[]", "stage.methods is .*use a list"),
         ("stage.models=[small_ratplus,pocket_ratplus]", "set model=small_ratplus, and only models"),
     ],
 )
@@ -100,6 +100,6 @@ def test_variants_differ_from_ratplus_in_one_thing_each(job):
         assert variant.to_dict() | {"memory_on": "kv", "shared_gate": True} == ratplus.to_dict()
         assert plain(cfg.stage) == plain(recipe.stage) | {"folder": cfg.stage.folder}
         assert cfg.stage.folder == f"{job.folder}/training/{name}"
-        sft = job.compose("experiment=small_ratplus_sft", f"model={name}")
+        sft = job.compose("experiment=small_sft", f"model={name}")
         assert sft.stage.init == f"{cfg.stage.folder}/model"
         assert sft.model.path == f"{sft.stage.folder}/model"

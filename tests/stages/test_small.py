@@ -27,18 +27,20 @@ def test_the_attention_twin_has_twice_the_tokens_in_every_phase(job):
 
 @pytest.mark.parametrize("method", ["quest", "moba", "snapkv"])
 def test_the_geometry_is_the_papers(job, method):
-    cfg = job.compose("model=small_ratplus", f"method={method}", "budget=1/16")
-    validate(cfg)
+    with job.ready("model=small_ratplus", f"method={method}", "budget=1/16") as cfg:
+        validate(cfg)
     assert validate_method(cfg).top_k == {"quest": 4, "moba": 4, "snapkv": 256}[method]
     assert (cfg.data.length, cfg.data.block_size, cfg.data.examples) == (4096, 64, 500)
 
 
 def test_from_nothing_to_a_cell(job):
     """What `make small DRY=1` runs, but for worker processes and the report."""
-    for name in ("small_ratplus", "small_ratplus_sft"):
-        job(f"experiment={name}", "trial=small", "stage.workers=0")
+    drills = "stage.drill_tokens=1024"
+    job("experiment=[small_ratplus,small_trial_training]", "stage.workers=0", drills)
+    tuned = "experiment=[small_sft,small_trial_training]"
+    job(tuned, "model=small_ratplus", "stage.workers=0")
     log = (job.folder / "training/small_ratplus/log.jsonl").read_text().splitlines()
     assert [json.loads(row)["length"] for row in log] == [480, 480, 512, 512]
-    job("model=small_ratplus", "trial=small", "method=quest", "budget=1/16")
+    job("model=small_ratplus", "experiment=small_trial", "method=quest", "budget=1/16")
     cells = tidy(Store(job.folder / "results"))
     assert list(cells["tier"].unique()) == ["small"] and len(cells) == 2

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from ratplus_exp.analysis import tidy
 from ratplus_exp.stages import train as stage
 from ratplus_exp.store import Store, StoreBusy, locked
-from ratplus_exp.training import Trainer
+from ratplus_exp.training.loop import Trainer
 
 TINY = [
     "model.architecture.hidden_size=16",

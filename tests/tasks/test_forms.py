@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from ratplus_exp.settings import build
 from ratplus_exp.tasks import Forms
 from ratplus_exp.tasks.forms import wordlist
 from ratplus_exp.tasks.prose import VOCABULARY
@@ -84,16 +85,16 @@ def test_values_have_their_formats(pocket_forms):
         ({"needle": "{key} is it."}, "needle lacks {value}: add"),
         ({"needle": "{key} is {value} or {other}."}, "unknown field {other}: use only"),
         ({"needle": "{key} is {value}. {"}, "no format string"),
-        ({"key_words": "verb"}, "'verb': use pair or noun"),
-        ({"uuid": "long"}, "'long': use uuid4 or hex"),
-        ({"answer_order": "random"}, "use creation or document"),
-        ({"noise": " "}, "noise is empty"),
+        ({"key_words": "verb"}, "'verb': use one of pair, noun"),
+        ({"uuid": "long"}, "'long': use one of uuid4, hex, short"),
+        ({"answer_order": "random"}, "use one of creation, document"),
+        ({"noise": " "}, "give the sentence"),
         ({"number_digits": 1}, "at least 2"),
-        ({"reserve": 0}, "at least 1 token"),
+        ({"reserve": 0}, "at least 1"),
         ({"key_count": 5}, "set key_words to noun"),
         ({"key_words": "noun", "key_count": 10**6}, "use 1 to"),
     ],
 )
 def test_bad_field_names_the_remedy(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        Forms(**change)
+        build(Forms, change)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ratplus_exp.training import Schedule
 from ratplus_exp.training.batches import NICE, Batches
+from ratplus_exp.training.settings import Schedule
 
 SCHEDULE = Schedule([(96, 8), (32, 16)], 32)  # 3 steps of 4 × 8, one of 2 × 16
 pytestmark = pytest.mark.timeout(180)

@@ -10,7 +10,9 @@ from tiny_trainings import (
     train,
 )
 
-from ratplus_exp.training import LossDiverged, Schedule, Trainer
+from ratplus_exp.training.divergence import LossDiverged
+from ratplus_exp.training.loop import Trainer
+from ratplus_exp.training.settings import Schedule
 
 
 class Diverging(Trainer):

@@ -25,7 +25,8 @@ from tiny_trainings import (
 )
 
 from ratplus_exp.methods import Engine
-from ratplus_exp.training import Schedule, Stopped, Trainer, TrainSettings
+from ratplus_exp.training.loop import Stopped, Trainer
+from ratplus_exp.training.settings import Schedule, TrainSettings
 
 
 def cross_entropy(model, ids, labels, engine=None):

@@ -16,7 +16,8 @@ from tiny_trainings import (
     train,
 )
 
-from ratplus_exp.training import Schedule, Trainer
+from ratplus_exp.training.loop import Trainer
+from ratplus_exp.training.settings import Schedule
 
 
 def test_memory_moves_at_its_own_rate(make_model, tmp_path):

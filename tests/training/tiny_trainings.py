@@ -6,7 +6,8 @@ import numpy as np
 
 from ratplus_exp.memory import Memory
 from ratplus_exp.methods import Dilated
-from ratplus_exp.training import Schedule, Trainer, TrainSettings
+from ratplus_exp.training.loop import Trainer
+from ratplus_exp.training.settings import Schedule, TrainSettings
 
 DILATED = Dilated(dilation=4)
 SCHEDULE = Schedule([(6 * 48, 12), (4 * 48, 16)], 48)  # 6 steps of 4 × 12 tokens, 4 of 3 × 16

@@ -16,8 +16,9 @@ import torch
 
 from ratplus_exp.methods import Dilated
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
-from ratplus_exp.training import Schedule, Stopped, Trainer, TrainSettings
+from ratplus_exp.training.loop import Stopped, Trainer
 from ratplus_exp.training.parallel import processes, rank, whole_state_dict
+from ratplus_exp.training.settings import Schedule, TrainSettings
 
 SCHEDULE = Schedule([(10 * 48, 12)], 48)  # 10 steps of 4 × 12 tokens
 

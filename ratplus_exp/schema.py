@@ -1,0 +1,363 @@
+"""Every field of the configuration, with its type, bounds and default (`settings.build`).
+
+The defaults of the root are Hydra's; a stage's stand in conf/stage, and its class says what they
+may be.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from omegaconf import MISSING
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from ratplus_exp.budget import Budget
+from ratplus_exp.settings import (
+    OF_LIST,
+    Amount,
+    BlockSettings,
+    DilatedSettings,
+    Distinct,
+    Length,
+    Name,
+    NoSettings,
+    Positive,
+    Processes,
+    Rate,
+    Seed,
+    Settings,
+    Share,
+    SnapKVSettings,
+    Text,
+    Tokens,
+    Whole,
+    matching,
+)
+from ratplus_exp.tasks import TASKS, Forms
+from ratplus_exp.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    Task = str
+else:
+    Task = Literal[tuple(TASKS)]
+
+
+def _fraction(value: Any) -> str:
+    if not re.fullmatch(r"\d{1,9}(/\d{1,9})?|\d?\.\d{1,12}", str(value)):
+        raise ValueError("write it as 1/16")
+    return str(Budget.parse(str(value)))
+
+
+Selector = Literal["topk", "random", "oracle"]
+FirstToken = Literal["prefill", "decode"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Scorer = Literal["exact", "substring"]
+Output = Literal["table2", "table3", "table4", "table5", "fig1", "fig2", "fig3", "fig4", "report"]
+Digest = Annotated[str, matching("[0-9a-f]{64}", "use a sha256, 64 hexadecimal digits, or null")]
+Fraction = Annotated[str, BeforeValidator(_fraction)]
+Head = Annotated[str, matching(r"\d{1,6}-\d{1,6}", "write layer-head, as in [1-0,1-3]")]
+Batch = Annotated[int, Field(ge=1, le=100_000)]
+Examples = Annotated[int, Field(ge=1, le=10**6)]
+Device = Annotated[str, matching(r"auto|cpu|cuda(:\d\d?)?", "use auto, cpu or cuda")]
+Names = Annotated[list[Name], Distinct]
+Seeds = Annotated[list[Seed], Field(min_length=1), Distinct]
+Lengths = Annotated[tuple[Amount, Amount], OF_LIST]
+
+
+def _not_empty(cells: dict[str, Grid]) -> dict[str, Grid]:
+    if not cells:
+        raise ValueError("choose what it runs, as in experiment=table3")
+    return cells
+
+
+def _nothing() -> Any:
+    """The defaults of a class stay out of the configuration."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Settings):
+    """Fields of Hugging Face's configs, and of the memory (`models.RatPlusConfig`)."""
+
+    model_type: Name | None = None
+    vocab_size: Positive | None = None
+    hidden_size: Positive | None = None
+    intermediate_size: Positive | None = None
+    num_hidden_layers: Positive | None = None
+    num_attention_heads: Positive | None = None
+    num_key_value_heads: Positive | None = None
+    head_dim: Positive | None = None
+    max_position_embeddings: Positive | None = None
+    rope_theta: Amount | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
+    initializer_range: Share | None = None
+    hidden_act: Name | None = None
+    tie_word_embeddings: bool | None = None
+    attention_bias: bool | None = None
+    attention_dropout: Share | None = None
+    mlp_bias: bool | None = None
+    sliding_window: Positive | None = None
+    use_sliding_window: bool | None = None
+    max_window_layers: Whole | None = None
+    layer_types: list[Name] | None = None
+    bos_token_id: Whole | None = None
+    eos_token_id: Whole | None = None
+    pad_token_id: Whole | None = None
+    memory_kind: Literal["gate", "ema", "ema_fixed", "conv", "shift"] | None = None
+    memory_on: Literal["kv", "k", "v", "select"] | None = None
+    memory_position: Literal["after_norm", "before_norm"] | None = None
+    shared_gate: bool | None = None
+    output_gate: bool | None = None
+    gate_bias: Annotated[float, Field(ge=-100, le=100)] | Lengths | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Settings):
+    """A backbone. `path` is a folder in Hugging Face's format; `training` says which training
+    of the model it holds, for instance as `path: models/attention/${.training}`."""
+
+    name: Name = MISSING
+    tier: Name = MISSING
+    backbone: Literal["attention", "ratplus"] = MISSING
+    path: Text = MISSING
+    training: Seed = 0  # the seed that it was trained with, which both backbones of a pair share
+    # Of model.safetensors, or one a training: {0: …, 1: …}; checked where given.
+    sha256: Digest | dict[Annotated[Seed, Field(strict=False)], Digest] | None = None
+    architecture: Architecture = field(default_factory=_nothing)  # for training and converting
+    tokenizer: Text | None = None  # a folder, for training from scratch; null: made of data.forms
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Settings):
+    name: Name = MISSING
+    length: Length = MISSING  # context length in tokens, answer included
+    batch_size: Batch = 50  # prompts at a time in evaluation; stage.batch_size may differ
+    block_size: Positive = MISSING  # the tier's block size; 64 in the paper
+    window: Positive = MISSING  # SnapKV's observation window; 64 in the paper
+    kernel: Positive = MISSING  # of SnapKV's pooling; 5 in its original
+    tasks: Annotated[list[Task], Field(min_length=1), Distinct] = field(
+        default_factory=lambda: list(TASKS)
+    )
+    examples: Examples = 100  # a task
+    first_token: FirstToken = "prefill"  # what gives an answer's first token
+    forms: Forms = field(default_factory=_nothing)
+    essay: Text | None = None  # a text file or RULER's PaulGrahamEssays.json; None: generated prose
+    path: Text | None = None  # a folder of RULER's own <task>/validation.jsonl to use instead
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig(Settings):
+    """Text to train on: `training.shards.Source`, and the folder of its tokens."""
+
+    path: Text
+    subset: Name | None = None
+    split: Text = "train"
+    field: Name = "text"
+    tokens: Tokens | None = None
+    folder: Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig(Settings):
+    """Two models that tables compare, and what the sweeps over them need."""
+
+    name: Name = "cells"  # of the folder of its report
+    models: Names = field(default_factory=list)
+    trainings: Seeds = field(default_factory=lambda: [0])  # of every model
+    random_examples: Examples = 100  # a task and seed, for random selection with its five seeds
+    workers: Processes = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig(Settings):
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: Name = "ratplus_exp"
+    entity: Name | None = None
+    group: Name | None = None  # runs of one sweep
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig(Settings):
+    """The GPUs that dry_run=true reckons with: one GH200 by default."""
+
+    gpus: Positive = 1
+    peak_tflops: Amount = 989.0  # of one GPU, dense bf16
+    memory_gb: Amount = 96.0
+    bandwidth_tb: Amount = 4.0  # TB/s of its memory
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.4  # share of the peak that is reached
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Settings):
+    """Cells of a sweep: every combination of the lists (`stages.sweep`)."""
+
+    stage: Literal["eval", "hit_rate"] | None = None
+    method: Name | Names | None = None
+    budget: Fraction | list[Fraction] | None = None
+    blocks: Positive | list[Positive] | None = None
+    selector: Selector | list[Selector] | None = None
+    selector_seed: Seed | Seeds | None = None
+    tasks: list[Task] | None = None
+    examples: Examples | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring(Settings):
+    batch_size: Batch
+    first_token: FirstToken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(Measuring):
+    name: Literal["eval"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HitRate(Measuring):
+    name: Literal["hit_rate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSelector(Measuring):
+    name: Literal["random_selector"]
+    selector_seeds: Seeds
+    models: Names = field(default_factory=list)
+    cells: dict[Name, Grid] = field(default_factory=dict)
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation(Measuring):
+    name: Literal["ablation"]
+    models: Annotated[Names, Field(min_length=2)]
+    trainings: Seeds
+    methods: Annotated[Names, Field(min_length=1)]
+    cells: dict[Name, Grid] = field(default_factory=dict)
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Settings):
+    name: Literal["report"]
+    models: Names
+    trainings: Seeds
+    outputs: dict[Output, bool]
+    scorer: Scorer
+    first_token: FirstToken
+    folder: Text | None
+    where: dict[Name, Any] | None  # choices by column of cells.csv
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Report, Measuring):
+    name: Literal["sweep"]  # type: ignore[assignment]
+    cells: Annotated[dict[Name, Grid], AfterValidator(_not_empty)]
+    random_examples: Examples
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Settings):
+    folder: Text
+    init: Text | None
+    schedule: Annotated[list[Annotated[tuple[Tokens, Length], OF_LIST]], Field(min_length=1)]
+    tokens_per_step: Positive
+    joint: DilatedSettings | None
+    sparse_only_tokens: Annotated[int, Field(ge=0, le=10**15)]
+    workers: Processes = 0
+    dtype: Dtype | None = None  # of the saved weights; null: as they are trained
+    optimizer: TrainSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Training):
+    name: Literal["pretrain"]
+    drill_tokens: Annotated[int, Field(ge=0, le=10**15)]
+    list_rate: Share
+    several_rate: Share
+    other_rate: Share
+    styles: list[dict[str, Any]] = field(default_factory=list)  # changes of data.forms
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuedPretrain(Training):
+    name: Literal["continued_pretrain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sft(Training):
+    name: Literal["sft"]
+    mixture: dict[Task, Rate]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenize(Settings):
+    name: Literal["tokenize"]
+    init: Text | None
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(Settings):
+    name: Literal["convert"]
+    tokenizer: Text | None
+    dtype: Dtype | None
+
+
+Stage = (
+    Eval
+    | HitRate
+    | RandomSelector
+    | Ablation
+    | Sweep
+    | Report
+    | Pretrain
+    | ContinuedPretrain
+    | Sft
+    | Tokenize
+    | Convert
+)
+METHODS: dict[str, type[Settings]] = {  # of those in ratplus_exp.methods; others bring their own
+    "Dense": NoSettings,
+    "Dilated": DilatedSettings,
+    "MoBA": BlockSettings,
+    "Quest": BlockSettings,
+    "SnapKV": SnapKVSettings,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(Settings):
+    """What all methods have; the other fields are those of their class."""
+
+    name: Name
+    target: Annotated[Text, matching(r"\w+(\.\w+)+", "use a class, as in package.module.Class")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """The root. Only stages that read text have a corpus."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: dict[str, Any] = field(default_factory=dict)
+    budget: Fraction = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    stage: Annotated[Stage, Field(discriminator="name")] = MISSING
+    corpus: CorpusConfig | None = None
+    pair: PairConfig = field(default_factory=PairConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: Text | None = None  # stage=convert: one of P2's .pth files
+    selector: Selector = "topk"
+    selector_seed: Seed = 0  # of selector=random
+    oracle_heads: Annotated[list[Head], Distinct] = field(default_factory=list)  # []: all
+    seed: Seed = 0  # of the samples; in training, of the data and the initial weights
+    device: Device = "auto"  # auto: a GPU if there is one
+    cuda_graphs: bool = True  # on a GPU: a decoding step is launched as one
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # of torch on a CPU; 0: one a core
+    dry_run: bool = False  # print what the job would cost, and do nothing
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    output: Text = "outputs"
+    results: Text = "${output}/results"  # the store

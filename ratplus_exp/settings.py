@@ -1,0 +1,188 @@
+"""What a configuration may say: types with bounds, and one line where a value breaks them.
+
+A settings class is a frozen dataclass whose annotations give each field's type and bounds. `build`
+makes one of a plain mapping, as Hydra composes it. Nothing here imports torch or transformers, so
+that a mistyped word is refused at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+T = TypeVar("T")
+
+
+class Settings:
+    """Base of what `build` makes: no value is converted, and a field that is not declared is
+    refused."""
+
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        for name in values if isinstance(values, Mapping) else ():
+            if name not in known:
+                uses = f"use one of {', '.join(known)}" if known else "it has none"
+                raise ValueError(f"there is no field {name!r}: {uses}")
+        return values
+
+
+def matching(pattern: str, hint: str) -> AfterValidator:
+    """Text that this pattern describes as a whole; the hint says what to use."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(hint)
+        return text
+
+    return AfterValidator(check)
+
+
+def _odd(number: int) -> int:
+    if number % 2 == 0:
+        raise ValueError("use an odd number")
+    return number
+
+
+def _distinct(values: list[T]) -> list[T]:
+    if len({str(value) for value in values}) < len(values):
+        raise ValueError("use each of them once")
+    return values
+
+
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Whole = Annotated[int, Field(ge=0, le=10**9)]
+Length = Annotated[int, Field(ge=2, le=10**8)]  # of a context, in tokens
+Tokens = Annotated[int, Field(ge=1, le=10**15)]
+Processes = Annotated[int, Field(ge=0, le=1024)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Amount = Annotated[float, Field(gt=0, le=1e9)]
+Rate = Annotated[float, Field(ge=0, le=1e3)]
+Odd = Annotated[int, Field(ge=1, lt=10**6), AfterValidator(_odd)]
+Name = Annotated[
+    str,
+    # It stands in tables, CSV files, folders and pages as it is: nothing there may mean anything.
+    matching(r"[^\W_][\w./-]{0,99}", "use letters, digits and ._/- behind a first letter or digit"),
+]
+Text = Annotated[str, matching(r"(?!\s)[^\0-\x1f\x7f]{1,4096}", "use some text in one line")]
+Distinct = AfterValidator(_distinct)
+OF_LIST = Field(strict=False)  # a tuple that a list is taken for
+
+
+@dataclass(frozen=True)
+class NoSettings(Settings):
+    """Of a method without sizes: dense attention."""
+
+
+@dataclass(frozen=True)
+class BlockSettings(Settings):
+    """Of methods that select blocks: top_k blocks of block_size tokens; 0: as the budget says."""
+
+    block_size: Positive = 64
+    top_k: Whole = 16
+
+
+@dataclass(frozen=True)
+class SnapKVSettings(Settings):
+    """top_k tokens are kept, 0: as the budget says, among them the last `window`; masses are pooled
+    over `kernel` positions."""
+
+    top_k: Whole = 1024
+    window: Positive = 64
+    pooling: Literal["avg", "max", "none"] = "avg"
+    kernel: Odd = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class DilatedSettings(Settings):
+    """dilation: D; 0 leaves only the local window and the initial positions, which is how P2 trains
+        the attention twin of a jointly trained RAT+.
+    local: W, how far back the local window reaches.
+    initial: I, the number of initial positions that every query sees.
+    """
+
+    dilation: Whole = 64
+    local: Whole = 0
+    initial: Whole = 0
+
+
+def build(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:
+    """A settings class from a mapping that the configuration calls `where`; ValueError, in one line
+    with the remedy, for the first field that breaks a type or a bound."""
+    try:
+        # As JSON, where a mapping may be a settings class.
+        made: T = _adapter(cast(Any, cls)).validate_json(json.dumps(settings))
+        return made
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    raise ValueError(_line(first, settings, where))
+
+
+@cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+_REMEDIES = {  # by kind of error, filled with its context
+    "model_attributes_type": "use fields, as in {{name: value}}",
+    "missing": "write what is missing at its end",
+    "bool_type": "use true or false",
+    "dataclass_type": "use fields, as in {{name: value}}",
+    "dict_type": "use fields, as in {{name: value}}",
+    "finite_number": "use a finite number",
+    "float_type": "use a number",
+    "greater_than": "use more than {gt:g}",
+    "greater_than_equal": "use at least {ge:.10g}",
+    "int_type": "use a whole number",
+    "less_than": "use less than {lt:.10g}",
+    "less_than_equal": "use at most {le:.10g}",
+    "list_type": "use a list, as in [a,b]",
+    "literal_error": "use one of {expected}",
+    "string_type": "use text, in quotes where it looks like something else",
+    "too_long": "use a list of {max_length}",
+    "too_short": "use a list of at least {min_length}",
+    "tuple_type": "use a list, as in [a,b]",
+    "union_tag_invalid": "use one of {expected_tags}",
+    "union_tag_not_found": "it has no name",
+    "value_error": "{error}",
+}
+
+
+def _line(error: Any, value: Any, where: str) -> str:
+    """One of pydantic's errors: the field, its value, and what to use instead."""
+    path = where
+    for part in error["loc"]:  # the names of alternatives stand among the fields
+        if isinstance(value, Mapping) and part in value:
+            path, value = f"{path}.{part}" if path else str(part), value[part]
+        elif isinstance(value, list | tuple) and isinstance(part, int) and part < len(value):
+            path, value = f"{path}[{part}]", value[part]
+    if error["type"] == "missing" and isinstance(value, Mapping):
+        return f"{path}.{error['loc'][-1]}".lstrip(".") + " is missing: set it"
+    context = {
+        name: re.sub(r" or (?=[^,]*$)", ", ", str(x)).replace("'", "") if "expected" in name else x
+        for name, x in error.get("ctx", {}).items()
+    }
+    template = _REMEDIES.get(error["type"])
+    remedy = template.format(**context) if template else error["msg"]
+    if error["type"] == "value_error" and isinstance(value, Mapping):
+        return f"{path}: {remedy}".lstrip(": ")
+    text = repr(value)
+    return f"{path} is {text if len(text) < 60 else text[:60] + '…'}: {remedy}"
