@@ -26,8 +26,9 @@ def estimate(job, capsys, *overrides):
 
 JOBS = [
     *(f"model={name}" for name in options("model")),
-    *(f"stage={name}" for name in options("stage")),
-    *(f"experiment={name}" for name in options("experiment")),
+    # Sweeps and trials say what they run together with an experiment alone.
+    *(f"stage={name}" for name in options("stage") if name not in ("ablation", "sweep")),
+    *(f"experiment={name}" for name in options("experiment") if name != "small_trial_training"),
     *(f"method={name}" for name in options("method")),
     *(f"data={name}" for name in options("data")),
     *(f"tracking={name}" for name in options("tracking")),
