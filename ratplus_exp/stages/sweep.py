@@ -25,7 +25,6 @@ from ratplus_exp.stages.pool import fill_jobs, refuse
 from ratplus_exp.store import Cell
 from ratplus_exp.tracking import log_table, tracked
 
-FIELDS = ("stage", "method", "budget", "blocks", "selector", "selector_seed", "tasks", "examples")
 MEASURING: dict[str, MeasuringStage] = {"eval": Accuracy(), "hit_rate": HitRate()}
 
 
@@ -70,10 +69,6 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
 
 def _multiply(grid: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One entry for every combination of the grid's lists."""
-    if unknown := set(grid) - set(FIELDS):
-        raise ValueError(
-            f"stage.cells has the unknown field {min(unknown)!r}: use {', '.join(FIELDS)}"
-        )
     axes = {k: v if isinstance(v, list) and k != "tasks" else [v] for k, v in grid.items()}
     for values in product(*axes.values()):
         yield dict(zip(axes, values, strict=True))
