@@ -83,13 +83,14 @@ def pocket_seeds(out: Path) -> Steps:
 
 def trained_pairs(out: Path, *seeds: int) -> Steps:
     models = ("pocket1024_attention", "pocket1024_ratplus")
-    tiny = "stage.schedule=[[1024,64],[1024,128]] stage.tokens_per_step=1024" if DRY else ""
-    drills = "stage.drill_tokens=0" if DRY else ""
+    first = "stage.schedule=[[1024,64],[1024,128]] stage.drill_tokens=1024" if DRY else ""
+    tuned = "stage.schedule=[[1024,512]]" if DRY else ""
+    tiny = "stage.tokens_per_step=1024" if DRY else ""
     rest = f"threads=1 stage.workers={0 if DRY else 2} {tiny} {shared(out)}"
     trainings = [
-        run(f"experiment={model} seed={seed}", drills, rest)
+        run(f"experiment={model} seed={seed}", first, rest)
         + " && "
-        + run(f"experiment=pocket1024_sft model={model} seed={seed}", rest)
+        + run(f"experiment=pocket1024_sft model={model} seed={seed}", tuned, rest)
         for seed in seeds
         for model in models
     ]
