@@ -108,7 +108,7 @@ def small(out: Path) -> Steps:
     """The small pair on as many tokens as there is time for, then Tables 3 and 5."""
     models = {"small_attention": 2, "small_ratplus": 1}  # and how often its share of the tokens
     settings = f"tracking=disabled {os.environ.get('SET', '')}"
-    look = "stage.drill_tokens=0 stage.optimizer.log_every=5"
+    look = "stage.drill_tokens=0" + ("" if DRY else " stage.optimizer.log_every=5")
     step = 1024 if DRY else 65_536
     lengths = (480, 512) if DRY else (256, 4096)
     phases = [[(2 if DRY else 10) * step, length] for length in lengths]
