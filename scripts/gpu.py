@@ -22,6 +22,7 @@ import sys
 import tarfile
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -219,15 +220,12 @@ def prepare() -> None:
     """The environment of all commands, with the carried wheels."""
     WORK.mkdir(parents=True, exist_ok=True)
     OUT.mkdir(parents=True, exist_ok=True)
-    site, wheels = WORK / "site", sorted(map(str, (ROOT / "wheels").glob("*.whl")))
-    if wheels and not site.exists() and not DRY:
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
-        fresh = site.with_suffix(".new")
-        subprocess.run([*pip, "--no-compile", "--upgrade", "--target", str(fresh), *wheels])
-        fresh.rename(site)
-    paths = [*PATHS, *([site] if site.exists() else [])]
+    site = WORK / "site"
+    for wheel in () if DRY else sorted((ROOT / "wheels").glob("*.whl")):
+        with zipfile.ZipFile(wheel) as file:  # pip would stop at the first that it rejects
+            file.extractall(site)
     os.environ.update(
-        PYTHONPATH=os.pathsep.join(map(str, paths)),
+        PYTHONPATH=os.pathsep.join(map(str, (*PATHS, site))),
         PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
     )  # fmt: skip
     os.environ.setdefault("OMP_NUM_THREADS", "1" if DRY else "4")
