@@ -29,8 +29,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DRY = os.environ.get("DRY") == "1"
-WORK = ROOT / "outputs" / ("gpu_dry" if DRY else "gpu")
-OUT = Path(os.environ.get("OUT") or WORK)
+WORK = Path("outputs", "gpu_dry" if DRY else "gpu")  # below ROOT, where all commands run
+OUT = Path(os.environ["OUT"]).absolute() if os.environ.get("OUT") else WORK
 SLOWER = 10 if DRY else 1  # that a CPU may be
 GRACE = 12.0  # seconds from SIGTERM to SIGKILL: trainings write a checkpoint
 ARCHIVE = 15 << 20  # bytes of a result at most; a file that comes back may have 16 MiB
@@ -164,7 +164,7 @@ def speeds(log: Path) -> dict[int, float]:
 def smollm2(out: Path) -> Steps:
     """Pretrained weights with the memory added, where they were carried."""
     for needed in ("conf/experiment/smollm2_ratplus.yaml", "weights/smollm2"):
-        if not (ROOT / needed).exists():
+        if not Path(needed).exists():
             raise NotRun(f"there is no {needed}")
     yield 120, [run("experiment=smollm2_ratplus", shared(out))]
 
@@ -218,10 +218,11 @@ def main(arguments: list[str]) -> int:
 
 def prepare() -> None:
     """The environment of all commands, with the carried wheels."""
+    os.chdir(ROOT)
     WORK.mkdir(parents=True, exist_ok=True)
     OUT.mkdir(parents=True, exist_ok=True)
-    site = WORK / "site"
-    for wheel in () if DRY else sorted((ROOT / "wheels").glob("*.whl")):
+    site = ROOT / WORK / "site"
+    for wheel in () if DRY else sorted(Path("wheels").glob("*.whl")):
         with zipfile.ZipFile(wheel) as file:  # pip would stop at the first that it rejects
             file.extractall(site)
     os.environ.update(
@@ -234,7 +235,7 @@ def prepare() -> None:
 def describe() -> dict[str, Any]:
     """Device, versions, commit and date, found by a process of its own."""
     code = "import json, ratplus_exp.provenance as p; print(json.dumps(p.provenance({})))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         return {"error": done.stderr[-4000:]}
     about = json.loads(done.stdout.splitlines()[-1])
@@ -274,10 +275,10 @@ def side_by_side(commands: list[str], end: float, folder: Path) -> list[dict[str
             with path.open("wb") as log:
                 process = subprocess.Popen(
                     ["bash", "-c", command.replace("python ", f"{shlex.quote(sys.executable)} ")],
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     start_new_session=True,
                 )  # fmt: skip
-            entry = {"command": command.replace(f"{ROOT}/", ""), "rc": None, "stopped": False}
+            entry = {"command": command, "rc": None, "stopped": False}
             running.append((entry, process, path, begun))
         while time.monotonic() < end and any(p.poll() is None for _, p, *_ in running):
             time.sleep(0.1)
@@ -295,6 +296,7 @@ def side_by_side(commands: list[str], end: float, folder: Path) -> list[dict[str
         note_ends(running, begun)
     for entry, _, path, _ in running:
         text = re.sub(r"[^\n]*\r", "", path.read_bytes().decode(errors="replace"))  # progress bars
+        text = text.replace(f"{ROOT}/", "")
         entry["output"] = text[-6000 if entry["rc"] else -1500 :]
     return [entry for entry, *_ in running]
 

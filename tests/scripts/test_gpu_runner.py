@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.chdir(ROOT)  # as the runner does
     module = importlib.import_module("gpu")
     monkeypatch.setattr(module, "WORK", tmp_path / "work")
     monkeypatch.setattr(module, "OUT", tmp_path / "out")
