@@ -91,6 +91,25 @@ bench: $(STAMP) ## measure kernels and models on the GPU, into outputs/bench/<de
 bench-cpu: $(STAMP) ## measure the forms of the memory scan on one CPU thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m ratplus_bench --cpu
 
+# A GPU for a quarter of an hour (docs/small-tier.md): what it lacks, and a trial with its versions on a CPU.
+# Triton's interpreter fails with NumPy 2.5, the version there, so it gets NumPy 2.3.
+GPU_PYTHON ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python)),python3.12)
+GPU_VENV   := .venv-gpu
+
+.PHONY: gpu-wheels gpu-dry
+gpu-wheels: ## wheels of what a GPU's machine lacks, to carry there (Python 3.12)
+	$(GPU_PYTHON) -m pip wheel --quiet --no-deps -w wheels $$(sed '1,/^# Carried/d' constraints-gpu.txt)
+
+gpu-dry: $(GPU_VENV)/.installed ## scripts/gpu.py in miniature, with the versions of constraints-gpu.txt
+	rm -rf outputs/gpu_dry
+	DRY=1 $(GPU_VENV)/bin/python scripts/gpu.py
+
+$(GPU_VENV)/.installed: pyproject.toml constraints-gpu.txt
+	@test -x $(GPU_VENV)/bin/pip || $(GPU_PYTHON) -m venv $(GPU_VENV)
+	@$(GPU_VENV)/bin/python -m pip install --quiet -c constraints-gpu.txt -e . pytest pytest-timeout pytest-xdist
+	@$(GPU_VENV)/bin/python -m pip install --quiet --target $(GPU_VENV)/numpy2.3 numpy==2.3.5
+	@touch $@
+
 # Each runs what is missing and writes what it makes to outputs/reports (docs/results.md).
 .PHONY: table2 table3 table4 table5 fig1 fig2 fig3 fig4 reproduce report
 

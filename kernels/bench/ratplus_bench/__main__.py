@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
     def matches(name: str) -> bool:
-        return arguments.match in name
+        return re.search(arguments.match, name) is not None
 
     def measured(cases: Iterator[Case]) -> Iterator[Row]:
         for case in cases:
-            if matches(f"{case.suite} | {case.name}"):
-                yield from timing.measure(case, machine)
+            name = f"{case.suite} | {case.name} | "
+            if forms := [form for form in case.forms if matches(name + form.name)]:
+                yield from timing.measure(replace(case, forms=forms), machine)
 
     if arguments.cpu:
         yield from cpu_cases.rows(machine)
@@ -128,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--match",
         default="",
-        metavar="TEXT",
-        help="of these, the cases with TEXT in `SUITE | CASE`, for instance 'backward', '7B'",
+        metavar="PATTERN",
+        help="of these, what a regular expression finds in `SUITE | CASE | FORM`, as in 'backward'",
     )
     parser.add_argument("--out", type=Path, help="where to write (outputs/bench/<device>)")
     return parser
