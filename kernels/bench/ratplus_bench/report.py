@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,11 +187,9 @@ def _plot(path: Path, frame: pd.DataFrame, device: str) -> None:
     size = (10, 4.5 * len(suites))
     figure, panels = plt.subplots(len(suites), squeeze=False, figsize=size, layout="constrained")
     for panel, (suite, mine) in zip(panels.flat, suites, strict=True):
-        cases, shape = [], []  # with a gap where more than the length T changes
-        for case in mine["case"].unique():
-            without_length = [part for part in case.split() if not part.startswith("T=")]
-            cases += [case] if without_length == shape or not shape else ["", case]
-            shape = without_length
+        # With a gap where more than the length T changes.
+        shapes = groupby(mine["case"].unique(), lambda case: re.sub(r"T=\d+", "", case))
+        cases = [case for _, same in shapes for case in (*same, "")][:-1]
         times = mine.pivot(index="case", columns="form", values="seconds")
         times = times[mine["form"].unique()].reindex(cases).reset_index(drop=True)
         times.plot(ax=panel, marker="o", logy=True, ylabel="seconds")

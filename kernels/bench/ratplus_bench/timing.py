@@ -178,16 +178,18 @@ def _fill(
     row.executed = form.executed(*first) if form.executed else 0
     sets = [form.setup(*first)]
     with _time_limit(0 if machine.cuda else COMPILING):
-        # The next outputs are likely to get this memory: what isn't written then is NaN.
-        _poison(form.run(*sets[0]))
+        out = form.run(*sets[0])  # compiles what needs compiling
+    if not machine.cuda:
+        row.error = error(out, wanted())
+        row.seconds = machine.wall_seconds(lambda: form.run(*sets[0]))
+        return
+    _poison(out)  # the next outputs are likely to get this memory: what isn't written then is NaN
+    del out
     before = machine.allocated()
     out = form.run(*sets[0])
     row.peak_memory = machine.peak(before)
     held = machine.allocated() - start
     row.error = error(out, wanted())
-    if not machine.cuda:
-        row.seconds = machine.wall_seconds(lambda: form.run(*sets[0]))
-        return
     del out
     count = copies(given, case.bytes, held, torch.cuda.mem_get_info()[0] / 2)
     sets += [form.setup(*case.inputs(seed)) for seed in range(1, count)]
