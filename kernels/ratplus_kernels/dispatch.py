@@ -1,7 +1,7 @@
 """Which form of an operation runs: its Triton kernel on a GPU, its torch definition elsewhere.
 
-`<name>.py` holds the public `<name>(...)` and its torch form; `<name>_triton.py` holds the kernel,
-and is imported only where `use_triton` is true.
+`<name>.py` holds the public `<name>(...)`, which is its torch form where `use_triton` is false;
+`<name>_triton.py` holds the kernel, and is imported only where it is true.
 """
 
 from __future__ import annotations

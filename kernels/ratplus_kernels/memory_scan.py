@@ -45,11 +45,19 @@ def memory_scan(
         The recurrence itself runs in fp32 (fp64 for fp64 inputs).
     """
     _same_shapes(z, k, v)
-    if not use_triton(z, k, v) or not k.numel():
-        return memory_scan_torch(z, k, v, initial_state)
-    from ratplus_kernels.memory_scan_operator import scan
+    if use_triton(z, k, v) and k.numel():
+        from ratplus_kernels.memory_scan_operator import scan
 
-    return scan(z, k, v, _fp32(initial_state))
+        return scan(z, k, v, _fp32(initial_state))
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    if initial_state is None:
+        initial_state = z.new_zeros(2, len(z), *z.shape[2:], dtype=dtype)
+    if not z.numel():
+        return k, v, initial_state.to(dtype)
+    k_out, v_out = _Scan.apply(*(x.to(dtype) for x in (z, k, v, initial_state)))
+    # A copy, since a view would keep the states of all tokens alive in a cache.
+    final_state = torch.stack((k_out[:, -1], v_out[:, -1]))
+    return k_out.to(k.dtype), v_out.to(v.dtype), final_state
 
 
 def memory_step(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,45 +103,16 @@ def memory_prefill(
     dim = k.shape[-1]
     if dim % 2:
         raise ValueError(f"RoPE needs an even head size, got {dim}")
-    if not use_triton(z, k, v) or not k.numel():
-        return memory_prefill_torch(z, k, v, rope, block_size, initial_state)
-    from ratplus_kernels import memory_scan_triton
+    if use_triton(z, k, v) and k.numel():
+        from ratplus_kernels import memory_scan_triton
 
-    rope = (rope[0].contiguous(), rope[1].contiguous())
-    k_out, v_out, final_state, statistics = memory_scan_triton.forward(
-        z, k, v, _fp32(initial_state), rope, block_size
-    )
-    return k_out, v_out, final_state, Blocks(*statistics.split((2 * dim, dim), dim=-1))
-
-
-def memory_scan_torch(
-    z: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of `memory_scan`."""
-    dtype = torch.promote_types(k.dtype, torch.float32)
-    batch, length, heads, dim = z.shape
-    if initial_state is None:
-        initial_state = z.new_zeros(2, batch, heads, dim, dtype=dtype)
-    if not z.numel():
-        return k, v, initial_state.to(dtype)
-    k_out, v_out = _Scan.apply(*(x.to(dtype) for x in (z, k, v, initial_state)))
-    # A copy, since a view would keep the states of all tokens alive in a cache.
-    final_state = torch.stack((k_out[:, -1], v_out[:, -1]))
-    return k_out.to(k.dtype), v_out.to(v.dtype), final_state
-
-
-@torch.no_grad()
-def memory_prefill_torch(
-    z: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rope: tuple[Tensor, Tensor],
-    block_size: int,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Blocks]:
-    """The definition of `memory_prefill`."""
+        rope = (rope[0].contiguous(), rope[1].contiguous())
+        k_out, v_out, state, statistics = memory_scan_triton.forward(
+            z, k, v, _fp32(initial_state), rope, block_size
+        )
+        return k_out, v_out, state, Blocks(*statistics.split((2 * dim, dim), dim=-1))
     wide = torch.promote_types(k.dtype, torch.float32)
-    k_out, v_out, state = memory_scan_torch(z, k.to(wide), v.to(wide), initial_state)
+    k_out, v_out, state = memory_scan(z, k.to(wide), v.to(wide), initial_state)
     first, second = k_out.chunk(2, dim=-1)
     k_out = k_out * rope[0].to(wide) + torch.cat((-second, first), dim=-1) * rope[1].to(wide)
     blocks = k_out.split(block_size, dim=1)

@@ -32,15 +32,10 @@ def attention_mass(q: Tensor, k: Tensor, lse: Tensor | None = None) -> Tensor:
         )
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"a window of {q.shape[2]} queries needs as many keys, got {k.shape[2]}")
-    if not use_triton(q, k):
-        return attention_mass_torch(q, k, lse)
-    from ratplus_kernels import snapkv_triton
+    if use_triton(q, k):
+        from ratplus_kernels import snapkv_triton
 
-    return snapkv_triton.attention_mass(q, k, lse)
-
-
-def attention_mass_torch(q: Tensor, k: Tensor, lse: Tensor | None = None) -> Tensor:
-    """The definition of `attention_mass`."""
+        return snapkv_triton.attention_mass(q, k, lse)
     logits = window_logits(q, k)
     if lse is None:
         shares = logits.softmax(-1)
@@ -62,9 +57,9 @@ def gather_tokens(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
     No gradients through the kernel.
     """
-    if not use_triton(k, v):
-        index = index[..., None].expand(-1, -1, -1, k.shape[-1])
-        return k.gather(2, index), v.gather(2, index)
-    from ratplus_kernels import snapkv_triton
+    if use_triton(k, v):
+        from ratplus_kernels import snapkv_triton
 
-    return snapkv_triton.gather(k, v, index)
+        return snapkv_triton.gather(k, v, index)
+    index = index[..., None].expand(-1, -1, -1, k.shape[-1])
+    return k.gather(2, index), v.gather(2, index)

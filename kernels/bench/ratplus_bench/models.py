@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM
 
 from ratplus_bench.timing import Machine, Row, noted
 from ratplus_exp.cost import Shape
@@ -46,15 +47,12 @@ def rows(machine: Machine, matches: Callable[[str], bool] = lambda _: True) -> I
         every, block = ((16,), 4) if machine.dry else (LENGTHS, 64)
         cases = {n: f"{size} T={n}" for n in every if matches(f"{size} T={n}")}
         for memory, backbone in BACKBONES.items() if cases else ():
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(machine.dtype)  # a 7B model in fp32 first would take 28 GB
             config = RatPlusConfig(
                 hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
                 memory=memory,
             )  # fmt: skip
-            with machine.device:
-                model = RatPlusForCausalLM(config).eval()
-            torch.set_default_dtype(before)
+            with machine.device:  # in its dtype at once: in fp32 a 7B model takes 28 GB
+                model = AutoModelForCausalLM.from_config(config, dtype=machine.dtype).eval()
             for length, case in cases.items():
                 for name, method in methods(memory, length, block).items():
                     yield from _rows(model, method, length, case, f"{backbone}, {name}", machine)
@@ -91,6 +89,8 @@ def _rows(
         machine.set_floor(prefill, flops=length * shape.forward_flops(keys) - logits)
         _time(prefill, run_prefill, machine)
     yield prefill
+    if prefill.seconds is None:
+        return
     with noted(decode, machine):
         states = attended(run_step) or cache.get_seq_length()
         if method.phase == "decode":  # and of each block the two bounds
