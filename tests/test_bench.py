@@ -13,6 +13,7 @@ from ratplus_bench import __main__ as bench
 from ratplus_bench import models, report, scan_cases, sparse_cases, timing
 from ratplus_bench.scan_cases import both
 from ratplus_bench.timing import Case, Form, Machine, Row
+from ratplus_exp.provenance import REPOSITORY
 
 MACHINE = Machine(torch.device("cpu"), torch.float32, dry=True, bandwidth=1e9, matmul=1e12)
 
@@ -164,6 +165,14 @@ def test_runs_of_parts_add_up_and_the_later_row_counts(tmp_path):
     (tmp_path / "bench.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"bench\.json is not a bench's: remove it"):
         report.read(tmp_path, again.about)
+
+
+def test_the_reference_is_read_and_written_as_it_stands(tmp_path):
+    folder = REPOSITORY / "outputs/reference/bench/x86-64-cpu"
+    (run,) = json.loads((folder / "bench.json").read_text())["runs"]
+    report.write(tmp_path, report.read(folder, run["about"]), plot=False)
+    for name in ("bench.json", "bench.md"):
+        assert (tmp_path / name).read_text() == (folder / name).read_text()
 
 
 def test_moba_is_charged_for_the_tiles_that_it_computes():
