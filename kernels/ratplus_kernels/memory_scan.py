@@ -118,8 +118,8 @@ def memory_prefill(
     blocks = k_out.split(block_size, dim=1)
     bounds = [torch.cat((block.amin(1), block.amax(1)), dim=-1) for block in blocks]
     means = [block.mean(1) for block in blocks]
-    statistics = Blocks(*(torch.stack(x, dim=2).to(k.dtype) for x in (bounds, means)))
-    return k_out.to(k.dtype), v_out.to(v.dtype), state, statistics
+    representatives = Blocks(*(torch.stack(x, dim=2).to(k.dtype) for x in (bounds, means)))
+    return k_out.to(k.dtype), v_out.to(v.dtype), state, representatives
 
 
 def _fp32(state: Tensor | None) -> Tensor | None:
