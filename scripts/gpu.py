@@ -88,10 +88,13 @@ def pocket_seeds(out: Path) -> Steps:
 
 def trained_pairs(out: Path, *seeds: int) -> Steps:
     models = ("pocket1024_attention", "pocket1024_ratplus")
-    first = "stage.schedule=[[1024,64],[1024,128]] stage.drill_tokens=1024" if DRY else ""
+    first = "stage.schedule=[[1024,64],[1024,128]]" if DRY else ""
     tuned = "stage.schedule=[[1024,512]]" if DRY else ""
     tiny = "stage.tokens_per_step=1024" if DRY else ""
     rest = f"threads=1 stage.workers={0 if DRY else 2} {tiny} {shared(out)}"
+    drills = "stage.drill_tokens=1024" if DRY else ""
+    base = "experiment=pocket1024_base"
+    yield 30, [run(f"{base} seed={seed}", first, drills, rest) for seed in seeds]
     trainings = [
         run(f"experiment={model} seed={seed}", first, rest)
         + " && "
@@ -99,7 +102,7 @@ def trained_pairs(out: Path, *seeds: int) -> Steps:
         for seed in seeds
         for model in models
     ]
-    yield 75, trainings
+    yield 80, trainings
     table3 = run(
         f"experiment=table3 model={models[1]} data=pocket1024 pair.name=pocket1024",
         f"pair.models=[{','.join(models)}] pair.trainings=[{','.join(map(str, seeds))}]",
