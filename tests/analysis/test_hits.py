@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ratplus_exp.analysis import TASKS, accuracies, sample_scores
-from ratplus_exp.analysis.hits import MEAN, STAGE, hit_rates, rank_curves, ranked_heads
 from ratplus_exp.analysis.checks import cut_prompts, doubts
+from ratplus_exp.analysis.hits import MEAN, STAGE, hit_rates, rank_curves, ranked_heads
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.tables import heads_table, selector_table, top_heads_table
 from ratplus_exp.store import Store
