@@ -111,24 +111,16 @@ class Table:
 
     def to_latex(self) -> str:
         """A table* float; the document needs the booktabs package."""
-        rows = [
-            " & ".join(cell.translate(_LATEX) for cell in line) + r" \\" for line in self.lines()
-        ]
+        lines = [[cell.translate(_LATEX) for cell in line] for line in self.lines()]
+        rows = [" & ".join(line) + r" \\" for line in lines]
         for i in sorted(self.breaks | {0}, reverse=True):
             rows.insert(i + 1, r"\midrule")
-        return "\n".join(
-            [
-                r"\begin{table*}",
-                rf"\caption{{{self.title.translate(_LATEX)}. {self.caption.translate(_LATEX)}}}",
-                r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
-                rf"\begin{{tabular}}{{{self.align()}}}",
-                r"\toprule",
-                *rows,
-                r"\bottomrule",
-                r"\end{tabular}",
-                r"\end{table*}",
-                "",
-            ]
+        caption = f"{self.title}. {self.caption}".translate(_LATEX)
+        body = "\n".join([r"\toprule", *rows, r"\bottomrule"])
+        return (
+            f"\\begin{{table*}}\n\\caption{{{caption}}}\n"
+            "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}\n"
+            f"\\begin{{tabular}}{{{self.align()}}}\n{body}\n\\end{{tabular}}\n\\end{{table*}}\n"
         )
 
     def to_csv(self) -> str:

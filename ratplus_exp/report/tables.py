@@ -43,16 +43,13 @@ def findings_table(results: Results) -> Table:
         paper = paper[paper["paper_block"].isin([1, 64]) & paper["task"].isin(tasks)]
         for group, printed in paper.groupby([*SETTING, "selector"], sort=False):
             theirs = printed.groupby("backbone")["accuracy"].mean()
-            sides = [(*group, b) for b in BACKBONES]
-            means = [100 * results.draws.mean(side, tasks, sides) for side in sides]
-            gain, paper_gain = (
-                Estimate.of(means[1] - means[0]),
-                theirs["RAT+"] - theirs["Attention"],
-            )
+            attention, ratplus = sides = [(*group, b) for b in BACKBONES]
+            gain = results.draws.gain(ratplus, attention, tasks)
+            paper_gain = theirs["RAT+"] - theirs["Attention"]
             found = verdict(gain, paper_gain)
             if found and (not single or found == OPPOSITE):
-                both = (number(mean[0]) for mean in means)
-                place = (question, group[0], group[2], *both, interval(gain))
+                means = (100 * results.draws.mean(side, tasks, sides)[0] for side in sides)
+                place = (question, group[0], group[2], *map(number, means), interval(gain))
                 rows.append((*place, number(paper_gain, sign="+"), found))
 
     add("accuracy (Table 3)", "table3", TASKS)
@@ -192,12 +189,12 @@ def selector_table(results: Results) -> Table:
 
 
 def model_table(
-    samples: pd.DataFrame, models: Sequence[str], methods: Sequence[str], **values: Any
+    samples: pd.DataFrame, models: Sequence[str], methods: Sequence[str], **setting: Any
 ) -> Table:
     """Models side by side: the mean over the tasks under each method, over the samples that all
     models answered, and how far each model is from the first.
 
-    samples: rows of `sample_scores`; values: what the caption says of the setting.
+    samples: rows of `sample_scores`; setting: their tier, budget, seed and first_token.
     """
     draws = Bootstrap(samples, SCORERS[0], ["method", "model"])
     rows = []
@@ -214,10 +211,8 @@ def model_table(
     names = [METHODS.get(method, method) for method in methods]
     columns = ("Model", *(column for name in names for column in (name, f"Δ {name}")))
     n = min(draws.count(t, [(x, m) for m in models]) for x in methods for t in draws.tasks)
-    trainings = sorted(map(int, samples["training"].unique()))
-    return Table.described(
-        "models", columns, rows, group=0, n=n, trainings=trainings, first_model=models[0], **values
-    )
+    about = setting | {"trainings": sorted(map(int, samples["training"].unique()))}
+    return Table.described("models", columns, rows, group=0, r=about, n=n, first_model=models[0])
 
 
 def random_table(cells: pd.DataFrame, tasks: Iterable[str], **values: Any) -> Table:
