@@ -47,8 +47,8 @@ def doubts(draws: Bootstrap) -> list[Doubt]:
         compared += [(small, large, large[2], None) for small, large in pairwise(same)]
     found = []
     for group, other, than, task in compared:
-        tasks = TASKS if task is None else (task,)
-        tasks = [t for t in tasks if draws.count(t, (group, other)) >= FEWEST]
+        every = TASKS if task is None else (task,)
+        tasks = [t for t in every if draws.count(t, (group, other)) >= FEWEST]
         difference = draws.mean(group, tasks, (other,)) - draws.mean(other, tasks, (group,))
         x = Estimate.of(100 * difference, level=2 * LEVEL - 1)
         if x.low > 0:

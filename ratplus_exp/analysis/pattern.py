@@ -108,16 +108,21 @@ def _pattern(table: str, scope: str, paper: np.ndarray, measured: np.ndarray) ->
     agreement = 100 * (signs == 1).mean(axis=1) if known.any() else np.full(len(ours), np.nan)
     whole = np.isfinite(measured[0]).all(axis=(1, 2))
     means, printed = measured[:, whole].mean(axis=2), paper[whole].mean(axis=1)
+    agree, against, tied = (int((signs[0] == sign).sum()) for sign in (1, -1, 0))
+    attention, ratplus = (_correlation(means[..., side], printed[:, side]) for side in (0, 1))
     return Pattern(
         table,
         scope,
         int(decisive.sum()),
         int(known.sum()),
-        *(int((signs[0] == sign).sum()) for sign in (1, -1, 0)),
+        agree,
+        against,
+        tied,
         Estimate.of(agreement),
         int(whole.sum()),
         _correlation(means[..., 1] - means[..., 0], printed[:, 1] - printed[:, 0]),
-        *(_correlation(means[..., side], printed[:, side]) for side in (0, 1)),
+        attention,
+        ratplus,
     )
 
 

@@ -8,6 +8,7 @@ others, and where those mattered it can lose.
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate
@@ -39,6 +40,7 @@ def selector_means(draws: Bootstrap) -> pd.DataFrame:
         tasks = [task for task, count in counts.items() if count]
         if not tasks:
             continue
+        means: dict[tuple[str, str], np.ndarray]
         means = {x: 100 * draws.mean(g, tasks, groups.values()) for x, g in groups.items()}
         for kind in SELECTORS:
             if all((side, kind) in groups for side in BACKBONES):

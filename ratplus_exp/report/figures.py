@@ -50,7 +50,8 @@ def accuracy_by_budget(results: Results, folder: Path, name: str) -> Path | None
         budgets = by_size(here.loc[here["block_size"] == block, "budget"])
         for backbone in BACKBONES:
             style: dict[str, Any] = {"color": COLORS[backbone]}
-            dense = 100 * results.draws.mean(("dense", 1, "1", "dense", backbone))[0]
+            mean = results.draws.mean(("dense", 1, "1", "dense", backbone))
+            dense = 100 * float(mean[0])
             if np.isfinite(dense):
                 label = f"{backbone}, dense"
                 panel.axhline(dense, label=label, ls=DASHES[backbone], lw=1.6, **style)

@@ -58,7 +58,9 @@ class Results:
         if frames[0].empty and frames[2].empty:
             asked = ", ".join(f"{name}={value}" for name, value in where.items())
             raise ValueError(f"no finished cells with {asked} in {store.root}: evaluate first")
-        return cls(*frames, {cell.id: cell for cell in stored}, scorer, first_token)
+        by_id = {cell.id: cell for cell in stored}
+        cells, samples, rates, hit_samples = frames
+        return cls(cells, samples, rates, hit_samples, by_id, scorer, first_token)
 
     @cached_property
     def every(self) -> pd.DataFrame:

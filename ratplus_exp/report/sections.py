@@ -102,7 +102,8 @@ def _table(results: Results, name: str, folder: Path, brief: bool) -> Section:
 
 
 def _figure(results: Results, name: str, folder: Path) -> Section:
-    method, shown, cells = FIGURES[name], (), results.rates
+    method, cells = FIGURES[name], results.rates
+    shown: tuple[Table, ...] = ()
     if method:
         picture = figures.ranked_heads(results, method, folder, name)
         cells = cells[cells["method"] == method]

@@ -48,8 +48,9 @@ def findings_table(results: Results) -> Table:
             paper_gain = theirs["RAT+"] - theirs["Attention"]
             found = verdict(gain, paper_gain)
             if found and (not single or found == OPPOSITE):
-                means = (100 * results.draws.mean(side, tasks, sides)[0] for side in sides)
-                place = (question, group[0], group[2], *map(number, means), interval(gain))
+                means = (results.draws.mean(side, tasks, sides) for side in sides)
+                both = (number(100 * float(mean[0])) for mean in means)
+                place = (question, group[0], group[2], *both, interval(gain))
                 rows.append((*place, number(paper_gain, sign="+"), found))
 
     add("accuracy (Table 3)", "table3", TASKS)
@@ -98,7 +99,7 @@ def pattern_table(results: Results) -> Table:
         *("Of paper", "Methods", "Decisive", "Measured", "agree", "against", "tied"),
         *("Agreement, %", "Settings", "ρ of gain", "ρ of Attention", "ρ of RAT+"),
     )
-    limits = {"decisive": f"{DECISIVE:g}", "fewest": FEWEST}
+    limits: dict[str, Any] = {"decisive": f"{DECISIVE:g}", "fewest": FEWEST}
     return Table.described("pattern", columns, rows, r=results, **limits)
 
 
@@ -202,11 +203,10 @@ def model_table(
         row = [model]
         for method in methods:
             groups = [(method, name) for name in models]
-            own, first = (
-                100 * draws.mean((method, name), among=groups) for name in (model, models[0])
-            )
+            own = 100 * draws.mean((method, model), among=groups)
+            first = 100 * draws.mean((method, models[0]), among=groups)
             gain = "" if model == models[0] else interval(Estimate.of(own - first))
-            row += [number(own[0]), gain]
+            row += [number(float(own[0])), gain]
         rows.append(tuple(row))
     names = [METHODS.get(method, method) for method in methods]
     columns = ("Model", *(column for name in names for column in (name, f"Δ {name}")))
