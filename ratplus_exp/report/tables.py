@@ -203,8 +203,8 @@ def model_table(
         row = [model]
         for method in methods:
             groups = [(method, name) for name in models]
-            own = 100 * draws.mean((method, model), among=groups)
-            first = 100 * draws.mean((method, models[0]), among=groups)
+            own: np.ndarray = 100 * draws.mean((method, model), among=groups)
+            first: np.ndarray = 100 * draws.mean((method, models[0]), among=groups)
             gain = "" if model == models[0] else interval(Estimate.of(own - first))
             row += [number(float(own[0])), gain]
         rows.append(tuple(row))
