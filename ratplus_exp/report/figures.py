@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ratplus_exp.analysis.hits import MEAN
 from ratplus_exp.analysis.pattern import DECISIVE
 from ratplus_exp.budget import Budget
 from ratplus_exp.report.prose import METHODS, SELECTORS
+from ratplus_exp.store import write_atomically
 
 COLORS = {"Attention": "#8a8a8a", "RAT+": "#c23b22"}
 METHOD_COLORS = {"quest": "#1f77b4", "moba": "#2a9d5c", "snapkv": "#c98a1b"}
@@ -204,7 +206,10 @@ def _save(figure: Any, panel: Any, folder: Path, name: str) -> list[Path]:
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=160)
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    files = {".png": {"dpi": 160}, ".pdf": {"metadata": {"CreationDate": None}}}
+    for kind, how in files.items():
+        drawn = BytesIO()
+        figure.savefig(drawn, format=kind[1:], **how)
+        write_atomically(folder / f"{name}{kind}", drawn.getvalue())
     plt.close(figure)
-    return [folder / f"{name}.png", folder / f"{name}.pdf"]
+    return [folder / f"{name}{kind}" for kind in files]

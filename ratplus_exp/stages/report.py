@@ -24,8 +24,8 @@ from ratplus_exp.report.sections import (
 )
 from ratplus_exp.report.tables import cost_table
 from ratplus_exp.stages.common import checkpoint_of, job_folder, model_option, resolve
-from ratplus_exp.store import Cell, Store, write_atomically
-from ratplus_exp.tracking import log_image, log_table, tracked
+from ratplus_exp.store import Cell, Store, remove_drafts, write_atomically
+from ratplus_exp.tracking import tracked
 
 PAGE = "report"
 
@@ -39,6 +39,7 @@ def run(cfg: DictConfig) -> None:
     evidence = gather(cfg)
     folder = evidence.folder
     folder.mkdir(parents=True, exist_ok=True)
+    remove_drafts(folder)
     parts, absent = [], []
     for name in (name for name in wanted if name != PAGE):
         try:
@@ -71,10 +72,8 @@ def run(cfg: DictConfig) -> None:
     print(f"Written to {folder}.")
     with tracked(cfg, job_folder()) as tracker:
         for part in parts:
-            for table in part.tables:
-                log_table(tracker, table.title, table)
-            for picture in part.pictures:
-                log_image(tracker, picture.path.stem, picture.path)
+            tracker.log({table.title: table for table in part.tables})
+            tracker.log({picture.path.stem: picture.path for picture in part.pictures})
 
 
 def gather(cfg: DictConfig) -> Evidence:
