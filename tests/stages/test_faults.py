@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 from itertools import count
-from pathlib import Path
 
 import pytest
 
