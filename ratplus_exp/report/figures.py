@@ -206,7 +206,10 @@ def _save(figure: Any, panel: Any, folder: Path, name: str) -> list[Path]:
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {".png": {"dpi": 160}, ".pdf": {"metadata": {"CreationDate": None}}}
+    files: dict[str, dict[str, Any]] = {
+        ".png": {"dpi": 160},
+        ".pdf": {"metadata": {"CreationDate": None}},
+    }
     for kind, how in files.items():
         drawn = BytesIO()
         figure.savefig(drawn, format=kind[1:], **how)
