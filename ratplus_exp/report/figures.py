@@ -6,6 +6,7 @@ Each function writes NAME.png and NAME.pdf and returns the PNG, or None where no
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ratplus_exp.analysis.pattern import DECISIVE
 from ratplus_exp.budget import Budget
 from ratplus_exp.report.prose import METHODS, SELECTORS, say
 from ratplus_exp.report.results import Results
+from ratplus_exp.store import write_atomically
 
 COLORS = {"Attention": "#8a8a8a", "RAT+": "#c23b22"}
 METHOD_COLORS = {"quest": "#1f77b4", "moba": "#2a9d5c", "snapkv": "#c98a1b"}
@@ -219,7 +221,13 @@ def _save(panels: Sequence[Any], folder: Path, name: str) -> Path:
     handles, labels = panels[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=160)
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    files: dict[str, dict[str, Any]] = {
+        ".png": {"dpi": 160},
+        ".pdf": {"metadata": {"CreationDate": None}},
+    }
+    for kind, how in files.items():
+        drawn = BytesIO()
+        figure.savefig(drawn, format=kind[1:], **how)
+        write_atomically(folder / f"{name}{kind}", drawn.getvalue())
     plt.close(figure)
     return folder / f"{name}.png"

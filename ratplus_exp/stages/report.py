@@ -15,8 +15,8 @@ from ratplus_exp.report.prose import say
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.sections import PAGE, page, pattern_section, section, warning_section
 from ratplus_exp.stages.common import checkpoint_of, job_folder, model_option, resolve
-from ratplus_exp.store import Cell, Store, write_atomically
-from ratplus_exp.tracking import log_image, log_table, tracked
+from ratplus_exp.store import Cell, Store, remove_drafts, write_atomically
+from ratplus_exp.tracking import tracked
 
 
 def run(cfg: DictConfig) -> None:
@@ -29,6 +29,7 @@ def run(cfg: DictConfig) -> None:
     results = Results.read(store, _where(cfg), cfg.stage.scorer, cfg.stage.first_token)
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     folder.mkdir(parents=True, exist_ok=True)
+    remove_drafts(folder)
     parts, absent = [], []
     for name in (name for name in outputs if name != PAGE):
         brief = PAGE in outputs and name == "table4" and "table3" in outputs
@@ -60,10 +61,9 @@ def run(cfg: DictConfig) -> None:
     print(f"Written to {folder}.")
     with tracked(cfg, job_folder()) as tracker:
         for part in parts:
-            for table in part.tables:
-                log_table(tracker, table.title, table)
+            tracker.log({table.title: table for table in part.tables})
             if part.picture:
-                log_image(tracker, part.picture.stem, part.picture)
+                tracker.log({part.picture.stem: part.picture})
 
 
 def _where(cfg: DictConfig) -> dict[str, Any]:

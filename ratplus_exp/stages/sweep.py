@@ -26,7 +26,7 @@ from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
 from ratplus_exp.stages.pool import fill_jobs, refuse
 from ratplus_exp.store import Cell
-from ratplus_exp.tracking import log_table, tracked
+from ratplus_exp.tracking import tracked
 
 MEASURING: dict[str, MeasuringStage] = {"eval": Accuracy(), "hit_rate": HitRate()}
 
@@ -86,7 +86,7 @@ def _show(cfg: DictConfig, table: Table) -> None:
     print(table.to_text())
     print(f"Written to {job_folder()}/{name}.md, .csv and .tex.")
     with tracked(cfg, job_folder()) as tracker:
-        log_table(tracker, name, table)
+        tracker.log({name: table})
 
 
 def expand(cfg: DictConfig) -> list[DictConfig]:

@@ -71,6 +71,7 @@ def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
         for case in scan_cases.cpu_cases(machine):
             yield from timing.measure(case, machine)
         return
+
     def matches(name: str) -> bool:
         return re.search(arguments.match, name) is not None
 
