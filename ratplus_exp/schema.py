@@ -349,7 +349,7 @@ class Config(Settings):
     corpus: CorpusConfig | None = None
     pair: PairConfig = field(default_factory=PairConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    checkpoint: Text | None = None  # stage=convert: one of P2's .pth files
+    checkpoint: Text | None = None  # stage=convert: one of P2's .pth files, or a .gguf
     selector: Selector = "topk"
     selector_seed: Seed = 0  # of selector=random
     oracle_heads: Annotated[list[Head], Distinct] = field(default_factory=list)  # []: all

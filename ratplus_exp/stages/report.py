@@ -9,12 +9,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ratplus_exp.analysis.frame import cost
+from ratplus_exp.analysis.bootstrap import Estimate
+from ratplus_exp.analysis.frame import BACKBONES, cost
+from ratplus_exp.analysis.ranks import SOLVED, rank_agreement
 from ratplus_exp.config import plain
 from ratplus_exp.report.findings import findings
 from ratplus_exp.report.missing import missing
 from ratplus_exp.report.page import Section, write_page
-from ratplus_exp.report.prose import paragraphs, say
+from ratplus_exp.report.paper import paper_tables
+from ratplus_exp.report.prose import interval, paragraphs, say
 from ratplus_exp.report.sections import (
     Evidence,
     model_section,
@@ -22,6 +25,7 @@ from ratplus_exp.report.sections import (
     section,
     warning_section,
 )
+from ratplus_exp.report.table import Table
 from ratplus_exp.report.tables import cost_table
 from ratplus_exp.stages.common import checkpoint_of, job_folder, model_option, resolve
 from ratplus_exp.store import Cell, Store, write_atomically
@@ -50,6 +54,8 @@ def run(cfg: DictConfig) -> None:
             absent.append(str(error))
     if PAGE in wanted or any(part.tables for part in parts):
         parts.append(pattern_section(evidence))
+    if "table4" in wanted and set(evidence.cells["backbone"]) == {BACKBONES[0]}:
+        parts.append(_ranks(evidence))
     for name, frame in (("cells", evidence.cells), ("hit_rates", evidence.rates)):
         if len(frame) or name == "cells":
             text = frame.map(_not_a_formula).to_csv(index=False, lineterminator="\n")
@@ -134,6 +140,27 @@ def _page(
         model_section(evidence, _settings(cfg)),
         Section("What it cost", tables=(cost_table(cost(evidence.used)),)),
     ]
+
+
+def _ranks(evidence: Evidence) -> Section:
+    """Of a model without its twin: its order of settings and tasks beside the paper's Table 4."""
+    paper = paper_tables("table4")
+    paper = paper[paper["backbone"] == BACKBONES[0]]
+    found = rank_agreement(paper, evidence.samples, evidence.scorer)
+    rows = []
+    for over, tasks, count, *rho in found.itertuples(index=False, name=None):
+        rows.append((over, str(count), interval(Estimate(*rho), 2, "-"), ", ".join(tasks)))
+    caption = (
+        "Spearman's correlation of accuracies with those that P1 prints for OLMo2-7B without the "
+        "memory: over settings, of the means over tasks; over tasks, of the means over settings, "
+        "less dense where measured. The last rows leave out the tasks in which dense is below "
+        f"{SOLVED:.0f} %, where there is little to lose. In brackets: 95 % bootstrap intervals "
+        "over samples."
+    )
+    title = evidence.titled("Rank correlation with the attention rows of P1's Table 4")
+    table = Table(title, caption, ("Over", "Count", "ρ", "Tasks"), tuple(rows))
+    table.write(evidence.folder, "ranks")
+    return Section("Paper's order", tables=(table,))
 
 
 def _not_a_formula(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from ratplus_exp.analysis import tidy
 from ratplus_exp.models import Olmo2RatPlusForCausalLM
 from ratplus_exp.models.loading import load_model, load_tokenizer, weight_files
 from ratplus_exp.store import Store
+from ratplus_exp.tasks import NIAH, Forms
+from ratplus_exp.tasks.sample import target_ids
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,29 @@ def test_a_stock_model_is_evaluated_under_every_method(job, olmo2, method):
     assert set(cells["n"]) == {3} and set(cells["backbone"]) == {"Attention"}
     measured = cells["budget_measured"]
     assert (measured == 1).all() if method == "dense" else (measured < 0.6).all()
+
+
+def test_an_answer_ends_with_any_token_of_the_generation_config(job, olmo2, tmp_path):
+    folder = shutil.copytree(olmo2, tmp_path / "model")
+    settings = small(folder, "hf", method="dense", **{"data.tasks": "[S-1]"})
+    job(*settings)
+    (cell,) = Store(job.folder / "results").cells("eval")
+    free = {name: record["prediction"].split() for name, record in cell.records().items()}
+    tokenizer = load_tokenizer(folder)
+    (name, words), *_ = free.items()
+    end = next(word for word in words[1:] if word != words[0])
+    ids = [5, tokenizer.convert_tokens_to_ids(end)]
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": ids}))
+    job(*settings)
+    (again,) = (x for x in Store(job.folder / "results").cells("eval") if x.id != cell.id)
+    assert again.records()[name]["prediction"].split() == words[: words.index(end)]
+    tokenizer = load_tokenizer(folder)
+    sample = NIAH(tokenizer, 128, Forms()).sample("S-1", 0, 0)
+    assert target_ids(sample, tokenizer)[-1] == 5
+    file.write_text(json.dumps({"eos_token_id": len(tokenizer)}))
+    with pytest.raises(ValueError, match="ends with token .* its tokenizer has"):
+        load_tokenizer(folder)
 
 
 def test_the_checkpoint_of_a_cell_covers_all_weight_files(job, olmo2):

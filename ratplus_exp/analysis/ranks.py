@@ -1,0 +1,55 @@
+"""One backbone alone beside a paper's table: are its settings and tasks in the paper's order?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from ratplus_exp.analysis.bootstrap import RESAMPLES, Estimate, rank_correlation, resample
+from ratplus_exp.analysis.frame import setting_of_paper
+from ratplus_exp.analysis.pattern import PAPER_SETTING
+
+SOLVED = 50.0
+"""Dense accuracy in percent, below which a task has little to lose."""
+
+
+def rank_agreement(
+    paper: pd.DataFrame, samples: pd.DataFrame, score: str, n_boot: int = RESAMPLES
+) -> pd.DataFrame:
+    """Spearman's correlation of the paper's accuracies with measured ones.
+
+    Over settings it is that of the means over tasks; over tasks that of the means over settings,
+    less dense where measured (the paper's models solve every task without a method).
+
+    Args:
+        paper: one backbone's rows of a table of `paper_tables`.
+        samples: the same backbone's rows of `sample_scores`, dense among them.
+        score: column of `samples` to compare.
+
+    Returns:
+        over, tasks (in the paper's order), count (of settings or tasks), value, low, high (over
+        samples), for all tasks and for those SOLVED when dense; no rows where dense is missing.
+    """
+    ours = setting_of_paper(samples[samples["selector"].isin(paper["selector"])])
+    found = resample(ours, score, PAPER_SETTING, n_boot=n_boot)
+    printed = setting_of_paper(paper).set_index([*PAPER_SETTING, "task"])["accuracy"]
+    settings = [s for s in dict.fromkeys(x[:-1] for x in printed.index) if s in found.groups]
+    dense = ("dense", "1", 0)
+    if dense not in found.groups or not settings:
+        return pd.DataFrame(columns=["over", "tasks", "count", "value", "low", "high"])
+    values = 100 * found.values[:, :, [found.groups[s] for s in (dense, *settings)]]
+    known = [t for t, row in zip(found.tasks, values[0], strict=True) if np.isfinite(row).all()]
+    order = [t for t in dict.fromkeys(paper["task"]) if t in known]
+    values = values[:, [found.tasks.index(t) for t in order]]  # (n_boot + 1, tasks, 1 + settings)
+    theirs = np.array([[printed[(*s, t)] for s in settings] for t in order])
+    rows = []
+    for here in (np.full(len(order), True), values[0, :, 0] >= SOLVED):
+        mine, lost = values[:, here, 1:], values[:, here, 1:] - values[:, here, :1]
+        for over, a, b in (
+            ("settings", mine.mean(1), theirs[here].mean(0)),
+            ("tasks", lost.mean(2), theirs[here].mean(1)),
+        ):
+            rho = Estimate.of(rank_correlation(a, b))
+            tasks = tuple(t for t, on in zip(order, here, strict=True) if on)
+            rows.append({"over": over, "tasks": tasks, "count": len(b), **vars(rho)})
+    return pd.DataFrame(rows)
