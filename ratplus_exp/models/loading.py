@@ -130,8 +130,10 @@ def interface_digest(path: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def dtype_on(device: torch.device) -> torch.dtype:
-    """What models compute in: fp32 on a CPU, bf16 on a GPU."""
+def dtype_on(device: torch.device, name: str | None = None) -> torch.dtype:
+    """What models compute in: that of this name, or else fp32 on a CPU, bf16 on a GPU."""
+    if name:
+        return getattr(torch, name)
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
@@ -175,8 +177,8 @@ def read_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
     return tokenizer
 
 
-def load_model(path: Path, device: torch.device) -> PreTrainedModel:
-    """The model of a folder, in evaluation mode.
+def load_model(path: Path, device: torch.device, dtype: str | None = None) -> PreTrainedModel:
+    """The model of a folder, in evaluation mode; dtype as in `dtype_on`.
 
     It decodes greedily: penalties and temperatures that its folder suggests are left out.
     """
@@ -186,7 +188,7 @@ def load_model(path: Path, device: torch.device) -> PreTrainedModel:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=dtype_on(device),
+            dtype=dtype_on(device, dtype),
             use_safetensors=True,
             output_loading_info=True,
             **LOCAL,

@@ -85,7 +85,6 @@ def test_converted_equal_within_quantisation_and_evaluated(job, model, file, tmp
     folder = tmp_path / "converted"
     job("stage=convert", f"checkpoint={file}", f"model.path={folder}", "stage.dtype=null")
     loaded = load_model(folder, torch.device("cpu"))
-    assert type(loaded) is LlamaForCausalLM or issubclass(type(loaded), LlamaForCausalLM)
     found = loaded.state_dict()
     for name, wanted in model.state_dict().items():
         blocks = wanted.reshape(-1, 32)
@@ -97,7 +96,7 @@ def test_converted_equal_within_quantisation_and_evaluated(job, model, file, tmp
             assert not torch.equal(found[name], wanted)
     assert end_tokens(folder) == [END] == [load_tokenizer(folder).eos_token_id]
     settings = ("data=ruler", "data.length=256", "data.tasks=[S-1]", "data.examples=1")
-    job("model=hf", f"model.path={folder}", "model.name=tiny", "budget=1/4", *settings)
+    job("model=hf", f"model.path={folder}", "model.name=tiny", "budget=1/2", *settings)
     (cell,) = Store(job.folder / "results").cells("eval")
     assert cell.done() == 1
 
