@@ -34,14 +34,17 @@ def rank_agreement(
     ours = setting_of_paper(samples[samples["selector"].isin(paper["selector"])])
     found = resample(ours, score, PAPER_SETTING, n_boot=n_boot)
     printed = setting_of_paper(paper).set_index([*PAPER_SETTING, "task"])["accuracy"]
-    settings = [s for s in dict.fromkeys(x[:-1] for x in printed.index) if s in found.groups]
-    dense = ("dense", "1", 0)
-    if dense not in found.groups or not settings:
-        return pd.DataFrame(columns=_COLUMNS)
-    values = 100 * found.values[:, :, [found.groups[s] for s in (dense, *settings)]]
-    known = [t for t, row in zip(found.tasks, values[0], strict=True) if np.isfinite(row).all()]
-    order = [t for t in dict.fromkeys(paper["task"]) if t in known]
-    values = values[:, [found.tasks.index(t) for t in order]]  # (n_boot + 1, tasks, 1 + settings)
+    dense, none = ("dense", "1", 0), pd.DataFrame(columns=_COLUMNS)
+    if dense not in found.groups:
+        return none
+    # Of the tasks that dense has, and the settings that have all of them.
+    order = [t for t in dict.fromkeys(paper["task"]) if np.isfinite(found.mean(dense, [t])[0])]
+    values = 100 * found.values[:, [found.tasks.index(t) for t in order]]
+    whole = {s for s, i in found.groups.items() if np.isfinite(values[0, :, i]).all()}
+    settings = [s for s in dict.fromkeys(x[:-1] for x in printed.index) if s in whole]
+    if not settings:
+        return none
+    values = values[:, :, [found.groups[s] for s in (dense, *settings)]]
     theirs = np.array([[printed[(*s, t)] for s in settings] for t in order])
     rows = []
     for here in (np.full(len(order), True), values[0, :, 0] >= SOLVED):

@@ -53,9 +53,8 @@ def run(cfg: DictConfig) -> None:
                 raise
             absent.append(str(error))
     if PAGE in wanted or any(part.tables for part in parts):
-        parts.append(pattern_section(evidence))
-    if "table4" in wanted and set(evidence.cells["backbone"]) == {BACKBONES[0]}:
-        parts.append(_ranks(evidence))
+        alone = "table4" in wanted and set(evidence.cells["backbone"]) == {BACKBONES[0]}
+        parts.append((_ranks if alone else pattern_section)(evidence))
     for name, frame in (("cells", evidence.cells), ("hit_rates", evidence.rates)):
         if len(frame) or name == "cells":
             text = frame.map(_not_a_formula).to_csv(index=False, lineterminator="\n")
@@ -160,7 +159,7 @@ def _ranks(evidence: Evidence) -> Section:
     title = evidence.titled("Rank correlation with the attention rows of P1's Table 4")
     table = Table(title, caption, ("Over", "Count", "ρ", "Tasks"), tuple(rows))
     table.write(evidence.folder, "ranks")
-    return Section("Paper's order", tables=(table,))
+    return Section("Paper against measured, by rank", tables=(table,))
 
 
 def _not_a_formula(value: Any) -> Any:

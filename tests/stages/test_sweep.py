@@ -236,7 +236,14 @@ def test_a_killed_sweep_of_two_processes_goes_on(pair, tmp_path):
 
 def test_a_model_without_its_twin_is_ranked_beside_the_paper(job, pair, tmp_path):
     alone = f"pair.models=[{tmp_path.name.replace('-', '_')}_attention]"
-    job("experiment=table4", *pair, alone, "data.tasks=[S-1,MV]", "~stage.cells.small_blocks")
+    job(
+        "experiment=table4",
+        *pair,
+        alone,
+        "data.tasks=[S-1,MV]",
+        "~stage.cells.small_blocks",
+        "+stage.outputs.report=true",
+    )
     ranks = pd.read_csv(job.folder / "reports/tiny/ranks.csv")
     assert list(ranks["Over"]) == ["settings", "tasks"]  # a random model solves no task
     assert list(ranks["Count"]) == [11, 2] and ranks["Tasks"][0] == "S-1, MV"
