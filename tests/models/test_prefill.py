@@ -42,7 +42,7 @@ def answers(prompts, method, chooser):
     out = []
     for recorder in (None, record):  # without a recorder a method goes its fast path
         engine = Engine(method, recorder=recorder, **SELECTORS[chooser])
-        out.append(greedy(prompts, engine, TOKENS, eos=-1, pad=0))
+        out.append(greedy(prompts, engine, TOKENS, eos=[], pad=0))
         out += [engine.usage.fractions(3), *engine.usage.attended]
     return [*out, *(x for call in calls for x in call)]
 
@@ -89,7 +89,7 @@ def test_the_model_reads_the_prompts_once(make_model, make_ids, monkeypatch):
     )
     prompts = PromptBatch(model, ids, torch.ones_like(ids), shared=(WINDOW, TOKENS))
     for method in METHODS:
-        greedy(prompts, Engine(method), TOKENS, eos=-1, pad=0)
+        greedy(prompts, Engine(method), TOKENS, eos=[], pad=0)
     assert sum(x.shape[1] == 22 for x in read) == 1 + 2
 
 

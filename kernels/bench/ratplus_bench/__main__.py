@@ -80,8 +80,9 @@ def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
             yield from models.rows(machine, matches)
             continue
         for case in CASES[part](machine):
-            prefix = f"{case.suite} | {case.name} | "
-            yield from timing.measure(case, machine, lambda form, p=prefix: matches(p + form))
+            name = f"{case.suite} | {case.name} | "
+            forms = [form for form in case.forms if matches(name + form)]
+            yield from timing.measure(case, machine, forms)
 
 
 def _about(arguments: argparse.Namespace, machine: Machine) -> dict[str, Any]:
