@@ -7,7 +7,7 @@ behind every row's last token, out of every real query's causal sight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +39,12 @@ class Usage:
         """
         self.attended.append(attended)
         self.positions.append(positions.expand(attended.shape))
+
+    def join(self, parts: Sequence[Usage]) -> None:
+        """Add what the queries of parts of the batch attended to."""
+        for name in ("attended", "positions"):
+            those = zip(*(getattr(part, name) for part in parts), strict=True)
+            getattr(self, name).extend(torch.cat(x) for x in those)
 
     def fractions(self, rows: int, last: Tensor | None = None) -> Tensor:
         """The measured budget of each row (rows,), over all layers; 1 when nothing was sparse.
@@ -82,9 +88,9 @@ class Engine:
     rows: Tensor | None = None
 
     def for_rows(self, rows: Tensor) -> Engine:
-        """The engine over some rows of its batch."""
-        assert self.rows is None
-        return replace(self, selector=self.selector.rows(rows), rows=rows)
+        """The engine over some of its rows."""
+        numbers = rows if self.rows is None else self.rows[rows]
+        return replace(self, selector=self.selector.rows(rows), rows=numbers)
 
     def _fast(self, path: Callable[..., Tensor | None], *states: Any) -> Tensor | None:
         """What a fast path of the method gives; None where the engine must select.

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ratplus_bench import cpu_cases, latency, report, scan_cases, sparse_cases, timing
+from ratplus_bench import cpu_cases, cpu_models, latency, report, scan_cases, sparse_cases, timing
 from ratplus_bench.timing import Case, Machine, Row
 from ratplus_exp.provenance import REPOSITORY, provenance
 from ratplus_kernels.dispatch import interpreted
@@ -77,6 +77,7 @@ def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
 
     if arguments.cpu:
         yield from cpu_cases.rows(machine)
+        yield from cpu_models.rows(machine)
         return
     parts: dict[str, Callable[[], Iterator[Row]]] = {
         "scan": lambda: measured(scan_cases.cases(machine)),
@@ -115,7 +116,7 @@ def _line(row: Row, machine: Machine) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ratplus_bench", description=__doc__)
-    parser.add_argument("--cpu", action="store_true", help="the CPU's part: forms of the scan")
+    parser.add_argument("--cpu", action="store_true", help="the CPU's part: scan and models")
     parser.add_argument(
         "--dry", action="store_true", help="tiny shapes once, interpreted without a GPU: a test"
     )
