@@ -12,7 +12,9 @@ from ratplus_kernels.dispatch import use_triton
 from ratplus_kernels.selection import check_top_k, inner_products
 
 MAX_BLOCKS = 2048  # a query's scores stay in registers, which have room for this many
-PAIRS = 1 << 16  # of a query and a block that the torch form has in memory at a time
+PAIRS = 1 << 17  # of a query and a block that the torch form has in memory at a time
+PAIR = 100  # keys behind the engine's masks that take about as long as one
+SLOTS = 1 << 12  # of them that it computes at a time, in a core's cache
 
 
 def moba_prefill(
@@ -37,8 +39,8 @@ def moba_prefill(
 
     Returns:
         (B, H, T, D) in the dtype of q; None where q, k or v need a gradient, since both forms are
-        made for inference, and on a GPU beyond MAX_BLOCKS. The masks of `Engine` in ratplus_exp are
-        the definition.
+        made for inference, on a GPU beyond MAX_BLOCKS, and elsewhere where the masks are faster:
+        those of `Engine` in ratplus_exp, which are the definition.
     """
     check_top_k(top_k)
     blocks = -(-q.shape[2] // block_size)
@@ -46,6 +48,8 @@ def moba_prefill(
     if differentiates or (q.is_cuda and blocks > MAX_BLOCKS):
         return None
     if not use_triton(q, k, v):
+        if (top_k - 2) * PAIR > q.shape[2]:
+            return None
         return moba_prefill_torch(q, k, v, block_size, top_k, means)
     from ratplus_kernels.moba_prefill_triton import moba_prefill_triton
 
@@ -87,12 +91,13 @@ def _attend(q: Tensor, first: int, k: Tensor, v: Tensor, means: Tensor, picks: i
     """
     count, last = q.shape[2], first + q.shape[2] - 1
     own = torch.arange(first, last + 1, device=q.device)
+    unscaled, q = q, q / math.sqrt(q.shape[-1])
     near, near_lse = _near(q, own, k, v)
     candidates = min(last, k.shape[2]) - 1  # blocks 1 … last − 1
     if min(picks, candidates) < 1:
         return near
     k, v, means = (x[:, :, 1:last] for x in (k, v, means))
-    scores = inner_products(q.flatten(2, 4), means).unflatten(2, (count, -1))
+    scores = inner_products(unscaled.flatten(2, 4), means).unflatten(2, (count, -1))
     ahead = torch.arange(1, last, device=q.device) >= own[:, None, None]
     values, index = _best(scores.masked_fill_(ahead, -torch.inf), picks)
     there = values > -torch.inf
@@ -117,9 +122,16 @@ def _near(q: Tensor, own: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
         ),
         dim=2,
     )
-    logits = q.flatten(3, 4) @ keys.mT / math.sqrt(q.shape[-1])
+    logits = q.flatten(3, 4) @ keys.mT
     logits.unflatten(3, (-1, size)).masked_fill_(~seen[:, None], -torch.inf)
-    return (logits.softmax(-1) @ values).view(q.shape), logits.logsumexp(-1)
+    shares, lse = _softmax(logits)
+    return (shares @ values).view(q.shape), lse
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Over the last dimension, and log Σ exp, in fewer passes than logsumexp takes."""
+    shares = logits.softmax(-1)
+    return shares, logits.amax(-1) - shares.amax(-1).log()
 
 
 def _best(scores: Tensor, picks: int) -> tuple[Tensor, Tensor]:
@@ -159,7 +171,11 @@ def _far(
     owner = torch.repeat_interleave(tiles)  # the block of every tile
     query = slot.new_zeros(len(owner) * tile).index_put_((slot,), order // picks)
     place = slot.new_zeros(index.numel()).index_put_((order,), slot).view(-1, picks)
-    logits = q.reshape(-1, dim)[query].view(-1, tile, dim) @ k[owner].mT / math.sqrt(dim)
-    lse = logits.logsumexp(-1).flatten()[place]
-    out = (logits.softmax(-1) @ v[owner]).view(-1, dim)
-    return out, lse.masked_fill_(~there.view(-1, picks), -torch.inf), place
+    q, out, lse = q.reshape(-1, dim), q.new_empty(len(query), dim), q.new_empty(len(query))
+    step = max(1, SLOTS // tile)
+    for start in range(0, len(owner), step):
+        blocks, here = owner[start : start + step], slice(start * tile, (start + step) * tile)
+        states = q[query[here]].view(-1, tile, dim)
+        shares, found = _softmax(states @ k[blocks].mT)
+        out[here], lse[here] = (shares @ v[blocks]).view(-1, dim), found.flatten()
+    return out, lse[place].masked_fill_(~there.view(-1, picks), -torch.inf), place

@@ -22,7 +22,7 @@ from ratplus_kernels import gather_tokens
 from ratplus_kernels.selection import select
 
 Recorder = Callable[[int, Tensor, Tensor, Tensor], None]
-QUERY_CHUNK = 512  # prompt queries whose selection is in memory at a time
+QUERY_CHUNK = 128  # prompt queries whose selection is in memory at a time
 
 
 @dataclass
@@ -160,10 +160,11 @@ class Engine:
         for start in range(0, length, QUERY_CHUNK):
             queries = q[:, :, start : start + QUERY_CHUNK]
             position = key[start : start + QUERY_CHUNK]
+            end = start + len(position)
             blocks = self.select_blocks(queries, representatives, position[None], layer)
-            seen = blocks.repeat_interleave(size, dim=-1)[..., :length].flatten(1, 2)
-            seen = seen & (key <= position[:, None])
-            out.append(attend(queries, k, v, seen))
+            seen = blocks.repeat_interleave(size, dim=-1)[..., :end].flatten(1, 2)
+            seen = seen & (key[:end] <= position[:, None])
+            out.append(attend(queries, k[:, :, :end], v[:, :, :end], seen))
             self._count(seen.sum(-1).float().mean(1), position, lengths)
         return torch.cat(out, dim=2)
 

@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     dry = arguments.dry
-    if arguments.cpu and (arguments.only or arguments.match):
-        sys.exit("--only and --match pick from the GPU's run: leave them out with --cpu")
+    if arguments.cpu and (arguments.match or {*(arguments.only or ())} - {"scan", "models"}):
+        sys.exit("--match and other parts than scan and models: leave them out with --cpu")
     if device.type == "cpu" and not (arguments.cpu or dry):
         sys.exit("no CUDA GPU is there: run `make bench-cpu`, or with --dry to test the bench")
     if dry and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -76,17 +76,18 @@ def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
                 yield from timing.measure(case, machine)
 
     if arguments.cpu:
-        yield from cpu_cases.rows(machine)
-        yield from cpu_models.rows(machine)
+        parts = {"scan": cpu_cases.rows, "models": cpu_models.rows}
+        for name in arguments.only or parts:
+            yield from parts[name](machine)
         return
-    parts: dict[str, Callable[[], Iterator[Row]]] = {
+    on_gpu: dict[str, Callable[[], Iterator[Row]]] = {
         "scan": lambda: measured(scan_cases.cases(machine)),
         "sparse": lambda: measured(sparse_cases.cases(machine)),
         "models": lambda: latency.rows(machine, matches),
         "plans": lambda: measured(scan_cases.plans(machine)),
     }
     for name in arguments.only or PARTS:
-        yield from parts[name]()
+        yield from on_gpu[name]()
 
 
 def _about(arguments: argparse.Namespace) -> dict[str, Any]:
