@@ -28,7 +28,7 @@ from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.provenance import REPOSITORY
 
 POCKET = REPOSITORY / "outputs/reference/pocket/models"
-LAYERS, LENGTHS = 30, {1024: 10, 4096: 4, 16_384: 1}  # tokens, and layers of the prefill
+LAYERS, LENGTHS = 30, {1024: 30, 4096: 10, 16_384: 2}  # tokens, and layers of the prefill
 STEPS, SUITES = 9, ("prefill on a CPU, a prompt", "decoding step on a CPU")
 
 
