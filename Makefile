@@ -88,7 +88,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 bench: $(STAMP) ## measure kernels and models on the GPU, into outputs/bench/<device>
 	for part in scan sparse models plans; do $(BIN)/python -m ratplus_bench --only $$part || exit; done
 
-bench-cpu: $(STAMP) ## measure the forms of the memory scan on one CPU thread
+bench-cpu: $(STAMP) ## measure the memory scan and models on one CPU thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m ratplus_bench --cpu
 
 # A GPU for a quarter of an hour (docs/small-tier.md): what it lacks, and a trial with its versions on a CPU.

@@ -80,6 +80,24 @@ def test_a_shared_prefill_changes_nothing(
                 assert torch.equal(a, b), (method, chooser)
 
 
+@torch.no_grad()
+@rows
+def test_rows_in_pieces_give_what_they_give_together(
+    make_model, make_ids, left_pad, monkeypatch, lengths
+):
+    model = make_model(memory=True).double()
+    ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
+    for method in METHODS[2::2]:
+        for chooser in ("topk", "random"):
+            for shared in (None, (WINDOW, TOKENS)):
+                monkeypatch.setattr("ratplus_exp.models.prefill.PIECE", 1 << 30)
+                whole = answers(PromptBatch(model, ids, mask, shared=shared), method, chooser)
+                monkeypatch.setattr("ratplus_exp.models.prefill.PIECE", 1)
+                pieces = answers(PromptBatch(model, ids, mask, shared=shared), method, chooser)
+                assert torch.equal(whole[0], pieces[0]) and torch.equal(whole[1], pieces[1])
+                assert all(map(torch.equal, whole[2:5], pieces[2:5]))
+
+
 def test_the_model_reads_the_prompts_once(make_model, make_ids, monkeypatch):
     """But for methods with a prefill of their own."""
     model, ids = make_model(), make_ids(3, 22)
