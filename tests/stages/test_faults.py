@@ -84,6 +84,7 @@ def training():
     return [
         "experiment=pocket1024_attention",
         "model=pocket1024_attention",
+        "stage.init=null",
         *(f"model.architecture.{name}={size}" for name, size in sizes.items()),
         "data.length=128",
         "stage.schedule=[[384,64]]",
