@@ -39,8 +39,8 @@ def run(cfg: DictConfig) -> None:
         return
     frame = _frame(job)
     table = _table(cfg, frame)
-    write_atomically(job_folder() / "hit_rate.csv", frame.to_csv(index=False))
     table.write(job_folder(), "heads")
+    write_atomically(job_folder() / "hit_rate.csv", frame.to_csv(index=False))
     print(table.to_text())
     print(f"Written to {job_folder()}/hit_rate.csv and heads.md, .csv and .tex.")
 
