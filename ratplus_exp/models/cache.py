@@ -1,7 +1,7 @@
 """The state that decoding carries: keys and values, the memory's last state, block representatives.
 
-Rows are aligned at their first token. A row's new token goes to slot `stored` of that row, which is
-also its position until a method evicts; RoPE and block arithmetic always use the position.
+Rows are aligned at their first token. A token's slot is its position until a method evicts; RoPE
+and block arithmetic always use the position.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ratplus_exp.methods import Engine
+from ratplus_exp.methods.base import EVICTING
+from ratplus_exp.methods.engine import EMPTY
+from ratplus_kernels import gather_tokens
 
 ROOM = 64  # slots allocated ahead of need
 
@@ -24,21 +27,33 @@ ROOM = 64  # slots allocated ahead of need
 class SparseLayer(DynamicLayer):
     """One layer's share: keys and values (B, K, slots, D), memory state (·, B, ..., K, D) in fp32,
     and, for methods that select while decoding, block representatives (B, K, N, *) and the keys
-    to select by (B, K, slots, D) where they are others than those to attend to."""
+    to select by (B, K, slots, D) where they are others than those to attend to.
+
+    width: slots in use after the prompt in the longest row.
+    held: (B, K, slots), which token is in each slot, where a method evicts. Where it does so at
+        every step: mass (B, K, slots), the tokens' scores, and free (B, K), the next token's slot.
+    """
+
+    STATES = ("keys", "values", "select_by", "representatives", "held", "mass", "free")
 
     is_croppable = False  # see SparseCache.crop
 
     def __init__(self) -> None:
         super().__init__()
+        self.width = 0
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.select_by: Tensor | None = None
         self.memory_state: Tensor | None = None
         self.representatives: Tensor | None = None
+        self.held: Tensor | None = None
+        self.mass: Tensor | None = None
+        self.free: Tensor | None = None
 
     def hold(self, keys: Tensor, values: Tensor, room: int) -> None:
         """Store the prompt's with room for `room` tokens more, in storage of their own: they may be
         views of far larger tensors."""
+        self.width = keys.shape[2]
         self.keys, self.values = (_with_room(x, x.shape[2] + room) for x in (keys, values))
 
     def remember(self, state: Tensor) -> None:
@@ -50,7 +65,7 @@ class SparseLayer(DynamicLayer):
 
     def map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
         """Replace every tensor by function(tensor, its batch dimension)."""
-        for name in ("keys", "values", "select_by", "representatives"):
+        for name in self.STATES:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, function(tensor, 0))
@@ -62,6 +77,7 @@ def last_queries(q: Tensor, lengths: Tensor | None, count: int) -> Tensor:
     """The last `count` queries of each row, (B, H, count, D) of q (B, H, T, D); where a row has
     fewer, its first one stands in for those that are missing. lengths as in `Step`."""
     length = q.shape[2]
+    count = min(count, length)
     if lengths is None:
         return q[:, :, max(0, length - count) :]
     last = lengths[:, None] - count + torch.arange(count, device=q.device)
@@ -69,10 +85,10 @@ def last_queries(q: Tensor, lengths: Tensor | None, count: int) -> Tensor:
     return q.gather(2, index.expand(-1, q.shape[1], -1, q.shape[3]))
 
 
-def _with_room(states: Tensor, slots: int) -> Tensor:
-    """A copy of states (B, K, T, D) in a tensor of `slots` slots."""
-    room = slots - states.shape[2]
-    return torch.cat((states, states.new_zeros(*states.shape[:2], room, states.shape[3])), dim=2)
+def _with_room(states: Tensor, slots: int, fill: int = 0) -> Tensor:
+    """A copy of states (B, K, T, ...) in a tensor of `slots` slots."""
+    room = (*states.shape[:2], slots - states.shape[2], *states.shape[3:])
+    return torch.cat((states, states.new_full(room, fill)), dim=2)
 
 
 @dataclass
@@ -113,12 +129,13 @@ class SparseCache(Cache):
     ) -> None:
         super().__init__(layers=[SparseLayer() for _ in range(num_layers)])
         self.engine = engine or Engine()
+        self.engine.layers = num_layers
         self.room = room
         self.seen = 0  # tokens processed, padding included: what `generate` slices by
         self.processed: Tensor | None = None  # (B,) real tokens processed
-        self.stored: Tensor | None = None  # (B,) slots in use
+        self.prompt: Tensor | None = None  # (B,) those of the prompt
         # What the device would have to be asked for, and waited for, is counted along here.
-        self.longest = 0  # slots in use in the longest row (its rows may have left the batch)
+        self.first = 0  # of `seen`, those of the prompt
         self.ragged = False  # whether rows may differ in length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -148,33 +165,71 @@ class SparseCache(Cache):
         store, engine = self.layers[layer], self.engine
         if self.is_empty:
             out = engine.prefill(q, k, v, step.lengths, layer, store.representatives, select_by)
-            if engine.method.phase == "once":
-                q = last_queries(q, step.lengths, engine.method.forced)
+            if engine.method.phase in EVICTING:
+                q = last_queries(q, step.lengths, engine.method.observed)
             self.store_prompt(layer, q, k, v, step, select_by)
             return out
-        assert self.processed is not None and self.stored is not None
-        new = q.shape[2]
-        assert store.keys is not None and store.values is not None
-        used = self.longest + new
+        assert store.keys is not None and self.prompt is not None
+        new_states = {"keys": k, "values": v, "select_by": select_by}
+        if engine.method.phase == "step":
+            return self._attend_in_steps(store, layer, q, new_states, step.positions)
+        new, slots = q.shape[2], step.positions[:, None]
+        used = store.width + self.seen - self.first + new
         if self.room is not None:
             capacity = store.keys.shape[2]
             if used > capacity:
                 raise ValueError(f"the cache has room for {self.room} tokens after the prompt only")
             used = capacity
-        slots = self.stored[:, None] + torch.arange(new, device=q.device)
-        new_states = {"keys": k, "values": v, "select_by": select_by}
-        self._append(store, new_states, slots, used)
+        if store.held is not None:
+            slots = store.width + slots - self.prompt[:, None, None]
+            store.held = self._append(store.held, slots, step.positions[:, None], used, EMPTY)
+        for name, states in new_states.items():
+            stored = getattr(store, name)
+            if stored is not None and states is not None:
+                setattr(store, name, self._append(stored, slots, states, used))
         self._update_representatives(store, step.positions, used)
+        keys, values, select_by, held = (
+            None if x is None else x[:, :, :used]
+            for x in (store.keys, store.values, store.select_by, store.held)
+        )
         return engine.decode(
             q,
-            store.keys[:, :, :used],
-            store.values[:, :, :used],
-            slots,
+            keys,
+            values,
             step.positions,
             store.representatives,
             layer,
-            all_seen=new == 1 and not self.ragged and self.room is None,
+            held,
+            select_by,
+            all_seen=new == 1
+            and self.room is None
+            and not (self.ragged or engine.method.pooled),
         )
+
+    def _attend_in_steps(
+        self,
+        store: SparseLayer,
+        layer: int,
+        q: Tensor,
+        states: dict[str, Tensor | None],
+        positions: Tensor,
+    ) -> Tensor:
+        """Attention of one new token after the other, each in the slot that the last one freed."""
+        out = []
+        assert store.free is not None and store.held is not None and store.mass is not None
+        for i in range(q.shape[2]):
+            query, position, slot = q[:, :, i : i + 1], positions[:, i : i + 1], store.free[..., None]
+            for name, new in states.items():
+                if (stored := getattr(store, name)) is not None and new is not None:
+                    self._append(stored, slot, new[:, :, i : i + 1])
+            self._append(store.held, slot, position[:, None])
+            by = store.keys if store.select_by is None else store.select_by
+            assert store.keys is not None and store.values is not None and by is not None
+            kept = (store.keys, store.values, position, None, layer, store.held)
+            out.append(self.engine.decode(query, *kept))
+            mass, free = self.engine.evict(query, by, store.held, store.mass, position, layer)
+            store.mass.copy_(mass), store.free.copy_(free)
+        return torch.cat(out, dim=2)
 
     def advance(self, step: Step, batch: int) -> None:
         """Count the step's tokens, once all layers have stored them."""
@@ -186,58 +241,83 @@ class SparseCache(Cache):
             else torch.full((batch,), length, device=device)
         )
         self.seen += length
-        if self.processed is None or self.stored is None:
-            self.processed, self.stored = new.clone(), new.clone()
-            self.longest, self.ragged = length, step.lengths is not None
-            if self.engine.method.phase == "once":
-                self.stored = self.stored.clamp(max=self.engine.method.top_k)
-                self.longest = min(self.longest, self.engine.method.top_k)
+        if self.processed is None:
+            self.processed, self.prompt = new.clone(), new.clone()
+            self.first, self.ragged = length, step.lengths is not None
         else:
-            self.longest += length
             self.processed += new
-            self.stored += new
 
     def store_prompt(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step, select_by: Tensor | None
     ) -> None:
         """Store what stays after the prompt: keys, values, representatives.
 
-        q (B, H, at least the last `forced`, D). Rows of equal length are handled together: an
-        observation window ends with its own row.
+        q (B, H, at least the last `observed`, D).
         """
         store, method = self.layers[layer], self.engine.method
         room = ROOM if self.room is None else self.room
+        if method.phase in EVICTING:
+            self._store_kept(layer, q, k, v, step, select_by, room)
+            return
+        store.hold(k, v, room)
         if method.phase != "decode":
             store.representatives = None
-        elif store.representatives is None:
+            return
+        if store.representatives is None and method.unit == "block":
             by = k if select_by is None else select_by
             store.representatives = self.engine.block_representatives(by)
-        if select_by is not None and method.phase == "decode":
+        if select_by is not None:
             store.select_by = _with_room(select_by, select_by.shape[2] + room)
-        if method.phase != "once" or step.lengths is None:
-            store.hold(*(self.engine.keep(q, k, v, layer, select_by) or (k, v)), room)
-            return
-        store.hold(k[:, :, : method.top_k], v[:, :, : method.top_k], room)
-        assert store.keys is not None and store.values is not None
-        for length, rows in step.rows_of_length.items():
-            q_rows = q[rows][:, :, -length:]
-            k_rows, v_rows = (x[rows][:, :, :length] for x in (k, v))
-            by_rows = None if select_by is None else select_by[rows][:, :, :length]
-            kept = self.engine.for_rows(rows).keep(q_rows, k_rows, v_rows, layer, by_rows)
-            if kept is not None:
-                store.keys[rows, :, : method.top_k], store.values[rows, :, : method.top_k] = kept
 
-    def _append(
-        self, store: SparseLayer, states: dict[str, Tensor | None], slots: Tensor, needed: int
+    def _store_kept(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        step: Step,
+        select_by: Tensor | None,
+        room: int,
     ) -> None:
-        for name, new in states.items():
-            tensor = getattr(store, name)
-            if tensor is None or new is None:
-                continue
-            if needed > tensor.shape[2]:
-                tensor = _with_room(tensor, needed + ROOM)
-            index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-            setattr(store, name, tensor.scatter_(2, index, new))
+        """Rows of equal length are handled together: an observation window ends with its own row.
+        All have as many slots as the head that keeps most."""
+        store, steps = self.layers[layer], self.engine.method.phase == "step"
+        states = {"keys": k, "values": v, "select_by": select_by if steps else None}
+        parts: list[tuple[Any, dict[str, Tensor]]] = []
+        groups: dict[int, Any] = {k.shape[2]: slice(None)}
+        for length, rows in (groups if step.lengths is None else step.rows_of_length).items():
+            engine = self.engine if step.lengths is None else self.engine.for_rows(rows)
+            own = {n: x[rows][:, :, :length] for n, x in states.items() if x is not None}
+            by = own["keys"] if select_by is None else select_by[rows][:, :, :length]
+            held, mass = engine.keep(q[rows][:, :, -length:], by, own["values"], layer)
+            where = held.clamp(max=length - 1)
+            own["keys"], own["values"] = gather_tokens(own["keys"], own["values"], where)
+            if "select_by" in own:
+                own["select_by"], _ = gather_tokens(by, by, where)
+            parts.append((rows, own | {"held": held} | ({"mass": mass} if steps else {})))
+        most = max(part["held"].shape[2] for _, part in parts)
+        method = self.engine.method
+        store.width = method.k(layer, self.engine.layers) + 1 if steps else most
+        slots = store.width + (0 if steps else room)
+        for name, like in parts[0][1].items():
+            whole = like.new_full((len(k), k.shape[1], slots, *like.shape[3:]), 0)
+            if name == "held":
+                whole.fill_(EMPTY)
+            for rows, part in parts:
+                whole[rows, :, : part[name].shape[2]] = part[name]
+            setattr(store, name, whole)
+        if steps:
+            assert store.held is not None
+            store.free = (store.held == EMPTY).int().argmax(-1)
+
+    @staticmethod
+    def _append(stored: Tensor, slots: Tensor, new: Tensor, needed: int = 0, fill: int = 0) -> Tensor:
+        """`stored` (B, K, T, ...) with `new` (B, K or 1, Q, ...) in the slots (B, K or 1, Q)."""
+        if needed > stored.shape[2]:
+            stored = _with_room(stored, needed + ROOM, fill)
+        shape = (*stored.shape[:2], *new.shape[2:])
+        index = slots if new.dim() == 3 else slots[..., None]
+        return stored.scatter_(2, index.expand(shape), new.expand(shape))
 
     def _update_representatives(self, store: SparseLayer, positions: Tensor, used: int) -> None:
         """Recompute the blocks that the new tokens fell into (no eviction: slot is position)."""
@@ -265,14 +345,14 @@ class SparseCache(Cache):
 
     def reset(self) -> None:
         self.layers = [SparseLayer() for _ in self.layers]
-        self.seen, self.processed, self.stored = 0, None, None
-        self.longest, self.ragged = 0, False
+        self.seen, self.processed, self.prompt = 0, None, None
+        self.first, self.ragged = 0, False
 
     def _map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
         for layer in self.layers:
             layer.map_batch(function)
-        if self.processed is not None and self.stored is not None:
-            self.processed, self.stored = function(self.processed, 0), function(self.stored, 0)
+        if self.processed is not None and self.prompt is not None:
+            self.processed, self.prompt = function(self.processed, 0), function(self.prompt, 0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map_batch(lambda tensor, dim: tensor.index_select(dim, beam_idx.to(tensor.device)))

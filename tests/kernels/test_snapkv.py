@@ -59,7 +59,8 @@ def pooled_scores(q, k, pooling, kernel):
 def keep(q, k, v, top_k, pooling="avg", kernel=5):
     """What models keep: keys, values, and their positions."""
     method = SnapKV(top_k=top_k, window=q.shape[2], pooling=pooling, kernel=kernel)
-    return *Engine(method).keep(q, k, v, 0), Engine(method).kept_after_prefill(q, k, 0)
+    kept, _ = Engine(method).keep(q, k, v, 0)
+    return *gather_tokens(k, v, kept), kept
 
 
 def check(q, k, v, top_k, out, pooling, kernel):

@@ -158,7 +158,7 @@ def test_snapkv_keeps_a_lone_spike_with_its_neighbours():
     q = torch.ones(1, 1, 30, 4, dtype=torch.float64)
     for pooling, kernel, reach in [("avg", 5, 2), ("max", 7, 3), ("none", 5, 0)]:
         method = SnapKV(top_k=4 + 2 * reach + 1, window=4, pooling=pooling, kernel=kernel)
-        slots = Engine(method).kept_after_prefill(q, k, 0)[0, 0].tolist()
+        slots = Engine(method).keep(q, k, k, 0)[0][0, 0].tolist()
         assert slots == [*range(10 - reach, 10 + reach + 1), 26, 27, 28, 29]
 
 

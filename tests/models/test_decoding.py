@@ -188,7 +188,7 @@ def test_every_token_is_counted_once(make_model, make_ids, monkeypatch, capture)
     monkeypatch.setattr(model, "new_cache", lambda *_, **__: cache)
 
     def failing(step):
-        cache.seen, cache.longest = cache.seen + 1, cache.longest + 1
+        cache.seen += 1
         engine.usage.add(torch.ones(2, 1), torch.ones(2, 1))
 
     ids = make_ids(2, 22)
@@ -196,7 +196,7 @@ def test_every_token_is_counted_once(make_model, make_ids, monkeypatch, capture)
     tokens = greedy(PromptBatch(model, ids, torch.ones_like(ids)), engine, TOKENS, **how)
     assert tokens.shape == (2, TOKENS)
     fed = 22 + TOKENS - 1
-    assert cache.seen == cache.longest == int(cache.processed[0]) == fed
+    assert cache.seen == int(cache.processed[0]) == fed
     assert len(torch.cat(engine.usage.attended, 1)[0]) == 2 * (TOKENS - 1)  # layers × steps
 
 
@@ -251,7 +251,7 @@ def test_a_cache_with_room_stays_where_it_is_and_takes_no_more(make_model, make_
     def places():
         names = ("keys", "values", "memory_state", "representatives")
         tensors = [getattr(layer, name) for layer in cache.layers for name in names]
-        tensors += [cache.processed, cache.stored]
+        tensors += [cache.processed, cache.prompt]
         return [None if x is None else (x.data_ptr(), x.shape) for x in tensors]
 
     model(ids, past_key_values=cache)

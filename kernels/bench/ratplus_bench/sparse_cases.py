@@ -15,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import ratplus_kernels
 from ratplus_bench import flex
 from ratplus_bench.timing import Case, Form, Machine
-from ratplus_exp.methods import Engine, Method, MoBA, Quest, SnapKV
-from ratplus_exp.methods.engine import Uncounted
+from ratplus_exp.methods import Engine, Method, MoBA, Quest, SnapKV, Uncounted
 from ratplus_kernels.snapkv import attention_mass_torch
 
 BACKENDS = {
@@ -99,7 +98,7 @@ def _quest(shape: tuple[int, ...], size: int, top_k: int, machine: Machine) -> C
     def decode(
         engine: Engine, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, last: Tensor
     ) -> Tensor:
-        return engine.decode(q, k, v, last, last, bounds, layer=0, all_seen=True)
+        return engine.decode(q, k, v, last, bounds, layer=0, all_seen=True)
 
     kernel, definition = (partial(decode, engine) for engine in engines)
 
@@ -262,7 +261,7 @@ def _snapkv(shape: tuple[int, ...], window: int, kept: int, machine: Machine) ->
     yield Case(
         "SnapKV selection, all of it", name, inputs,
         [
-            Form("kernel", lambda q, k, v, lse: engine.keep(q, k, v, layer=0)),
+            Form("kernel", lambda q, k, v, lse: ratplus_kernels.gather_tokens(k, v, engine.keep(q, k, v, 0)[0])),
             Form("torch recipe", recipe),
             Form("torch recipe, compiled", _compiled(recipe), gpu=True),
         ],
