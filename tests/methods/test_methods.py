@@ -10,6 +10,16 @@ from brute_force import attend, attend_by_hand, kept, rows_of, seen, states
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Quest, SnapKV
 from ratplus_exp.methods import engine as engine_module
+from ratplus_exp.methods.evicting import H2O, TOVA
+from ratplus_exp.methods.exact import TopKBlocks, TopKTokens
+from ratplus_exp.methods.expected_attention import ExpectedAttention
+from ratplus_exp.methods.kascade import Shared
+from ratplus_exp.methods.keydiff import KeyDiff
+from ratplus_exp.methods.snapkv import AdaKV, PyramidKV
+from ratplus_exp.methods.sparq import SparQ
+from ratplus_exp.methods.streaming import StreamingLLM
+from ratplus_exp.methods.twilight import Twilight
+from ratplus_exp.methods.union import MoBADilated, QuestDilated
 from ratplus_exp.models.cache import ROOM
 
 # A new method adds its line here. Its definition in brute_force.py makes these tests independent of
@@ -26,6 +36,21 @@ METHODS = [
     Dilated(dilation=4, local=2, initial=1),
     Dilated(dilation=0, local=3, initial=2),
     Dilated(dilation=4),
+    StreamingLLM(initial=2, local=5),
+    TopKTokens(top_k=8),
+    TopKBlocks(block_size=4, top_k=4),
+    QuestDilated(block_size=4, top_k=3, dilation=5),
+    MoBADilated(block_size=4, top_k=3, dilation=5),
+    KeyDiff(top_k=12),
+    AdaKV(top_k=12, window=4),
+    PyramidKV(top_k=12, window=4, beta=1),
+    ExpectedAttention(top_k=12),
+    TOVA(top_k=12),
+    H2O(top_k=12, window=4),
+    SparQ(top_k=8, channels=0.5),
+    SparQ(top_k=8, channels=0.5, mean_value=False),
+    Twilight(top_k=5, page=4, candidates=2),
+    Shared(top_k=8),
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=str)
 selecting = pytest.mark.parametrize("method", [m for m in METHODS if m.phase], ids=str)
@@ -57,7 +82,7 @@ def test_selects_by_other_keys_than_it_attends_to(method, kv_heads, prompts):
     own, _ = attend(Engine(method), q, k, v, prompts, STEPS)
     all_forced = method.top_k == method.forced
     assert torch.allclose(own, wanted, equal_nan=True) == all_forced
-    assert (cache.layers[0].select_by is None) == (method.phase != "decode")
+    assert (cache.layers[0].select_by is None) == (method.phase not in ("decode", "step"))
 
 
 @selecting
@@ -65,7 +90,8 @@ def test_scores_of_bf16_are_not_rounded_to_it(method):
     # The kernels' are not, and hit rates and oracles must rank as they do.
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 2, 3, 4, 8, generator=generator).bfloat16()
-    k = torch.randn(1, 2, 6, method.block_size, 8, generator=generator).bfloat16()
+    width = 8 * (1 + method.reads_values)
+    k = torch.randn(1, 2, 6, method.block_size, width, generator=generator).bfloat16()
     r = method.represent(k if method.unit == "block" else k.flatten(2, 3))
     scores = method.score(q, r)
     assert scores.dtype == torch.float32
@@ -102,6 +128,7 @@ def test_usage_is_the_counted_fraction(method, prompts):
             "prefill": range(row.prompt),
             "decode": range(row.prompt, row.prompt + STEPS),
             "once": range(row.prompt, row.prompt + STEPS),
+            "step": range(row.prompt, row.prompt + STEPS),
             None: range(row.prompt + STEPS),
         }[method.phase]
         for cut in wanted:
@@ -126,9 +153,10 @@ def test_enough_for_everything_is_dense(method, prompts):
 
 @selecting
 def test_less_than_what_is_always_kept_is_refused(method):
-    replace(method, top_k=method.forced).validate()
+    least = max(method.forced, 1)
+    replace(method, top_k=least).validate()
     with pytest.raises(ValueError, match="raise the budget") as error:
-        replace(method, top_k=method.forced - 1).validate()
+        replace(method, top_k=least - 1).validate()
     assert f"always keeps {method.forced} {method.unit}s" in str(error.value)
 
 
@@ -137,7 +165,7 @@ def test_what_selects_nothing_needs_no_budget():
     Dilated(top_k=0).validate()
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if isinstance(m, SnapKV)], ids=str)
+@pytest.mark.parametrize("method", [m for m in METHODS if type(m) is SnapKV], ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_snapkv_stores_exactly_what_it_keeps(method, kv_heads):
     q, k, v = states(kv_heads)
