@@ -36,6 +36,7 @@ class Method(Settings):
         prompt token; "once", after the prompt, and what is not selected leaves the cache; "step",
         after the prompt and again at every decoding step; None, never.
     paper, reads: for the table of methods: the source, and what choosing reads.
+    by_query_block: whether the prompt's queries of one block choose together.
     reads_values: whether `represent` gets each token's value behind its key.
     pooled: whether the heads of a layer share their candidates, so that a head may have more than
         another; each has at least its forced ones, or `floor` of them.
@@ -45,6 +46,7 @@ class Method(Settings):
     phase: ClassVar[Phase | None] = None
     paper: ClassVar[str] = ""
     reads: ClassVar[str] = "–"
+    by_query_block: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
 

@@ -36,7 +36,7 @@ class TOVA(Method):
         return keys
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
-        """The attention of all queries (B, K, G, Q, D), the prompt's last, summed: (B, K, 1, 1, N)."""
+        """The attention of the prompt's last queries (B, K, G, Q, D), summed: (B, K, 1, 1, N)."""
         length, count, parts = representatives.shape[2], queries.shape[3], []
         for start in range(0, count, CHUNK):
             some = queries[:, :, :, start : start + CHUNK].flatten(1, 2)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar, Self
 
-
 from ratplus_exp.budget import Budget
 from ratplus_exp.methods.dilated import Dilated
 from ratplus_exp.settings import Whole

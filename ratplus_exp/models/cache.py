@@ -7,110 +7,17 @@ and block arithmetic always use the position.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from ratplus_exp.methods import Engine
 from ratplus_exp.methods.base import EVICTING
-from ratplus_exp.methods.engine import EMPTY
-from ratplus_kernels import gather_tokens
-
-ROOM = 64  # slots allocated ahead of need
-
-
-class SparseLayer(DynamicLayer):
-    """One layer's share: keys and values (B, K, slots, D), memory state (·, B, ..., K, D) in fp32,
-    and, for methods that select while decoding, block representatives (B, K, N, *) and the keys
-    to select by (B, K, slots, D) where they are others than those to attend to.
-
-    width: slots in use after the prompt in the longest row.
-    held: (B, K, slots), which token is in each slot, where a method evicts. Where it does so at
-        every step: mass (B, K, slots), the tokens' scores, and free (B, K), the next token's slot.
-    """
-
-    STATES = ("keys", "values", "select_by", "representatives", "held", "mass", "free")
-
-    is_croppable = False  # see SparseCache.crop
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.width = 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.select_by: Tensor | None = None
-        self.memory_state: Tensor | None = None
-        self.representatives: Tensor | None = None
-        self.held: Tensor | None = None
-        self.mass: Tensor | None = None
-        self.free: Tensor | None = None
-
-    def hold(self, keys: Tensor, values: Tensor, room: int) -> None:
-        """Store the prompt's with room for `room` tokens more, in storage of their own: they may be
-        views of far larger tensors."""
-        self.width = keys.shape[2]
-        self.keys, self.values = (_with_room(x, x.shape[2] + room) for x in (keys, values))
-
-    def remember(self, state: Tensor) -> None:
-        """Store the memory's state, a later one in the place of the one before."""
-        if self.memory_state is None or torch.is_grad_enabled():
-            self.memory_state = state
-        else:
-            self.memory_state.copy_(state)
-
-    def map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
-        """Replace every tensor by function(tensor, its batch dimension)."""
-        for name in self.STATES:
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, function(tensor, 0))
-        if self.memory_state is not None:
-            self.memory_state = function(self.memory_state, 1)
-
-
-def last_queries(q: Tensor, lengths: Tensor | None, count: int) -> Tensor:
-    """The last `count` queries of each row, (B, H, count, D) of q (B, H, T, D); where a row has
-    fewer, its first one stands in for those that are missing. lengths as in `Step`."""
-    length = q.shape[2]
-    count = min(count, length)
-    if lengths is None:
-        return q[:, :, max(0, length - count) :]
-    last = lengths[:, None] - count + torch.arange(count, device=q.device)
-    index = last.clamp(min=0)[:, None, :, None]
-    return q.gather(2, index.expand(-1, q.shape[1], -1, q.shape[3]))
-
-
-def _with_room(states: Tensor, slots: int, fill: int = 0) -> Tensor:
-    """A copy of states (B, K, T, ...) in a tensor of `slots` slots."""
-    room = (*states.shape[:2], slots - states.shape[2], *states.shape[3:])
-    return torch.cat((states, states.new_full(room, fill)), dim=2)
-
-
-@dataclass
-class Step:
-    """Where the tokens of one forward pass stand in their rows.
-
-    positions: (B or 1, T) positions of the tokens, from 0 at each row's first token.
-    lengths: (B,) real tokens a row; None if all T are real. Only a prompt can have fewer.
-    """
-
-    positions: Tensor
-    lengths: Tensor | None = None
-
-    @cached_property
-    def rows_of_length(self) -> dict[int, Tensor]:
-        """The rows that have each of the lengths; asked of the device once for all layers."""
-        assert self.lengths is not None
-        rows: dict[int, list[int]] = {}
-        for row, length in enumerate(self.lengths.tolist()):
-            rows.setdefault(length, []).append(row)
-        device = self.lengths.device
-        return {length: torch.tensor(those, device=device) for length, those in rows.items()}
+from ratplus_exp.methods.selection import EMPTY
+from ratplus_exp.models.layer import ROOM, SparseLayer, Step, append, last_queries, with_room
 
 
 class SparseCache(Cache):
@@ -172,7 +79,7 @@ class SparseCache(Cache):
         assert store.keys is not None and self.prompt is not None
         new_states = {"keys": k, "values": v, "select_by": select_by}
         if engine.method.phase == "step":
-            return self._attend_in_steps(store, layer, q, new_states, step.positions)
+            return store.attend_in_steps(engine, layer, q, new_states, step.positions)
         new, slots = q.shape[2], step.positions[:, None]
         used = store.width + self.seen - self.first + new
         if self.room is not None:
@@ -182,11 +89,11 @@ class SparseCache(Cache):
             used = capacity
         if store.held is not None:
             slots = store.width + slots - self.prompt[:, None, None]
-            store.held = self._append(store.held, slots, step.positions[:, None], used, EMPTY)
+            store.held = append(store.held, slots, step.positions[:, None], used, EMPTY)
         for name, states in new_states.items():
             stored = getattr(store, name)
             if stored is not None and states is not None:
-                setattr(store, name, self._append(stored, slots, states, used))
+                setattr(store, name, append(stored, slots, states, used))
         self._update_representatives(store, step.positions, used)
         keys, values, select_by, held = (
             None if x is None else x[:, :, :used]
@@ -201,35 +108,8 @@ class SparseCache(Cache):
             layer,
             held,
             select_by,
-            all_seen=new == 1
-            and self.room is None
-            and not (self.ragged or engine.method.pooled),
+            all_seen=new == 1 and self.room is None and not (self.ragged or engine.method.pooled),
         )
-
-    def _attend_in_steps(
-        self,
-        store: SparseLayer,
-        layer: int,
-        q: Tensor,
-        states: dict[str, Tensor | None],
-        positions: Tensor,
-    ) -> Tensor:
-        """Attention of one new token after the other, each in the slot that the last one freed."""
-        out = []
-        assert store.free is not None and store.held is not None and store.mass is not None
-        for i in range(q.shape[2]):
-            query, position, slot = q[:, :, i : i + 1], positions[:, i : i + 1], store.free[..., None]
-            for name, new in states.items():
-                if (stored := getattr(store, name)) is not None and new is not None:
-                    self._append(stored, slot, new[:, :, i : i + 1])
-            self._append(store.held, slot, position[:, None])
-            by = store.keys if store.select_by is None else store.select_by
-            assert store.keys is not None and store.values is not None and by is not None
-            kept = (store.keys, store.values, position, None, layer, store.held)
-            out.append(self.engine.decode(query, *kept))
-            mass, free = self.engine.evict(query, by, store.held, store.mass, position, layer)
-            store.mass.copy_(mass), store.free.copy_(free)
-        return torch.cat(out, dim=2)
 
     def advance(self, step: Step, batch: int) -> None:
         """Count the step's tokens, once all layers have stored them."""
@@ -257,7 +137,7 @@ class SparseCache(Cache):
         store, method = self.layers[layer], self.engine.method
         room = ROOM if self.room is None else self.room
         if method.phase in EVICTING:
-            self._store_kept(layer, q, k, v, step, select_by, room)
+            store.hold_kept(self.engine, layer, q, k, v, step, select_by, room)
             return
         store.hold(k, v, room)
         if method.phase != "decode":
@@ -267,57 +147,7 @@ class SparseCache(Cache):
             by = k if select_by is None else select_by
             store.representatives = self.engine.block_representatives(by)
         if select_by is not None:
-            store.select_by = _with_room(select_by, select_by.shape[2] + room)
-
-    def _store_kept(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        step: Step,
-        select_by: Tensor | None,
-        room: int,
-    ) -> None:
-        """Rows of equal length are handled together: an observation window ends with its own row.
-        All have as many slots as the head that keeps most."""
-        store, steps = self.layers[layer], self.engine.method.phase == "step"
-        states = {"keys": k, "values": v, "select_by": select_by if steps else None}
-        parts: list[tuple[Any, dict[str, Tensor]]] = []
-        groups: dict[int, Any] = {k.shape[2]: slice(None)}
-        for length, rows in (groups if step.lengths is None else step.rows_of_length).items():
-            engine = self.engine if step.lengths is None else self.engine.for_rows(rows)
-            own = {n: x[rows][:, :, :length] for n, x in states.items() if x is not None}
-            by = own["keys"] if select_by is None else select_by[rows][:, :, :length]
-            held, mass = engine.keep(q[rows][:, :, -length:], by, own["values"], layer)
-            where = held.clamp(max=length - 1)
-            own["keys"], own["values"] = gather_tokens(own["keys"], own["values"], where)
-            if "select_by" in own:
-                own["select_by"], _ = gather_tokens(by, by, where)
-            parts.append((rows, own | {"held": held} | ({"mass": mass} if steps else {})))
-        most = max(part["held"].shape[2] for _, part in parts)
-        method = self.engine.method
-        store.width = method.k(layer, self.engine.layers) + 1 if steps else most
-        slots = store.width + (0 if steps else room)
-        for name, like in parts[0][1].items():
-            whole = like.new_full((len(k), k.shape[1], slots, *like.shape[3:]), 0)
-            if name == "held":
-                whole.fill_(EMPTY)
-            for rows, part in parts:
-                whole[rows, :, : part[name].shape[2]] = part[name]
-            setattr(store, name, whole)
-        if steps:
-            assert store.held is not None
-            store.free = (store.held == EMPTY).int().argmax(-1)
-
-    @staticmethod
-    def _append(stored: Tensor, slots: Tensor, new: Tensor, needed: int = 0, fill: int = 0) -> Tensor:
-        """`stored` (B, K, T, ...) with `new` (B, K or 1, Q, ...) in the slots (B, K or 1, Q)."""
-        if needed > stored.shape[2]:
-            stored = _with_room(stored, needed + ROOM, fill)
-        shape = (*stored.shape[:2], *new.shape[2:])
-        index = slots if new.dim() == 3 else slots[..., None]
-        return stored.scatter_(2, index.expand(shape), new.expand(shape))
+            store.select_by = with_room(select_by, select_by.shape[2] + room)
 
     def _update_representatives(self, store: SparseLayer, positions: Tensor, used: int) -> None:
         """Recompute the blocks that the new tokens fell into (no eviction: slot is position)."""

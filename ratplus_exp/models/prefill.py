@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ratplus_exp.memory import gate_statistics
-from ratplus_exp.models.cache import SparseCache, Step, last_queries
+from ratplus_exp.models.cache import SparseCache
+from ratplus_exp.models.layer import Step, last_queries
 
 
 class Prefilled(SparseCache):

@@ -21,7 +21,10 @@ from ratplus_exp.methods.snapkv import AdaKV
 from ratplus_exp.methods.sparq import SparQ
 from ratplus_exp.methods.twilight import Twilight
 from ratplus_exp.methods.union import MoBADilated, QuestDilated
-from ratplus_exp.models.cache import SparseCache, Step
+from ratplus_exp.methods.vertical_slash import VerticalSlash
+from ratplus_exp.methods.xattention import XAttention
+from ratplus_exp.models.cache import SparseCache
+from ratplus_exp.models.layer import Step
 
 
 @dataclass(eq=False)
@@ -129,6 +132,48 @@ def _(method: TopKTokens, row, head, t):
     scores = token_scores(method, row, head, t)
     between = best(scores, range(1, t), method.top_k - len({0, t}))
     return sorted({0, t, *between})
+
+
+@seen.register
+def _(method: XAttention, row, head, t):
+    """For each block of the prompt's queries: by the softmaxes of their groups, of which each has
+    with a group of keys the sum of q · k over the antidiagonal."""
+    if t >= row.prompt:
+        return list(range(t + 1))
+    size, s, keys, d = method.block_size, method.stride, row.k[row.kv(head)], len(row.q[0][0])
+    own = t // size
+    mass = [0.0] * own
+    for u in range(own * size, (own + 1) * size, s) if own else ():
+        logits = [0.0] * (own * size // s)
+        for i in range(s):
+            if u + s - 1 - i < row.prompt:
+                for w in range(len(logits)):
+                    logits[w] += dot(row.q[head][u + s - 1 - i], keys[w * s + i])
+        for w, weight in enumerate(softmax([x / (s * math.sqrt(d)) for x in logits])):
+            mass[w * s // size] += weight
+    chosen = {0, own, *best(mass, range(1, own), method.top_k - 2)}
+    return [j for j in range(t + 1) if j // size in chosen]
+
+
+@seen.register
+def _(method: VerticalSlash, row, head, t):
+    """In the prompt: columns and distances, by the attention of its last queries."""
+    if t >= row.prompt:
+        return list(range(t + 1))
+    columns, distances = vertical_slash(method, row, head)
+    return [j for j in range(t + 1) if j in columns or t - j in distances]
+
+
+@functools.cache
+def vertical_slash(method, row, head):
+    n, keys = row.prompt, row.k[row.kv(head)]
+    columns, distances = [0.0] * n, [0.0] * n
+    for t in range(max(0, n - method.window), n):
+        for j, weight in enumerate(attention_weights(row.q[head][t], keys[: t + 1])):
+            columns[j] += weight
+            distances[t - j] += weight
+    half = method.top_k // 2 - 1
+    return [{0, *best(scores, range(1, n), half)} for scores in (columns, distances)]
 
 
 @functools.singledispatch

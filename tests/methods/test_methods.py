@@ -20,7 +20,9 @@ from ratplus_exp.methods.sparq import SparQ
 from ratplus_exp.methods.streaming import StreamingLLM
 from ratplus_exp.methods.twilight import Twilight
 from ratplus_exp.methods.union import MoBADilated, QuestDilated
-from ratplus_exp.models.cache import ROOM
+from ratplus_exp.methods.vertical_slash import VerticalSlash
+from ratplus_exp.methods.xattention import XAttention
+from ratplus_exp.models.layer import ROOM
 
 # A new method adds its line here. Its definition in brute_force.py makes these tests independent of
 # its own score; a method that selects tokens or has a pattern needs one.
@@ -51,6 +53,8 @@ METHODS = [
     SparQ(top_k=8, channels=0.5, mean_value=False),
     Twilight(top_k=5, page=4, candidates=2),
     Shared(top_k=8),
+    XAttention(block_size=4, top_k=4, stride=2),
+    VerticalSlash(top_k=12, window=4),
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=str)
 selecting = pytest.mark.parametrize("method", [m for m in METHODS if m.phase], ids=str)
@@ -144,7 +148,7 @@ def test_usage_is_the_counted_fraction(method, prompts):
 @batches
 def test_enough_for_everything_is_dense(method, prompts):
     q, k, v = states(2)
-    engine = Engine(replace(method, top_k=40))
+    engine = Engine(replace(method, top_k=80))
     out, _ = attend(engine, q, k, v, prompts, STEPS)
     dense, _ = attend(Engine(), q, k, v, prompts, STEPS)
     torch.testing.assert_close(out, dense, equal_nan=True)
@@ -218,12 +222,15 @@ def test_prompts_shorter_than_a_block_or_a_window(method, length):
     torch.testing.assert_close(out, attend_by_hand(method, q, k, v, [length], 2))
 
 
-@every_method
+@pytest.mark.parametrize("method", [m for m in METHODS if type(m) is not VerticalSlash], ids=str)
 def test_what_follows_a_query_never_matters(method):
+    """Or its block, where the queries of a block choose together."""
     q, k, v = states(2)
     out, _ = attend(Engine(method), q, k, v, [30, 9, 17], 0)
     k2, v2 = k.clone(), v.clone()
-    for b, end in enumerate([22, 5, 15]):
+    size = method.block_size if method.by_query_block else 1
+    ends = [-(-end // size) * size for end in (22, 5, 15)]
+    for b, end in enumerate(ends):
         k2[b, :, end:], v2[b, :, end:] = 99.0, 99.0
     changed, _ = attend(Engine(method), q, k2, v2, [30, 9, 17], 0)
     for b, end in enumerate([22, 5, 15]):

@@ -10,7 +10,7 @@ import torch
 from brute_force import attend, attention, rows_of, states
 
 from ratplus_exp.methods import Engine, MoBA, Oracle, Quest, Random, SnapKV, TopK
-from ratplus_exp.methods.engine import select
+from ratplus_kernels.selection import select
 
 QUEST = Quest(block_size=4, top_k=6)
 N = 16  # blocks; the query stands in the last, so 14 are free and 4 of them are picked

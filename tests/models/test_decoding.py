@@ -9,6 +9,9 @@ from test_families import FAMILIES, TINY, add_memory, carry, stock_model
 from transformers import MistralConfig, MistralForCausalLM
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Oracle, Quest, Random, SnapKV
+from ratplus_exp.methods.evicting import H2O
+from ratplus_exp.methods.snapkv import AdaKV
+from ratplus_exp.methods.twilight import Twilight
 from ratplus_exp.models.decoding import CudaGraphs, greedy
 from ratplus_exp.models.prefill import PromptBatch
 
@@ -19,6 +22,9 @@ METHODS = [
     MoBA(block_size=4, top_k=3),
     SnapKV(top_k=12, window=4),
     Dilated(dilation=4, local=2, initial=1),
+    AdaKV(top_k=8, window=4),
+    H2O(top_k=12, window=4),
+    Twilight(top_k=5, page=4, candidates=2),
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda x: type(x).__name__)
 backbones = pytest.mark.parametrize("memory", [False, True], ids=["attention", "ratplus"])

@@ -7,6 +7,8 @@ import torch
 from test_families import carry, stock_model
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Oracle, Quest, Random, SnapKV
+from ratplus_exp.methods.evicting import TOVA
+from ratplus_exp.methods.snapkv import AdaKV
 from ratplus_exp.models.decoding import greedy
 from ratplus_exp.models.prefill import PromptBatch
 
@@ -18,6 +20,8 @@ METHODS = [
     SnapKV(top_k=12, window=4),
     SnapKV(top_k=8, window=6, pooling="max", kernel=3),
     SnapKV(top_k=40, window=4),  # keeps all
+    AdaKV(top_k=8, window=4),
+    TOVA(top_k=12),
     MoBA(block_size=4, top_k=3),
     Dilated(dilation=4, local=2, initial=1),
 ]
@@ -98,7 +102,7 @@ def test_methods_say_whether_their_prefill_is_dense():
         def attend_prefill(self, q, k, v, representatives=None):
             return None
 
-    assert [m.dense_prefill for m in METHODS] == [True] * 6 + [False] * 2
+    assert [m.dense_prefill for m in METHODS] == [True] * 8 + [False] * 2
     assert not Own().dense_prefill
 
 

@@ -258,10 +258,14 @@ def _snapkv(shape: tuple[int, ...], window: int, kept: int, machine: Machine) ->
         [Form("kernel", ratplus_kernels.gather_tokens), Form("torch", gather_torch)],
         bytes=rows, reference=gather_torch,
     )  # fmt: skip
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        return ratplus_kernels.gather_tokens(k, v, engine.keep(q, k, v, layer=0)[0])
+
     yield Case(
         "SnapKV selection, all of it", name, inputs,
         [
-            Form("kernel", lambda q, k, v, lse: ratplus_kernels.gather_tokens(k, v, engine.keep(q, k, v, 0)[0])),
+            Form("kernel", kernel),
             Form("torch recipe", recipe),
             Form("torch recipe, compiled", _compiled(recipe), gpu=True),
         ],
