@@ -57,7 +57,8 @@ class SnapKV(SnapKVSettings, Method):
 class AdaKV(SnapKV):
     """SnapKV's scores, ranked over all KV heads of a layer together, which keep top_k on average.
 
-    floor_share: of top_k, what each head keeps at least by its own ranking.
+    floor_share: of top_k, what each head keeps at least by its own ranking. The original shares out
+    the rest of the budget and adds the floor to what a head gets of it.
     """
 
     paper: ClassVar[str] = "Feng et al., 2024, arXiv 2407.11550"

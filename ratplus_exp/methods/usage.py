@@ -12,12 +12,15 @@ from torch import Tensor
 class Usage:
     """How many tokens the queries of the sparse phase really attended to.
 
-    Each list has one (B, Q) a layer and forward.
+    The lists of tensors have one (B, Q) a layer and forward.
+    slots: of methods that evict, how many each layer's cache has after the prompt: as many as the
+        head that keeps most.
     """
 
     attended: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
     choosing: list[Tensor] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
 
     def add(self, attended: Tensor, positions: Tensor, choosing: Tensor | None = None) -> None:
         """attended (B, Q): tokens, mean over heads; positions (B or 1, Q) of the queries;

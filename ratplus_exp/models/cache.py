@@ -78,15 +78,13 @@ class SparseCache(Cache):
             return out
         assert store.keys is not None and self.prompt is not None
         new_states = {"keys": k, "values": v, "select_by": select_by}
+        new, slots = q.shape[2], step.positions[:, None]
+        answered = self.seen - self.first + new
+        if self.room is not None and answered > self.room:
+            raise ValueError(f"the cache has room for {self.room} tokens after the prompt only")
         if engine.method.phase == "step":
             return store.attend_in_steps(engine, layer, q, new_states, step.positions)
-        new, slots = q.shape[2], step.positions[:, None]
-        used = store.width + self.seen - self.first + new
-        if self.room is not None:
-            capacity = store.keys.shape[2]
-            if used > capacity:
-                raise ValueError(f"the cache has room for {self.room} tokens after the prompt only")
-            used = capacity
+        used = store.width + answered if self.room is None else store.keys.shape[2]
         if store.held is not None:
             slots = store.width + slots - self.prompt[:, None, None]
             store.held = append(store.held, slots, step.positions[:, None], used, EMPTY)
