@@ -24,6 +24,9 @@ Made from the classes by `python -m ratplus_exp.methods > docs/methods.md`. Each
 context that is read or stored; there are no dense first layers and no floors beside it; methods
 that read choose for each query head, methods that evict for each KV head.
 
+    python run.py method=tova budget=1/8
+    make methods      # all of them on both backbones, one table and one figure
+
 A cell's metrics have three fractions. `budget_measured` is what was read or stored;
 `choosing_measured` is what choosing read beside that, in bytes of all keys and values: the
 representatives of all candidates and the indices of the chosen ones; `slots_measured` is what the

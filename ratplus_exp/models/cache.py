@@ -97,6 +97,7 @@ class SparseCache(Cache):
             None if x is None else x[:, :, :used]
             for x in (store.keys, store.values, store.select_by, store.held)
         )
+        assert keys is not None and values is not None
         return engine.decode(
             q,
             keys,

@@ -8,6 +8,7 @@ cells are those of stage=eval.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import matplotlib
@@ -81,7 +82,7 @@ def table(frame: pd.DataFrame) -> Table:
     rows = [
         (
             row["budget"],
-            METHODS.get(row["method"], row["method"]),
+            row["method"],
             number(row["read"], 3),
             number(row["choosing"], 3),
             *(number(row[b]) for b in BACKBONES),
@@ -127,11 +128,12 @@ def draw(frame: pd.DataFrame, phases: dict[str, str | None]) -> Any:
             line = {"ls": LINES[phases[method]], "marker": marker, "ms": 4, "lw": 1.4}
             panel.plot(here["read"], here[backbone], **style, **line)
         panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda x, _: str(Fraction(x).limit_denominator(1024)))
         panel.set_title(backbone, fontsize=11)
         panel.set_xlabel("fraction of the context read or stored, measured")
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
-        panel.set_ylim(0, 103)
+        panel.set_ylim(-3, 103)
     panels[0].set_ylabel("mean accuracy, %")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
