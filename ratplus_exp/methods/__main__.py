@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import OmegaConf
@@ -39,8 +40,9 @@ def page() -> str:
     """The table of methods, and how each differs from its original."""
     names = ("Name", "Rule", "Unit", "Phase", "Budget", "Choosing reads", "Paper")
     rows, notes = [names, ("---",) * len(names)], []
-    files = (OmegaConf.load(file) for file in CONF.glob("*.yaml"))
-    for name, cls in sorted((f.name, get_class(f.target)) for f in files):
+    files: Any = (OmegaConf.load(file) for file in CONF.glob("*.yaml"))
+    classes: list[tuple[str, Any]] = [(file.name, get_class(file.target)) for file in files]
+    for name, cls in sorted(classes, key=lambda pair: pair[0]):
         rule, _, note = inspect.cleandoc(cls.__doc__).partition("\n\n")
         budget = BUDGETS.get(cls.phase, "–" if cls.pattern is Method.pattern else "seen throughout")
         unit = cls.unit if cls.phase else "pattern" if cls.pattern is not Method.pattern else "–"

@@ -40,6 +40,7 @@ def run(cfg: DictConfig) -> None:
 def _report(cfg: DictConfig, cells: list[Cell]) -> Table:
     frame = means(cells)
     path = job_folder() / "methods.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     draw(frame, {m: phase_of(cfg, m) for m in frame["method"].unique()}).savefig(path, dpi=160)
     plt.close()
     print(f"Figure: {path}.")
@@ -113,14 +114,14 @@ def table(frame: pd.DataFrame) -> Table:
 
 def draw(frame: pd.DataFrame, phases: dict[str, str | None]) -> Any:
     """Accuracy against the measured fraction: a panel a backbone, a line a method."""
-    size = {"figsize": (11, 5.5), "sharey": True, "layout": "constrained"}
+    size: dict[str, Any] = {"figsize": (11, 5.5), "sharey": True, "layout": "constrained"}
     figure, panels = plt.subplots(1, len(BACKBONES), **size)
     methods = sorted(phases, key=lambda m: (str(phases[m]), m))
-    colors = plt.get_cmap("tab20").colors
+    colors = plt.get_cmap("tab20")
     for panel, backbone in zip(panels, BACKBONES, strict=True):
         for i, method in enumerate(methods):
             here = frame[frame["method"] == method].sort_values("read")
-            style = {"label": METHODS.get(method, method), "color": colors[i % len(colors)]}
+            style = {"label": METHODS.get(method, method), "color": colors(i % 20)}
             if method == "dense":
                 panel.axhline(here[backbone].iloc[0], color="black", lw=0.8, label="dense")
                 continue
