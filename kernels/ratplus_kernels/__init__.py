@@ -1,8 +1,8 @@
-"""Tensors in, tensors out: the operations that the paper's methods are made of.
+"""The operations that the paper's methods are made of.
 
-On a GPU with Triton a kernel runs (`ratplus_kernels.dispatch`). Elsewhere the memory and SnapKV's
-parts run their torch form; Quest's and MoBA's attention return None, for their definition is the
-engine of ratplus_exp. Definitions are tested against float64 loops, and kernels as well.
+On a GPU with Triton a kernel runs (`ratplus_kernels.dispatch`), elsewhere the torch form. It is the
+definition, but for Quest's and MoBA's attention: there it gathers the selected blocks, and the
+definition is the engine of ratplus_exp. All are tested against float64 loops.
 """
 
 from ratplus_kernels.memory_scan import Blocks, memory_prefill, memory_scan, memory_step

@@ -20,7 +20,7 @@ from ratplus_exp.methods.selection import Selection, grouped
 from ratplus_exp.methods.selectors import TopK
 from ratplus_exp.methods.usage import Usage
 
-QUERY_CHUNK = 512  # prompt queries whose selection is in memory at a time
+QUERY_CHUNK = 128  # prompt queries whose selection is in memory at a time
 
 
 @dataclass
@@ -114,19 +114,19 @@ class Engine(Selection):
             representatives = self.block_representatives(by)
         out = []
         for start in range(0, length, chunk):
-            now = slice(start, start + chunk)
-            queries, position = q[:, :, now], key[now]
+            queries, position = q[:, :, start : start + chunk], key[start : start + chunk]
+            end = start + len(position)
+            seen = key[:end] <= position[:, None]
             if lines is None:
                 assert representatives is not None
-                blocks = choosing[:, :, now], representatives, position[None], layer
-                seen = self.select_blocks(*blocks).repeat_interleave(size, dim=-1)[..., :length]
+                blocks = choosing[:, :, start:end], representatives, position[None], layer
+                chosen = self.select_blocks(*blocks).repeat_interleave(size, dim=-1)[..., :end]
             else:
-                back = (position[:, None] - key).clamp(min=0)
-                seen = lines[..., :1, :] | lines[..., 1, :][..., back]
-            pattern = self._pattern("prefill", position[:, None], key)
-            seen = seen.flatten(1, 2) if pattern is None else seen.flatten(1, 2) | pattern
-            seen = seen & (key <= position[:, None])
-            out.append(attend(queries, k, v, seen))
+                back = (position[:, None] - key[:end]).clamp(min=0)
+                chosen = lines[..., :1, :end] | lines[..., 1, :][..., back]
+            pattern = self._pattern("prefill", position[:, None], key[:end])
+            seen = seen & (chosen if pattern is None else chosen | pattern).flatten(1, 2)
+            out.append(attend(queries, k[:, :, :end], v[:, :, :end], seen))
             self._count(seen.sum(-1).float().mean(1), position, q, layer, lengths)
         return torch.cat(out, dim=2)
 

@@ -39,9 +39,9 @@ class Selection:
     handed: Tensor | None = None
 
     def for_rows(self, rows: Tensor) -> Self:
-        """The same over some rows of its batch."""
-        assert self.rows is None
-        return replace(self, selector=self.selector.rows(rows), rows=rows)
+        """The same over some of its rows."""
+        numbers = rows if self.rows is None else self.rows[rows]
+        return replace(self, selector=self.selector.rows(rows), rows=numbers)
 
     def select_blocks(
         self, q: Tensor, representatives: Tensor, positions: Tensor, layer: int

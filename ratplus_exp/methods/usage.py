@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,13 @@ class Usage:
         self.positions.append(positions.expand(attended.shape))
         choosing = torch.zeros_like(attended) if choosing is None else choosing
         self.choosing.append(choosing.expand(attended.shape))
+
+    def join(self, parts: Sequence[Usage]) -> None:
+        """Add what the queries of parts of the batch attended to."""
+        for name in ("attended", "positions", "choosing"):
+            those = zip(*(getattr(part, name) for part in parts), strict=True)
+            getattr(self, name).extend(torch.cat(x) for x in those)
+        self.slots.extend(map(max, zip(*(part.slots for part in parts), strict=True)))
 
     def fractions(self, rows: int, last: Tensor | None = None) -> Tensor:
         """The measured budget of each row (rows,), over all layers; 1 when nothing was sparse.

@@ -6,7 +6,9 @@ and block arithmetic always use the position.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ratplus_exp.methods import Engine
+from ratplus_exp.methods import Engine, Usage
 from ratplus_exp.methods.base import EVICTING
 from ratplus_exp.methods.selection import EMPTY
 from ratplus_exp.models.layer import ROOM, SparseLayer, Step, append, last_queries, with_room
@@ -169,6 +171,26 @@ class SparseCache(Cache):
         new = self.engine.method.represent(there.unflatten(2, (-1, size)))
         block = block[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
         store.representatives = old.scatter_(2, block, new)
+
+    def for_rows(self, rows: Tensor) -> SparseCache:
+        """An empty cache for some rows of the batch, for `join`."""
+        assert self.is_empty
+        part = copy(self)
+        part.reset()
+        part.engine = replace(self.engine.for_rows(rows), usage=Usage())
+        return part
+
+    def join(self, parts: Sequence[SparseCache]) -> None:
+        """Hold what the caches of parts of the batch hold: prompts of one padded length."""
+        assert self.is_empty and len({part.seen for part in parts}) == 1
+        for store, *those in zip(self.layers, *(part.layers for part in parts), strict=True):
+            store.join(those)
+        self.engine.usage.join([part.engine.usage for part in parts])
+        self.seen, self.first = parts[0].seen, parts[0].first
+        self.ragged = any(part.ragged for part in parts)
+        self.processed, self.prompt = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("processed", "prompt")
+        )
 
     # What generate, beam search and the like ask of a cache.
 

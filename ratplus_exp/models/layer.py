@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,9 @@ from ratplus_exp.methods.selection import EMPTY
 from ratplus_kernels import gather_tokens
 
 ROOM = 64  # slots allocated ahead of need
+# A layer's tensors, and the dimension of each that is the batch.
+BATCH = dict.fromkeys(("keys", "values", "select_by", "representatives", "held", "mass", "free"), 0)
+BATCH |= {"memory_state": 1}
 
 
 @dataclass
@@ -50,8 +53,6 @@ class SparseLayer(DynamicLayer):
         every step: mass (B, K, slots), the tokens' scores, and free (B, K), the next token's slot.
     """
 
-    STATES = ("keys", "values", "select_by", "representatives", "held", "mass", "free")
-
     is_croppable = False  # see SparseCache.crop
 
     def __init__(self) -> None:
@@ -81,12 +82,23 @@ class SparseLayer(DynamicLayer):
 
     def map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
         """Replace every tensor by function(tensor, its batch dimension)."""
-        for name in self.STATES:
+        for name, dim in BATCH.items():
             tensor = getattr(self, name)
             if tensor is not None:
-                setattr(self, name, function(tensor, 0))
-        if self.memory_state is not None:
-            self.memory_state = function(self.memory_state, 1)
+                setattr(self, name, function(tensor, dim))
+
+    def join(self, parts: Sequence[SparseLayer]) -> None:
+        """Hold what the layers of parts of the batch hold; the part that keeps most has the slots
+        of all."""
+        self.width = max(part.width for part in parts)
+        for name, dim in BATCH.items():
+            tensors = [getattr(part, name) for part in parts]
+            if tensors[0] is None:
+                continue
+            if name in ("keys", "values", "held"):
+                fill, most = EMPTY if name == "held" else 0, max(x.shape[2] for x in tensors)
+                tensors = [x if x.shape[2] == most else with_room(x, most, fill) for x in tensors]
+            setattr(self, name, torch.cat(tensors, dim))
 
     def hold_kept(
         self,

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pandas as pd
+import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from ratplus_exp.analysis.frame import COLUMNS, EXTRA, SCORERS, accuracies, tidy
 from ratplus_exp.config import forms_of
 from ratplus_exp.methods import Engine, Method, Usage
 from ratplus_exp.models.decoding import cuda_graphs, greedy
+from ratplus_exp.models.loading import end_tokens
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import MISSING, Table
 from ratplus_exp.stages.cells import Job, Records, selector_of
@@ -20,7 +22,6 @@ from ratplus_exp.stages.common import job_folder, model_name
 from ratplus_exp.stages.runner import fill_missing
 from ratplus_exp.store import Cell, Store
 from ratplus_exp.tasks import Sample, exact, substring
-from ratplus_exp.tracking import log_frame
 from ratplus_exp.training.parallel import rank
 
 MEASURED = ("budget_measured", "choosing_measured", "slots_measured")
@@ -82,17 +83,19 @@ def generate(
     """Greedy answers to a batch of prompts, what was read, and each one's last position (B,)."""
     ids, mask = prompts.ids, prompts.mask
     engine = Engine(job.method, selector_of(job.cfg, samples, ids.device))
+    eos = end_tokens(job.path) or [tokenizer.eos_token_id]
     out = greedy(
         prompts,
         engine,
         forms_of(job.cfg).reserve,
-        eos=tokenizer.eos_token_id,
+        eos=eos,
         pad=tokenizer.pad_token_id,
         capture=cuda_graphs if job.cfg.cuda_graphs and ids.is_cuda else None,
     )
     # The last generated token is never fed back, nor is anything behind a row's EOS.
-    ended = (out == tokenizer.eos_token_id).cumsum(1) > 0
+    ended = torch.isin(out, out.new_tensor(eos)).cumsum(1) > 0
     fed = (~ended).sum(1).clamp(max=out.shape[1] - 1)
+    out = out.masked_fill(ended, tokenizer.pad_token_id)
     texts = tokenizer.batch_decode(out, skip_special_tokens=True)
     return texts, engine.usage, mask.sum(1) - 1 + fed
 
@@ -150,5 +153,5 @@ def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
 
 def _log(tracker: Any, frame: pd.DataFrame) -> None:
     accuracy = {f"accuracy/{r.task}": r.exact for r in frame.itertuples()}
-    tracker.summary.update(accuracy | {"accuracy/mean": float(frame[SCORERS[0]].mean())})
-    log_frame(tracker, "cells", frame)
+    mean = float(frame[SCORERS[0]].mean())
+    tracker.log(accuracy | {"accuracy/mean": mean, "cells": frame})

@@ -18,14 +18,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from omegaconf import DictConfig
 
-from ratplus_exp.analysis import SCORERS, Estimate, resample, sample_scores, tidy
-from ratplus_exp.analysis.frame import BACKBONES
+from ratplus_exp.analysis import BACKBONES, SCORERS, Bootstrap, sample_scores, tidy
 from ratplus_exp.config import method_of
 from ratplus_exp.report import Table
 from ratplus_exp.report.figures import by_size
 from ratplus_exp.report.prose import METHODS, interval, number
 from ratplus_exp.stages.common import job_folder, option
-from ratplus_exp.stages.sweep import run_table
+from ratplus_exp.stages.sweep import filled, show
 from ratplus_exp.store import Cell
 
 SETTING = ["method", "budget"]
@@ -34,17 +33,13 @@ LINES = {"decode": "-", "prefill": "--", "once": ":", "step": "-.", None: "--"} 
 
 def run(cfg: DictConfig) -> None:
     """Run the cells that are missing, and print and write table and figure."""
-    run_table(cfg, _report)
-
-
-def _report(cfg: DictConfig, cells: list[Cell]) -> Table:
-    frame = means(cells)
+    frame = means(filled(cfg))
     path = job_folder() / "methods.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(frame, {m: phase_of(cfg, m) for m in frame["method"].unique()}).savefig(path, dpi=160)
     plt.close()
     print(f"Figure: {path}.")
-    return table(frame)
+    show(cfg, table(frame))
 
 
 def means(cells: list[Cell]) -> pd.DataFrame:
@@ -54,11 +49,11 @@ def means(cells: list[Cell]) -> pd.DataFrame:
     choosing = {cell.id: cell.metrics().get("choosing_measured", 0.0) for cell in cells}
     by_cell = by_cell.assign(choosing=by_cell["cell"].map(choosing))
     groups = [*SETTING, "selector", "backbone"]
-    found = resample(samples, SCORERS[0], groups)
+    found = Bootstrap(samples, SCORERS[0], groups)
     rows: list[dict[str, Any]] = []
     for (method, budget), here in by_cell.groupby(SETTING, sort=False):
-        sides = [100 * found.mean((method, budget, "topk", b)) for b in BACKBONES]
-        random = [100 * found.mean((method, budget, "random", b))[0] for b in BACKBONES]
+        sides = [(method, budget, "topk", b) for b in BACKBONES]
+        random = [(method, budget, "random", b) for b in BACKBONES]
         own = here[here["selector"] == "topk"]
         rows.append(
             {
@@ -66,14 +61,14 @@ def means(cells: list[Cell]) -> pd.DataFrame:
                 "budget": budget,
                 "read": own["budget_measured"].mean(),
                 "choosing": own["choosing"].mean(),
-                **{b: side[0] for b, side in zip(BACKBONES, sides, strict=True)},
-                "gain": Estimate.of(sides[1] - sides[0]),
-                **{f"{b} random": x for b, x in zip(BACKBONES, random, strict=True)},
+                **{side[-1]: 100 * found.mean(side)[0] for side in sides},
+                "gain": found.gain(sides[1], sides[0]),
+                **{f"{side[-1]} random": 100 * found.mean(side)[0] for side in random},
                 "n": own["n"].min(),
             }
         )
     frame = pd.DataFrame(rows)
-    place = {budget: i for i, budget in enumerate(by_size(frame))}
+    place = {budget: i for i, budget in enumerate(by_size(frame["budget"]))}
     frame = frame.assign(place=frame["budget"].map(place))
     return frame.sort_values(["place", BACKBONES[1]], ascending=[True, False], ignore_index=True)
 

@@ -26,6 +26,7 @@ from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import device_of, job_folder
 from ratplus_exp.stages.samples import Samples
+from ratplus_exp.store import warn
 from ratplus_exp.tracking import tracked
 from ratplus_exp.training.parallel import (
     barrier,
@@ -60,7 +61,9 @@ class Session:
 
     def model(self, job: Job) -> Any:
         if job.path != self.path:
-            self.loaded, self.path = load_model(job.path, device_of(job.cfg)), job.path
+            cfg = job.cfg
+            self.loaded = load_model(job.path, device_of(cfg), cfg.dtype)
+            self.path = job.path
         return self.loaded
 
     def close(self) -> None:
@@ -172,7 +175,7 @@ def _sharing(jobs: list[Job], model: Any, workers: int) -> tuple[tuple[int, int]
     row = 2 * Shape.of(model).kv_bytes(cfg.data.length, model.dtype.itemsize)
     fits = int(max(1, min(size, memory // row)))
     if fits < size:
-        _say(f"{size} prefilled prompts need more than {memory / 1e9:.2g} GB: {fits} at a time.")
+        warn(f"{size} prefilled prompts need more than {memory / 1e9:.2g} GB: {fits} at a time.")
     window = max(job.method.observed for job in jobs)
     return (window, forms_of(cfg).reserve), fits
 
@@ -182,12 +185,6 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-@cache
-def _say(text: str) -> None:
-    """Once a process."""
-    tqdm.write(text)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ratplus_exp.analysis import tidy
-from ratplus_exp.analysis.frame import setting_of_paper
+from ratplus_exp.analysis.frame import GROUP
+from ratplus_exp.analysis.pattern import scaled
 from ratplus_exp.models.loading import weights_digest
 from ratplus_exp.report import paper_tables
 from ratplus_exp.stages import sweep
@@ -41,10 +42,10 @@ def test_the_experiments_hold_the_papers_settings_and_share_cells(job):
             continue
         frame = pd.DataFrame(cells.values())
         frame["backbone"] = frame["backbone"].replace({"attention": "Attention", "ratplus": "RAT+"})
-        ours = setting_of_paper(frame[frame["method"] != "dense"])
-        theirs = setting_of_paper(paper_tables(table))
+        ours = frame[frame["method"] != "dense"]
+        theirs = scaled(paper_tables(table), 512)
         ours = ours[ours["selector"].isin(theirs["selector"])]
-        place = ["method", "budget", "top_k", "selector", "backbone", "task"]
+        place = [*GROUP, "task"]
         found, wanted = (set(map(tuple, x[place].to_numpy())) for x in (ours, theirs))
         assert found == wanted
         random = "random" in set(ours["selector"])
@@ -232,3 +233,18 @@ def test_a_killed_sweep_of_two_processes_goes_on(pair, tmp_path):
     shutil.rmtree(tmp_path / "reports")
     again = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
     assert "nothing to run" in again.stdout and (tmp_path / "reports" / "tiny").exists()
+
+
+def test_a_model_without_its_twin_is_ranked_beside_the_paper(job, pair, tmp_path):
+    alone = f"pair.models=[{tmp_path.name.replace('-', '_')}_attention]"
+    job(
+        "experiment=table4",
+        *pair,
+        alone,
+        "data.tasks=[S-1,MV]",
+        "~stage.cells.small_blocks",
+        "+stage.outputs.report=true",
+    )
+    ranks = pd.read_csv(job.folder / "reports/tiny/ranks.csv")
+    assert list(ranks["Over"]) == ["settings", "tasks"]  # a random model solves no task
+    assert list(ranks["Count"]) == [11, 2] and ranks["Tasks"][0] == "S-1, MV"
