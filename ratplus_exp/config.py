@@ -7,7 +7,7 @@ imports torch or transformers, so that a mistyped word is refused at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
@@ -67,13 +67,8 @@ def method_of(cfg: DictConfig) -> Method:
     del settings["name"]
     cls = _class(settings.pop("target"))
     method = build(cls, settings, "method")
-    if cls.phase is not None and not settings.get("top_k"):
-        budget = Budget.parse(cfg.budget)
-        if cls.unit == "block":
-            top_k = budget.blocks(cfg.data.length, method.block_size)
-        else:
-            top_k = budget.tokens(cfg.data.length)
-        method = replace(method, top_k=top_k)
+    if not settings.get("top_k"):
+        method = method.within(Budget.parse(cfg.budget), cfg.data.length)
     method.validate()
     if method.fraction(cfg.data.length) > 1:
         raise ValueError(
@@ -122,7 +117,7 @@ def validate_method(cfg: DictConfig) -> Method:
     method = method_of(cfg)
     reserve = forms_of(cfg).reserve
     prompt = cfg.data.length - reserve
-    if method.phase == "once" and prompt < method.forced:
+    if method.phase in ("once", "step") and prompt < method.forced:
         raise ValueError(
             f"prompts of {prompt} tokens (data.length {cfg.data.length} less the {reserve} of "
             f"data.forms.reserve) are shorter than the observation window of {method.forced}: "

@@ -240,6 +240,19 @@ class Ablation(Measuring):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MethodsStage(Measuring):
+    name: Literal["methods"]
+    models: Names
+    trainings: Seeds
+    budgets: list[Fraction]
+    patterns: Names
+    selecting: Names
+    cells: Annotated[dict[Name, Grid], AfterValidator(_not_empty)]
+    random_examples: Examples
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report(Settings):
     name: Literal["report"]
     models: Names
@@ -312,6 +325,7 @@ Stage = (
     | HitRate
     | RandomSelector
     | Ablation
+    | MethodsStage
     | Sweep
     | Report
     | Pretrain

@@ -2,11 +2,12 @@
 
 from ratplus_exp.methods.base import BlockMethod, Dense, Method
 from ratplus_exp.methods.dilated import Dilated
-from ratplus_exp.methods.engine import Engine, Uncounted, Usage
+from ratplus_exp.methods.engine import Engine
 from ratplus_exp.methods.moba import MoBA
 from ratplus_exp.methods.quest import Quest
 from ratplus_exp.methods.selectors import Oracle, Random, Selector, TopK
 from ratplus_exp.methods.snapkv import SnapKV
+from ratplus_exp.methods.usage import Uncounted, Usage
 
 __all__ = [
     "BlockMethod",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ class Dilated(DilatedSettings, Method):
     By default a query sees itself and every D-th position, as in the joint training of all of P2's
     RAT+ models: what lies between must come through the memory.
     """
+
+    paper: ClassVar[str] = "Wei and Gulcehre, 2026, arXiv 2602.18196"
 
     def fraction(self, length: int) -> Fraction:
         """1/D, as P2 counts, which leaves the local window and the initial positions out."""

@@ -1,4 +1,4 @@
-"""One engine for every method: selection (Eq. 3) and attention over what was selected (Eq. 4).
+"""One engine for every method: attention (Eq. 4) over what was selected (`Selection`, Eq. 3).
 
 Rows of a batch are aligned at their first token (the model turns left padding into right padding),
 so block i of every row is its own tokens [i · block_size, (i + 1) · block_size), and padding lies
@@ -7,90 +7,27 @@ behind every row's last token, out of every real query's causal sight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ratplus_exp.methods.attention import attend
-from ratplus_exp.methods.base import Dense, Method
-from ratplus_exp.methods.selectors import Selector, TopK
-from ratplus_kernels import gather_tokens
-from ratplus_kernels.selection import select
+from ratplus_exp.methods.base import EVICTING
+from ratplus_exp.methods.selection import Selection, grouped
+from ratplus_exp.methods.selectors import TopK
+from ratplus_exp.methods.usage import Usage
 
-Recorder = Callable[[int, Tensor, Tensor, Tensor], None]
 QUERY_CHUNK = 128  # prompt queries whose selection is in memory at a time
 
 
 @dataclass
-class Usage:
-    """How many tokens the queries of the sparse phase really attended to."""
+class Engine(Selection):
+    """A method with its selector, as it runs over one batch."""
 
-    attended: list[Tensor] = field(default_factory=list)  # one (B, Q) a layer and forward
-    positions: list[Tensor] = field(default_factory=list)
-
-    def add(self, attended: Tensor, positions: Tensor) -> None:
-        """attended (B, Q): tokens, mean over heads; positions (B or 1, Q) of the queries.
-
-        A dense query at position p attends to p + 1 tokens. Padding has position −1.
-        """
-        self.attended.append(attended)
-        self.positions.append(positions.expand(attended.shape))
-
-    def join(self, parts: Sequence[Usage]) -> None:
-        """Add what the queries of parts of the batch attended to."""
-        for name in ("attended", "positions"):
-            those = zip(*(getattr(part, name) for part in parts), strict=True)
-            getattr(self, name).extend(torch.cat(x) for x in those)
-
-    def fractions(self, rows: int, last: Tensor | None = None) -> Tensor:
-        """The measured budget of each row (rows,), over all layers; 1 when nothing was sparse.
-
-        last (B,): the position of each row's last query that counts; a batch goes on until its
-        longest answer is complete, and what the other rows do meanwhile is no part of theirs.
-        """
-        if not self.attended:
-            return torch.ones(rows)
-        attended, positions = torch.cat(self.attended, 1), torch.cat(self.positions, 1)
-        real = positions >= 0
-        if last is not None:
-            real &= positions <= last.to(positions.device)[:, None]
-        available = ((positions + 1) * real).sum(1)
-        fractions = (attended.double() * real).sum(1) / available.clamp(min=1)
-        return fractions.masked_fill(available == 0, 1.0).cpu()
-
-
-class Uncounted(Usage):
-    """For training, which has no use for it. Compiled layers would be compiled anew for every
-    length of the lists."""
-
-    def add(self, attended: Tensor, positions: Tensor) -> None:
-        pass
-
-
-@dataclass
-class Engine:
-    """A method with its selector, as it runs over one batch.
-
-    recorder: called on every selection with (layer, rows (R,), positions (R or 1, Q), selected
-        (R, K, G, Q, N) bool), rows being those of the batch that it is about; H1 counts its hits
-        there.
-    rows: the rows of the batch that this engine sees; None: all.
-    """
-
-    method: Method = field(default_factory=Dense)
-    selector: Selector = field(default_factory=TopK)
-    recorder: Recorder | None = None
     usage: Usage = field(default_factory=Usage)
-    rows: Tensor | None = None
-
-    def for_rows(self, rows: Tensor) -> Engine:
-        """The engine over some of its rows."""
-        numbers = rows if self.rows is None else self.rows[rows]
-        return replace(self, selector=self.selector.rows(rows), rows=numbers)
 
     def _fast(self, path: Callable[..., Tensor | None], *states: Any) -> Tensor | None:
         """What a fast path of the method gives; None where the engine must select.
@@ -125,47 +62,72 @@ class Engine:
         out = self._fast(self.method.attend_prefill, q, k, v, representatives)
         if out is not None:
             attended = self.method.attended(position).float()
-            self._count(attended.expand(len(q), -1), position, lengths)
+            self._count(attended.expand(len(q), -1), position, q, layer, lengths)
             return out
         if self.method.phase == "prefill":
-            if representatives is None:
-                representatives = self.block_representatives(k)
-            return self._sparse_prefill(q, k, v, lengths, layer, representatives)
-        seen = self.method.pattern(position[:, None], position)
+            by = k if select_by is None else select_by
+            return self._sparse_prefill(q, k, v, by, lengths, layer, representatives)
+        seen = self._pattern(None, position[:, None], position)
         if seen is None:
             return attend(q, k, v, causal=True)
         seen = seen & (position <= position[:, None])
-        self._count(seen.sum(-1).expand(len(q), -1).float(), position, lengths)
+        self._count(seen.sum(-1).expand(len(q), -1).float(), position, q, layer, lengths)
         return attend(q, k, v, seen[None, None])
 
-    def _count(self, attended: Tensor, position: Tensor, lengths: Tensor | None) -> None:
-        """Usage of prompt queries: attended (B, Q), position (Q,)."""
-        positions = position.expand(attended.shape)
+    def _pattern(self, phase: str | None, query: Tensor, key: Tensor) -> Tensor | None:
+        """The method's pattern where it holds: throughout, or in the phase of its selection."""
+        return self.method.pattern(query, key) if self.method.phase in (None, phase) else None
+
+    def _count(
+        self,
+        attended: Tensor,
+        positions: Tensor,
+        q: Tensor,
+        layer: int,
+        lengths: Tensor | None = None,
+    ) -> None:
+        """Usage of queries q: attended (B, Q), positions (B or 1, Q), real up to lengths."""
+        positions = positions.expand(attended.shape)
         if lengths is not None:
-            positions = positions.masked_fill(position >= lengths[:, None], -1)
-        self.usage.add(attended, positions)
+            positions = positions.masked_fill(positions >= lengths[:, None], -1)
+        self.usage.add(attended, positions, self.method.choosing(positions, q.shape[-1], layer))
 
     def _sparse_prefill(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        by: Tensor,
         lengths: Tensor | None,
         layer: int,
-        representatives: Tensor,
+        representatives: Tensor | None,
     ) -> Tensor:
-        size, length = self.method.block_size, q.shape[2]
-        key = torch.arange(length, device=q.device)
+        method, size, length = self.method, self.method.block_size, q.shape[2]
+        key, chunk = torch.arange(length, device=q.device), -(-QUERY_CHUNK // size) * size
+        choosing, lines = q, None
+        if method.by_query_block and lengths is not None:  # padding may not choose for others
+            real = (key < lengths[:, None])[:, None, :, None]
+            choosing, by = q * real, by * real
+        if method.unit == "token":
+            lines = self.select_lines(q, by, lengths, layer)
+        elif representatives is None:
+            representatives = self.block_representatives(by)
         out = []
-        for start in range(0, length, QUERY_CHUNK):
-            queries = q[:, :, start : start + QUERY_CHUNK]
-            position = key[start : start + QUERY_CHUNK]
+        for start in range(0, length, chunk):
+            queries, position = q[:, :, start : start + chunk], key[start : start + chunk]
             end = start + len(position)
-            blocks = self.select_blocks(queries, representatives, position[None], layer)
-            seen = blocks.repeat_interleave(size, dim=-1)[..., :end].flatten(1, 2)
-            seen = seen & (key[:end] <= position[:, None])
+            seen = key[:end] <= position[:, None]
+            if lines is None:
+                assert representatives is not None
+                blocks = choosing[:, :, start:end], representatives, position[None], layer
+                chosen = self.select_blocks(*blocks).repeat_interleave(size, dim=-1)[..., :end]
+            else:
+                back = (position[:, None] - key[:end]).clamp(min=0)
+                chosen = lines[..., :1, :end] | lines[..., 1, :][..., back]
+            pattern = self._pattern("prefill", position[:, None], key[:end])
+            seen = seen & (chosen if pattern is None else chosen | pattern).flatten(1, 2)
             out.append(attend(queries, k[:, :, :end], v[:, :, :end], seen))
-            self._count(seen.sum(-1).float().mean(1), position, lengths)
+            self._count(seen.sum(-1).float().mean(1), position, q, layer, lengths)
         return torch.cat(out, dim=2)
 
     def decode(
@@ -173,118 +135,59 @@ class Engine:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        slots: Tensor,
         positions: Tensor,
         representatives: Tensor | None,
         layer: int,
+        held: Tensor | None = None,
+        select_by: Tensor | None = None,
         all_seen: bool = False,
     ) -> Tensor:
         """Attention of new tokens to a cache that already holds them.
 
-        q (B, H, Q, D); k, v (B, K, T, D); slots (B, Q), where in the cache each query's own token
-        lies; positions (B, Q), which token of its row it is (ahead of the slot after eviction);
-        representatives (B, K, N, *) of the blocks, for methods that select while decoding;
-        all_seen, whether every query comes after all T slots, so that no mask is needed.
+        q (B, H, Q, D); k, v (B, K, T, D); positions (B, Q), which token of its row each query is;
+        representatives (B, K, N, *) of the blocks, for methods that select blocks while decoding;
+        held (B, K, T), the token in each slot (None: slot i holds token i); select_by
+        (B, K, T, D), the keys to select by (None: k); all_seen, whether every query comes after
+        all T slots, so that no mask is needed.
         """
         method = self.method
         out = self._fast(method.attend_decode, q, k, v, representatives, positions, all_seen)
         if out is not None:
-            self.usage.add(method.attended(positions).float(), positions)
+            self._count(method.attended(positions).float(), positions, q, layer)
             return out
-        slot = torch.arange(k.shape[2], device=q.device)
-        pattern = method.pattern(slots[..., None], slot)
+        query = positions[:, None, None, :, None]
+        slot = torch.arange(k.shape[2], device=q.device) if held is None else held[:, :, None, None]
+        pattern = self._pattern("decode", query, slot)
         if all_seen and pattern is None and method.phase != "decode":
-            if method.phase == "once":
-                self.usage.add((slots + 1).float(), positions)
+            if method.phase in EVICTING:
+                self._count(torch.full_like(positions, k.shape[2]).float(), positions, q, layer)
             return attend(q, k, v)
-        seen = (slot <= slots[..., None])[:, None]  # (B, 1, Q, T)
+        seen = past = slot <= query  # (B, 1 or K, 1 or G, Q, T)
         if method.phase == "decode":
+            if representatives is None:
+                representatives = self.represent(k if select_by is None else select_by, v)
+            chosen = self.select_blocks(q, representatives, positions, layer)
+            chosen = chosen.repeat_interleave(method.block_size, dim=-1)[..., : k.shape[2]]
+            seen = past & (chosen if pattern is None else chosen | pattern)
+        elif pattern is not None:
+            seen = past & pattern
+        if seen.shape[1] > 1:  # heads of a group share what is held
+            seen = seen.expand(-1, -1, q.shape[1] // k.shape[1], -1, -1)
+        by_head = seen.flatten(1, 2)
+        if method.phase in ("decode", *EVICTING) or pattern is not None:
+            self._count(by_head.sum(-1).float().mean(1), positions, q, layer)
+        out = attend(q, k, v, by_head)
+        if method.adds_mean:
             assert representatives is not None
-            blocks = self.select_blocks(q, representatives, positions, layer)
-            chosen = blocks.repeat_interleave(method.block_size, dim=-1)[..., : k.shape[2]]
-            seen = seen & chosen.flatten(1, 2)
-        if pattern is not None:
-            seen = seen & pattern[:, None]
-        if method.phase in ("decode", "once") or pattern is not None:
-            self.usage.add(seen.sum(-1).float().mean(1), positions)
-        return attend(q, k, v, seen)
-
-    def select_blocks(
-        self, q: Tensor, representatives: Tensor, positions: Tensor, layer: int
-    ) -> Tensor:
-        """Which blocks each query attends to: (B, K, G, Q, N) bool, at most top_k true a query.
-
-        q (B, H, Q, D), representatives (B, K, N, *), positions (B or 1, Q). The first block and
-        the query's own are forced; blocks behind the query are never selected.
-        """
-        method = self.method
-        block = torch.arange(representatives.shape[2], device=q.device)
-        own = (positions // method.block_size)[:, None, None, :, None]  # (B, 1, 1, Q, 1)
-        scores = method.score(_grouped(q, representatives.shape[1]), representatives)
-        scores = self.selector(
-            scores, layer=layer, positions=positions, block_size=method.block_size
-        )
-        selected = select(
-            scores, method.top_k, allowed=block <= own, forced=(block == 0) | (block == own)
-        )
-        self._record(layer, positions, selected)
-        return selected
-
-    def _record(self, layer: int, positions: Tensor, selected: Tensor) -> None:
-        if self.recorder is not None:
-            rows = self.rows
-            if rows is None:
-                rows = torch.arange(len(selected), device=selected.device)
-            self.recorder(layer, rows, positions, selected)
-
-    def block_representatives(self, k: Tensor) -> Tensor:
-        """Representatives of all blocks of k (B, K, T, D): (B, K, N, *).
-
-        A partial last block is filled up with zeros: it can only be a query's own block, which is
-        forced, so what its representative says is never read.
-        """
-        size = self.method.block_size
-        if missing := -k.shape[2] % size:  # padding by nothing would copy all keys
-            k = F.pad(k, (0, 0, 0, missing))
-        return self.method.represent(k.unflatten(2, (-1, size)))
-
-    def keep(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: int, select_by: Tensor | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        """Keys and values that stay in the cache after a prompt, (B, K, kept, D); None: all.
-
-        All rows have T tokens here: q (B, H, ·, D) holds at least the last `forced` of their
-        queries; k, v and select_by, the keys to select by (None: k), (B, K, T, D).
-        """
-        slots = self.kept_after_prefill(q, k if select_by is None else select_by, layer)
-        return None if slots is None else gather_tokens(k, v, slots)
-
-    def kept_after_prefill(self, q: Tensor, k: Tensor, layer: int) -> Tensor | None:
-        """For methods that select once: the cache slots to keep, ascending, (B, K, kept).
-
-        q and k as in `keep`. None: keep everything.
-        """
-        method = self.method
-        length = k.shape[2]
-        if method.phase != "once":
-            return None
-        if length <= method.top_k:
-            everything = k.new_ones(*k.shape[:2], 1, 1, length, dtype=torch.bool)
-            self._record(layer, torch.full((len(q), 1), length - 1, device=q.device), everything)
-            return None
-        window = min(method.forced, length)
-        scores = method.score(_grouped(q[:, :, -window:], k.shape[1]), method.represent(k))
-        positions = torch.full((len(q), 1), length - 1, device=q.device)
-        scores = self.selector(scores, layer=layer, positions=positions, block_size=1)
-        token = torch.arange(length, device=q.device)
-        selected = select(
-            scores, method.top_k, allowed=token < length, forced=token >= length - window
-        )
-        self._record(layer, positions, selected)
-        order = selected[:, :, 0, 0].int().argsort(dim=-1, descending=True, stable=True)
-        return order[..., : method.top_k]
+            scores = method.score(grouped(q, k.shape[1]), representatives)
+            return _with_mean(out, v, scores, past, seen)
+        return out
 
 
-def _grouped(q: Tensor, kv_heads: int) -> Tensor:
-    """(B, H, Q, D) -> (B, K, G, Q, D)."""
-    return q.unflatten(1, (kv_heads, -1))
+def _with_mean(out: Tensor, v: Tensor, scores: Tensor, past: Tensor, seen: Tensor) -> Tensor:
+    """out (B, H, Q, D) by the seen tokens' share of the scores, the mean value by the others'."""
+    share = (scores.masked_fill(~past, -torch.inf).softmax(-1) * seen).sum(-1, keepdim=True)
+    mean = past.to(v.dtype) @ v.unsqueeze(2) / past.sum(-1, keepdim=True)  # (B, K, 1, Q, D)
+    mean = mean.expand(-1, -1, seen.shape[2], -1, -1).flatten(1, 2)
+    share = share.flatten(1, 2).to(out.dtype)
+    return share * out + (1 - share) * mean

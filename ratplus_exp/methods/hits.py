@@ -16,7 +16,7 @@ class HitCounter:
     candidates selected for it hold one of its golden positions.
 
     Args:
-        method: whose selections are recorded; phase "decode" or "once".
+        method: whose selections are recorded; phase "decode", "once" or "step".
         golden: (B, A, T) bool, true where token t of the prompt is a golden position of answer
             token a; a token without any does not count.
         lengths: (B,) tokens of each prompt, so that the query at position lengths + a − 1 is the
@@ -38,7 +38,7 @@ class HitCounter:
             self.hits = torch.zeros(shape, dtype=torch.bool)
         # What was selected once serves every answer token; else each query serves its own.
         hit = torch.einsum("rhqn,ran->raqh", chosen.float(), golden.float()) > 0
-        if self.method.phase == "decode":
+        if self.method.phase in ("decode", "step"):
             token = torch.arange(answers, device=hit.device)
             wanted = self.lengths.to(hit.device)[rows.to(hit.device)][:, None] + token - 1
             own = positions[:, None] == wanted[..., None]  # (R, A, Q)

@@ -17,6 +17,8 @@ class MoBA(BlockMethod):
     """r_i: the mean of the block's keys; s(q, r_i) = q · r_i. Sparse prefill, dense decoding."""
 
     phase: ClassVar[Phase | None] = "prefill"
+    paper: ClassVar[str] = "Lu et al., 2025, arXiv 2502.13189"
+    reads: ClassVar[str] = "means of all blocks"
 
     def represent(self, keys: Tensor) -> Tensor:
         """(B, K, N, block_size, D) -> (B, K, N, D)."""

@@ -21,6 +21,8 @@ class Quest(BlockMethod):
     """
 
     phase: ClassVar[Phase | None] = "decode"
+    paper: ClassVar[str] = "Tang et al., 2024, arXiv 2406.10774"
+    reads: ClassVar[str] = "minima and maxima of all blocks"
 
     def represent(self, keys: Tensor) -> Tensor:
         """(B, K, N, block_size, D) -> (B, K, N, 2 D): minima, then maxima."""

@@ -15,11 +15,19 @@ from torch import Tensor
 
 
 class Selector(Protocol):
-    def __call__(self, scores: Tensor, *, layer: int, positions: Tensor, block_size: int) -> Tensor:
+    def __call__(
+        self,
+        scores: Tensor,
+        *,
+        layer: int,
+        positions: Tensor,
+        block_size: int,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
         """Scores to rank by, of the same shape.
 
         positions (B, Q) are the queries' token positions; candidate i covers the tokens
-        [i · block_size, (i + 1) · block_size).
+        [i · block_size, (i + 1) · block_size), or is the token tokens[:, :, i] (B, K, N).
         """
         ...
 
@@ -32,7 +40,15 @@ class Selector(Protocol):
 class TopK:
     """The method's own choice."""
 
-    def __call__(self, scores: Tensor, *, layer: int, positions: Tensor, block_size: int) -> Tensor:
+    def __call__(
+        self,
+        scores: Tensor,
+        *,
+        layer: int,
+        positions: Tensor,
+        block_size: int,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
         return scores
 
     def rows(self, index: Tensor) -> TopK:
@@ -50,11 +66,21 @@ class Random:
 
     seeds: Tensor
 
-    def __call__(self, scores: Tensor, *, layer: int, positions: Tensor, block_size: int) -> Tensor:
+    def __call__(
+        self,
+        scores: Tensor,
+        *,
+        layer: int,
+        positions: Tensor,
+        block_size: int,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
         batch, kv_heads, group, queries, candidates = scores.shape
         device = scores.device
         head = torch.arange(kv_heads * group, device=device).view(1, kv_heads, group, 1, 1)
         candidate = torch.arange(candidates, device=device)
+        if tokens is not None:
+            candidate = tokens[:, :, None, None]
         noise = _mix(self.seeds.to(device).view(batch, 1, 1, 1, 1) & _MASK)
         for part in (layer, head, positions.view(-1, 1, 1, queries, 1), candidate):
             noise = _mix(noise ^ _mix(part + 0x9E3779B9))
@@ -76,12 +102,24 @@ class Oracle:
     gold: Tensor
     heads: tuple[tuple[int, int], ...] = ()
 
-    def __call__(self, scores: Tensor, *, layer: int, positions: Tensor, block_size: int) -> Tensor:
+    def __call__(
+        self,
+        scores: Tensor,
+        *,
+        layer: int,
+        positions: Tensor,
+        block_size: int,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
         candidates = scores.shape[-1]
         gold = self.gold[:, : candidates * block_size]
         gold = torch.nn.functional.pad(gold, (0, candidates * block_size - gold.shape[1]))
         holds_gold = gold.view(len(gold), candidates, block_size).any(-1)
         told = holds_gold.to(scores.device)[:, None, None, None]
+        if tokens is not None:
+            gold = torch.nn.functional.pad(self.gold, (0, 1)).to(scores.device)  # of later tokens
+            there = tokens.clamp(max=gold.shape[1] - 1)
+            told = gold[:, None].expand(-1, tokens.shape[1], -1).gather(2, there)[:, :, None, None]
         if self.heads:
             head = torch.arange(scores.shape[1] * scores.shape[2], device=scores.device)
             knows = torch.zeros_like(head, dtype=torch.bool)

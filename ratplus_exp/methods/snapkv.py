@@ -1,16 +1,18 @@
-"""SnapKV (Li et al., 2024): after the prompt, keep the tokens that its end attends to."""
+"""SnapKV (Li et al., 2024): after the prompt, keep the tokens that its end attends to; and two ways
+to share a budget between heads or layers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 import ratplus_kernels
 from ratplus_exp.methods.base import Method, Phase
-from ratplus_exp.settings import SnapKVSettings
+from ratplus_exp.settings import Share, SnapKVSettings
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class SnapKV(SnapKVSettings, Method):
     """
 
     phase: ClassVar[Phase | None] = "once"
+    paper: ClassVar[str] = "Li et al., 2024, arXiv 2404.14469"
+    reads: ClassVar[str] = "the last queries and all keys, once"
 
     @property
     def forced(self) -> int:
@@ -47,3 +51,36 @@ class SnapKV(SnapKVSettings, Method):
             return mass
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         return pool(mass, self.kernel, stride=1, padding=self.kernel // 2)
+
+
+@dataclass(frozen=True)
+class AdaKV(SnapKV):
+    """SnapKV's scores, ranked over all KV heads of a layer together, which keep top_k on average.
+
+    floor_share: of top_k, what each head keeps at least by its own ranking. The original shares out
+    the rest of the budget and adds the floor to what a head gets of it.
+    """
+
+    paper: ClassVar[str] = "Feng et al., 2024, arXiv 2407.11550"
+    pooled: ClassVar[bool] = True
+    floor_share: Share = 0.2
+
+    @property
+    def floor(self) -> int:
+        return max(self.window, int(self.floor_share * self.top_k))
+
+
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV with a number of tokens that falls linearly over the layers, top_k on average.
+
+    beta: the last layer keeps the window and 1/beta of the rest. The window counts within top_k.
+    """
+
+    paper: ClassVar[str] = "Cai et al., 2024, arXiv 2406.02069"
+    beta: Annotated[float, Field(ge=1, le=1e6)] = 20.0
+
+    def k(self, layer: int, layers: int) -> int:
+        rest = self.top_k - self.window
+        depth = layer / (layers - 1) if layers > 1 else 0.5
+        return self.window + round(rest * (1 + (1 - 1 / self.beta) * (1 - 2 * depth)))

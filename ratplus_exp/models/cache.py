@@ -1,109 +1,25 @@
 """The state that decoding carries: keys and values, the memory's last state, block representatives.
 
-Rows are aligned at their first token. A row's new token goes to slot `stored` of that row, which is
-also its position until a method evicts; RoPE and block arithmetic always use the position.
+Rows are aligned at their first token. A token's slot is its position until a method evicts; RoPE
+and block arithmetic always use the position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from ratplus_exp.methods import Engine, Usage
-
-ROOM = 64  # slots allocated ahead of need
-# A layer's tensors, and the dimension of each that is the batch.
-BATCH = {"keys": 0, "values": 0, "select_by": 0, "representatives": 0, "memory_state": 1}
-
-
-class SparseLayer(DynamicLayer):
-    """One layer's share: keys and values (B, K, slots, D), memory state (·, B, ..., K, D) in fp32,
-    and, for methods that select while decoding, block representatives (B, K, N, *) and the keys
-    to select by (B, K, slots, D) where they are others than those to attend to."""
-
-    is_croppable = False  # see SparseCache.crop
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.select_by: Tensor | None = None
-        self.memory_state: Tensor | None = None
-        self.representatives: Tensor | None = None
-
-    def hold(self, keys: Tensor, values: Tensor, room: int) -> None:
-        """Store the prompt's with room for `room` tokens more, in storage of their own: they may be
-        views of far larger tensors."""
-        self.keys, self.values = (_with_room(x, x.shape[2] + room) for x in (keys, values))
-
-    def remember(self, state: Tensor) -> None:
-        """Store the memory's state, a later one in the place of the one before."""
-        if self.memory_state is None or torch.is_grad_enabled():
-            self.memory_state = state
-        else:
-            self.memory_state.copy_(state)
-
-    def map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
-        """Replace every tensor by function(tensor, its batch dimension)."""
-        for name, dim in BATCH.items():
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, function(tensor, dim))
-
-    def join(self, parts: Sequence[SparseLayer]) -> None:
-        """Hold what the layers of parts of the batch hold."""
-        for name, dim in BATCH.items():
-            tensors = [getattr(part, name) for part in parts]
-            if tensors[0] is not None:
-                setattr(self, name, torch.cat(tensors, dim))
-
-
-def last_queries(q: Tensor, lengths: Tensor | None, count: int) -> Tensor:
-    """The last `count` queries of each row, at most T, (B, H, count, D) of q (B, H, T, D); where a
-    row has fewer, its first one stands in for those that are missing. lengths as in `Step`."""
-    length = q.shape[2]
-    count = min(count, length)
-    if lengths is None:
-        return q[:, :, length - count :]
-    last = lengths[:, None] - count + torch.arange(count, device=q.device)
-    index = last.clamp(min=0)[:, None, :, None]
-    return q.gather(2, index.expand(-1, q.shape[1], -1, q.shape[3]))
-
-
-def _with_room(states: Tensor, slots: int) -> Tensor:
-    """A copy of states (B, K, T, D) in a tensor of `slots` slots."""
-    room = slots - states.shape[2]
-    return torch.cat((states, states.new_zeros(*states.shape[:2], room, states.shape[3])), dim=2)
-
-
-@dataclass
-class Step:
-    """Where the tokens of one forward pass stand in their rows.
-
-    positions: (B or 1, T) positions of the tokens, from 0 at each row's first token.
-    lengths: (B,) real tokens a row; None if all T are real. Only a prompt can have fewer.
-    """
-
-    positions: Tensor
-    lengths: Tensor | None = None
-
-    @cached_property
-    def rows_of_length(self) -> dict[int, Tensor]:
-        """The rows that have each of the lengths; asked of the device once for all layers."""
-        assert self.lengths is not None
-        rows: dict[int, list[int]] = {}
-        for row, length in enumerate(self.lengths.tolist()):
-            rows.setdefault(length, []).append(row)
-        device = self.lengths.device
-        return {length: torch.tensor(those, device=device) for length, those in rows.items()}
+from ratplus_exp.methods.base import EVICTING
+from ratplus_exp.methods.selection import EMPTY
+from ratplus_exp.models.layer import ROOM, SparseLayer, Step, append, last_queries, with_room
 
 
 class SparseCache(Cache):
@@ -122,12 +38,13 @@ class SparseCache(Cache):
     ) -> None:
         super().__init__(layers=[SparseLayer() for _ in range(num_layers)])
         self.engine = engine or Engine()
+        self.engine.layers = num_layers
         self.room = room
         self.seen = 0  # tokens processed, padding included: what `generate` slices by
         self.processed: Tensor | None = None  # (B,) real tokens processed
-        self.stored: Tensor | None = None  # (B,) slots in use
+        self.prompt: Tensor | None = None  # (B,) those of the prompt
         # What the device would have to be asked for, and waited for, is counted along here.
-        self.longest = 0  # slots in use in the longest row (its rows may have left the batch)
+        self.first = 0  # of `seen`, those of the prompt
         self.ragged = False  # whether rows may differ in length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -157,32 +74,42 @@ class SparseCache(Cache):
         store, engine = self.layers[layer], self.engine
         if self.is_empty:
             out = engine.prefill(q, k, v, step.lengths, layer, store.representatives, select_by)
-            if engine.method.phase == "once":
-                q = last_queries(q, step.lengths, engine.method.forced)
+            if engine.method.phase in EVICTING:
+                q = last_queries(q, step.lengths, engine.method.observed)
             self.store_prompt(layer, q, k, v, step, select_by)
             return out
-        assert self.processed is not None and self.stored is not None
-        new = q.shape[2]
-        assert store.keys is not None and store.values is not None
-        used = self.longest + new
-        if self.room is not None:
-            capacity = store.keys.shape[2]
-            if used > capacity:
-                raise ValueError(f"the cache has room for {self.room} tokens after the prompt only")
-            used = capacity
-        slots = self.stored[:, None] + torch.arange(new, device=q.device)
+        assert store.keys is not None and self.prompt is not None
         new_states = {"keys": k, "values": v, "select_by": select_by}
-        self._append(store, new_states, slots, used)
+        new, slots = q.shape[2], step.positions[:, None]
+        answered = self.seen - self.first + new
+        if self.room is not None and answered > self.room:
+            raise ValueError(f"the cache has room for {self.room} tokens after the prompt only")
+        if engine.method.phase == "step":
+            return store.attend_in_steps(engine, layer, q, new_states, step.positions)
+        used = store.width + answered if self.room is None else store.keys.shape[2]
+        if store.held is not None:
+            slots = store.width + slots - self.prompt[:, None, None]
+            store.held = append(store.held, slots, step.positions[:, None], used, EMPTY)
+        for name, states in new_states.items():
+            stored = getattr(store, name)
+            if stored is not None and states is not None:
+                setattr(store, name, append(stored, slots, states, used))
         self._update_representatives(store, step.positions, used)
+        keys, values, select_by, held = (
+            None if x is None else x[:, :, :used]
+            for x in (store.keys, store.values, store.select_by, store.held)
+        )
+        assert keys is not None and values is not None
         return engine.decode(
             q,
-            store.keys[:, :, :used],
-            store.values[:, :, :used],
-            slots,
+            keys,
+            values,
             step.positions,
             store.representatives,
             layer,
-            all_seen=new == 1 and not self.ragged and self.room is None,
+            held,
+            select_by,
+            all_seen=new == 1 and self.room is None and not (self.ragged or engine.method.pooled),
         )
 
     def advance(self, step: Step, batch: int) -> None:
@@ -195,58 +122,33 @@ class SparseCache(Cache):
             else torch.full((batch,), length, device=device)
         )
         self.seen += length
-        if self.processed is None or self.stored is None:
-            self.processed, self.stored = new.clone(), new.clone()
-            self.longest, self.ragged = length, step.lengths is not None
-            if self.engine.method.phase == "once":
-                self.stored = self.stored.clamp(max=self.engine.method.top_k)
-                self.longest = min(self.longest, self.engine.method.top_k)
+        if self.processed is None:
+            self.processed, self.prompt = new.clone(), new.clone()
+            self.first, self.ragged = length, step.lengths is not None
         else:
-            self.longest += length
             self.processed += new
-            self.stored += new
 
     def store_prompt(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step, select_by: Tensor | None
     ) -> None:
         """Store what stays after the prompt: keys, values, representatives.
 
-        q (B, H, at least the last `forced`, D). Rows of equal length are handled together: an
-        observation window ends with its own row.
+        q (B, H, at least the last `observed`, D).
         """
         store, method = self.layers[layer], self.engine.method
         room = ROOM if self.room is None else self.room
+        if method.phase in EVICTING:
+            store.hold_kept(self.engine, layer, q, k, v, step, select_by, room)
+            return
+        store.hold(k, v, room)
         if method.phase != "decode":
             store.representatives = None
-        elif store.representatives is None:
+            return
+        if store.representatives is None and method.unit == "block":
             by = k if select_by is None else select_by
             store.representatives = self.engine.block_representatives(by)
-        if select_by is not None and method.phase == "decode":
-            store.select_by = _with_room(select_by, select_by.shape[2] + room)
-        if method.phase != "once" or step.lengths is None:
-            store.hold(*(self.engine.keep(q, k, v, layer, select_by) or (k, v)), room)
-            return
-        store.hold(k[:, :, : method.top_k], v[:, :, : method.top_k], room)
-        assert store.keys is not None and store.values is not None
-        for length, rows in step.rows_of_length.items():
-            q_rows = q[rows][:, :, -length:]
-            k_rows, v_rows = (x[rows][:, :, :length] for x in (k, v))
-            by_rows = None if select_by is None else select_by[rows][:, :, :length]
-            kept = self.engine.for_rows(rows).keep(q_rows, k_rows, v_rows, layer, by_rows)
-            if kept is not None:
-                store.keys[rows, :, : method.top_k], store.values[rows, :, : method.top_k] = kept
-
-    def _append(
-        self, store: SparseLayer, states: dict[str, Tensor | None], slots: Tensor, needed: int
-    ) -> None:
-        for name, new in states.items():
-            tensor = getattr(store, name)
-            if tensor is None or new is None:
-                continue
-            if needed > tensor.shape[2]:
-                tensor = _with_room(tensor, needed + ROOM)
-            index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-            setattr(store, name, tensor.scatter_(2, index, new))
+        if select_by is not None:
+            store.select_by = with_room(select_by, select_by.shape[2] + room)
 
     def _update_representatives(self, store: SparseLayer, positions: Tensor, used: int) -> None:
         """Recompute the blocks that the new tokens fell into (no eviction: slot is position)."""
@@ -284,24 +186,24 @@ class SparseCache(Cache):
         for store, *those in zip(self.layers, *(part.layers for part in parts), strict=True):
             store.join(those)
         self.engine.usage.join([part.engine.usage for part in parts])
-        self.seen, self.longest = parts[0].seen, parts[0].longest
+        self.seen, self.first = parts[0].seen, parts[0].first
         self.ragged = any(part.ragged for part in parts)
-        self.processed, self.stored = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("processed", "stored")
+        self.processed, self.prompt = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("processed", "prompt")
         )
 
     # What generate, beam search and the like ask of a cache.
 
     def reset(self) -> None:
         self.layers = [SparseLayer() for _ in self.layers]
-        self.seen, self.processed, self.stored = 0, None, None
-        self.longest, self.ragged = 0, False
+        self.seen, self.processed, self.prompt = 0, None, None
+        self.first, self.ragged = 0, False
 
     def _map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
         for layer in self.layers:
             layer.map_batch(function)
-        if self.processed is not None and self.stored is not None:
-            self.processed, self.stored = function(self.processed, 0), function(self.stored, 0)
+        if self.processed is not None and self.prompt is not None:
+            self.processed, self.prompt = function(self.processed, 0), function(self.prompt, 0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map_batch(lambda tensor, dim: tensor.index_select(dim, beam_idx.to(tensor.device)))

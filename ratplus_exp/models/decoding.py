@@ -128,22 +128,22 @@ class _Step:
             return
         self.replay()
         self.cache.seen += 1
-        self.cache.longest += 1
         if self.used:
-            attended, positions = (x.clone() for x in self.used)
-            self.cache.engine.usage.add(attended, positions)
+            self.cache.engine.usage.add(*(x.clone() for x in self.used))
 
     def record(self, capture: Capture) -> None:
         """From now on `take` replays, if this step can be captured."""
         cache, usage = self.cache, self.cache.engine.usage
-        counted = cache.seen, cache.longest, len(usage.attended)
+        seen, lists = cache.seen, (usage.attended, usage.positions, usage.choosing)
+        counted = len(usage.attended)
 
         def run() -> None:
             self.run()
-            if new := usage.attended[counted[2] :]:
-                self.used = [torch.cat(new, 1), torch.cat(usage.positions[counted[2] :], 1)]
+            if len(usage.attended) > counted:
+                self.used = [torch.cat(each[counted:], 1) for each in lists]
 
         self.replay = capture(run)
         # What was counted has yet to happen.
-        cache.seen, cache.longest = counted[:2]
-        del usage.attended[counted[2] :], usage.positions[counted[2] :]
+        cache.seen = seen
+        for each in lists:
+            del each[counted:]

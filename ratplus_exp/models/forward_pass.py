@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ratplus_exp.memory import Gate, Memory
 from ratplus_exp.methods import Engine
-from ratplus_exp.models.cache import SparseCache, Step
+from ratplus_exp.models.cache import SparseCache
+from ratplus_exp.models.layer import Step
 from ratplus_kernels.dispatch import use_triton
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ratplus_exp.memory import gate_statistics
-from ratplus_exp.models.cache import SparseCache, Step, last_queries
+from ratplus_exp.models.cache import SparseCache
+from ratplus_exp.models.layer import Step, last_queries
 
 PIECE = 4 << 20  # bytes: rows go through a CPU together up to this size of a layer's activations
 

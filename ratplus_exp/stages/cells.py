@@ -22,6 +22,7 @@ from ratplus_exp.config import (
     validate_method,
 )
 from ratplus_exp.methods import Method, Oracle, Random, Selector, TopK
+from ratplus_exp.methods.base import EVICTING
 from ratplus_exp.models.loading import (
     check_length,
     check_model,
@@ -37,7 +38,7 @@ from ratplus_exp.store import Cell
 from ratplus_exp.tasks import Sample
 
 Records = Mapping[Any, Mapping[str, Any]]
-DECODING = ("decode", "once")  # phases of methods that select after the prompt
+DECODING = ("decode", *EVICTING)  # phases of methods that select after the prompt
 PROMPTS = ("checkpoint", "interface", "dtype", "task", "seed", "data", "context_length")
 """What of a cell's key its prompts and a dense prefill of them depend on."""
 
@@ -125,7 +126,7 @@ class Job:
         if not heads:
             return ""
         model = load_config(self.path)
-        shared = self.method.phase == "once"
+        shared = self.method.phase in EVICTING
         count = model.num_key_value_heads if shared else model.num_attention_heads
         for layer, head in heads:
             if layer >= model.num_hidden_layers or head >= count:

@@ -24,6 +24,7 @@ STAGES = {
     "sweep": "sweep.run",
     "random_selector": "sweep.random_selector",
     "ablation": "sweep.ablation",
+    "methods": "methods.run",
     "report": "report.run",
     "pretrain": "train.pretrain",
     "continued_pretrain": "train.continued_pretrain",

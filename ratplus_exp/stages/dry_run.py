@@ -12,6 +12,7 @@ from ratplus_exp import cost
 from ratplus_exp.config import build, forms_of, plain, validate_method
 from ratplus_exp.cost import Shape
 from ratplus_exp.methods import Dilated
+from ratplus_exp.methods.base import EVICTING
 from ratplus_exp.models.building import config_for, memory_config, new_model
 from ratplus_exp.models.loading import load_config
 from ratplus_exp.report import Table
@@ -124,7 +125,7 @@ def evaluation(cfg: DictConfig, shape: Shape) -> list[Rows]:
     new, batch = forms_of(cfg).reserve, cfg.stage.batch_size
     examples = cfg.data.examples * len(cfg.data.tasks)
     prefill = examples * length * shape.forward_flops((length + 1) / 2)
-    fraction = float(method.fraction(length)) if method.phase in ("decode", "once") else 1.0
+    fraction = float(method.fraction(length)) if method.phase in ("decode", *EVICTING) else 1.0
     read = shape.kv_bytes(length) * fraction
     if method.phase == "decode":  # and its blocks' representatives: min and max of the keys
         read += shape.kv_bytes(length) / method.block_size

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas as pd
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from ratplus_exp.analysis.frame import COLUMNS, EXTRA, SCORERS, accuracies, tidy
 from ratplus_exp.config import forms_of
-from ratplus_exp.methods import Engine, Method
+from ratplus_exp.methods import Engine, Method, Usage
 from ratplus_exp.models.decoding import cuda_graphs, greedy
 from ratplus_exp.models.loading import end_tokens
 from ratplus_exp.models.prefill import PromptBatch
@@ -21,6 +23,10 @@ from ratplus_exp.stages.runner import fill_missing
 from ratplus_exp.store import Cell, Store
 from ratplus_exp.tasks import Sample, exact, substring
 from ratplus_exp.training.parallel import rank
+
+MEASURED = ("budget_measured", "choosing_measured", "slots_measured")
+"""Of each sample, fractions of the context: what was read or stored; what choosing read beside it,
+in bytes of all keys and values; slots of the cache that hold what was kept."""
 
 
 def run(cfg: DictConfig) -> None:
@@ -40,7 +46,10 @@ class Accuracy:
     def measure(
         self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
     ) -> list[dict[str, Any]]:
-        texts, fractions = generate(job, samples, prompts, tokenizer)
+        texts, usage, last = generate(job, samples, prompts, tokenizer)
+        fractions = usage.fractions(len(samples), last).tolist()
+        choosing = usage.choosing_fractions(len(samples), last).tolist()
+        slots = sum(usage.slots) / len(usage.slots) if usage.slots else math.inf
         return [
             {
                 "id": sample.id,
@@ -50,21 +59,28 @@ class Accuracy:
                 "answers": list(sample.answers),
                 "prompt_tokens": sample.length,
                 "budget_measured": round(fraction, 6),
+                "choosing_measured": round(chosen, 6),
+                "slots_measured": round(min(1.0, slots / sample.length), 6),
             }
-            for sample, text, fraction in zip(samples, texts, fractions, strict=True)
+            for sample, text, fraction, chosen in zip(
+                samples, texts, fractions, choosing, strict=True
+            )
         ]
 
     def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
-        """Accuracies, the measured budget and the gates' statistics."""
-        measured = sum(r["budget_measured"] for r in records.values()) / len(records)
-        found = accuracies(records) | {"budget_measured": round(measured, 5)}
-        return found | first.gates
+        """Accuracies, what was measured of the budget, and the gates' statistics."""
+        measured = {
+            name: round(sum(r[name] for r in records.values()) / len(records), 5)
+            for name in MEASURED
+            if all(name in r for r in records.values())  # a cell may have been begun without it
+        }
+        return accuracies(records) | measured | first.gates
 
 
 def generate(
     job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
-) -> tuple[list[str], list[float]]:
-    """Greedy answers to a batch of prompts, and each one's measured budget."""
+) -> tuple[list[str], Usage, Tensor]:
+    """Greedy answers to a batch of prompts, what was read, and each one's last position (B,)."""
     ids, mask = prompts.ids, prompts.mask
     engine = Engine(job.method, selector_of(job.cfg, samples, ids.device))
     eos = end_tokens(job.path) or [tokenizer.eos_token_id]
@@ -79,9 +95,9 @@ def generate(
     # The last generated token is never fed back, nor is anything behind a row's EOS.
     ended = torch.isin(out, out.new_tensor(eos)).cumsum(1) > 0
     fed = (~ended).sum(1).clamp(max=out.shape[1] - 1)
-    fractions = engine.usage.fractions(len(ids), mask.sum(1) - 1 + fed)
     out = out.masked_fill(ended, tokenizer.pad_token_id)
-    return tokenizer.batch_decode(out, skip_special_tokens=True), fractions.tolist()
+    texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+    return texts, engine.usage, mask.sum(1) - 1 + fed
 
 
 def _frame(store: Store, cells: dict[str, Cell]) -> pd.DataFrame:

@@ -176,7 +176,7 @@ def _sharing(jobs: list[Job], model: Any, workers: int) -> tuple[tuple[int, int]
     fits = int(max(1, min(size, memory // row)))
     if fits < size:
         warn(f"{size} prefilled prompts need more than {memory / 1e9:.2g} GB: {fits} at a time.")
-    window = max(job.method.forced if job.method.phase == "once" else 0 for job in jobs)
+    window = max(job.method.observed for job in jobs)
     return (window, forms_of(cfg).reserve), fits
 
 

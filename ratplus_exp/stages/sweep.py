@@ -42,8 +42,8 @@ def ablation(cfg: DictConfig) -> None:
     """stage=ablation: models side by side at one budget, dense and under each method."""
     setting = {name: cfg[name] for name in ("budget", "seed")}
     setting |= {"tier": cfg.model.tier, "first_token": cfg.stage.first_token}
-    samples = sample_scores(_filled(cfg))
-    _show(cfg, model_table(samples, cfg.stage.models, cfg.stage.methods, **setting))
+    samples = sample_scores(filled(cfg))
+    show(cfg, model_table(samples, cfg.stage.models, cfg.stage.methods, **setting))
 
 
 def random_selector(cfg: DictConfig) -> None:
@@ -60,9 +60,9 @@ def random_selector(cfg: DictConfig) -> None:
         )
     cfg = cfg.copy()
     cfg.stage.models = []  # one model, whatever the pair
-    cells = tidy(_filled(cfg))
+    cells = tidy(filled(cfg))
     setting = {"method": cfg.method.name, "budget": cells["budget"].iloc[0]}
-    _show(cfg, random_table(cells, list(cfg.data.tasks), model=model_name(cfg), **setting))
+    show(cfg, random_table(cells, list(cfg.data.tasks), model=model_name(cfg), **setting))
 
 
 def job_of(cfg: DictConfig) -> Job:
@@ -70,7 +70,7 @@ def job_of(cfg: DictConfig) -> Job:
     return Job(cfg, MEASURING[cfg.stage.name])
 
 
-def _filled(cfg: DictConfig) -> list[Cell]:
+def filled(cfg: DictConfig) -> list[Cell]:
     """The cells of `stage.cells`, after running what was missing; ValueError if some still are."""
     jobs = [job_of(job) for job in expand(cfg)]
     refuse(fill_jobs(cfg, jobs))
@@ -79,7 +79,7 @@ def _filled(cfg: DictConfig) -> list[Cell]:
     return list({cell.id: cell for job in jobs for cell in job.cells.values()}.values())
 
 
-def _show(cfg: DictConfig, table: Table) -> None:
+def show(cfg: DictConfig, table: Table) -> None:
     """Print and write the one table of a stage."""
     name = cfg.stage.name
     table.write(job_folder(), name)

@@ -34,7 +34,7 @@ def inputs(block_size, top_k, **sizes):
 def definition(q, k, v, reps, positions, block_size, top_k):
     """What models compute where no kernel runs."""
     engine = Engine(Quest(block_size, top_k), recorder=lambda *_: None)
-    return engine.decode(q, k, v, positions, positions, reps, layer=0)
+    return engine.decode(q, k, v, positions, reps, layer=0)
 
 
 def representatives(k, block_size):

@@ -59,7 +59,8 @@ def pooled_scores(q, k, pooling, kernel):
 def keep(q, k, v, top_k, pooling="avg", kernel=5):
     """What models keep: keys, values, and their positions."""
     method = SnapKV(top_k=top_k, window=q.shape[2], pooling=pooling, kernel=kernel)
-    return *Engine(method).keep(q, k, v, 0), Engine(method).kept_after_prefill(q, k, 0)
+    kept, _ = Engine(method).keep(q, k, v, 0)
+    return *gather_tokens(k, v, kept), kept
 
 
 def check(q, k, v, top_k, out, pooling, kernel):
@@ -99,17 +100,14 @@ def test_the_mass_is_the_windows_attention(device, shape, dtype, with_lse):
 def test_keeps_the_window_and_what_it_attends_to(device, shape, dtype, pooling, kernel):
     q, k, v = inputs(shape, dtype, device)
     top_k = max(shape[4], shape[3] // 4 + shape[4])
-    if top_k >= shape[3]:
-        assert Engine(SnapKV(top_k=top_k, window=shape[4])).keep(q, k, v, 0) is None
-    else:
-        check(q, k, v, top_k, keep(q, k, v, top_k, pooling, kernel), pooling, kernel)
+    check(q, k, v, top_k, keep(q, k, v, top_k, pooling, kernel), pooling, kernel)
 
 
 def test_a_budget_of_everything_keeps_everything(device):
     q, k, v = inputs(SHAPES[0], torch.float32, device)
-    for top_k in (19, 100):
-        assert Engine(SnapKV(top_k=top_k, window=3)).keep(q, k, v, 0) is None
     everything = torch.arange(19, device=device).expand(*k.shape[:3])
+    for top_k in (19, 100):
+        assert torch.equal(keep(q, k, v, top_k)[2], everything)
     for gathered, states in zip(gather_tokens(k, v, everything), (k, v), strict=True):
         assert torch.equal(gathered, states)
 

@@ -10,7 +10,7 @@ import torch
 from brute_force import attend, attention, rows_of, states
 
 from ratplus_exp.methods import Engine, MoBA, Oracle, Quest, Random, SnapKV, TopK
-from ratplus_exp.methods.engine import select
+from ratplus_kernels.selection import select
 
 QUEST = Quest(block_size=4, top_k=6)
 N = 16  # blocks; the query stands in the last, so 14 are free and 4 of them are picked
@@ -146,7 +146,7 @@ def test_oracle_always_keeps_the_gold_tokens():
     method = SnapKV(top_k=12, window=4)
     q, k, v = states(2)
     kept = {
-        type(selector): Engine(method, selector).kept_after_prefill(q, k, 0)
+        type(selector): Engine(method, selector).keep(q, k, v, 0)[0]
         for selector in (
             Oracle(gold_at(*itertools.product(range(3), range(9, 17)), length=37)),
             TopK(),

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from ratplus_exp.methods import Dense, Engine, Quest, SnapKV
-from ratplus_exp.models.cache import ROOM
+from ratplus_exp.models.layer import ROOM
 
 backbones = pytest.mark.parametrize("memory", [False, True], ids=["attention", "ratplus"])
 heads = pytest.mark.parametrize("kv_heads", [1, 2, 4], ids=["one KV head", "GQA", "MHA"])

@@ -9,6 +9,9 @@ from test_families import FAMILIES, TINY, add_memory, carry, stock_model
 from transformers import MistralConfig, MistralForCausalLM
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Oracle, Quest, Random, SnapKV
+from ratplus_exp.methods.evicting import H2O
+from ratplus_exp.methods.snapkv import AdaKV
+from ratplus_exp.methods.twilight import Twilight
 from ratplus_exp.models.decoding import CudaGraphs, greedy
 from ratplus_exp.models.prefill import PromptBatch
 
@@ -19,6 +22,9 @@ METHODS = [
     MoBA(block_size=4, top_k=3),
     SnapKV(top_k=12, window=4),
     Dilated(dilation=4, local=2, initial=1),
+    AdaKV(top_k=8, window=4),
+    H2O(top_k=12, window=4),
+    Twilight(top_k=5, page=4, candidates=2),
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda x: type(x).__name__)
 backbones = pytest.mark.parametrize("memory", [False, True], ids=["attention", "ratplus"])
@@ -189,7 +195,7 @@ def test_every_token_is_counted_once(make_model, make_ids, monkeypatch, capture)
     monkeypatch.setattr(model, "new_cache", lambda *_, **__: cache)
 
     def failing(step):
-        cache.seen, cache.longest = cache.seen + 1, cache.longest + 1
+        cache.seen += 1
         engine.usage.add(torch.ones(2, 1), torch.ones(2, 1))
 
     ids = make_ids(2, 22)
@@ -197,7 +203,7 @@ def test_every_token_is_counted_once(make_model, make_ids, monkeypatch, capture)
     tokens = greedy(PromptBatch(model, ids, torch.ones_like(ids)), engine, TOKENS, **how)
     assert tokens.shape == (2, TOKENS)
     fed = 22 + TOKENS - 1
-    assert cache.seen == cache.longest == int(cache.processed[0]) == fed
+    assert cache.seen == int(cache.processed[0]) == fed
     assert len(torch.cat(engine.usage.attended, 1)[0]) == 2 * (TOKENS - 1)  # layers × steps
 
 
@@ -252,7 +258,7 @@ def test_a_cache_with_room_stays_where_it_is_and_takes_no_more(make_model, make_
     def places():
         names = ("keys", "values", "memory_state", "representatives")
         tensors = [getattr(layer, name) for layer in cache.layers for name in names]
-        tensors += [cache.processed, cache.stored]
+        tensors += [cache.processed, cache.prompt]
         return [None if x is None else (x.data_ptr(), x.shape) for x in tensors]
 
     model(ids, past_key_values=cache)

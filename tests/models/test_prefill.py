@@ -7,6 +7,14 @@ import torch
 from test_families import carry, stock_model
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Oracle, Quest, Random, SnapKV
+from ratplus_exp.methods.evicting import H2O, TOVA
+from ratplus_exp.methods.expected_attention import ExpectedAttention
+from ratplus_exp.methods.kascade import Shared
+from ratplus_exp.methods.snapkv import AdaKV, PyramidKV
+from ratplus_exp.methods.sparq import SparQ
+from ratplus_exp.methods.twilight import Twilight
+from ratplus_exp.methods.vertical_slash import VerticalSlash
+from ratplus_exp.methods.xattention import XAttention
 from ratplus_exp.models.decoding import greedy
 from ratplus_exp.models.prefill import PromptBatch
 
@@ -18,8 +26,21 @@ METHODS = [
     SnapKV(top_k=12, window=4),
     SnapKV(top_k=8, window=6, pooling="max", kernel=3),
     SnapKV(top_k=40, window=4),  # keeps all
+    AdaKV(top_k=8, window=4),
+    TOVA(top_k=12),
     MoBA(block_size=4, top_k=3),
     Dilated(dilation=4, local=2, initial=1),
+]
+IN_PIECES = [
+    *METHODS[2:],
+    PyramidKV(top_k=12, window=4),
+    ExpectedAttention(top_k=8),
+    H2O(top_k=12, window=4),
+    Shared(top_k=8),
+    SparQ(top_k=8),
+    Twilight(top_k=8, page=4, candidates=1),
+    XAttention(block_size=4, top_k=3, stride=2),
+    VerticalSlash(top_k=12, window=8),
 ]
 GOLD = torch.arange(22) % 7 == torch.tensor([[1], [2], [3]])
 SELECTORS = {
@@ -33,18 +54,20 @@ rows = pytest.mark.parametrize("lengths", [(22,) * 3, (22, 5, 17)], ids=["alike"
 
 
 def answers(prompts, method, chooser):
-    """Tokens, what was attended, and every selection."""
-    calls = []
+    """Tokens and usage without and with a recorder, and every row's selections."""
 
     def record(layer, rows, positions, selected):
-        calls.append([torch.tensor(layer), rows, positions, selected])
+        positions = positions.expand(len(rows), -1).tolist()
+        for row, where, chosen in zip(rows.tolist(), positions, selected, strict=True):
+            calls[layer, row, *where] = chosen.clone()
 
-    out = []
+    calls, out = {}, []
     for recorder in (None, record):  # without a recorder a method goes its fast path
         engine = Engine(method, recorder=recorder, **SELECTORS[chooser])
         out.append(greedy(prompts, engine, TOKENS, eos=[], pad=0))
-        out += [engine.usage.fractions(3), *engine.usage.attended]
-    return [*out, *(x for call in calls for x in call)]
+        usage = engine.usage
+        out += [usage.fractions(3), usage.choosing_fractions(3), torch.tensor(usage.slots)]
+    return [*out, *(calls[place] for place in sorted(calls))]
 
 
 @torch.no_grad()
@@ -82,20 +105,22 @@ def test_a_shared_prefill_changes_nothing(
 
 @torch.no_grad()
 @rows
+@pytest.mark.parametrize("fields", [{}, {"memory_kind": "ema_fixed", "memory_on": "select"}])
 def test_rows_in_pieces_give_what_they_give_together(
-    make_model, make_ids, left_pad, monkeypatch, lengths
+    make_model, make_ids, left_pad, monkeypatch, lengths, fields
 ):
-    model = make_model(memory=True).double()
+    model = make_model(memory=True, **fields).double()
     ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
-    for method in METHODS[2::2]:
+    for method in IN_PIECES:
         for chooser in ("topk", "random"):
             for shared in (None, (WINDOW, TOKENS)):
                 monkeypatch.setattr("ratplus_exp.models.prefill.PIECE", 1 << 30)
                 whole = answers(PromptBatch(model, ids, mask, shared=shared), method, chooser)
                 monkeypatch.setattr("ratplus_exp.models.prefill.PIECE", 1)
                 pieces = answers(PromptBatch(model, ids, mask, shared=shared), method, chooser)
-                assert torch.equal(whole[0], pieces[0]) and torch.equal(whole[1], pieces[1])
-                assert all(map(torch.equal, whole[2:5], pieces[2:5]))
+                assert len(whole) == len(pieces), method
+                for a, b in zip(whole, pieces, strict=True):
+                    assert torch.equal(a, b), (method, chooser)
 
 
 def test_the_model_reads_the_prompts_once(make_model, make_ids, monkeypatch):
@@ -116,7 +141,7 @@ def test_methods_say_whether_their_prefill_is_dense():
         def attend_prefill(self, q, k, v, representatives=None):
             return None
 
-    assert [m.dense_prefill for m in METHODS] == [True] * 6 + [False] * 2
+    assert [m.dense_prefill for m in METHODS] == [True] * 8 + [False] * 2
     assert not Own().dense_prefill
 
 

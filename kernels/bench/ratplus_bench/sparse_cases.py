@@ -14,8 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ratplus_bench.timing import Case, Form, Machine
-from ratplus_exp.methods import Engine, Method, MoBA, Quest, SnapKV
-from ratplus_exp.methods.engine import Uncounted
+from ratplus_exp.methods import Engine, Method, MoBA, Quest, SnapKV, Uncounted
 from ratplus_kernels import attention_mass, gather_tokens, memory_scan
 from ratplus_kernels.dispatch import definitions
 from ratplus_kernels.snapkv import window_logits
@@ -87,7 +86,7 @@ def quest(shape: Shape, size: int, top_k: int, machine: Machine) -> Case:
         return q, k, v, bounds, torch.full((b, 1), t - 1, device=machine.device)
 
     def decode(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, last: Tensor) -> Tensor:
-        return engine.decode(q, k, v, last, last, bounds, layer=0, all_seen=True)
+        return engine.decode(q, k, v, last, bounds, layer=0, all_seen=True)
 
     def gathered(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, _: Tensor) -> Tensor:
         """The usual recipe: scores, top-k, a gather of whole blocks, dense attention to them."""
@@ -193,7 +192,9 @@ def snapkv(shape: Shape, window: int, kept: int, machine: Machine) -> Iterator[C
         k, v, scores = machine.normal(seed, (b, kv, t, d), (b, kv, t, d), (b, kv, t))
         return k, v, scores.topk(kept, dim=-1).indices.sort(-1).values
 
-    keep = partial(engine.keep, layer=0)
+    def keep(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return gather_tokens(k, v, engine.keep(q, k, v, layer=0)[0])
+
     for suite, run, inputs, moved in (
         ("scores, with the prefill's LSE", attention_mass, with_lse, keys),
         ("scores, without", attention_mass, lambda seed: prompt(seed)[:2], keys),

@@ -1,0 +1,58 @@
+"""`python -m ratplus_exp.methods` prints docs/methods.md, made from the classes of conf/method."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from ratplus_exp.methods import Method
+
+CONF = Path(__file__).parents[1] / "conf" / "method"
+BUDGETS = {  # by phase
+    "decode": "read at a decoding step",
+    "prefill": "read by a query of the prompt",
+    "once": "stored after the prompt",
+    "step": "stored at every step",
+}
+TEXT = """# Methods
+
+Made from the classes by `python -m ratplus_exp.methods > docs/methods.md`. Each runs as
+`method=NAME`, on any backbone, at any budget. The common terms: the budget is the fraction of the
+context that is read or stored; there are no dense first layers and no floors beside it; methods
+that read choose for each query head, methods that evict for each KV head.
+
+    python run.py method=tova budget=1/8
+    make methods      # all of them on both backbones, one table and one figure
+
+A cell's metrics have three fractions. `budget_measured` is what was read or stored;
+`choosing_measured` is what choosing read beside that, in bytes of all keys and values: the
+representatives of all candidates and the indices of the chosen ones; `slots_measured` is what the
+cache allocates, where heads that keep fewer tokens have as many slots as the head that keeps most.
+
+"""
+
+
+def page() -> str:
+    """The table of methods, and how each differs from its original."""
+    names = ("Name", "Rule", "Unit", "Phase", "Budget", "Choosing reads", "Paper")
+    rows, notes = [names, ("---",) * len(names)], []
+    files: Any = (OmegaConf.load(file) for file in CONF.glob("*.yaml"))
+    classes: list[tuple[str, Any]] = [(file.name, get_class(file.target)) for file in files]
+    for name, cls in sorted(classes, key=lambda pair: pair[0]):
+        rule, _, note = inspect.cleandoc(cls.__doc__).partition("\n\n")
+        budget = BUDGETS.get(cls.phase, "–" if cls.pattern is Method.pattern else "seen throughout")
+        unit = cls.unit if cls.phase else "pattern" if cls.pattern is not Method.pattern else "–"
+        rows.append((name, rule, unit, cls.phase or "–", budget, cls.reads, cls.paper))
+        notes.append(f"**{name}**: " + note)
+    cells = ((" ".join(cell.split()).replace("|", "\\|") for cell in row) for row in rows)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    details = "\n\n".join(" ".join(note.split()) for note in notes if not note.endswith(": "))
+    return TEXT + table + "\n\n## Details, and where an original differs\n\n" + details + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,50 @@
+"""The ceiling of every selector: the candidates that attention itself puts most of its mass on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ratplus_exp.methods.base import BlockMethod, Method, Phase
+from ratplus_kernels.selection import inner_products
+
+
+@dataclass(frozen=True)
+class TopKTokens(Method):
+    """The tokens with the highest q · k; the first one and the query's own are among them."""
+
+    phase: ClassVar[Phase | None] = "decode"
+    paper: ClassVar[str] = "none: the ceiling of selectors of tokens"
+    reads: ClassVar[str] = "all keys"
+
+    @property
+    def forced(self) -> int:
+        return 2
+
+    def represent(self, keys: Tensor) -> Tensor:
+        return keys
+
+    def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
+        logits = inner_products(queries, representatives.unsqueeze(2))
+        return logits / math.sqrt(queries.shape[-1])
+
+
+@dataclass(frozen=True)
+class TopKBlocks(BlockMethod):
+    """The blocks with the highest attention mass, log Σ exp(q · k / √D) over a block's keys."""
+
+    phase: ClassVar[Phase | None] = "decode"
+    paper: ClassVar[str] = "none: the ceiling of selectors of blocks"
+    reads: ClassVar[str] = "all keys"
+
+    def represent(self, keys: Tensor) -> Tensor:
+        """(B, K, N, block_size, D) -> (B, K, N, block_size D): all of them."""
+        return keys.flatten(3)
+
+    def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
+        keys = representatives.unflatten(3, (self.block_size, -1)).flatten(2, 3)
+        logits = inner_products(queries, keys.unsqueeze(2)) / math.sqrt(queries.shape[-1])
+        return logits.unflatten(-1, (-1, self.block_size)).logsumexp(-1)

@@ -1,0 +1,33 @@
+"""KeyDiff: after the prompt, keep the tokens whose keys differ most from the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, float32, promote_types
+
+from ratplus_exp.methods.base import Method, Phase
+
+
+@dataclass(frozen=True)
+class KeyDiff(Method):
+    """Minus the cosine of a key with the mean of all keys' directions.
+
+    The original evicts block by block while it reads the prompt, here once after it.
+    """
+
+    phase: ClassVar[Phase | None] = "once"
+    paper: ClassVar[str] = "Park et al., 2025, arXiv 2504.15364"
+    reads: ClassVar[str] = "all keys, once"
+
+    def represent(self, keys: Tensor) -> Tensor:
+        return keys
+
+    def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
+        """(B, K, 1, 1, N), whatever the queries."""
+        wide = promote_types(representatives.dtype, float32)
+        keys = F.normalize(representatives.to(wide), dim=-1)
+        anchor = F.normalize(keys.mean(2, keepdim=True), dim=-1)
+        return -(keys * anchor).sum(-1)[:, :, None, None]

@@ -1,0 +1,42 @@
+"""SparQ: at every decoding step, tokens by the channels in which the query is largest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ratplus_exp.methods.exact import TopKTokens
+
+
+@dataclass(frozen=True)
+class SparQ(TopKTokens):
+    """q · k over the r largest channels of |q|, r = channels · D, scaled to a softmax's logits.
+
+    mean_value: the mean value of all tokens stands for those left out, by their share of that
+    softmax: what passes the selector without a memory. The original adds up |q| over a group and
+    forces a local window; here each query head chooses, and its own token is forced.
+    """
+
+    paper: ClassVar[str] = "Ribar et al., 2023, arXiv 2312.04985"
+    reads: ClassVar[str] = "r channels of all keys"
+    channels: Annotated[float, Field(gt=0, le=1)] = 0.25
+    mean_value: bool = True
+
+    @property
+    def adds_mean(self) -> bool:
+        return self.mean_value
+
+    def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
+        wide, dim = torch.promote_types(queries.dtype, torch.float32), queries.shape[-1]
+        q, keys = queries.to(wide), representatives.to(wide).unsqueeze(2)
+        largest = q.abs().topk(int(self.numbers(dim)), dim=-1).indices
+        few = torch.zeros_like(q).scatter(-1, largest, q.gather(-1, largest))
+        share = few.abs().sum(-1, keepdim=True) / q.abs().sum(-1, keepdim=True)
+        return few @ keys.mT / (dim * share).sqrt()
+
+    def numbers(self, dim: int, layer: int = 0) -> float:
+        return max(1, round(self.channels * dim))

@@ -1,0 +1,52 @@
+"""A selection beside a dilated pattern: a query sees what either of them allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from ratplus_exp.budget import Budget
+from ratplus_exp.methods.base import BlockMethod
+from ratplus_exp.methods.moba import MoBA
+from ratplus_exp.methods.quest import Quest
+from ratplus_exp.settings import Positive
+
+
+@dataclass(frozen=True)
+class WithDilation(BlockMethod):
+    """Every D-th token beside the selected blocks; both are within the budget.
+
+    P2's setting is D = 64 and 8 blocks of 64 tokens: 1/8 + 1/64 of 4096.
+    """
+
+    paper: ClassVar[str] = "Wei and Gulcehre, 2026, arXiv 2602.18196"
+    dilation: Positive = 64
+
+    def pattern(self, query: Tensor, key: Tensor) -> Tensor:
+        return (key + 1) % self.dilation == 0
+
+    def fraction(self, length: int) -> Fraction:
+        return super().fraction(length) + Fraction(1, self.dilation)
+
+    def within(self, budget: Budget, length: int) -> Self:
+        left = budget.fraction - Fraction(1, self.dilation)
+        if left <= 0:
+            raise ValueError(f"budget {budget} has no room beside method.dilation: raise one")
+        return replace(self, top_k=Budget(left).blocks(length, self.block_size))
+
+
+@dataclass(frozen=True)
+class QuestDilated(WithDilation, Quest):
+    """Quest's blocks and every D-th token, at every decoding step."""
+
+    reads: ClassVar[str] = Quest.reads
+
+
+@dataclass(frozen=True)
+class MoBADilated(WithDilation, MoBA):
+    """MoBA's blocks and every D-th token, for every prompt token."""
+
+    reads: ClassVar[str] = MoBA.reads

@@ -1,0 +1,58 @@
+"""MInference's vertical-slash pattern: columns and diagonals of a prompt's attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ratplus_exp.methods.base import Method, Phase
+from ratplus_exp.settings import Positive
+from ratplus_kernels.selection import inner_products
+
+
+@dataclass(frozen=True)
+class VerticalSlash(Method):
+    """top_k / 2 keys that all queries see, and as many distances at which they see one.
+
+    Both by the attention of the prompt's last `window` queries, summed over columns and over
+    diagonals; the first column and the distance 0 are among them. The original searches the shares
+    of columns and diagonals for each head offline, and always keeps 30 and 100 of them.
+    """
+
+    phase: ClassVar[Phase | None] = "prefill"
+    paper: ClassVar[str] = "Jiang et al., 2024, arXiv 2407.02490"
+    reads: ClassVar[str] = "the last queries and all keys, once"
+    window: Positive = 64
+
+    @property
+    def forced(self) -> int:
+        return 2
+
+    @property
+    def observed(self) -> int:
+        return self.window
+
+    def k(self, layer: int, layers: int) -> int:
+        return self.top_k // 2
+
+    def represent(self, keys: Tensor) -> Tensor:
+        return keys
+
+    def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
+        """(B, K, G, W, D) and (B, K, N, D) -> (B, K, G, 2, N): of columns, and of distances."""
+        window, length = queries.shape[3], representatives.shape[2]
+        logits = inner_products(queries, representatives.unsqueeze(2)) / math.sqrt(
+            queries.shape[-1]
+        )
+        token = torch.arange(length, device=queries.device)
+        back = token[-window:, None] - token  # (W, N), how far each key lies behind each query
+        share = logits.masked_fill(back < 0, -torch.inf).softmax(-1)
+        diagonals = share.gather(-1, back.clamp(min=0).expand(share.shape)) * (back >= 0)
+        return torch.stack((share.sum(3), diagonals.sum(3)), dim=3)
+
+    def choosing(self, positions: Tensor, dim: int, layer: int = 0) -> None:
+        return None

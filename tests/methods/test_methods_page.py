@@ -1,0 +1,23 @@
+"""docs/methods.md is what the classes say, and every method is tested and names its source."""
+
+import re
+from pathlib import Path
+
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+from test_methods import METHODS
+
+from ratplus_exp.methods.__main__ import CONF, page
+
+DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
+
+
+def test_the_committed_page_is_up_to_date():
+    assert DOCS.read_text() == page(), "python -m ratplus_exp.methods > docs/methods.md"
+
+
+def test_every_method_is_tested_and_names_a_paper():
+    classes = {get_class(OmegaConf.load(file).target) for file in CONF.glob("*.yaml")}
+    assert classes == {type(method) for method in METHODS}
+    for cls in classes:
+        assert re.search(r", 20\d\d, arXiv \d{4}\.\d{5}|none: the ceiling", cls.paper), cls

@@ -1,0 +1,36 @@
+"""stage=methods: every method at equal budgets, in one table and one figure."""
+
+import pandas as pd
+import pytest
+
+from ratplus_exp.analysis import sample_scores, tidy
+from ratplus_exp.stages import evaluate
+from ratplus_exp.store import Store
+
+CHOICE = ["stage.selecting=[quest,tova]", "stage.budgets=[1/4,1/8]", "stage.random_examples=2"]
+
+
+def test_methods_stand_in_one_table(job, pair, monkeypatch):
+    # Untrained models are never right, but they are not equally talkative.
+    monkeypatch.setattr(evaluate, "exact", lambda text, answers: len(text) % 5 / 4)
+    job("stage=methods", *pair, "data.tasks=[S-1,MV]", *CHOICE)
+    table = pd.read_csv(job.folder / "job" / "methods.csv", keep_default_na=False)
+    assert (job.folder / "job" / "methods.png").stat().st_size > 10_000
+    store = Store(job.folder / "results")
+    scores, cells = sample_scores(store), tidy(store)
+    assert table["Budget"].tolist() == ["1", *["1/4"] * 3, *["1/8"] * 3]
+    for _, row in table.iterrows():
+        here = scores[(scores["method"] == row["Method"]) & (scores["budget"] == row["Budget"])]
+        means = here.groupby(["selector", "backbone", "task"])["exact"].mean()
+        means = 100 * means.groupby(["selector", "backbone"]).mean()
+        for backbone in ("Attention", "RAT+"):
+            assert float(row[backbone]) == pytest.approx(means["topk", backbone], abs=0.051)
+            if row["Method"] in ("quest", "tova"):
+                random = float(row[f"{backbone}, random"])
+                assert random == pytest.approx(means["random", backbone], abs=0.051)
+        same = cells[(cells["method"] == row["Method"]) & (cells["budget"] == row["Budget"])]
+        read = same.loc[same["selector"] == "topk", "budget_measured"].mean()
+        assert float(row["Read"]) == pytest.approx(read, abs=0.00051)
+        assert (float(row["Choosing"]) > 0) == (row["Method"] == "quest")
+    for _, rows in table.groupby("Budget"):
+        assert rows["RAT+"].astype(float).is_monotonic_decreasing
