@@ -35,13 +35,15 @@ from ratplus_exp.settings import (
     Whole,
     matching,
 )
-from ratplus_exp.tasks import TASKS, Forms
+from ratplus_exp.tasks import RULER_NAMES, TASKS, Forms
+from ratplus_exp.tasks.others import CWE, FWE, VT
+from ratplus_exp.tasks.qa import QA
 from ratplus_exp.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     Task = str
 else:
-    Task = Literal[tuple(TASKS)]
+    Task = Literal[tuple(RULER_NAMES)]
 
 
 def _fraction(value: Any) -> str:
@@ -75,6 +77,11 @@ def _not_empty(cells: dict[str, Grid]) -> dict[str, Grid]:
 def _nothing() -> Any:
     """The defaults of a class stay out of the configuration."""
     return {}
+
+
+def _no_files() -> Any:
+    """Of questions; so that the command line may name them."""
+    return {"squad": None, "hotpotqa": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +151,10 @@ class DataConfig(Settings):
     examples: Examples = 100  # a task
     first_token: FirstToken = "prefill"  # what gives an answer's first token
     forms: Forms = field(default_factory=_nothing)
+    vt: VT = field(default_factory=_nothing)
+    cwe: CWE = field(default_factory=_nothing)
+    fwe: FWE = field(default_factory=_nothing)
+    qa: QA = field(default_factory=_no_files)
     essay: Text | None = None  # a text file or RULER's PaulGrahamEssays.json; None: generated prose
     path: Text | None = None  # a folder of RULER's own <task>/validation.jsonl to use instead
 

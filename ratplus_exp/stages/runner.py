@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ratplus_exp import provenance
-from ratplus_exp.config import forms_of, plain
+from ratplus_exp.config import plain, reserve_of
 from ratplus_exp.cost import Shape
 from ratplus_exp.models.loading import load_model, load_tokenizer
 from ratplus_exp.models.prefill import PromptBatch
@@ -113,7 +113,7 @@ def fill(group: Group, session: Session, done: Callable[[int], None]) -> None:
             those = [jobs[i] for i in lacking]
             mine, left = indices[rank() :: world_size()], len(indices)
             source.ahead(task, mine)
-            shared, size = _sharing(those, model, session.workers)
+            shared, size = _sharing(those, task, model, session.workers)
             for start in range(0, len(mine), size):
                 samples = [source(task, index) for index in mine[start : start + size]]
                 new = min(len(samples) * world_size(), left)
@@ -159,7 +159,9 @@ def _lacking(jobs: list[Job], task: str, source: Samples) -> list[tuple[list[int
     return [(list(those), indices) for those, indices in found.items()]
 
 
-def _sharing(jobs: list[Job], model: Any, workers: int) -> tuple[tuple[int, int] | None, int]:
+def _sharing(
+    jobs: list[Job], task: str, model: Any, workers: int
+) -> tuple[tuple[int, int] | None, int]:
     """What a prefill must keep for the jobs, as in `PromptBatch`, and how many prompts a batch has.
 
     Keys and values, prefilled and copied by a method, may take half of the workers' memory.
@@ -174,7 +176,7 @@ def _sharing(jobs: list[Job], model: Any, workers: int) -> tuple[tuple[int, int]
     if fits < size:
         _say(f"{size} prefilled prompts need more than {memory / 1e9:.2g} GB: {fits} at a time.")
     window = max(job.method.forced if job.method.phase == "once" else 0 for job in jobs)
-    return (window, forms_of(cfg).reserve), fits
+    return (window, reserve_of(cfg, task)), fits
 
 
 def total_memory(device: torch.device) -> int:

@@ -169,18 +169,23 @@ class NIAH:
 
 
 def most_units(
-    prompt: Callable[[int], str], count: Callable[[str], int], capacity: int, name: str
+    prompt: Callable[[int], str],
+    count: Callable[[str], int],
+    capacity: int,
+    name: str,
+    most: int | None = None,
 ) -> int:
-    """The largest haystack whose prompt has at most `capacity` tokens.
+    """The largest haystack whose prompt has at most `capacity` tokens; most: units that there are.
 
     Interpolates, and stops when less than an average unit is missing.
     """
-    fits, too_many = 0, capacity + 1  # a unit is one token at least
+    fits = 0
+    too_many = capacity + 1 if most is None else most + 1  # a unit is one token at least
     empty = count(prompt(0))
     if empty > capacity:
         raise ValueError(
-            f"{name}: needles and question alone take {empty} tokens of {capacity}, which is the"
-            " length less the reserve for the answer: raise length"
+            f"{name}: without any haystack the prompt takes {empty} tokens of {capacity}, which is"
+            " the length less the reserve for the answer: raise length"
         )
     n, tokens = 8, empty  # 8: enough for a first rate, without overshooting
     while too_many - fits > 1:

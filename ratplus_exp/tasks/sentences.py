@@ -8,17 +8,18 @@ ellipsis and no opener follows; closing quotes and brackets belong to the senten
 
 import re
 
-_ABBREVIATIONS = frozenset(
+_ABBREVIATED = (
     "mr mrs ms messrs dr prof rev gen col maj lt sen rep gov jr sr st mt ph.d m.d b.a m.a u.s u.k"
     " u.s.a u.n d.c l.a n.y n.j a.m p.m a.d b.c e.g i.e cf al ed eds vs etc viz approx dept est"
-    " inc co corp ltd bros jan feb aug sept oct nov dec fig figs vol pp".split()
+    " inc co corp ltd bros jan feb aug sept oct nov dec fig figs vol pp"
 )
-_OPENERS = frozenset(
+_OPENING = (
     "a after all also although an and as at because before both but by despite each even every for"
     " from he her here his how however i if in it its many meanwhile most my no now on once one"
     " others our she since so some still that the their then there these they this those though to"
-    " until we what when where while who why with yes yet you your".split()
+    " until we what when where while who why with yes yet you your"
 )
+_ABBREVIATIONS, _OPENERS = (frozenset(words.split()) for words in (_ABBREVIATED, _OPENING))
 _END = re.compile(r"(\S*[.!?])([\"'”’)\]}]*)\s+(?=(\S+))")
 
 

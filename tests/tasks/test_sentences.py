@@ -8,10 +8,12 @@ import pytest
 from ratplus_exp.tasks import paragraph
 from ratplus_exp.tasks.sentences import sentences
 
-# A bar is where nltk's English model splits; the first two are from its documentation.
+# A bar is where nltk's English model splits; the first four are from its documentation.
 TEXTS = """
-Punkt knows that the periods in Mr. Smith and Johann S. Bach do not mark sentence boundaries. |And sometimes sentences can start with non-capitalized words. |i is a good variable name.
-(How does it deal with this parenthesis?) |"It should be part of the previous sentence." |"(And the same with this one.)" |('And this one!')
+The periods in Mr. Smith and Johann S. Bach do not mark sentence boundaries. |And sometimes
+Sentences can start with non-capitalized words. |i is a good variable name.
+(How does it deal with this parenthesis?) |"It should be part of the previous sentence." |"(And so
+"(And the same with this one.)" |('And this one!')
 They moved to Washington, D.C. in 1965. |Few did.
 It sells in the U.S. and abroad. |The U.S. |The rest followed.
 He met Dr. Watson at 5 p.m. on Friday. |Then he left!
