@@ -90,7 +90,7 @@ bench-cpu: $(STAMP) ## measure the forms of the memory scan on one CPU thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m ratplus_bench --cpu
 
 # Each runs what is missing and writes what it makes to outputs/reports (docs/results.md).
-.PHONY: table2 table3 table4 table5 fig1 fig2 fig3 fig4 reproduce report
+.PHONY: table2 table3 table4 table5 fig1 fig2 fig3 fig4 ruler13 protocols reproduce report
 
 table2: $(STAMP) ## Table 2: random selection, tasks with several keys, values or queries
 	$(SWEEP)
@@ -114,6 +114,12 @@ fig3: $(STAMP) ## Figure 3: hit rates of SnapKV's heads
 	$(SWEEP)
 
 fig4: $(STAMP) ## Figure 4: hit rates by task
+	$(SWEEP)
+
+ruler13: $(STAMP) ## all of RULER's tasks at one budget (SET='data.qa.squad=FILE data.qa.hotpotqa=FILE')
+	$(SWEEP)
+
+protocols: $(STAMP) ## selection for the whole prompt, and before the question is known
 	$(SWEEP)
 
 reproduce: $(STAMP) ## all tables, all figures and the report; PAIR=pocket on two cores

@@ -18,7 +18,7 @@ from omegaconf.errors import MissingMandatoryValue
 from ratplus_exp.budget import Budget
 from ratplus_exp.schema import METHODS, Config, Convert, MethodConfig, Pretrain, Sft
 from ratplus_exp.settings import build
-from ratplus_exp.tasks import GOLDEN, Forms, Others
+from ratplus_exp.tasks import GOLDEN, TASKS, Forms, Others
 
 if TYPE_CHECKING:
     from ratplus_exp.methods import Method
@@ -127,6 +127,12 @@ def others_of(cfg: DictConfig) -> Others:
 def reserve_of(cfg: DictConfig, task: str) -> int:
     """Tokens that a task's prompts leave free for the answer."""
     return others_of(cfg).reserve(task, forms_of(cfg))
+
+
+def question_template(cfg: DictConfig, task: str) -> str:
+    """The template of a task's prompts behind their context."""
+    texts = forms_of(cfg) if task in TASKS else others_of(cfg).of(task)
+    return str(texts.template.rpartition("{context}")[2])
 
 
 def oracle_heads(cfg: DictConfig) -> tuple[tuple[int, int], ...]:

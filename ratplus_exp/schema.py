@@ -54,9 +54,12 @@ def _fraction(value: Any) -> str:
 
 Selector = Literal["topk", "random", "oracle"]
 FirstToken = Literal["prefill", "decode"]
+Protocol = Literal["whole", "split"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Scorer = Literal["exact", "substring"]
-Output = Literal["table2", "table3", "table4", "table5", "fig1", "fig2", "fig3", "fig4", "report"]
+Output = Literal[
+    "table2", "table3", "table4", "table5", "fig1", "fig2", "fig3", "fig4", "tasks", "report"
+]
 Digest = Annotated[str, matching("[0-9a-f]{64}", "use a sha256, 64 hexadecimal digits, or null")]
 Fraction = Annotated[str, BeforeValidator(_fraction)]
 Head = Annotated[str, matching(r"\d{1,6}-\d{1,6}", "write layer-head, as in [1-0,1-3]")]
@@ -211,6 +214,7 @@ class Grid(Settings):
     blocks: Positive | list[Positive] | None = None
     selector: Selector | list[Selector] | None = None
     selector_seed: Seed | Seeds | None = None
+    protocol: Protocol | list[Protocol] | None = None
     tasks: list[Task] | None = None
     examples: Examples | None = None
 
@@ -219,6 +223,7 @@ class Grid(Settings):
 class Measuring(Settings):
     batch_size: Batch
     first_token: FirstToken
+    protocol: Protocol  # whether a method selects for the whole prompt, or before the question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +263,7 @@ class Report(Settings):
     outputs: dict[Output, bool]
     scorer: Scorer
     first_token: FirstToken
+    protocol: Protocol  # which of the cells
     folder: Text | None
     where: dict[Name, Any] | None  # choices by column of cells.csv
 

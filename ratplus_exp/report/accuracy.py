@@ -8,10 +8,18 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import difference
-from ratplus_exp.analysis.frame import BACKBONES, SCORERS, select
+from ratplus_exp.analysis.frame import ALL_TASKS, BACKBONES, SCORERS, select
 from ratplus_exp.analysis.spread import DRAW, spread
 from ratplus_exp.report.paper import PAPER_TABLES, paper_means, paper_tables
-from ratplus_exp.report.prose import MISSING, bounds, number, plus_minus, span, trainings_of
+from ratplus_exp.report.prose import (
+    MISSING,
+    bounds,
+    interval,
+    number,
+    plus_minus,
+    span,
+    trainings_of,
+)
 from ratplus_exp.report.table import Table
 
 DENSE = "dense"
@@ -64,8 +72,8 @@ def accuracy_table(
         printed = setting.in_paper(paper, context)
         mine = samples[samples["cell"].isin(here["cell"])]
         x = difference(mine, scorer, "backbone", ("RAT+", "Attention"), tasks)
-        interval = MISSING if pd.isna(x.value) else bounds(x)
-        gain = (number(x.value, sign="+"), interval, number(printed.get("gain"), sign="+"))
+        within = MISSING if pd.isna(x.value) else bounds(x)
+        gain = (number(x.value, sign="+"), within, number(printed.get("gain"), sign="+"))
         for backbone in BACKBONES:
             side = here[here["backbone"] == backbone]
             draws = side[["training", *DRAW]].drop_duplicates().groupby("training").size()
@@ -107,6 +115,63 @@ def accuracy_table(
         checkpoints=_of_each(cells, "checkpoint"),
         memory=_of_each(cells, "effective_memory_length"),
     )
+
+
+def tasks_table(
+    cells: pd.DataFrame, samples: pd.DataFrame, scorer: str = "exact", **where: Any
+) -> Table:
+    """All that was measured under top-k: protocols × settings × backbones × tasks, dense first.
+
+    A method that selects nothing after the prompt has one protocol. Arguments as in
+    `accuracy_table`; cells may be of both protocols. ValueError if nothing was measured.
+    """
+    cells = cells[(cells["method"] == DENSE) | (cells["selector"] == "topk")]
+    if cells.empty:
+        raise ValueError("no finished cells for the table of tasks: evaluate first")
+    settings = pd.Series(map(_Setting.of, cells.itertuples()), index=cells.index, dtype=object)
+    split = cells["first_token"].map({"split": "split"}).fillna("whole")
+    split = split.mask(cells["first_token"].isna(), "either")
+    cells = cells.assign(setting=settings, protocol=split)
+    for _, group in cells.groupby("protocol"):
+        context = _check_unmixed(group)
+    tasks = tuple(task for task in ALL_TASKS if task in set(cells["task"]))
+    order = sorted(
+        set(cells[["setting", "protocol"]].itertuples(index=False, name=None)),
+        key=lambda x: (x[0].method != DENSE, x[0].method, x[0].block_size, -Fraction(x[0].budget),
+                       x[1] == "split"),
+    )  # fmt: skip
+    rows = []
+    for setting, protocol in order:
+        here = cells[[s == setting for s in cells["setting"]] & (cells["protocol"] == protocol)]
+        mine = samples[samples["cell"].isin(here["cell"])]
+        x = difference(mine, scorer, "backbone", ("RAT+", "Attention"), tasks)
+        for backbone in BACKBONES:
+            side = here[here["backbone"] == backbone]
+            method, block, _, budget = setting.label(here, context)
+            rows.append(
+                (
+                    *(method, block, budget, protocol),
+                    number(side["budget_measured"].mean(), digits=3),
+                    backbone,
+                    *_accuracies(side, scorer, tasks),
+                    interval(x) if backbone == "RAT+" else "",
+                    span(side["n"]),
+                )
+            )
+    columns = (
+        "Method",
+        "Block",
+        "Budget",
+        "Protocol",
+        "Kept",
+        "Backbone",
+        *tasks,
+        "Mean",
+        "Δ",
+        "n",
+    )
+    where |= {"scorer": scorer, "context": context, "trainings": trainings_of(cells)}
+    return Table.described("tasks", columns, rows, len(place), **where)
 
 
 class _Setting(NamedTuple):
@@ -172,7 +237,7 @@ def _check_unmixed(cells: pd.DataFrame) -> int:
         "context_length": ["tier"],
         "model": origin,
         "checkpoint": origin,
-        "variant": ["setting"],
+        "variant": ["setting", "task"],
         "cell": [*origin, "setting", "task"],
         "training": ["backbone", "checkpoint"],
     }

@@ -14,7 +14,7 @@ from ratplus_exp.analysis import frame, hits, sanity
 from ratplus_exp.analysis.pattern import Pattern, cell_by_cell, patterns
 from ratplus_exp.analysis.selectors import selector_means
 from ratplus_exp.report import figures, tables
-from ratplus_exp.report.accuracy import accuracy_table
+from ratplus_exp.report.accuracy import accuracy_table, tasks_table
 from ratplus_exp.report.page import Picture, Section
 from ratplus_exp.report.paper import PAPER_TABLES, paper_tables
 from ratplus_exp.report.prose import METHODS, paragraphs, say, span, trainings_of
@@ -26,13 +26,15 @@ class Evidence:
     """Finished cells of one pair of models, at one tier and context length, read once.
 
     cells, rates: rows of `tidy` and `hit_rates`; samples, hit_samples: of `sample_scores`; stored:
-    all cells of the store by id.
+    all cells of the store by id; both, both_samples: as cells and samples, of both protocols.
     """
 
     cells: pd.DataFrame
     samples: pd.DataFrame
     rates: pd.DataFrame
     hit_samples: pd.DataFrame
+    both: pd.DataFrame
+    both_samples: pd.DataFrame
     stored: dict[str, Cell]
     tier: str
     scorer: str
@@ -40,18 +42,25 @@ class Evidence:
     folder: Path
 
     @classmethod
-    def read(cls, store: Store, where: dict[str, Any], first_token: str, **rest: Any) -> Evidence:
-        """where: choices by column of `tidy`; first_token: of the cells to which it matters."""
+    def read(
+        cls, store: Store, where: dict[str, Any], first_token: str, whole: str, **rest: Any
+    ) -> Evidence:
+        """where: choices by column of `tidy`; first_token: of the cells to which it matters; whole:
+        the same of those of whole prompts."""
         stored = list(store.cells())
 
-        def fitting(rows: pd.DataFrame) -> pd.DataFrame:
-            return rows[rows["first_token"].isna() | (rows["first_token"] == first_token)]
+        def fitting(rows: pd.DataFrame, *kinds: str) -> pd.DataFrame:
+            return rows[rows["first_token"].isna() | rows["first_token"].isin(kinds)]
 
+        cells = frame.select(frame.tidy(stored), where)
+        samples = frame.sample_scores(stored, **where)
         return cls(
-            fitting(frame.select(frame.tidy(stored), where)),
-            fitting(frame.sample_scores(stored, **where)),
-            fitting(hits.hit_rates(stored, **where)),
-            fitting(frame.sample_scores(stored, hits.STAGE, **where)),
+            fitting(cells, first_token),
+            fitting(samples, first_token),
+            fitting(hits.hit_rates(stored, **where), first_token),
+            fitting(frame.sample_scores(stored, hits.STAGE, **where), first_token),
+            fitting(cells, whole, "split"),
+            fitting(samples, whole, "split"),
             {cell.id: cell for cell in stored},
             first_token=first_token,
             **rest,
@@ -60,7 +69,7 @@ class Evidence:
     @cached_property
     def used(self) -> list[Cell]:
         """The cells that the report is made of, in the order of their names."""
-        ids = {*self.cells["cell"], *self.rates["cell"]}
+        ids = {*self.cells["cell"], *self.rates["cell"], *self.both["cell"]}
         return [cell for name, cell in self.stored.items() if name in ids]
 
     @cached_property
@@ -101,6 +110,12 @@ def section(evidence: Evidence, output: str, brief: bool = False) -> Section:
     """
     if output in PAPER_TABLES:
         return _table(evidence, output, brief)
+    if output == "tasks":
+        table = tasks_table(
+            evidence.both, evidence.both_samples, evidence.scorer, tier=evidence.tier
+        )
+        table.write(evidence.folder, output)
+        return Section("Table of all tasks and protocols", tables=(table,))
     if output not in _FIGURES:
         known = ", ".join((*PAPER_TABLES, *_FIGURES))
         raise ValueError(f"stage.outputs has the unknown {output!r}: use some of {known}, report")

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from ratplus_exp.analysis import SCORERS, Estimate, resample, sample_scores
 from ratplus_exp.report import Table
 from ratplus_exp.report.prose import METHODS, interval, number, trainings_of
+from ratplus_exp.stages.common import first_token_of
 from ratplus_exp.stages.sweep import run_table
 
 
@@ -51,5 +52,5 @@ def _table(cfg: DictConfig, samples: pd.DataFrame) -> Table:
         n=min(np.min(of.counts) for of in found.values()),
         seed=cfg.seed,
         trainings=trainings_of(samples),
-        first_token=cfg.stage.first_token,
+        first_token=first_token_of(cfg),
     )

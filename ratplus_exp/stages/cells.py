@@ -33,7 +33,7 @@ from ratplus_exp.models.loading import (
     weight_files,
 )
 from ratplus_exp.models.prefill import PromptBatch
-from ratplus_exp.stages.common import device_of, resolve, store_of
+from ratplus_exp.stages.common import device_of, first_token_of, resolve, store_of
 from ratplus_exp.stages.samples import ruler_files
 from ratplus_exp.store import Cell
 from ratplus_exp.tasks import TASKS, Sample
@@ -80,8 +80,12 @@ class Job:
 
     @property
     def first_token(self) -> str:
-        """Where an answer's first token comes from; a sparse prefill knows no difference."""
-        return self.cfg.stage.first_token if self.method.phase in DECODING else "prefill"
+        """What is fed under the method before an answer's first token: see `first_token_of`.
+
+        A sparse prefill selects for every token by that token alone, so never by a question behind
+        it, and dense attention selects nothing: neither has two protocols.
+        """
+        return first_token_of(self.cfg) if self.method.phase in DECODING else "prefill"
 
     def missing(self) -> dict[str, Cell]:
         """Cells that lack samples, by task."""

@@ -85,6 +85,12 @@ def checkpoint_of(model: DictConfig) -> str:
     return check_model(resolve(model.path), expected_sha256(model), model.backbone)
 
 
+def first_token_of(cfg: DictConfig) -> str:
+    """How answers begin, as cells and captions say: behind the "prefill" of a whole prompt, with
+    a "decode" step of its last token, or, "split", with the question, all under the method."""
+    return "split" if cfg.stage.protocol == "split" else str(cfg.stage.first_token)
+
+
 def resolve(path: str) -> Path:
     """A path of the configuration: absolute, or relative to where the command was typed, or else
     to the repository, so that shipped weights are found from anywhere."""

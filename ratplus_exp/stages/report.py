@@ -23,7 +23,13 @@ from ratplus_exp.report.sections import (
     warning_section,
 )
 from ratplus_exp.report.tables import cost_table
-from ratplus_exp.stages.common import checkpoint_of, job_folder, model_option, resolve
+from ratplus_exp.stages.common import (
+    checkpoint_of,
+    first_token_of,
+    job_folder,
+    model_option,
+    resolve,
+)
 from ratplus_exp.store import Cell, Store, write_atomically
 from ratplus_exp.tracking import log_image, log_table, tracked
 
@@ -48,7 +54,7 @@ def run(cfg: DictConfig) -> None:
             if len(wanted) == 1:
                 raise
             absent.append(str(error))
-    if PAGE in wanted or any(part.tables for part in parts):
+    if PAGE in wanted or any(part.tables for part in parts) and wanted != ["tasks"]:
         parts.append(pattern_section(evidence))
     for name, frame in (("cells", evidence.cells), ("hit_rates", evidence.rates)):
         if len(frame) or name == "cells":
@@ -91,6 +97,7 @@ def gather(cfg: DictConfig) -> Evidence:
     evidence = Evidence.read(
         store,
         where,
+        first_token_of(cfg),
         cfg.stage.first_token,
         tier=cfg.model.tier,
         scorer=cfg.stage.scorer,

@@ -118,11 +118,18 @@ def fill(group: Group, session: Session, done: Callable[[int], None]) -> None:
                 samples = [source(task, index) for index in mine[start : start + size]]
                 new = min(len(samples) * world_size(), left)
                 left -= new
-                ids, mask = source.padded(samples)
-                prompts = PromptBatch(model, ids, mask, jobs[0].first_token, shared)
+                parts = source.by_fed(samples, jobs[0].first_token)
+                batches = [
+                    (part, PromptBatch(model, *source.padded(part), fed, shared))
+                    for fed, part in parts
+                ]
                 for job in those:
                     began = time.perf_counter()
-                    records = job.stage.measure(job, samples, prompts, source.tokenizer)
+                    records = [
+                        record
+                        for part, prompts in batches
+                        for record in job.stage.measure(job, part, prompts, source.tokenizer)
+                    ]
                     seconds = round((time.perf_counter() - began) / len(samples), 5)
                     job.cells[task].append([record | {"seconds": seconds} for record in records])
                     done(new)

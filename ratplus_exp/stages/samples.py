@@ -11,12 +11,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ratplus_exp.config import reserve_of
+from ratplus_exp.config import question_template, reserve_of
 from ratplus_exp.stages.common import device_of, resolve, source_of
 from ratplus_exp.tasks import RULER_NAMES, Sample, read_jsonl
 from ratplus_exp.tasks.niah import sample_name
 from ratplus_exp.tasks.prompts import prompts_of
-from ratplus_exp.tasks.sample import target
+from ratplus_exp.tasks.sample import question_tokens, target
 from ratplus_exp.training.parallel import cores, local_world_size
 
 MOST_MAKERS = 4  # of prompts: 15 ms each at 4096 tokens is less than a GPU takes for one
@@ -32,6 +32,7 @@ class Samples:
     def __init__(self, cfg: DictConfig, tokenizer: Any) -> None:
         self.seed, self.tokenizer = cfg.seed, tokenizer
         self.reserve = {task: reserve_of(cfg, task) for task in RULER_NAMES}
+        self.questions = {task: question_template(cfg, task) for task in RULER_NAMES}
         self.device = device_of(cfg)
         source = source_of(cfg, tokenizer, cfg.data.length)
         self.prompts = prompts_of(source, cfg.seed, _makers(self.device))
@@ -67,6 +68,17 @@ class Samples:
     def id(self, task: str, index: int) -> str:
         """A sample's id, without making the sample."""
         return self.read[task][index].id if self.read else sample_name(task, self.seed, index)
+
+    def by_fed(self, samples: list[Sample], first_token: str) -> list[tuple[int, list[Sample]]]:
+        """The samples by how many of their last tokens are fed under the method, since rows of a
+        batch are fed alike."""
+        if first_token != "split":
+            return [(int(first_token == "decode"), samples)]
+        found: dict[int, list[Sample]] = {}
+        for sample in samples:
+            asked = question_tokens(sample, self.questions[sample.task], self.tokenizer)
+            found.setdefault(asked, []).append(sample)
+        return list(found.items())
 
     def padded(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
         """Prompts and attention mask (B, T), left-padded, on the configured device."""

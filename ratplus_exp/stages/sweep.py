@@ -23,6 +23,7 @@ from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
 from ratplus_exp.stages.pool import fill_jobs, refuse
 from ratplus_exp.store import Cell
+from ratplus_exp.tasks.source import QA_FILES, no_file
 from ratplus_exp.tracking import log_table, tracked
 
 MEASURING: dict[str, MeasuringStage] = {"eval": Accuracy(), "hit_rate": HitRate()}
@@ -57,7 +58,15 @@ def run_table(cfg: DictConfig, make: Callable[[DictConfig, list[Cell]], Table]) 
 
 
 def expand(cfg: DictConfig) -> list[DictConfig]:
-    """The configurations of `stage.cells`, checked, model by model so that each is loaded once."""
+    """The configurations of `stage.cells`, checked, model by model so that each is loaded once.
+
+    Tasks that need a file are left out where there is none.
+    """
+    absent = [task for task in cfg.data.tasks if not has_file(cfg, task)]
+    if absent:
+        print(f"Left out: {'; '.join(map(no_file, absent))}.")
+        cfg = cfg.copy()
+        cfg.data.tasks = [task for task in cfg.data.tasks if task not in absent]
     models = [{"model": m, "training": t} for m in cfg.stage.models for t in cfg.stage.trainings]
     return [
         configuration(cfg, model | entry)
@@ -65,6 +74,11 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
         for grid in plain(cfg.stage.cells).values()
         for entry in _multiply(grid)
     ]
+
+
+def has_file(cfg: DictConfig, task: str) -> bool:
+    """Whether a task needs no file, or has one."""
+    return task not in QA_FILES or bool(cfg.data.path or cfg.data.qa[QA_FILES[task]])
 
 
 def _multiply(grid: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -93,8 +107,8 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
                 f"{cfg.model.tier}: set model={job.model.name}, and only models of its tier"
             )
         job.stage = option("stage", entry.get("stage", "eval"))
-        for field in ("first_token", "batch_size"):
-            job.stage[field] = cfg.stage[field]
+        for field in ("first_token", "protocol", "batch_size"):
+            job.stage[field] = entry.get(field, cfg.stage[field])
         for field in ("selector", "selector_seed"):
             if field in entry:
                 job[field] = entry[field]

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ratplus_exp.tasks.forms import singular
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -52,6 +54,26 @@ def target_ids(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
             " forms.template, with a character that it keeps apart from a space"
         )
     return (*ids[sample.length :], tokenizer.eos_token_id)
+
+
+def question_tokens(sample: Sample, template: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many of a prompt's last tokens are its question, which follows `template`, the texts'
+    own behind "{context}"; a token that the context shares with it is the question's.
+
+    ValueError if the prompt has no such question, as in files of other texts.
+    """
+    words = template.split("{")[0]
+    words = words.lower() if sample.prompt.islower() else words
+    place = max(sample.prompt.rfind(text) for text in (words, singular(words)))
+    if not words.strip() or place < 0:
+        raise ValueError(
+            f"{sample.id}: its prompt has no {words!r} behind the context, so that the question"
+            " can't be told from it: set stage.protocol=whole, or the template to the file's"
+        )
+    encoded = tokenizer(
+        sample.prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    return sum(end > place for _, end in encoded.offset_mapping)
 
 
 def make_sample(
