@@ -142,7 +142,8 @@ def tasks_table(
     )  # fmt: skip
     rows = []
     for setting, protocol in order:
-        here = cells[[s == setting for s in cells["setting"]] & (cells["protocol"] == protocol)]
+        here = cells[cells["protocol"] == protocol]
+        here = here[[other == setting for other in here["setting"]]]
         mine = samples[samples["cell"].isin(here["cell"])]
         x = difference(mine, scorer, "backbone", ("RAT+", "Attention"), tasks)
         for backbone in BACKBONES:
@@ -158,18 +159,8 @@ def tasks_table(
                     span(side["n"]),
                 )
             )
-    columns = (
-        "Method",
-        "Block",
-        "Budget",
-        "Protocol",
-        "Kept",
-        "Backbone",
-        *tasks,
-        "Mean",
-        "Δ",
-        "n",
-    )
+    place = ("Method", "Block", "Budget", "Protocol")
+    columns = (*place, "Kept", "Backbone", *tasks, "Mean", "Δ", "n")
     where |= {"scorer": scorer, "context": context, "trainings": trainings_of(cells)}
     return Table.described("tasks", columns, rows, len(place), **where)
 

@@ -54,7 +54,7 @@ def run(cfg: DictConfig) -> None:
             if len(wanted) == 1:
                 raise
             absent.append(str(error))
-    if PAGE in wanted or any(part.tables for part in parts) and wanted != ["tasks"]:
+    if PAGE in wanted or (any(part.tables for part in parts) and wanted != ["tasks"]):
         parts.append(pattern_section(evidence))
     for name, frame in (("cells", evidence.cells), ("hit_rates", evidence.rates)):
         if len(frame) or name == "cells":

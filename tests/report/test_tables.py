@@ -226,6 +226,23 @@ def test_first_tokens_of_both_kinds_do_not_mix(store):
         assert ("first token decoded" in table.title) == (first_token == "decode")
 
 
+def test_protocols_stand_in_one_table_of_all_tasks(store):
+    add_all(store, 4, 7, first_token="prefill")
+    add_all(store, 2, 3, first_token="split")
+    add_all(store, 9, 9, **DENSE, first_token=None)
+    add(store, "ratplus", "vt", 5, first_token="split")
+    table = accuracy.tasks_table(tidy(store), sample_scores(store), tier="pocket")
+    assert [row["Protocol"] for row in lines(table, Backbone="RAT+")] == [
+        "either",
+        "whole",
+        "split",
+    ]
+    split = lines(table, Protocol="split")
+    assert [row["S-1"] for row in split] == ["20.0", "30.0"]
+    assert [row["vt"] for row in split] == ["—", "50.0"]
+    assert table.columns.index("vt") == table.columns.index("MQ") + 1
+
+
 def test_selector_seeds_become_mean_and_deviation(store):
     for seed, right in enumerate((1, 2, 3)):
         add_all(store, right, right, selector="random", selector_seed=seed)

@@ -12,8 +12,9 @@ import yaml
 
 from ratplus_exp.models.loading import read_tokenizer
 from ratplus_exp.settings import build
-from ratplus_exp.tasks import RULER_NAMES, Forms, Others, Ruler, split_of, target, target_ids
+from ratplus_exp.tasks import RULER_NAMES, TASKS, Forms, Others, Ruler, split_of, target, target_ids
 from ratplus_exp.tasks.forms import wordlist
+from ratplus_exp.tasks.sample import question_tokens
 
 REPOSITORY = Path(__file__).parents[2]
 OTHERS = ("vt", "cwe", "fwe")
@@ -164,3 +165,15 @@ def test_mistakes_name_the_remedy(small):
     with pytest.raises(ValueError, match="use one of S-1.*qa_2"):
         small.sample("qa_3", 0, 0)
     assert len(RULER_NAMES) == 13
+
+
+@pytest.mark.parametrize("task", ["S-1", "S-2", "MQ", *OTHERS])
+def test_the_question_is_what_follows_the_context(source, task):
+    sample = source.sample(task, 0, 1)
+    texts = source.forms if task in TASKS else source.others.of(task)
+    template = texts.template.rpartition("{context}")[2]
+    count = question_tokens(sample, template, source.tokenizer)
+    text = source.tokenizer.decode(sample.input_ids[-count:])
+    assert re.match(r"\.?\s*(Question: |What (are|is)|what (are|is))", text)
+    with pytest.raises(ValueError, match="set stage.protocol=whole"):
+        question_tokens(sample, "\nAnswer this: {query}", source.tokenizer)
