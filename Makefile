@@ -18,7 +18,7 @@ SET   :=
 SWEEP  = $(RUN) experiment=$@ pair=$(PAIR) $(SET)
 
 # Trainings of the pocket tier to come (docs/pocket-training.md): three of each model, one of each control.
-MODELS   := attention ratplus added_attention added_ratplus
+MODELS   := attention ratplus
 CONTROLS := ema ema_fixed conv shift
 trained   = $(foreach seed,0 1 2,$(MODELS:%=pocket1024_%_$(seed)))
 controls  = $(CONTROLS:%=pocket1024_%_0) pocket1024_select_0
@@ -47,22 +47,24 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/mypy
 
 # A training uses one core: `make -j2 weights` does two at a time. Each resumes where it was killed.
+.SECONDARY: # the models in between stay
 weights: $(trained:%=outputs/training/%_sft/model) ## train the models of the pocket tier to come (hours; -j2: on two cores)
 
 controls: $(controls:%=outputs/training/%_sft/model) ## train the controls of the memory and compare them (hours; -j2: on two cores)
 	$(RUN) experiment=pocket1024_controls $(SET)
 
-# $(1) experiment, $(2) model, $(3) seed, $(4) the model that it starts from
+outputs/training/pocket1024_base_%/model: | $(STAMP)
+	$(RUN) experiment=pocket1024_base seed=$* threads=1
+
+# $(1) experiment, $(2) model
 define TRAINING
-outputs/training/$(2)_$(3)/model: | $(STAMP) $(if $(4),outputs/training/$(4)_$(3)/model)
-	$(RUN) experiment=$(1) model=$(2) seed=$(3) threads=1
-outputs/training/$(2)_$(3)_sft/model: | outputs/training/$(2)_$(3)/model
-	$(RUN) experiment=pocket1024_sft model=$(2) seed=$(3) threads=1
+outputs/training/$(2)_%/model: | outputs/training/pocket1024_base_%/model
+	$(RUN) experiment=$(1) model=$(2) seed=$$* threads=1
+outputs/training/$(2)_%_sft/model: | outputs/training/$(2)_%/model
+	$(RUN) experiment=pocket1024_sft model=$(2) seed=$$* threads=1
 endef
-$(foreach seed,0 1 2,\
-  $(foreach m,attention ratplus,$(eval $(call TRAINING,pocket1024_$m,pocket1024_$m,$(seed))))\
-  $(foreach m,added_attention added_ratplus,$(eval $(call TRAINING,pocket1024_$m,pocket1024_$m,$(seed),pocket1024_attention))))
-$(foreach m,$(CONTROLS),$(eval $(call TRAINING,pocket1024_ratplus,pocket1024_$m,0)))
+$(foreach m,$(MODELS),$(eval $(call TRAINING,pocket1024_$m,pocket1024_$m)))
+$(foreach m,$(CONTROLS),$(eval $(call TRAINING,pocket1024_ratplus,pocket1024_$m)))
 
 outputs/training/pocket1024_select_0_sft/model: | outputs/training/pocket1024_attention_0/model
 	$(RUN) experiment=pocket1024_sft model=pocket1024_select threads=1 stage.init=outputs/training/pocket1024_attention_0/model
@@ -88,6 +90,25 @@ bench: $(STAMP) ## measure kernels and models on the GPU, into outputs/bench/<de
 
 bench-cpu: $(STAMP) ## measure the forms of the memory scan on one CPU thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m ratplus_bench --cpu
+
+# A GPU for a quarter of an hour (docs/small-tier.md): what it lacks, and a trial with its versions on a CPU.
+# Triton's interpreter fails with NumPy 2.5, the version there, so it gets NumPy 2.3.
+GPU_PYTHON ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python)),python3.12)
+GPU_VENV   := .venv-gpu
+
+.PHONY: gpu-wheels gpu-dry
+gpu-wheels: ## wheels of what a GPU's machine lacks, to carry there (Python 3.12)
+	$(GPU_PYTHON) -m pip wheel --quiet --no-deps -w wheels $$(sed '1,/^# Carried/d' constraints-gpu.txt)
+
+gpu-dry: $(GPU_VENV)/.installed ## scripts/gpu.py in miniature, with the versions of constraints-gpu.txt
+	rm -rf outputs/gpu_dry
+	DRY=1 $(GPU_VENV)/bin/python scripts/gpu.py
+
+$(GPU_VENV)/.installed: pyproject.toml constraints-gpu.txt
+	@test -x $(GPU_VENV)/bin/pip || $(GPU_PYTHON) -m venv $(GPU_VENV)
+	@$(GPU_VENV)/bin/python -m pip install --quiet -c constraints-gpu.txt -e . pytest pytest-timeout pytest-xdist
+	@$(GPU_VENV)/bin/python -m pip install --quiet --target $(GPU_VENV)/numpy2.3 numpy==2.3.5
+	@touch $@
 
 # Each runs what is missing and writes what it makes to outputs/reports (docs/results.md).
 .PHONY: table2 table3 table4 table5 fig1 fig2 fig3 fig4 ruler13 protocols reproduce report

@@ -5,11 +5,14 @@ import (torch, transformers) waits until the words are checked.
 """
 
 import os
+import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -28,7 +31,17 @@ def main(cfg: DictConfig) -> None:
 
         run(cfg)
     except (ValueError, OSError, OmegaConfBaseException) as error:
+        _leave_nothing(Path(HydraConfig.get().runtime.output_dir))
         fail(error)
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Remove a job's folder, and those above it that are then empty, if the job wrote nothing."""
+    empty = folder != Path.cwd() and {x.name for x in folder.iterdir()} <= {".hydra", "run.log"}
+    if empty and not any(log.stat().st_size for log in folder.glob("run.log")):
+        shutil.rmtree(folder)
+        with suppress(OSError):
+            os.removedirs(folder.parent)
 
 
 def fail(error: BaseException) -> None:
@@ -79,6 +92,7 @@ def _no_option(group: str, option: str) -> str:
 def command() -> None:
     """`main` on the command line, every error of a user in one line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the exception, not a page about it
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[attr-defined]  # a terminal may be ASCII
     if os.environ.get("RANK", "0") != "0":  # the job's folder is the first process's
         sys.argv += ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled"]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import subprocess
 import sys
@@ -45,10 +46,10 @@ def _public(text: str) -> str:
 
 @cache
 def commit() -> str | None:
-    """The commit of the code, with "+" behind it where tracked files were changed since; None
-    outside a checkout."""
+    """The commit of the code, with "+" behind it where tracked files were changed since; outside a
+    checkout what COMMIT in the environment says, or None."""
     if not (REPOSITORY / ".git").exists():  # git would look for one further up
-        return None
+        return os.environ.get("COMMIT")
     git = ["git", "-C", str(REPOSITORY)]
     try:
         head = subprocess.run(

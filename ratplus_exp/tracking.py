@@ -1,13 +1,15 @@
-"""W&B: one run a job, offline unless asked otherwise."""
+"""W&B: one run a job, offline unless asked otherwise. None of its failures is one of the job."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pandas as pd
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -15,13 +17,40 @@ from omegaconf import DictConfig
 
 from ratplus_exp.config import plain
 from ratplus_exp.report import Table
+from ratplus_exp.store import warn
 from ratplus_exp.training.parallel import rank
+
+T = TypeVar("T")
+PATIENCE = 20  # seconds for a server to answer; a run that it misses is whole in the folder
+
+
+class Tracker:
+    """A W&B run, or none; what fails in it costs a warning.
+
+    start: makes the run in a mode; where online fails, it is offline.
+    """
+
+    def __init__(self, start: Callable[..., Any], mode: str) -> None:
+        self._run: Any = None
+        if mode == "online":
+            self._run = _guarded(partial(start, mode=mode), "tracking goes on offline")
+        if mode != "disabled" and self._run is None:
+            self._run = _guarded(partial(start, mode="offline"))
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Numbers, tables, data frames, and the paths of pictures, each with its name."""
+        if self._run is not None:
+            _guarded(lambda: self._run.log(dict(_loggable(*item) for item in values.items())))
+
+    def finish(self, exit_code: int) -> None:
+        if self._run is not None:
+            _guarded(lambda: self._run.finish(exit_code=exit_code))
 
 
 @contextmanager
-def tracked(cfg: DictConfig, folder: Path) -> Iterator[wandb.Run]:
-    """A W&B run that holds the whole configuration; its files go to folder/wandb. Of several
-    processes only the first has one.
+def tracked(cfg: DictConfig, folder: Path) -> Iterator[Tracker]:
+    """A tracker that holds the whole configuration; its files go to folder/wandb. Of several
+    processes only the first has a run.
 
     Runs of one multirun or experiment are one group, if tracking.group doesn't name another.
     """
@@ -29,35 +58,41 @@ def tracked(cfg: DictConfig, folder: Path) -> Iterator[wandb.Run]:
     multirun = Path(job.sweep.dir).name if job.mode == RunMode.MULTIRUN else None
     experiment = job.runtime.choices.get("experiment")  # one, or a list of them
     group = cfg.tracking.group or multirun or (experiment and str(experiment))
-    settings = wandb.Settings(silent=True, console="off")
-    name = f"{cfg.stage.name}-{cfg.model.name}-{cfg.method.name}-seed{cfg.seed}"
-    run = wandb.init(
-        mode=cfg.tracking.mode if rank() == 0 else "disabled",
+    start = partial(
+        wandb.init,
         project=cfg.tracking.project,
         entity=cfg.tracking.entity,
         group=group,
         job_type=cfg.stage.name,
-        name=name,
+        name=f"{cfg.stage.name}-{cfg.model.name}-{cfg.method.name}-seed{cfg.seed}",
         dir=folder,
         config=plain(cfg),
-        settings=settings,
+        settings=wandb.Settings(
+            silent=True, console="off", init_timeout=PATIENCE, finish_timeout=6 * PATIENCE
+        ),
     )
+    tracker = Tracker(start, cfg.tracking.mode if rank() == 0 else "disabled")
     failed = True
     try:
-        yield run
+        yield tracker
         failed = False
     finally:
-        run.finish(exit_code=int(failed))
+        tracker.finish(int(failed))
 
 
-def log_frame(run: wandb.Run, name: str, frame: Any) -> None:
-    run.log({name: wandb.Table(dataframe=frame.astype(object).where(frame.notna(), None))})
+def _guarded(action: Callable[[], T], then: str = "the job goes on") -> T | None:
+    try:
+        return action()
+    except Exception as error:  # W&B's own, the network's and the disk's, of many kinds
+        text = " ".join(str(error).split())[:160]
+        warn(f"W&B: {type(error).__name__}: {text}; {then}, and its results are not concerned")
+        return None
 
 
-def log_table(run: wandb.Run, name: str, table: Table) -> None:
-    name = re.sub(r"\W+", "_", name)
-    run.log({name: wandb.Table(columns=list(table.columns), data=[list(r) for r in table.rows])})
-
-
-def log_image(run: wandb.Run, name: str, path: Path) -> None:
-    run.log({name: wandb.Image(str(path))})
+def _loggable(name: str, value: Any) -> tuple[str, Any]:
+    if isinstance(value, Table):
+        rows = [list(row) for row in value.rows]
+        return re.sub(r"\W+", "_", name), wandb.Table(columns=list(value.columns), data=rows)
+    if isinstance(value, pd.DataFrame):
+        return name, wandb.Table(dataframe=value.astype(object).where(value.notna(), None))
+    return name, wandb.Image(str(value)) if isinstance(value, Path) else value

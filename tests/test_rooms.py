@@ -1,27 +1,53 @@
-"""Imports go one way: report → analysis → store."""
+"""Imports go one way."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "ratplus_exp"
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "ratplus_exp"
 MAY_IMPORT = {
     "store": {"store"},
     "analysis": {"store", "analysis", "budget"},
     "report": {"store", "analysis", "report", "budget"},
 }
+HYDRA = {"config.py", "main.py", "tracking.py", "stages"}
+
+
+def imported(file: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+        names |= {node.module} if isinstance(node, ast.ImportFrom) and node.module else set()
+    return names
+
+
+def rooms(file: Path) -> set[str]:
+    """The rooms of this project that a file imports."""
+    parts = [name.split(".") for name in imported(file)]
+    return {x[1] if x[0] == "ratplus_exp" and x[1:] else x[0] for x in parts}
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
-def test_rooms_import_no_room_above(room):
-    found = set()
-    for file in (PACKAGE / room).glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            for name in names:
-                package, *rest = name.split(".")
-                if package in ("ratplus_exp", "kernels", "run"):
-                    found.add(rest[0] if rest else package)
+def test_what_makes_reports_imports_no_room_above(room):
+    own = {"kernels", "ratplus_kernels", "run"} | {x.stem for x in PACKAGE.iterdir()}
+    found = set().union(*(rooms(file) for file in (PACKAGE / room).glob("*.py"))) & own
     assert room in found and found <= MAY_IMPORT[room]
+
+
+def test_only_the_command_imports_stages_and_only_few_import_hydra():
+    files = sorted(PACKAGE.rglob("*.py"))
+    for file in files:
+        top = file.relative_to(PACKAGE).parts[0]
+        found = rooms(file)
+        assert "stages" not in found or top in ("stages", "main.py"), file
+        assert "hydra" not in found or top in HYDRA, file
+        assert "wandb" not in found or top == "tracking.py", file
+    assert any("stages" in rooms(file) for file in files)
+
+
+def test_kernels_import_no_room():
+    files = sorted((REPOSITORY / "kernels" / "ratplus_kernels").rglob("*.py"))
+    assert files and not any("ratplus_exp" in name for file in files for name in imported(file))

@@ -1,8 +1,7 @@
-"""Tensors in, tensors out: the operations that the paper's methods are made of.
+"""The operations that the paper's methods are made of.
 
-On a GPU with Triton a kernel runs (`ratplus_kernels.dispatch`). Elsewhere the memory and SnapKV's
-parts run their torch form; Quest's and MoBA's attention return None, for their definition is the
-engine of ratplus_exp. Definitions are tested against float64 loops, and kernels as well.
+On a GPU with Triton a kernel runs (`ratplus_kernels.dispatch`), elsewhere a torch form; Quest's and
+MoBA's attention return None there, for their definition is the engine of ratplus_exp.
 """
 
 from ratplus_kernels.memory_scan import Blocks, memory_prefill, memory_scan, memory_step

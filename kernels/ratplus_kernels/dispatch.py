@@ -1,7 +1,7 @@
 """Which form of an operation runs: its Triton kernel on a GPU, its torch definition elsewhere.
 
-`<name>.py` holds the public `<name>(...)` and its torch definition `<name>_torch(...)`;
-`<name>_triton.py` holds the kernel, and is imported only once `use_triton` has said yes.
+`<name>.py` holds the public `<name>(...)`, which is its torch form where `use_triton` is false;
+`<name>_triton.py` holds the kernel, and is imported only where it is true.
 """
 
 from __future__ import annotations
@@ -14,32 +14,44 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_interpret = False
+_forced: bool | None = None
 _have_triton = importlib.util.find_spec("triton") is not None
 
 
 def use_triton(*tensors: Tensor) -> bool:
-    """Whether an operation on these tensors runs its Triton kernel.
-
-    It does for CUDA tensors where triton is installed, and inside `interpreted()`. float64 is for
-    checks and always goes to torch.
-    """
+    """Whether an operation on these tensors runs its Triton kernel: CUDA tensors where triton is
+    installed. float64 is for checks and always runs in torch."""
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return False
-    return _interpret or (_have_triton and all(tensor.is_cuda for tensor in tensors))
+    if _forced is not None:
+        return _forced
+    return _have_triton and all(tensor.is_cuda for tensor in tensors)
 
 
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Inside, Triton kernels run on CPU tensors too, under Triton's interpreter: slow, for tests.
 
-    Only fp32 is right there (the interpreter truncates to bf16 and has no bf16 dot product).
+    fp32 only: the interpreter truncates to bf16 and has no bf16 dot product.
     """
-    global _interpret
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("set TRITON_INTERPRET=1 before the first import of triton")
-    before, _interpret = _interpret, True
+    with _forcing(True):
+        yield
+
+
+@contextmanager
+def definitions() -> Iterator[None]:
+    """Inside, no kernel runs: what kernels are compared with."""
+    with _forcing(False):
+        yield
+
+
+@contextmanager
+def _forcing(kernels: bool) -> Iterator[None]:
+    global _forced
+    before, _forced = _forced, kernels
     try:
         yield
     finally:
-        _interpret = before
+        _forced = before

@@ -2,11 +2,9 @@
 
     k̃_t = g_t ⊙ k̃_{t-1} + (1 − g_t) ⊙ k_t        ṽ_t = g_t ⊙ ṽ_{t-1} + (1 − g_t) ⊙ v_t
 
-with g_t = sigmoid(z_t). The torch forms below are the definition; on a GPU the Triton kernels of
-memory_scan_triton.py run instead. `memory_scan_torch` walks over tokens, all batches, heads and
-channels of K and V in one operation, by tiles that fit into a core's cache. On a CPU this beats
-associative_scan and log-depth scans, which touch each number again at every level
-(docs/kernels.md).
+with g_t = sigmoid(z_t). The torch forms are the definition. They walk over tokens, all batches,
+heads and channels of K and V in one operation, by tiles that fit into a core's cache, which beats
+scans that touch each number again at every level (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -21,21 +19,15 @@ from torch.autograd.function import once_differentiable
 
 from ratplus_kernels.dispatch import use_triton
 
-# Numbers of K's and V's states in a tile: with what belongs to them, most of a core's L2 cache.
-_TILE = 128 * 1024
-# Numbers that one operation should have at the least, to be worth its launch.
-_OPERATION = 8 * 1024
+_TILE = 128 * 1024  # numbers of K's and V's states in a tile: it stays in a core's L2 cache
+_OPERATION = 8 * 1024  # numbers that make one operation worth its launch
 
 
 class Blocks(NamedTuple):
-    """What methods need to know of the keys' N blocks; a partial last one counts what it has.
+    """Representatives of the keys' N blocks; a partial last one counts what it has."""
 
-    bounds: (B, H, N, 2 D), Quest's per-channel minima, then maxima.
-    mean: (B, H, N, D), MoBA's.
-    """
-
-    bounds: Tensor
-    mean: Tensor
+    bounds: Tensor  # (B, H, N, 2 D), Quest's per-channel minima, then maxima
+    mean: Tensor  # (B, H, N, D), MoBA's
 
 
 def memory_scan(
@@ -53,13 +45,19 @@ def memory_scan(
         The recurrence itself runs in fp32 (fp64 for fp64 inputs).
     """
     _same_shapes(z, k, v)
-    if not use_triton(z, k, v) or not k.numel():
-        return memory_scan_torch(z, k, v, initial_state)
-    from ratplus_kernels.memory_scan_operator import scan
+    if use_triton(z, k, v) and k.numel():
+        from ratplus_kernels.memory_scan_operator import scan
 
-    if initial_state is not None:
-        initial_state = initial_state.float().contiguous()
-    return scan(z, k, v, initial_state)
+        return scan(z, k, v, _fp32(initial_state))
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    if initial_state is None:
+        initial_state = z.new_zeros(2, len(z), *z.shape[2:], dtype=dtype)
+    if not z.numel():
+        return k, v, initial_state.to(dtype)
+    k_out, v_out = _Scan.apply(*(x.to(dtype) for x in (z, k, v, initial_state)))
+    # A copy, since a view would keep the states of all tokens alive in a cache.
+    final_state = torch.stack((k_out[:, -1], v_out[:, -1]))
+    return k_out.to(k.dtype), v_out.to(v.dtype), final_state
 
 
 def memory_step(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +83,7 @@ def memory_prefill(
     block_size: int,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Blocks]:
-    """Eq. 1 over a prompt, RoPE on k̃, and the blocks' representatives, in one pass, for inference.
+    """Eq. 1 over a prompt, RoPE on k̃, and the blocks' representatives, in one pass, no gradients.
 
     Args:
         z, k, v, initial_state: as in `memory_scan`.
@@ -95,7 +93,7 @@ def memory_prefill(
 
     Returns:
         The rotated k̃ and ṽ (B, T, H, D), the final state (before RoPE), and the `Blocks` of the
-        rotated k̃. No gradients.
+        rotated k̃.
     """
     _same_shapes(z, k, v)
     if block_size < 1 or block_size & (block_size - 1):
@@ -105,54 +103,27 @@ def memory_prefill(
     dim = k.shape[-1]
     if dim % 2:
         raise ValueError(f"RoPE needs an even head size, got {dim}")
-    if not use_triton(z, k, v) or not k.numel():
-        return memory_prefill_torch(z, k, v, rope, block_size, initial_state)
-    from ratplus_kernels import memory_scan_triton
+    if use_triton(z, k, v) and k.numel():
+        from ratplus_kernels import memory_scan_triton
 
-    if initial_state is not None:
-        initial_state = initial_state.float().contiguous()
-    rope = (rope[0].contiguous(), rope[1].contiguous())
-    k_out, v_out, final_state, statistics = memory_scan_triton.forward(
-        z, k, v, initial_state, rope, block_size
-    )
-    return k_out, v_out, final_state, Blocks(*statistics.split((2 * dim, dim), dim=-1))
-
-
-def memory_scan_torch(
-    z: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of `memory_scan`."""
-    dtype = torch.promote_types(k.dtype, torch.float32)
-    batch, length, heads, dim = z.shape
-    if initial_state is None:
-        initial_state = z.new_zeros(2, batch, heads, dim, dtype=dtype)
-    if not z.numel():
-        return k, v, initial_state.to(dtype)
-    k_out, v_out = _Scan.apply(*(x.to(dtype) for x in (z, k, v, initial_state)))
-    # A copy, since a view would keep the states of all tokens alive in a cache.
-    final_state = torch.stack((k_out[:, -1], v_out[:, -1]))
-    return k_out.to(k.dtype), v_out.to(v.dtype), final_state
-
-
-@torch.no_grad()
-def memory_prefill_torch(
-    z: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rope: tuple[Tensor, Tensor],
-    block_size: int,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Blocks]:
-    """The definition of `memory_prefill`."""
+        rope = (rope[0].contiguous(), rope[1].contiguous())
+        k_out, v_out, state, statistics = memory_scan_triton.forward(
+            z, k, v, _fp32(initial_state), rope, block_size
+        )
+        return k_out, v_out, state, Blocks(*statistics.split((2 * dim, dim), dim=-1))
     wide = torch.promote_types(k.dtype, torch.float32)
-    k_out, v_out, state = memory_scan_torch(z, k.to(wide), v.to(wide), initial_state)
+    k_out, v_out, state = memory_scan(z, k.to(wide), v.to(wide), initial_state)
     first, second = k_out.chunk(2, dim=-1)
     k_out = k_out * rope[0].to(wide) + torch.cat((-second, first), dim=-1) * rope[1].to(wide)
     blocks = k_out.split(block_size, dim=1)
     bounds = [torch.cat((block.amin(1), block.amax(1)), dim=-1) for block in blocks]
     means = [block.mean(1) for block in blocks]
-    statistics = Blocks(*(torch.stack(x, dim=2).to(k.dtype) for x in (bounds, means)))
-    return k_out.to(k.dtype), v_out.to(v.dtype), state, statistics
+    representatives = Blocks(*(torch.stack(x, dim=2).to(k.dtype) for x in (bounds, means)))
+    return k_out.to(k.dtype), v_out.to(v.dtype), state, representatives
+
+
+def _fp32(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.float().contiguous()
 
 
 def _same_shapes(z: Tensor, k: Tensor, v: Tensor) -> None:
@@ -206,10 +177,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _tiles(length: int, row: int) -> Iterator[tuple[slice, int]]:
-    """Cuts `length` tokens of `row` numbers into tiles of whole segments: (tokens, segments).
-
-    What a tile holds stays in a core's second-level cache between the passes over it.
-    """
+    """Cuts `length` tokens of `row` numbers into tiles of whole segments: (tokens, segments)."""
     segments = min(max(_OPERATION // row, 1), 16)
     size = max(_TILE // row // segments, 16) * segments
     start = 0
@@ -228,10 +196,9 @@ def _recur(
 ) -> Tensor:
     """h_t += g_t h_{t-1} in place, on from state h_{-1}, and the last h; backwards from the end.
 
-    gate (T, B, H, D), h (T, 2, B, H, D), state (2, B, H, D). The tokens are cut into segments that
-    step together, since a token alone may be too few numbers to be worth an operation. What came
-    before a segment is then added, times the product of the gates since; products, not quotients
-    of products, so small gates underflow to the right answer.
+    gate (T, B, H, D), h (T, 2, B, H, D), state (2, B, H, D). Segments of tokens step together, as
+    a token alone may be too few numbers to be worth an operation. What came before a segment is
+    then added, times the product of the gates since (no quotients, which would overflow).
     """
     order = slice(None, None, -1) if backwards else slice(None)
     first = -1 if backwards else 0

@@ -1,7 +1,6 @@
-"""What the memory scan's Triton kernels are made of: loading a tile, and walking over it.
+"""What the memory scan's Triton kernels are made of: tiles of (BT tokens, BD channels) in fp32.
 
-Tiles are (BT tokens, BD channels) in fp32. A token outside the sequence has gate 1 and input 0, so
-that the state passes over it unchanged, which is all that a ragged end needs.
+A token outside the sequence has gate 1 and input 0, so the state passes over it unchanged.
 """
 
 from __future__ import annotations

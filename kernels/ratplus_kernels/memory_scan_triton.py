@@ -1,15 +1,11 @@
 """Triton form of Eq. 1: one pass over z, k and v, sequential over tiles of tokens.
 
 A program walks over the tokens of BD channels of one head, BT tokens at a time. Inside a tile the
-recurrence h_t = g_t h_{t-1} + (1 − g_t) x_t is a scan of pairs (product of gates, state), for K and
-V at once since they share the gate. Nothing is divided by a product of gates, so underflow to zero
-is the right answer. Where batch and heads give too few programs for the GPU, the sequence is cut
-into chunks: a first kernel finds what each chunk does to the state that enters it ("totals"), and
-every program of the second starts by carrying the initial state over the chunks before its own.
-
-The backward pass is the same walk from the end: D_t = dh_t + g_{t+1} D_{t+1}. Tokens are then
-loaded in reverse, since Triton's own reverse scan has open bugs. It reads h_{t-1} from the
-forward's output.
+recurrence is a scan of pairs (product of gates, state), for K and V at once. Where batch and heads
+give too few programs for the GPU, the sequence is cut into chunks: a first kernel finds what each
+chunk does to a state ("totals"), and every program of the second starts by carrying the initial
+state over the chunks before its own. The backward pass is the same walk from the end, over tokens
+loaded in reverse, since Triton's own reverse scan has open bugs.
 """
 
 from __future__ import annotations

@@ -7,21 +7,15 @@ from torch import Tensor
 
 
 def inner_products(q: Tensor, candidates: Tensor) -> Tensor:
-    """Scores q · candidate in fp32 at least, of q (..., Q, D) and candidates (..., N, D).
-
-    As the kernels have them: in bf16, scores of nearly one size would round to ties, and a tie goes
-    to the lowest index.
-    """
+    """Scores q · candidate of q (..., Q, D) and candidates (..., N, D), in fp32 at least, as in the
+    kernels: in bf16 scores of nearly one size would round to ties."""
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.to(wide) @ candidates.to(wide).transpose(-1, -2)
 
 
 def select(scores: Tensor, k: int, *, allowed: Tensor, forced: Tensor) -> Tensor:
-    """The k best candidates (Eq. 3) as a mask: forced first, then by score, ties to the lowest.
-
-    scores (..., N); allowed and forced broadcast to it. Fewer than k are selected where fewer are
-    allowed.
-    """
+    """The k best candidates of scores (..., N) as a mask, fewer where fewer are allowed; allowed
+    and forced broadcast to it."""
     ranked = scores.masked_fill(forced, torch.inf).masked_fill(~allowed, -torch.inf)
     # A stable sort, since topk leaves open which of two equal candidates it takes.
     best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k]

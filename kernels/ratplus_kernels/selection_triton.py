@@ -10,9 +10,8 @@ import triton.language as tl
 def select_blocks(scores, own, top_k):
     """scores (R, N) fp32 of R queries, own (R,) their own blocks: (R, N) bool, what is selected.
 
-    A binary search finds each row's k-th best score among the blocks that are not forced. It runs
-    over the scores' bits read as integers of the same order, so it is exact and takes at most 32
-    counts, fewer once every row has a threshold with just its number above. Nothing is sorted.
+    A binary search over the scores' bits, read as integers of the same order, finds each row's k-th
+    best among the blocks that are not forced: exact, at most 32 counts, no sort.
     """
     # How many free ones to take: min(top_k, own + 1) in all, the forced (one or two) among them.
     wanted = tl.minimum(top_k, own + 1) - tl.minimum(own + 1, 2)

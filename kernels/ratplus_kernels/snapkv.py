@@ -1,8 +1,5 @@
-"""What SnapKV needs after a prompt: the window's attention mass on every token, and a gather.
-
-The last W queries of the prompt (the observation window) say what stays in the cache. `SnapKV` in
-ratplus_exp smooths the mass, and the engine selects.
-"""
+"""What SnapKV needs after a prompt: the attention mass that the last W queries (the observation
+window) give every token, and a gather of the tokens that stay."""
 
 from __future__ import annotations
 
@@ -22,8 +19,8 @@ def attention_mass(q: Tensor, k: Tensor, lse: Tensor | None = None) -> Tensor:
         q: the window's queries, (B, H, W, D), as attention sees them (after RoPE). The last one
             belongs to the last of the T tokens.
         k: the prompt's keys, (B, K, T, D), any strides; H is a multiple of K.
-        lse: the prefill's log Σ exp(q · k / √D) over the keys a window query sees, (B, H, W), in
-            natural logarithms; saves one pass over k. Found here if None.
+        lse: the prefill's log Σ exp(q · k / √D) over the keys that each query sees, (B, H, W); it
+            saves one pass over k.
 
     Returns:
         (B, K, T), fp32 or wider. No gradients through the kernel.
@@ -35,25 +32,24 @@ def attention_mass(q: Tensor, k: Tensor, lse: Tensor | None = None) -> Tensor:
         )
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"a window of {q.shape[2]} queries needs as many keys, got {k.shape[2]}")
-    if not use_triton(q, k):
-        return attention_mass_torch(q, k, lse)
-    from ratplus_kernels import snapkv_triton
+    if use_triton(q, k):
+        from ratplus_kernels import snapkv_triton
 
-    return snapkv_triton.attention_mass(q, k, lse)
-
-
-def attention_mass_torch(q: Tensor, k: Tensor, lse: Tensor | None = None) -> Tensor:
-    """The definition of `attention_mass`."""
-    window, length = q.shape[2], k.shape[2]
-    queries = q.unflatten(1, (k.shape[1], -1))  # (B, K, G, W, D)
-    logits = inner_products(queries, k.unsqueeze(2)) / math.sqrt(q.shape[-1])
-    token = torch.arange(length, device=q.device)
-    logits = logits.masked_fill(token > token[-window:, None], -torch.inf)
+        return snapkv_triton.attention_mass(q, k, lse)
+    logits = window_logits(q, k)
     if lse is None:
         shares = logits.softmax(-1)
     else:
-        shares = (logits - lse.view(queries.shape[:-1]).unsqueeze(-1)).exp()
+        shares = (logits - lse.view(logits.shape[:-1]).unsqueeze(-1)).exp()
     return shares.sum(3).sum(2)
+
+
+def window_logits(q: Tensor, k: Tensor) -> Tensor:
+    """Causal q · k / √D of the window, (B, K, G, W, T) for G query heads a KV head."""
+    queries = q.unflatten(1, (k.shape[1], -1))
+    logits = inner_products(queries, k.unsqueeze(2)) / math.sqrt(q.shape[-1])
+    token = torch.arange(k.shape[2], device=q.device)
+    return logits.masked_fill(token > token[-q.shape[2] :, None], -torch.inf)
 
 
 def gather_tokens(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,9 +57,9 @@ def gather_tokens(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
     No gradients through the kernel.
     """
-    if not use_triton(k, v):
-        index = index[..., None].expand(-1, -1, -1, k.shape[-1])
-        return k.gather(2, index), v.gather(2, index)
-    from ratplus_kernels import snapkv_triton
+    if use_triton(k, v):
+        from ratplus_kernels import snapkv_triton
 
-    return snapkv_triton.gather(k, v, index)
+        return snapkv_triton.gather(k, v, index)
+    index = index[..., None].expand(-1, -1, -1, k.shape[-1])
+    return k.gather(2, index), v.gather(2, index)

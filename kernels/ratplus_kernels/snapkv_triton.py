@@ -1,9 +1,5 @@
-"""Triton parts of SnapKV's selection: the window's attention mass on every token, and the gather.
-
-With the prefill's LSE one pass over the keys is enough, since a token's mass then depends on its
-own key alone. Without it a first pass finds the LSE, in pieces of the sequence. Both serve all
-query heads of a group while they have its keys.
-"""
+"""Triton form of SnapKV's mass and gather. A token's mass depends on its own key and the LSE,
+which a first pass finds, in pieces of the sequence, where it is not given."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The bootstrap of every interval: over trainings and, within each task, over samples.
+"""The bootstrap behind every interval: over trainings and, within each task, over samples.
 
-A resampling draws trainings with replacement, and within each task samples with replacement. All
-settings and backbones share the draws of a task's samples, and all that have the same trainings
-share the draw of trainings, so that differences are paired by prompt and by training. Where one
-side has other trainings than the other, they are drawn independently.
+A resample draws trainings with replacement and, within each task, samples with replacement. Means
+over the same samples share their draws, and groups with the same trainings share the draw of
+trainings, so differences are paired by prompt and by training. Groups with different trainings draw
+them independently.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 RESAMPLES = 10_000
-"""Of every bootstrap interval."""
+Group = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -30,28 +30,120 @@ class Estimate:
 
     @classmethod
     def of(cls, resampled: np.ndarray, level: float = 0.95) -> Estimate:
-        """From (n_boot + 1,): the estimate, then its resamplings; NaN resamplings are left out."""
+        """From (n_boot + 1,): the estimate, then its resamples; NaN resamples are left out."""
         rest = resampled[1:][np.isfinite(resampled[1:])]
         ends = ((1 - level) / 2, (1 + level) / 2)
         low, high = np.quantile(rest, ends) if len(rest) else (np.nan, np.nan)
         return cls(float(resampled[0]), float(low), float(high))
 
 
-def sample_counts(task: str, n: int, n_boot: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often a resampling draws each of a task's n samples: (n_boot + 1, n), float64.
+class Bootstrap:
+    """Resampled means of groups of samples; each is (n_boot + 1,), the estimate first.
 
-    Row 0 has every sample once, so that `counts @ scores / n` is the estimate, then its
-    resamplings. A task, n and seed always have the same draws.
+    Args:
+        samples: rows with task, id, training, score and the columns `by`, whose values name a
+            group. Several rows of one sample, training and group (seeds of a random selector) are
+            averaged.
+    """
+
+    def __init__(
+        self,
+        samples: pd.DataFrame,
+        score: str,
+        by: Sequence[str],
+        n_boot: int = RESAMPLES,
+        seed: int = 0,
+    ) -> None:
+        self.n_boot, self.seed = n_boot, seed
+        columns = [*by, "training"]
+        rows = samples[["task", "id", *columns, score]]
+        self._scores: dict[str, np.ndarray] = {}  # of a task: (samples, columns)
+        self._columns: dict[str, dict[Group, list[tuple[int, int]]]] = {}
+        for task, here in rows.groupby("task", sort=False):
+            wide = here.pivot_table(
+                index="id", columns=columns, values=score, aggfunc="mean", sort=False
+            )
+            self._scores[task] = wide.to_numpy()
+            self._columns[task] = {}
+            for i, (*group, training) in enumerate(wide.columns):
+                self._columns[task].setdefault(tuple(group), []).append((i, training))
+        self.tasks = tuple(self._scores)
+        numbers: dict[Group, set[int]] = {}
+        for *group, training in rows[columns].drop_duplicates().itertuples(index=False, name=None):
+            numbers.setdefault(tuple(group), set()).add(training)
+        self.trainings = {group: sorted(drawn) for group, drawn in numbers.items()}
+        self._cache: dict[tuple[str, bytes], np.ndarray] = {}
+
+    def count(self, task: str, groups: Iterable[Group]) -> int:
+        """Samples of a task that all trainings of all groups have."""
+        return int(self._common(task, groups).sum())
+
+    def mean(
+        self, group: Group, tasks: Iterable[str] | None = None, among: Iterable[Group] = ()
+    ) -> np.ndarray:
+        """(n_boot + 1,): the mean over trainings, samples and tasks (default: all), tasks weighing
+        alike, in the unit of the score; NaN where the group lacks a task.
+
+        among: count only the samples that these groups have, too.
+        """
+        wanted = self.tasks if tasks is None else tuple(tasks)
+        groups = {group, *among}
+        means = [self._of_task(group, task, groups) for task in wanted]
+        return np.mean(means, axis=0) if means else np.full(self.n_boot + 1, np.nan)
+
+    def gain(self, first: Group, second: Group, tasks: Iterable[str] | None = None) -> Estimate:
+        """The first group minus the second in points, over the samples that both have."""
+        wanted = self.tasks if tasks is None else tuple(tasks)
+        a, b = (self.mean(x, wanted, (first, second)) for x in (first, second))
+        return Estimate.of(100 * (a - b))
+
+    def _common(self, task: str, groups: Iterable[Group]) -> np.ndarray:
+        """Which rows of a task's samples all groups have; none if a group lacks the task."""
+        scores = self._scores.get(task, np.empty((0, 0)))
+        common = np.full(len(scores), True)
+        for group in groups:
+            mine = [i for i, _ in self._columns.get(task, {}).get(group, ())]
+            common &= bool(mine) & ~np.isnan(scores[:, mine]).any(axis=1)
+        return common
+
+    def _of_task(self, group: Group, task: str, groups: Iterable[Group]) -> np.ndarray:
+        rows = self._common(task, groups)
+        if not rows.any():
+            return np.full(self.n_boot + 1, np.nan)
+        key = (task, rows.tobytes())
+        if key not in self._cache:  # of all columns at once; NaN where one lacks some of the rows
+            counts = sample_counts(task, int(rows.sum()), self.n_boot, self.seed)
+            self._cache[key] = counts @ self._scores[task][rows] / rows.sum()
+        mine, numbers = zip(*self._columns[task][group], strict=True)
+        means = self._cache[key][:, list(mine)]
+        return over_trainings(means, numbers, self.trainings[group], self.seed)
+
+
+def sample_counts(task: str, n: int, n_boot: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """How often a resample draws each of a task's n samples: (n_boot + 1, n), float64.
+
+    Row 0 has every sample once, so that `counts @ scores / n` is the estimate, then its resamples.
+    A task, n and seed always have the same draws.
     """
     return _draws(n, n_boot, (seed, *task.encode())).astype(float)
 
 
-def training_weights(
-    trainings: Iterable[int], n_boot: int = RESAMPLES, seed: int = 0
+def over_trainings(
+    means: np.ndarray, numbers: Sequence[int], drawn: Iterable[int], seed: int = 0
 ) -> np.ndarray:
-    """The weight of each training in a resampling: (n_boot + 1, trainings), rows that sum to 1."""
-    numbers = sorted(trainings)
-    return _draws(len(numbers), n_boot, (seed, len(numbers), *numbers)) / len(numbers)
+    """The mean over trainings in every resample of them.
+
+    Args:
+        means: (n_boot + 1, trainings, …), of the trainings `numbers`.
+        drawn: the trainings that are drawn from; where `numbers` lacks some of them, the mean is
+            over the others, NaN in a resample without any.
+    """
+    order = sorted(drawn)
+    counts = _draws(len(order), len(means) - 1, (seed, len(order), *order))
+    weights = counts[:, [order.index(n) for n in numbers]] / len(order)
+    with np.errstate(invalid="ignore"):
+        weights = weights / weights.sum(axis=1, keepdims=True)
+    return np.einsum("rt,rt...->r...", weights, means)
 
 
 @lru_cache(maxsize=24)
@@ -62,125 +154,30 @@ def _draws(n: int, n_boot: int, entropy: tuple[int, ...]) -> np.ndarray:
     return np.concatenate((np.ones((1, n), np.uint16), draws))
 
 
-@dataclass(frozen=True)
-class Resampled:
-    """Means of groups of samples, and their resamplings.
+class Spread(NamedTuple):
+    """A mean and its standard deviation (n − 1; NaN of one value); seeds: the most per training."""
 
-    Attributes:
-        tasks: of `values`, in order.
-        groups: the index in `values` of each group, a tuple of the values of the columns `by`.
-        values: (n_boot + 1, tasks, groups) in the unit of the scores, over trainings; NaN where
-            nothing was measured.
-        counts: (tasks, groups), the distinct samples of a mean.
+    mean: float
+    std: float
+    trainings: int
+    seeds: int
+
+
+def spread(cells: pd.DataFrame, accuracy: str) -> Spread:
+    """Of cells that differ in training, seed, selector seed and task alone; tasks weigh alike.
+
+    The deviation is over trainings, seeds averaged, or over the seeds where there is one training.
+    A training or a seed that lacks one of the frame's tasks does not count.
     """
-
-    tasks: tuple[str, ...]
-    groups: dict[tuple[Any, ...], int]
-    values: np.ndarray
-    counts: np.ndarray
-
-    def mean(self, group: tuple[Any, ...], tasks: Iterable[str] | None = None) -> np.ndarray:
-        """(n_boot + 1,): the mean over tasks (default: all here), each weighing alike; NaN where
-        the group lacks one of them."""
-        wanted = self.tasks if tasks is None else tuple(tasks)
-        if group not in self.groups or not wanted or not set(wanted) <= set(self.tasks):
-            return np.full(len(self.values), np.nan)
-        places = [self.tasks.index(task) for task in wanted]
-        return self.values[:, places, self.groups[group]].mean(axis=1)
-
-
-def resample(
-    samples: pd.DataFrame,
-    score: str,
-    by: Sequence[str],
-    shared: bool = False,
-    n_boot: int = RESAMPLES,
-    seed: int = 0,
-) -> Resampled:
-    """The means of the groups of `samples`, resampled over trainings and samples.
-
-    Args:
-        samples: rows with task, id, training, score and the columns `by`; several rows of one
-            sample, training and group (seeds of a random selector) are averaged.
-        shared: count only the samples that all groups of a task have.
-    """
-    groups = {g if isinstance(g, tuple) else (g,): i for i, g in enumerate(_unique(samples, by))}
-    tasks = tuple(dict.fromkeys(samples["task"]))
-    values = np.full((n_boot + 1, len(tasks), len(groups)), np.nan)
-    counts = np.zeros((len(tasks), len(groups)), int)
-    trainings = {
-        g if isinstance(g, tuple) else (g,): tuple(sorted(set(here["training"])))
-        for g, here in samples.groupby(list(by), sort=False, dropna=False)
-    }
-    columns = [*by, "training"]
-    for t, task in enumerate(tasks):
-        wide = samples[samples["task"] == task].pivot_table(
-            index="id", columns=columns, values=score, aggfunc="mean", sort=False
-        )
-        wide = wide.dropna() if shared else wide
-        if wide.empty:
-            continue
-        draws = sample_counts(task, len(wide), n_boot, seed)
-        with np.errstate(invalid="ignore"):  # of no sample at all
-            means = draws @ wide.fillna(0).to_numpy() / (draws @ wide.notna().to_numpy())
-        labels = [label[:-1] for label in wide.columns]
-        for group in dict.fromkeys(labels):
-            mine = [i for i, label in enumerate(labels) if label == group]
-            numbers = [wide.columns[i][-1] for i in mine]
-            own = over_trainings(means[:, mine], numbers, trainings[group], seed)
-            values[:, t, groups[group]] = own
-            counts[t, groups[group]] = wide.iloc[:, mine].notna().any(axis=1).sum()
-    return Resampled(tasks, groups, values, counts)
-
-
-def over_trainings(
-    means: np.ndarray, numbers: Sequence[int], drawn: Sequence[int], seed: int = 0
-) -> np.ndarray:
-    """The mean over trainings in every resampling of them.
-
-    Args:
-        means: (n_boot + 1, trainings, …), of the trainings `numbers`.
-        drawn: the trainings that are drawn from; where `numbers` lacks some of them, the mean is
-            over the others, NaN in a resampling without any.
-    """
-    order = sorted(drawn)
-    weights = training_weights(order, len(means) - 1, seed)[:, [order.index(n) for n in numbers]]
-    with np.errstate(invalid="ignore"):
-        weights = weights / weights.sum(axis=1, keepdims=True)
-    return np.einsum("rt,rt...->r...", weights, means)
-
-
-def _unique(samples: pd.DataFrame, by: Sequence[str]) -> list[Any]:
-    frame = samples[list(by)].drop_duplicates()
-    return [tuple(row) for row in frame.itertuples(index=False, name=None)]
-
-
-def difference(
-    samples: pd.DataFrame,
-    score: str,
-    column: str,
-    sides: tuple[str, str],
-    tasks: Iterable[str],
-    n_boot: int = RESAMPLES,
-) -> Estimate:
-    """The first side minus the second one in points, on the mean of `tasks`, over the samples that
-    both have; NaN where a side lacks one of the tasks, or the two share no sample of it.
-
-    Args:
-        column: of `samples`, which says whose side a row is on.
-    """
-    wanted = tuple(tasks)
-    here = samples[samples["task"].isin(wanted) & samples[column].isin(sides)]
-    found = resample(here, score, [column], shared=True, n_boot=n_boot)
-    first, second = (found.mean((side,), wanted) for side in sides)
-    return Estimate.of(100 * (first - second))
-
-
-def mean_std(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n − 1); the deviation of one value is NaN."""
-    array = np.asarray(list(values), dtype=float)
-    assert array.size, "mean_std of no value"
-    return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else float("nan")
+    by_seed = cells.groupby(["training", "seed", "selector_seed"])[accuracy].agg(["mean", "size"])
+    whole = by_seed.loc[by_seed["size"] == cells["task"].nunique(), "mean"]
+    if whole.empty:
+        mean = cells.groupby("task")[accuracy].mean().mean()
+        return Spread(float(mean), np.nan, cells["training"].nunique(), len(by_seed))
+    of_training = whole.groupby("training")
+    values = of_training.mean() if of_training.ngroups > 1 else whole
+    deviation = float(values.std())
+    return Spread(float(values.mean()), deviation, of_training.ngroups, of_training.size().max())
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:

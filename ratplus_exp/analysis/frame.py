@@ -23,6 +23,8 @@ LABELS = {"attention": "Attention", "ratplus": "RAT+"}
 """The paper's names of the backbones, for those who configure them in lower case."""
 SETTING = ["method", "block_size", "budget"]
 """Columns that say how a method was run."""
+GROUP = [*SETTING, "selector", "backbone"]
+"""Columns that say which cells differ in task, training and seeds alone."""
 COLUMNS = (
     *("backbone", "training", "method", "block_size", "budget", "budget_measured", "selector"),
     *("task", "seed", "n", *SCORERS),
@@ -109,11 +111,14 @@ def accuracies(records: Mapping[Any, Mapping[str, Any]]) -> dict[str, float]:
     return {name: 100 * sum(r[name] for r in records.values()) / count for name in SCORERS}
 
 
-def setting_of_paper(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with `top_k` 0 where tokens are selected: method, budget and top_k are then what
-    the paper's settings share with measured ones, since a context has as many blocks as there."""
-    blocks = frame["block_size"].fillna(1).gt(1).astype(bool)
-    return frame.assign(top_k=frame["top_k"].where(blocks, 0).astype(int))
+def grouped(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with a value in every column of GROUP: block size 1 where single tokens are
+    selected, and for dense attention, whose selector is "dense"."""
+    dense = frame["method"] == "dense"
+    return frame.assign(
+        block_size=frame["block_size"].fillna(1).mask(dense, 1).astype(int),
+        selector=frame["selector"].mask(dense, "dense"),
+    )
 
 
 def cost(cells: Iterable[Cell]) -> pd.DataFrame:

@@ -1,9 +1,8 @@
-"""H1 from the store: hit rates by head, heads ranked, and the top heads of both backbones compared.
+"""H1: hit rates by head, heads ranked, and the top heads of both backbones compared.
 
 A head's hit rate is the share of gold values whose golden position was among the head's selected
-candidates at every step (the paper, on H1); the mean over tasks weighs every task alike. Trainings
-have heads of their own, so heads are ranked within each training, and a rank is then the mean over
-trainings.
+candidates at every step; tasks weigh alike in its mean. Trainings have heads of their own, so heads
+are ranked within each training, and a rank is then the mean over trainings.
 """
 
 from __future__ import annotations
@@ -20,12 +19,10 @@ from ratplus_exp.analysis.frame import BACKBONES, SETTING, Source, finished, sel
 STAGE = "hit_rate"
 MEAN = "mean"
 """Stands in the task column for the mean over tasks."""
-TOP = 4
-"""Heads of either backbone that are compared one by one."""
 
 
 def hit_rates(source: Source, **where: Any) -> pd.DataFrame:
-    """One row a layer, head and finished cell: the tidy frame of H1.
+    """One row a layer, head and finished cell.
 
     Args:
         where: choices by column of `tidy`, a value or a list.
@@ -38,10 +35,9 @@ def hit_rates(source: Source, **where: Any) -> pd.DataFrame:
     rows = []
     for row in select(tidy(list(cells.values()), STAGE), where).to_dict("records"):
         metrics = cells[row["cell"]].metrics()
-        for layer, heads in enumerate(metrics["hit_rate"]):
-            for head, rate in enumerate(heads):
-                own = {"layer": layer, "head": head, "hit_rate": rate, "values": metrics["values"]}
-                rows.append(row | own)
+        for (layer, head), rate in np.ndenumerate(metrics["hit_rate"]):
+            own = {"layer": layer, "head": head, "hit_rate": rate, "values": metrics["values"]}
+            rows.append(row | own)
     columns = [
         *("layer", "head", "task", "backbone", "training", "method", "block_size", "budget"),
         *("budget_measured", "hit_rate", "n", "values", "selector", "selector_seed", "first_token"),
@@ -64,9 +60,9 @@ def ranked_heads(rates: pd.DataFrame) -> pd.DataFrame:
 
 
 def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
-    """Hit rate by rank, with 95 % bootstrap intervals; heads are ranked anew in every resampling.
+    """Hit rate by rank, with 95 % bootstrap intervals; heads are ranked anew in every resample.
 
-    Since the best of many heads looks better than it is, so does the top of every curve, alike for
+    The best of many heads looks better than it is, and so does the top of every curve, alike for
     both backbones if they have as many heads.
 
     Args:
@@ -79,28 +75,33 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
     """
     bounds = [f"{x}{end}" for x in (*BACKBONES, "difference") for end in ("", " low", " high")]
     frames = [pd.DataFrame(columns=[*SETTING, "task", "rank", *bounds, "n"])]
-    for setting, here in sorted(samples.groupby(SETTING), key=_by_size):
-        place = dict(zip(SETTING, setting, strict=True))
+    for setting, here in sorted(samples.groupby(SETTING), key=lambda x: _order(*x[0])):
         if here.duplicated(["task", "backbone", "training", "id"]).any():
             raise ValueError(
                 f"several models or seeds share {' '.join(map(str, setting))}: choose one of each "
                 "backbone with stage.where"
             )
-        trainings = [sorted(set(here.loc[here["backbone"] == b, "training"])) for b in BACKBONES]
+        pairs = here[["backbone", "training"]].drop_duplicates()
+        trainings = [sorted(pairs.loc[pairs["backbone"] == b, "training"]) for b in BACKBONES]
         rates = {}
         for task, of_task in here.groupby("task"):
             found, shared = _rates(str(task), of_task, n_boot)
-            if len(found) == len(trainings[0] + trainings[1]):
+            if len(found) == len(pairs) and all(trainings):
                 rates[str(task)], n = found, shared
         for task in [*rates, *([MEAN] if rates else [])]:
+            chosen = list(rates) if task == MEAN else [task]
             sides = []
             for backbone, numbers in zip(BACKBONES, trainings, strict=True):
-                chosen = list(rates) if task == MEAN else [task]
                 means = [np.mean([rates[t][backbone, i] for t in chosen], 0) for i in numbers]
                 ranked = -np.sort(-np.stack(means, 1), axis=-1)  # (n_boot + 1, trainings, heads)
                 sides.append(over_trainings(ranked, numbers, numbers))
-            frames.append(_curve(place | {"task": task, "n": n}, sides))
+            place = dict(zip(SETTING, setting, strict=True)) | {"task": task, "n": n}
+            frames.append(_curve(*sides).assign(**place))
     return pd.concat(frames[1:] or frames, ignore_index=True)[list(frames[0].columns)]
+
+
+def _order(method: str, block: int, budget: str) -> tuple[str, int, Fraction]:
+    return method, block, -Fraction(budget)
 
 
 def _rates(
@@ -116,23 +117,19 @@ def _rates(
     rates = {}
     for group, side in sides.items():
         hits = np.array([np.ravel(hit) for hit in side["hits"][ids]], float)
-        values = side["values"][ids].to_numpy(float)
-        rates[group] = 100 * (counts @ hits) / (counts @ values)[:, None]
+        rates[group] = (
+            100 * (counts @ hits) / (counts @ side["values"][ids].to_numpy(float))[:, None]
+        )
     return rates, len(ids)
 
 
-def _curve(place: dict[str, Any], sides: list[np.ndarray]) -> pd.DataFrame:
-    """Rows of `rank_curves` from percent (n_boot + 1, heads) of either backbone."""
-    heads = min(side.shape[-1] for side in sides)
-    attention, ratplus = (side[:, :heads] for side in sides)
-    found: dict[str, Any] = {"rank": np.arange(1, heads + 1)}
+def _curve(attention: np.ndarray, ratplus: np.ndarray) -> pd.DataFrame:
+    """Rows of `rank_curves` from percent (n_boot + 1, heads) of each backbone."""
+    heads = min(attention.shape[-1], ratplus.shape[-1])
+    attention, ratplus = attention[:, :heads], ratplus[:, :heads]
+    columns: dict[str, Any] = {"rank": np.arange(1, heads + 1)}
     three = (attention, ratplus, ratplus - attention)
     for name, values in zip((*BACKBONES, "difference"), three, strict=True):
         low, high = np.quantile(values[1:], (0.025, 0.975), axis=0)
-        found |= {name: values[0], f"{name} low": low, f"{name} high": high}
-    return pd.DataFrame(found).assign(**place)
-
-
-def _by_size(group: tuple[tuple[Any, ...], pd.DataFrame]) -> tuple[str, int, Fraction]:
-    method, block, budget = group[0]
-    return method, block, -Fraction(budget)
+        columns |= {name: values[0], f"{name} low": low, f"{name} high": high}
+    return pd.DataFrame(columns)

@@ -1,57 +1,54 @@
-"""H2 from the store: random selection beside top-k, oracle and dense; what a lost point is due to.
+"""H2: random selection beside top-k, oracle and dense; what a lost point is due to.
 
 The oracle always selects what holds the gold values. What it wins over the method's own choice is
-the share of the loss that is selection's; what it still lacks to dense attention is due to all else
+the share of the loss that is due to selection; what it lacks to dense attention is due to all else
 that is not attended. It takes as many candidates as the method, so what holds the values displaces
 others, and where those mattered it can lose.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
-from ratplus_exp.analysis.bootstrap import RESAMPLES, Estimate, resample
+from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate
 from ratplus_exp.analysis.frame import BACKBONES, SETTING, TASKS
 
 SELECTORS = ("random", "topk", "oracle", "dense")
+GAP = "RAT+ − Attention"
 
 
-def selector_means(samples: pd.DataFrame, score: str, n_boot: int = RESAMPLES) -> pd.DataFrame:
-    """Mean accuracies over the tasks by selector, for settings that were run at random too.
-
-    Args:
-        samples: rows of `sample_scores`, one model a backbone; seeds of a selector are averaged
-            within a training.
-        score: column of `samples`.
+def selector_means(draws: Bootstrap) -> pd.DataFrame:
+    """Mean accuracies by selector of every setting that was run at random, too.
 
     Returns:
-        SETTING, then name ("Attention random" …, "Attention dense", "RAT+ …", "gap random",
-        "gap topk", "gap oracle", "gap dense": RAT+ minus Attention; "Attention selection" …:
-        oracle minus topk), value, low, high (percent or points), over the tasks that all of a
-        setting's cells have and the samples that all selectors answered; n is the smallest number
-        of those of a task.
+        SETTING, side (a backbone, or GAP), selector (or "selection": oracle minus topk), estimate
+        (percent or points), over the tasks that all of a setting's groups have and the samples that
+        all of them answered; n is the smallest number of those of a task.
     """
-    samples = samples.assign(
-        selector=samples["selector"].where(samples["method"] != "dense", "dense")
-    )
-    samples = samples[samples["selector"].isin(SELECTORS) & samples["task"].isin(TASKS)]
+    settings = sorted({group[:3] for group in draws.trainings if group[3] == "random"})
     rows = []
-    for setting, _ in samples[samples["selector"] == "random"].groupby(SETTING):
-        own = (samples[SETTING] == list(setting)).all(axis=1)
-        here = samples[own | (samples["selector"] == "dense")]
-        found = resample(here, score, ["backbone", "selector"], shared=True, n_boot=n_boot)
-        counts = found.counts.min(axis=1)  # 0 where a task lacks a selector of either backbone
-        tasks = [task for task, count in zip(found.tasks, counts, strict=True) if count]
+    for setting in settings:
+        groups = {
+            (side, kind): group
+            for side in BACKBONES
+            for kind in SELECTORS
+            for group in [(*(("dense", 1, "1") if kind == "dense" else setting), kind, side)]
+            if group in draws.trainings
+        }
+        counts = {task: draws.count(task, groups.values()) for task in TASKS}
+        tasks = [task for task, count in counts.items() if count]
         if not tasks:
             continue
-        means = {" ".join(group): 100 * found.mean(group, tasks) for group in found.groups}
-        derived = dict(means)
+        means: dict[tuple[str, str], np.ndarray]
+        means = {x: 100 * draws.mean(g, tasks, groups.values()) for x, g in groups.items()}
         for kind in SELECTORS:
-            if all(f"{b} {kind}" in means for b in BACKBONES):
-                derived[f"gap {kind}"] = means[f"RAT+ {kind}"] - means[f"Attention {kind}"]
-        for b in BACKBONES:
-            if f"{b} oracle" in means and f"{b} topk" in means:
-                derived[f"{b} selection"] = means[f"{b} oracle"] - means[f"{b} topk"]
-        place = dict(zip(SETTING, setting, strict=True)) | {"n": counts[counts > 0].min()}
-        rows += [place | {"name": x} | vars(Estimate.of(values)) for x, values in derived.items()]
-    return pd.DataFrame(rows, columns=[*SETTING, "name", "value", "low", "high", "n"])
+            if all((side, kind) in groups for side in BACKBONES):
+                attention, ratplus = (means[side, kind] for side in BACKBONES)
+                means[GAP, kind] = ratplus - attention
+        for side in BACKBONES:
+            if (side, "oracle") in groups and (side, "topk") in groups:
+                means[side, "selection"] = means[side, "oracle"] - means[side, "topk"]
+        n = min(counts[task] for task in tasks)
+        rows += [(*setting, *x, Estimate.of(values), n) for x, values in means.items()]
+    return pd.DataFrame(rows, columns=[*SETTING, "side", "selector", "estimate", "n"])

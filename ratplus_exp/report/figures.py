@@ -1,8 +1,12 @@
-"""Figures of finished cells, in one clean style and with the paper's names."""
+"""Figures of finished cells, in one clean style and with the paper's names.
+
+Each function writes NAME.png and NAME.pdf and returns the PNG, or None where nothing was measured.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ratplus_exp.analysis.bootstrap import Estimate, resample
-from ratplus_exp.analysis.frame import BACKBONES, TASKS
+from ratplus_exp.analysis.bootstrap import Estimate
+from ratplus_exp.analysis.frame import BACKBONES, TASKS, grouped
 from ratplus_exp.analysis.hits import MEAN
 from ratplus_exp.analysis.pattern import DECISIVE
 from ratplus_exp.budget import Budget
-from ratplus_exp.report.prose import METHODS, SELECTORS
+from ratplus_exp.report.prose import METHODS, SELECTORS, say
+from ratplus_exp.report.results import Results
+from ratplus_exp.store import write_atomically
 
 COLORS = {"Attention": "#8a8a8a", "RAT+": "#c23b22"}
 METHOD_COLORS = {"quest": "#1f77b4", "moba": "#2a9d5c", "snapkv": "#c98a1b"}
@@ -26,124 +32,120 @@ DASHES = {"Attention": (0, (4, 4)), "RAT+": (4, (4, 4))}
 """Of the dense lines: each fills the other's gaps, so that equal accuracies show both."""
 
 
-def accuracy_by_budget(
-    samples: pd.DataFrame, score: str, folder: Path, name: str, title: str
-) -> list[Path]:
+def accuracy_by_budget(results: Results, folder: Path, name: str) -> Path | None:
     """Mean accuracy over the tasks against the budget: a panel a method, a line a backbone.
 
-    samples: rows of `sample_scores` of one tier; score: its column to show. Only a method's most
-    frequent block size is drawn, and only points with every task that the frame has. Bars are 95 %
-    bootstrap intervals; a dashed line is the backbone's dense accuracy.
+    Only a method's most frequent block size is drawn, and only points with every task. Bars are
+    95 % bootstrap intervals; a dashed line is the backbone's dense accuracy.
     """
-    samples = samples[samples["selector"] == "topk"]
-    samples = samples.assign(block_size=samples["block_size"].fillna(0))
-    methods = _methods(samples["method"][~samples["method"].isin(["dense", "dilated"])])
+    cells = grouped(results.cells)
+    cells = cells[(cells["selector"] == "topk") & (cells["method"] != "dilated")]
+    tasks = [task for task in TASKS if task in results.draws.tasks]
+    methods = _methods(cells["method"])
     if not methods:
-        return []
-    found = resample(samples, score, ["backbone", "method", "block_size", "budget"])
-    dense = {group[0]: 100 * found.mean(group)[0] for group in found.groups if group[1] == "dense"}
-    figure, panels = _panels([METHODS.get(m, m) for m in methods], title, "mean accuracy, %")
+        return None
+    panels = _panels(
+        results, "fig1_title", [METHODS.get(m, m) for m in methods], "mean accuracy, %"
+    )
     for panel, method in zip(panels, methods, strict=True):
-        here = samples[samples["method"] == method]
+        here = cells[cells["method"] == method]
         block = here["block_size"].mode()[0]
-        budgets = by_size(here[here["block_size"] == block])
+        budgets = by_size(here.loc[here["block_size"] == block, "budget"])
         for backbone in BACKBONES:
             style: dict[str, Any] = {"color": COLORS[backbone]}
-            if backbone in dense:
+            mean = results.draws.mean(("dense", 1, "1", "dense", backbone), tasks)
+            dense = 100 * float(mean[0])
+            if np.isfinite(dense):
                 label = f"{backbone}, dense"
-                panel.axhline(dense[backbone], label=label, ls=DASHES[backbone], lw=1.6, **style)
-            means = [found.mean((backbone, method, block, budget)) for budget in budgets]
-            places = [i for i, mean in enumerate(means) if np.isfinite(mean[0])]
-            if places:
-                points = [Estimate.of(100 * means[i]) for i in places]
-                y, low, high = np.array([(x.value, x.low, x.high) for x in points]).T
-                style |= {"marker": "o", "ms": 4, "capsize": 3, "label": backbone}
-                panel.errorbar(places, y, [y - low, high - y], **style)
+                panel.axhline(dense, label=label, ls=DASHES[backbone], lw=1.6, **style)
+            groups = [(method, block, budget, "topk", backbone) for budget in budgets]
+            points = [Estimate.of(100 * results.draws.mean(group, tasks)) for group in groups]
+            _line(panel, points, style | {"label": backbone})
         panel.set_xticks(range(len(budgets)), budgets)
         panel.set_xlabel("budget")
-    return _save(figure, panels[-1], folder, name)
+    return _save(panels, folder, name)
 
 
-def ranked_heads(
-    curves: pd.DataFrame, method: str, folder: Path, name: str, title: str
-) -> list[Path]:
+def ranked_heads(results: Results, method: str, folder: Path, name: str) -> Path | None:
     """Hit rate by rank of the head, on the mean of the tasks: a panel a budget, a line a backbone.
 
-    curves: from `rank_curves`. Bands are 95 % bootstrap intervals. At most 32 heads are drawn.
+    Bands are 95 % bootstrap intervals. At most 32 heads are drawn.
     """
+    curves = results.curves
     here = curves[(curves["method"] == method) & (curves["task"] == MEAN) & (curves["rank"] <= 32)]
-    budgets = by_size(here)
+    budgets = by_size(here["budget"])
     if not budgets:
-        return []
-    figure, panels = _panels([f"budget {budget}" for budget in budgets], title, "hit rate, %")
+        return None
+    names = [f"budget {budget}" for budget in budgets]
+    panels = _panels(results, "ranked_title", names, "hit rate, %", method=METHODS[method])
     for panel, budget in zip(panels, budgets, strict=True):
         line = here[here["budget"] == budget].sort_values("rank").astype({"rank": float})
         for backbone in BACKBONES:
-            x, y, low, high = (
-                line[c].to_numpy()
-                for c in ("rank", backbone, f"{backbone} low", f"{backbone} high")
-            )
-            panel.plot(x, y, marker=".", color=COLORS[backbone], label=backbone)
-            panel.fill_between(x, low, high, color=COLORS[backbone], alpha=0.2, lw=0)
+            low, high = line[f"{backbone} low"], line[f"{backbone} high"]
+            style = {"color": COLORS[backbone]}
+            panel.plot(line["rank"], line[backbone], marker=".", label=backbone, **style)
+            panel.fill_between(line["rank"], low, high, alpha=0.2, lw=0, **style)
         panel.set_xlabel("rank of the head")
         panel.xaxis.get_major_locator().set_params(integer=True)
-    return _save(figure, panels[-1], folder, name)
+    return _save(panels, folder, name)
 
 
-def heads_by_task(
-    curves: pd.DataFrame, budget: str, folder: Path, name: str, title: str
-) -> list[Path]:
-    """Hit rate of the best head, task by task: a panel a method, a bar a backbone."""
-    here = curves[(curves["rank"] == 1) & (curves["budget"] == budget)]
+def heads_by_task(results: Results, folder: Path, name: str) -> Path | None:
+    """Hit rate of the best head at the smallest budget, task by task: a panel a method, a bar a
+    backbone."""
+    budgets = by_size(results.curves["budget"])
+    here = results.curves[results.curves["rank"] == 1]
+    here = here[here["budget"].isin(budgets[-1:])]
     methods = _methods(here["method"])
     if not methods:
-        return []
+        return None
     names = [METHODS.get(method, method) for method in methods]
-    figure, panels = _panels(names, title, "hit rate of the best head, %", width=5.0)
+    label = "hit rate of the best head, %"
+    panels = _panels(results, "fig4_title", names, label, 5.0, budget=budgets[-1])
     for panel, method in zip(panels, methods, strict=True):
         mine = here[here["method"] == method].set_index("task")
         tasks = [task for task in (*TASKS, MEAN) if task in mine.index]
         ends = ("", " low", " high")
-        sides = {b: [mine.loc[tasks, f"{b}{end}"] for end in ends] for b in BACKBONES}
-        _bars(panel, tasks, sides)
-    return _save(figure, panels[-1], folder, name)
+        _bars(panel, tasks, {b: [mine.loc[tasks, f"{b}{end}"] for end in ends] for b in BACKBONES})
+    return _save(panels, folder, name)
 
 
-def selectors(means: pd.DataFrame, folder: Path, name: str, title: str) -> list[Path]:
-    """Mean accuracy by who selects: a panel a method, a bar a backbone.
-
-    means: from `selector_means`. Whiskers are 95 % bootstrap intervals.
-    """
+def selectors(results: Results, folder: Path, name: str) -> Path | None:
+    """Mean accuracy by selector: a panel a method, a bar a backbone."""
+    means = results.selector_means
     methods = _methods(means["method"])
     if not methods:
-        return []
-    frames = [
-        means[means["method"] == m].drop_duplicates("name").set_index("name") for m in methods
-    ]
+        return None
+    first = means.drop_duplicates(["method", "side", "selector"])
+    frames = [first[first["method"] == m].set_index(["selector", "side"]) for m in methods]
     names = [
         f"{METHODS.get(method, method)}, budget {here['budget'].iloc[0]}"
         for method, here in zip(methods, frames, strict=True)
     ]
-    figure, panels = _panels(names, title, "mean accuracy, %", width=3.6)
+    panels = _panels(results, "selectors_title", names, "mean accuracy, %", 3.6)
     for panel, here in zip(panels, frames, strict=True):
-        kinds = [kind for kind in SELECTORS if all(f"{b} {kind}" in here.index for b in BACKBONES)]
-        rows = {b: here.loc[[f"{b} {kind}" for kind in kinds]] for b in BACKBONES}
-        sides = {b: [mine[x] for x in ("value", "low", "high")] for b, mine in rows.items()}
+        kinds = [k for k in SELECTORS if all((k, b) in here.index for b in BACKBONES)]
+        sides = {}
+        for b in BACKBONES:
+            points = [here.loc[(kind, b), "estimate"] for kind in kinds]
+            sides[b] = [pd.Series([getattr(x, end) for x in points]) for end in vars(points[0])]
         _bars(panel, [SELECTORS[kind] for kind in kinds], sides)
-    return _save(figure, panels[-1], folder, name)
+    return _save(panels, folder, name)
 
 
-def gains(against: pd.DataFrame, folder: Path, name: str, title: str) -> list[Path]:
+def gains(results: Results, table: str, folder: Path, name: str) -> Path | None:
     """RAT+ minus Attention, paper (x) against measured (y): a point a setting and task.
 
-    against: from `cell_by_cell`. Filled points are the paper's decisive cells.
+    Filled points are the paper's decisive cells.
     """
-    place = ["method", "block_size", "budget", "task"]
-    wide = against.pivot_table(index=place, columns="backbone", values=["paper", "measured"])
+    place = ["method", "paper_block", "budget", "task"]
+    compared = results.compared(table)
+    wide = compared.pivot_table(["accuracy", "measured"], place, "backbone")
     if "measured" not in wide or set(wide["measured"]) != set(BACKBONES):
-        return []
-    paper, ours = (wide[x]["RAT+"] - wide[x]["Attention"] for x in ("paper", "measured"))
-    figure, (panel,) = _panels([""], title, "measured: RAT+ − Attention, points", 4.6, 4.0)
+        return None
+    paper, ours = (wide[x]["RAT+"] - wide[x]["Attention"] for x in ("accuracy", "measured"))
+    label = "measured: RAT+ − Attention, points"
+    (panel,) = _panels(results, "gains_title", [""], label, 4.6, 4.0, table=table[-1])
     for method in _methods(wide.index.get_level_values("method")):
         mine = wide.index.get_level_values("method") == method
         for decisive in (True, False):
@@ -157,22 +159,28 @@ def gains(against: pd.DataFrame, folder: Path, name: str, title: str) -> list[Pa
     panel.axvline(0, color="black", lw=0.8)
     panel.autoscale()
     panel.set_xlabel(f"paper: RAT+ − Attention, points (filled: {DECISIVE:g} or more)")
-    return _save(figure, panel, folder, name)
+    return _save([panel], folder, name)
 
 
-def by_size(frame: pd.DataFrame) -> list[str]:
-    """The budgets of a frame, largest first."""
-    return sorted(set(frame["budget"]), key=lambda b: -Budget.parse(b).fraction)
+def by_size(budgets: Iterable[str]) -> list[str]:
+    """Budgets, each once, the largest first."""
+    return sorted(set(budgets), key=lambda b: -Budget.parse(b).fraction)
 
 
-def _methods(column: Any) -> list[str]:
+def _methods(column: Iterable[str]) -> list[str]:
     return sorted(set(column), key=lambda m: (m not in METHODS, [*METHODS, m].index(m)))
 
 
 def _panels(
-    names: Sequence[str], title: str, label: str, width: float = 3.2, height: float = 3.0
-) -> tuple[Any, Sequence[Any]]:
-    """Named panels side by side for percentages, in the common style."""
+    results: Results,
+    title: str,
+    names: Sequence[str],
+    label: str,
+    width: float = 3.2,
+    height: float = 3.0,
+    **values: Any,
+) -> list[Any]:
+    """Named panels side by side, in the common style; title: a macro of prose.j2."""
     size = (width * len(names), height)
     figure, grid = plt.subplots(
         1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained"
@@ -184,8 +192,17 @@ def _panels(
         panel.set_ylim(0, 103)
         panel.set_title(name, fontsize=11)
     grid[0][0].set_ylabel(label)
-    figure.suptitle(title, fontsize=10)
-    return figure, list(grid[0])
+    figure.suptitle(say(title, r=results, **values), fontsize=10)
+    return list(grid[0])
+
+
+def _line(panel: Any, points: Sequence[Estimate], style: dict[str, Any]) -> None:
+    """Points with their intervals; those that were not measured are left out."""
+    places = [i for i, x in enumerate(points) if np.isfinite(x.value)]
+    if places:
+        y, low, high = np.array([tuple(vars(points[i]).values()) for i in places]).T
+        style |= {"marker": "o", "ms": 4, "capsize": 3}
+        panel.errorbar(places, y, [y - low, high - y], **style)
 
 
 def _bars(panel: Any, labels: Sequence[str], sides: dict[str, list[Any]]) -> None:
@@ -199,12 +216,19 @@ def _bars(panel: Any, labels: Sequence[str], sides: dict[str, list[Any]]) -> Non
     panel.set_xticks(range(len(labels)), labels, fontsize=9)
 
 
-def _save(figure: Any, panel: Any, folder: Path, name: str) -> list[Path]:
-    """PNG and PDF, with the panel's legend beside the panels, where it hides nothing."""
-    handles, labels = panel.get_legend_handles_labels()
+def _save(panels: Sequence[Any], folder: Path, name: str) -> Path:
+    """PNG and PDF, with the last panel's legend beside the panels, where it hides nothing."""
+    figure = panels[-1].figure
+    handles, labels = panels[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=160)
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    files: dict[str, dict[str, Any]] = {
+        ".png": {"dpi": 160},
+        ".pdf": {"metadata": {"CreationDate": None}},
+    }
+    for kind, how in files.items():
+        drawn = BytesIO()
+        figure.savefig(drawn, format=kind[1:], **how)
+        write_atomically(folder / f"{name}{kind}", drawn.getvalue())
     plt.close(figure)
-    return [folder / f"{name}.png", folder / f"{name}.pdf"]
+    return folder / f"{name}.png"

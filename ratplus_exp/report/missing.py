@@ -3,90 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import NamedTuple
 
 import pandas as pd
 
-from ratplus_exp.analysis.frame import BACKBONES, SCORERS, TASKS, select
-from ratplus_exp.analysis.pattern import cell_by_cell
-from ratplus_exp.report.paper import PAPER_TABLES, paper_tables
-from ratplus_exp.report.prose import METHODS, SELECTORS
+from ratplus_exp.analysis.frame import BACKBONES, SETTING, TASKS, grouped
+from ratplus_exp.report.paper import PAPER_TABLES
+from ratplus_exp.report.prose import METHODS, setting_name
+from ratplus_exp.report.results import Results
 
 SEEDS = 5
 """Of random selection, in the paper."""
 BUDGETS = ("1/4", "1/8", "1/16")
-_HITS = {"fig2": (("quest",), BUDGETS), "fig3": (("snapkv",), BUDGETS)} | {
-    "fig4": (("quest", "snapkv"), BUDGETS[-1:])
+HITS = {"fig2": (["quest"], BUDGETS), "fig3": (["snapkv"], BUDGETS)} | {
+    "fig4": (["quest", "snapkv"], BUDGETS[-1:])
 }
 
 
-def missing(cells: pd.DataFrame, rates: pd.DataFrame, outputs: Iterable[str]) -> list[str]:
+class Need(NamedTuple):
+    """Cells that a table or figure has of each backbone."""
+
+    method: str
+    block_size: int
+    budget: str
+    selector: str
+    hits: bool = False
+
+
+def missing(results: Results, outputs: Iterable[str]) -> list[str]:
     """One sentence for each setting that some of the outputs need and that lacks tasks or seeds.
 
-    Args:
-        cells: rows of `tidy`; rates: of `hit_rates`; one model a backbone.
-        outputs: names as in stage.outputs.
+    outputs: names as in stage.outputs.
     """
-    found: dict[str, list[str]] = {}
+    labels: dict[str, list[str]] = {}
     for output in sorted(outputs, key=lambda name: (name not in PAPER_TABLES, name)):
         label = f"{'Table' if output in PAPER_TABLES else 'Figure'} {output[-1]}"
-        for what in _lacking(output, cells, rates):
-            found.setdefault(what, []).append(label)
-    return [f"{what} ({', '.join(labels)})." for what, labels in found.items()]
+        for need, tasks in _needs(output, results):
+            frame = results.rates if need.hits else grouped(results.cells)
+            for lack in _lacking(frame, need, tasks):
+                labels.setdefault(lack, []).append(label)
+    return [f"{lack} ({', '.join(dict.fromkeys(names))})." for lack, names in labels.items()]
 
 
-def _lacking(output: str, cells: pd.DataFrame, rates: pd.DataFrame) -> Iterator[str]:
+def _needs(output: str, results: Results) -> Iterator[tuple[Need, tuple[str, ...]]]:
+    """What an output has, with its tasks."""
+    table3 = results.paper("table3")
+    blocks = table3[table3["paper_block"].isin([1, 64])].groupby("method")["block_size"].first()
+    if output in ("table3", "table4", "table5", "fig1"):
+        yield Need("dense", 1, "1", "dense"), TASKS
     if output in PAPER_TABLES:
-        if output != "table2":  # which is only about random selection
-            yield from _absent(cells, {"method": "dense"})
-        yield from _absent_from_paper(output, cells)
+        paper = results.paper(output)
+        tasks = tuple(paper["task"].unique())
+        settings = paper[[*SETTING, "selector"]].drop_duplicates()
+        for need in map(Need._make, settings.assign(hits=False).to_numpy().tolist()):
+            if need.block_size > 0:
+                yield need, tasks
     if output == "table5":
-        for selector in ("topk", "oracle"):
-            for method in METHODS:
-                yield from _absent(cells, {"method": method, "budget": "1/4", "selector": selector})
-    if output == "fig1":
-        yield from _absent(cells, {"method": "dense"})
         for method in METHODS:
-            for budget in BUDGETS:
-                yield from _absent(cells, {"method": method, "budget": budget, "selector": "topk"})
-    if output in _HITS:
-        methods, budgets = _HITS[output]
-        for method in methods:
-            for budget in budgets:
-                yield from _absent(rates, {"method": method, "budget": budget}, "hit rates of ")
+            for selector in ("topk", "oracle"):
+                yield Need(method, blocks[method], "1/4", selector), TASKS
+    methods, budgets = HITS.get(output, (list(METHODS), BUDGETS if output == "fig1" else ()))
+    for method in methods:
+        for budget in budgets:
+            yield Need(method, blocks[method], budget, "topk", output in HITS), TASKS
 
 
-def _absent(frame: pd.DataFrame, where: dict[str, Any], what: str = "") -> Iterator[str]:
-    """For each backbone, the tasks that have no row."""
+def _lacking(frame: pd.DataFrame, need: Need, tasks: tuple[str, ...]) -> Iterator[str]:
+    """A sentence for each backbone that lacks some of the tasks, or seeds of random selection."""
+    here = frame[(frame[[*SETTING, "selector"]] == list(need[:4])).all(axis=1)]
     for backbone in BACKBONES:
-        there = set(select(frame, where | {"backbone": backbone})["task"])
-        if lacking := [task for task in TASKS if task not in there]:
-            yield f"{backbone}, {what}{_named(**where)}{_tasks(lacking, len(TASKS))}"
+        seeds = here[here["backbone"] == backbone].groupby("task")["selector_seed"].nunique()
+        wanted = SEEDS if need.selector == "random" else 1
+        name = f"{backbone}, {'hit rates of ' if need.hits else ''}{setting_name(*need[:4])}"
+        absent = [task for task in tasks if task not in seeds]
+        few = [task for task in tasks if 0 < seeds.get(task, 0) < wanted]
+        if absent:
+            yield name + _on(absent, tasks)
+        if few:
+            yield f"{name}: {seeds[few].min()} of {SEEDS} seeds{_on(few, tasks)}"
 
 
-def _absent_from_paper(table: str, cells: pd.DataFrame) -> Iterator[str]:
-    """The paper's settings, each with its block size; if random, with all its seeds."""
-    frame = cell_by_cell(paper_tables(table), cells, SCORERS[0])
-    place = ["method", "block_size", "budget", "selector", "backbone"]
-    for setting, here in frame.groupby(place, sort=False):
-        method, block, budget, selector, backbone = setting
-        name = f"{backbone}, {_named(method, budget, selector)}"
-        name += f" with the paper's block size {block}" if block > 1 else ""
-        lacking = here.loc[here["measured"].isna(), "task"]
-        if len(lacking):
-            yield name + _tasks(list(lacking), len(here))
-        few = here[here["measured"].notna() & (here["seeds"] < SEEDS)]
-        if selector == "random" and len(few):
-            seeds = f"{few['seeds'].min()} of {SEEDS} seeds"
-            yield f"{name}: {seeds}{_tasks(list(few['task']), len(here))}"
-
-
-def _named(method: str, budget: str = "1", selector: str = "topk") -> str:
-    if method == "dense":
-        return "dense attention"
-    chosen = "" if selector == "topk" else f" with {SELECTORS[selector]} selection"
-    return f"{METHODS.get(method, method)} at {budget}{chosen}"
-
-
-def _tasks(lacking: list[str], of: int) -> str:
-    return "" if len(lacking) == of else f", on {', '.join(lacking)}"
+def _on(lacking: list[str], tasks: tuple[str, ...]) -> str:
+    return "" if len(lacking) == len(tasks) else f", on {', '.join(lacking)}"

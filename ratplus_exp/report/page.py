@@ -6,21 +6,10 @@ import base64
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from ratplus_exp.report.prose import render
 from ratplus_exp.report.table import Table
 from ratplus_exp.store import write_atomically
-
-
-class Picture(NamedTuple):
-    """A PNG file and its caption."""
-
-    path: Path
-    caption: str
-
-    def base64(self) -> str:
-        return base64.b64encode(self.path.read_bytes()).decode()
 
 
 @dataclass(frozen=True)
@@ -28,9 +17,9 @@ class Section:
     """A part of the page.
 
     Attributes:
-        words: paragraphs before the tables and pictures.
+        words: paragraphs before the rest.
         points: a list of sentences after the words.
-        pictures: PNG files with what stands under them.
+        picture: a PNG file; caption: what stands under it.
         code: text to show as it is, folded away.
     """
 
@@ -38,24 +27,23 @@ class Section:
     words: tuple[str, ...] = ()
     points: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
-    pictures: tuple[Picture, ...] = ()
+    picture: Path | None = None
+    caption: str = ""
     code: str = ""
+
+    def base64(self) -> str:
+        """The picture."""
+        assert self.picture is not None
+        return base64.b64encode(self.picture.read_bytes()).decode()
 
 
 def write_page(title: str, sections: list[Section], folder: Path, name: str) -> list[Path]:
-    """Write name.html, with its pictures inside, and name.md, with links to them."""
-    pages = {f"{name}.html": to_html(title, sections), f"{name}.md": to_markdown(title, sections)}
+    """Write name.html, which needs no other file, and name.md, with links to the pictures beside
+    it."""
+    html = render("page.html.j2", title=title, sections=sections)
+    markdown = render("page.md.j2", title=title, sections=sections)
+    markdown = re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n"
+    pages = {f"{name}.html": html, f"{name}.md": markdown}
     for file, text in pages.items():
         write_atomically(folder / file, text)
     return [folder / file for file in pages]
-
-
-def to_markdown(title: str, sections: list[Section]) -> str:
-    """Pictures are linked by file name, so they belong beside the file."""
-    text = render("page.md.j2", title=title, sections=sections)
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-def to_html(title: str, sections: list[Section]) -> str:
-    """A page that needs no other file and no network."""
-    return render("page.html.j2", title=title, sections=sections)

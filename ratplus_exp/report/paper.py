@@ -37,16 +37,3 @@ def paper_tables(table: str | None = None) -> pd.DataFrame:
     return frame.astype({"block_size": int, "top_k": int, "accuracy": float}).assign(
         std=pd.to_numeric(frame["std"])
     )
-
-
-def paper_means(table: str) -> pd.DataFrame:
-    """Means over the tasks of one of the paper's tables, one row a setting, in the paper's order.
-
-    Returns:
-        Columns method, block_size, top_k, budget, selector, Attention, RAT+ (percent) and gain
-        (RAT+ minus Attention, in points).
-    """
-    setting = ["method", "block_size", "top_k", "budget", "selector"]
-    means = paper_tables(table).groupby([*setting, "backbone"], sort=False)["accuracy"].mean()
-    wide = means.unstack("backbone", sort=False).reset_index().rename_axis(columns=None)
-    return wide.assign(gain=wide["RAT+"] - wide["Attention"])

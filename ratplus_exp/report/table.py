@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import textwrap
 from collections.abc import Container, Sequence
@@ -12,8 +10,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ratplus_exp.report.prose import METHODS, MISSING, paragraphs, render
+import pandas as pd
+
+from ratplus_exp.report.prose import METHODS, MISSING, paragraphs
 from ratplus_exp.store import write_atomically
+
+_LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"—": "---", "–": "--", "−": "$-$", "±": r"$\pm$", "Δ": r"$\Delta$", "ρ": r"$\rho$"}
+    | {"[": "{[}"}  # else an option of the \\ before it
+)
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,9 @@ class Table:
 
     def lines(self) -> list[tuple[str, ...]]:
         """The columns' names, then the rows as people read them: with the methods' proper names."""
-        named = [i for i, name in enumerate(self.columns) if name in ("Method", "Methods")]
+        named = [name in ("Method", "Methods") for name in self.columns]
         rows = (
-            tuple(METHODS.get(c, c) if i in named else c for i, c in enumerate(row))
+            tuple(METHODS.get(c, c) if method else c for c, method in zip(row, named, strict=True))
             for row in self.rows
         )
         return [self.columns, *rows]
@@ -96,19 +103,32 @@ class Table:
 
     def to_markdown(self) -> str:
         """A GitHub table under its title, the caption below."""
-        return render("table.md.j2", table=self, align=self.align())
+        header, *rows = self.lines()
+        marks = ["---:" if side == "r" else "---" for side in self.align()]
+        escaped = [[cell.replace("|", r"\|") for cell in line] for line in (header, marks, *rows)]
+        body = "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+        return f"### {self.title}\n\n{body}\n\n{self.caption}\n"
 
     def to_latex(self) -> str:
         """A table* float; the document needs the booktabs package."""
-        return render("table.tex.j2", table=self, align=self.align())
+        lines = [[cell.translate(_LATEX) for cell in line] for line in self.lines()]
+        rows = [" & ".join(line) + r" \\" for line in lines]
+        for i in sorted(self.breaks | {0}, reverse=True):
+            rows.insert(i + 1, r"\midrule")
+        caption = f"{self.title}. {self.caption}".translate(_LATEX)
+        body = "\n".join([r"\toprule", *rows, r"\bottomrule"])
+        return (
+            f"\\begin{{table*}}\n\\caption{{{caption}}}\n"
+            "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}\n"
+            f"\\begin{{tabular}}{{{self.align()}}}\n{body}\n\\end{{tabular}}\n\\end{{table*}}\n"
+        )
 
     def to_csv(self) -> str:
         """Header and rows with ASCII minus signs and the methods' configured names; no caption."""
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows([cell.replace("−", "-") for cell in row] for row in self.rows)
-        return file.getvalue()
+        frame = pd.DataFrame(self.rows, columns=self.columns)
+        return frame.map(lambda cell: cell.replace("−", "-")).to_csv(
+            index=False, lineterminator="\n"
+        )
 
     def write(self, folder: str | Path, name: str) -> None:
         """Write name.md, name.csv and name.tex, each atomically."""

@@ -1,29 +1,88 @@
-"""All other tables: the pattern, the paper cell by cell, heads, selectors, cost.
-
-`where` is what titles and captions say of the cells: tier, first_token and trainings.
-"""
+"""All other tables: findings, the paper cell by cell, the pattern, heads, selectors, cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ratplus_exp.analysis.bootstrap import Estimate, mean_std
-from ratplus_exp.analysis.frame import BACKBONES, SETTING, TASKS, select
-from ratplus_exp.analysis.hits import MEAN, TOP, ranked_heads
-from ratplus_exp.analysis.pattern import DECISIVE, FEWEST, Pattern
-from ratplus_exp.analysis.spread import spread
-from ratplus_exp.report.prose import MISSING, SELECTORS, bounds, interval, number, plus_minus
+from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, spread
+from ratplus_exp.analysis.frame import BACKBONES, SCORERS, SETTING, TASKS, select
+from ratplus_exp.analysis.hits import MEAN, ranked_heads
+from ratplus_exp.analysis.pattern import DECISIVE, FEWEST
+from ratplus_exp.analysis.selectors import GAP
+from ratplus_exp.report.prose import (
+    METHODS,
+    MISSING,
+    SELECTORS,
+    bounds,
+    interval,
+    number,
+    plus_minus,
+)
+from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
 
-GAP = "RAT+ − Attention"
+TOP = 4
+"""Heads of each backbone that are compared one by one."""
 _PLACE = ("Method", "Block", "Budget", "Backbone")
 
 
-def pattern_table(found: Sequence[Pattern], **where: Any) -> Table:
+def findings_table(results: Results) -> Table:
+    """The paper's two questions and its main table, a row a method and budget, each with a verdict.
+
+    Block sizes other than the paper's main one are left out. A single task is shown where it goes
+    against the paper under random selection.
+    """
+    rows: list[tuple[str, ...]] = []
+
+    def add(question: str, name: str, tasks: Sequence[str], single: bool = False) -> None:
+        paper = results.paper(name)
+        paper = paper[paper["paper_block"].isin([1, 64]) & paper["task"].isin(tasks)]
+        for group, printed in paper.groupby([*SETTING, "selector"], sort=False):
+            theirs = printed.groupby("backbone")["accuracy"].mean()
+            attention, ratplus = sides = [(*group, b) for b in BACKBONES]
+            gain = results.draws.gain(ratplus, attention, tasks)
+            paper_gain = theirs["RAT+"] - theirs["Attention"]
+            found = verdict(gain, paper_gain)
+            if found and (not single or found == OPPOSITE):
+                means = (results.draws.mean(side, tasks, sides) for side in sides)
+                both = (number(100 * float(mean[0])) for mean in means)
+                place = (question, group[0], group[2], *both, interval(gain))
+                rows.append((*place, number(paper_gain, sign="+"), found))
+
+    add("accuracy (Table 3)", "table3", TASKS)
+    curves = results.curves
+    for row in curves[(curves["task"] == MEAN) & (curves["rank"] == 1)].to_dict("records"):
+        gain = _difference(row)
+        both = (number(row[b]) for b in BACKBONES)
+        place = ("hit rate of the best head (H1)", row["method"], row["budget"], *both)
+        rows.append((*place, interval(gain), "> 0", verdict(gain, 1.0)))  # the paper prints none
+    hard = list(results.paper("table2")["task"].unique())
+    add("random selection, tasks of Table 2 (H2)", "table5", hard)
+    add("random selection, all tasks (H2)", "table5", TASKS)
+    for task in TASKS:
+        add(f"random selection, {task} alone (H2)", "table5", [task], single=True)
+    columns = ("Question", "Method", "Budget", *BACKBONES, "Δ", "Paper Δ", "Verdict")
+    return Table.described("findings", columns, rows, r=results)
+
+
+OPPOSITE = "against the paper"
+
+
+def verdict(gain: Estimate, paper: float) -> str:
+    """Whether a difference has the sign of the paper's, once its interval excludes zero; "" where
+    it was not measured."""
+    if np.isnan(gain.value):
+        return ""
+    if paper == 0 or gain.low <= 0 <= gain.high:
+        return "undecided"
+    return "as in the paper" if np.sign(gain.value) == np.sign(paper) else OPPOSITE
+
+
+def pattern_table(results: Results) -> Table:
     """All patterns as one table."""
     rows = [
         (
@@ -34,71 +93,69 @@ def pattern_table(found: Sequence[Pattern], **where: Any) -> Table:
             str(p.settings),
             *(interval(x, 2, sign="-") for x in (p.gain, p.attention, p.ratplus)),
         )
-        for p in found
+        for p in results.patterns
     ]
     columns = (
         *("Of paper", "Methods", "Decisive", "Measured", "agree", "against", "tied"),
         *("Agreement, %", "Settings", "ρ of gain", "ρ of Attention", "ρ of RAT+"),
     )
-    where |= {"decisive": f"{DECISIVE:g}", "fewest": FEWEST}
-    return Table.described("pattern", columns, rows, **where)
+    limits: dict[str, Any] = {"decisive": f"{DECISIVE:g}", "fewest": FEWEST}
+    return Table.described("pattern", columns, rows, r=results, **limits)
 
 
-def against_table(frame: pd.DataFrame, paper_table: str, **where: Any) -> Table:
-    """`cell_by_cell` as a table to read."""
-    numbers = {"paper": 1, "paper std": 2, "measured": 1, "measured std": 2, "difference": 1}
-    setting = ("method", "block_size", "top_k", "budget", "selector", "backbone", "task")
-    counts = ("n", "trainings", "seeds")
+def against_table(results: Results, name: str) -> Table:
+    """`compare` as a table to read."""
+    texts = ("method", "paper_block", "top_k", "budget", "selector", "backbone", "task")
+    numbers = {"accuracy": 1, "std": 2, "measured": 1, "measured_std": 2, "difference": 1}
     rows = [
         (
-            *(str(row[name]) for name in setting),
-            *(number(row[name], digits) for name, digits in numbers.items()),
-            *(MISSING if pd.isna(row[name]) else str(row[name]) for name in counts),
+            *(str(row[column]) for column in texts),
+            *(number(row[column], digits) for column, digits in numbers.items()),
+            *(MISSING if pd.isna(row[x]) else str(row[x]) for x in ("n", "trainings", "seeds")),
             number(row["budget_measured"], 3),
         )
-        for row in frame.to_dict("records")
+        for row in results.compared(name).to_dict("records")
     ]
     columns = (
-        *("Method", "Paper block", "Paper k", "Budget", "Selector", "Backbone", "Task"),
-        *("Paper", "Paper std", "measured", "std", "difference", *counts, "Kept"),
+        *("Method", "Paper block", "Paper k", "Budget", "Selector", "Backbone", "Task", "Paper"),
+        *("Paper std", "measured", "std", "difference", "n", "trainings", "seeds", "Kept"),
     )
-    return Table.described("against", columns, rows, group=0, table=paper_table[-1], **where)
+    return Table.described("against", columns, rows, group=0, r=results, table=name[-1])
 
 
-def heads_table(curves: pd.DataFrame, rates: pd.DataFrame, **where: Any) -> Table:
-    """The best head, and the mean of all heads, of both backbones: setting × (tasks and mean).
-
-    curves: from `rank_curves`; rates: the rows of `hit_rates` that it was made from.
-    """
-    ranked, rows = ranked_heads(rates), []
-    for setting, here in curves[curves["rank"] == 1].groupby(SETTING, sort=False):
+def heads_table(results: Results, method: str) -> Table:
+    """The best head, and the mean of all heads, of both backbones: setting × (tasks and mean)."""
+    curves = select(results.curves, {"method": method, "rank": 1})
+    ranked, rows = ranked_heads(results.rates), []
+    for setting, here in curves.groupby(SETTING, sort=False):
         by_task = here.set_index("task").reindex([*TASKS, MEAN])
         mean = by_task.loc[MEAN]
         gap = _difference(mean)
         for backbone in BACKBONES:
-            place = dict(zip(SETTING, setting, strict=True)) | {"backbone": backbone}
-            mine = select(ranked, place)
+            mine = ranked[(ranked[[*SETTING, "backbone"]] == [*setting, backbone]).all(axis=1)]
             best = mine[mine["rank"] == 1].sort_values("training")
+            gains = (number(gap.value, sign="+"), bounds(gap)) if backbone == "RAT+" else ("", "")
             rows.append(
                 (
                     *map(str, setting),
                     backbone,
-                    *(number(by_task.loc[task, backbone]) for task in TASKS),
-                    plus_minus(mean[backbone], mean_std(best["hit_rate"])[1]),
-                    *((number(gap.value, sign="+"), bounds(gap)) if backbone == "RAT+" else _NONE),
+                    *(number(x) for x in by_task.loc[list(TASKS), backbone]),
+                    plus_minus(mean[backbone], best["hit_rate"].std()),
+                    *gains,
                     ", ".join(f"{head.layer}.{head.head}" for head in best.itertuples()),
                     number(mine["hit_rate"].mean()),
                     f"{mean['n']:.0f}",
                 )
             )
     columns = (*_PLACE, *TASKS, "Best of mean", "Δ", "Δ 95 %", "Head", "All heads", "n")
-    return Table.described("heads", columns, rows, **where)
+    return Table.described("heads", columns, rows, r=results)
 
 
-def top_heads_table(curves: pd.DataFrame, **where: Any) -> Table:
+def top_heads_table(results: Results, method: str) -> Table:
     """The heads of the first ranks on the mean of the tasks, and their difference, by setting."""
+    curves = select(results.curves, {"method": method, "task": MEAN})
+    top = curves[curves["rank"] <= TOP].sort_values("rank")
     rows: list[tuple[str, ...]] = []
-    top = curves[(curves["task"] == MEAN) & (curves["rank"] <= TOP)].sort_values("rank")
     for setting, here in top.groupby(SETTING, sort=False):
         texts = {backbone: [number(x) for x in here[backbone]] for backbone in BACKBONES}
         texts[GAP] = [interval(_difference(row)) for row in here.to_dict("records")]
@@ -106,36 +163,72 @@ def top_heads_table(curves: pd.DataFrame, **where: Any) -> Table:
         rows += [(*map(str, setting), side, *text, n) for side, text in texts.items()]
     ranks = sorted(top["rank"].unique())
     columns = (*_PLACE, *(f"rank {rank}" for rank in ranks), "n")
-    return Table.described("top_heads", columns, rows, len(SETTING), count=len(ranks), **where)
+    return Table.described("top_heads", columns, rows, len(SETTING), r=results, count=len(ranks))
 
 
-def selector_table(
-    means: pd.DataFrame, cells: pd.DataFrame, accuracy: str = "exact", **where: Any
-) -> Table:
-    """`selector_means` to read: one row a setting and backbone, and one for their gap.
-
-    cells: rows of `tidy`, for the deviation over trainings or seeds; accuracy: their column.
-    """
+def selector_table(results: Results) -> Table:
+    """`selector_means` to read: one row a setting and backbone, and one for their gap."""
+    random = results.cells[results.cells["selector"] == "random"]
     rows: list[tuple[str, ...]] = []
-    for setting, here in means.groupby(SETTING, sort=False):
-        found = {row["name"]: row for row in here.to_dict("records")}
-        random = cells[(cells[SETTING] == list(setting)).all(axis=1)]
-        random = random[random["selector"] == "random"]
-        for side in (*BACKBONES, "gap"):
-            row = [*map(str, setting), GAP if side == "gap" else side]
+    for setting, here in results.selector_means.groupby(SETTING, sort=False):
+        estimates = here.set_index(["side", "selector"])["estimate"].to_dict()
+        for side in (*BACKBONES, GAP):
+            texts = []
             for kind in (*SELECTORS, "selection"):
-                x = found.get(f"{side} {kind}")
+                x = estimates.get((side, kind))
                 if x is None:
-                    row.append("" if (side, kind) == ("gap", "selection") else MISSING)
-                elif side == "gap" or kind == "selection":
-                    row.append(interval(Estimate(x["value"], x["low"], x["high"])))
+                    texts.append("" if (side, kind) == (GAP, "selection") else MISSING)
+                elif side == GAP or kind == "selection":
+                    texts.append(interval(x))
                 else:
-                    mine = random[random["backbone"] == side]
-                    std = spread(mine, accuracy).std if kind == "random" else np.nan
-                    row.append(plus_minus(x["value"], std))
-            rows.append((*row, str(here["n"].min())))
+                    mine = random[(random[[*SETTING, "backbone"]] == [*setting, side]).all(axis=1)]
+                    std = spread(mine, results.scorer).std if kind == "random" else np.nan
+                    texts.append(plus_minus(x.value, std))
+            rows.append((*map(str, setting), side, *texts, str(here["n"].min())))
     columns = (*_PLACE, *SELECTORS.values(), "Selection", "n")
-    return Table.described("selectors", columns, rows, len(SETTING), **where)
+    return Table.described("selectors", columns, rows, len(SETTING), r=results)
+
+
+def model_table(
+    samples: pd.DataFrame, models: Sequence[str], methods: Sequence[str], **setting: Any
+) -> Table:
+    """Models side by side: the mean over the tasks under each method, over the samples that all
+    models answered, and how far each model is from the first.
+
+    samples: rows of `sample_scores`; setting: their tier, budget, seed, first_token and
+    protocol.
+    """
+    draws = Bootstrap(samples, SCORERS[0], ["method", "model"])
+    rows = []
+    for model in models:
+        row = [model]
+        for method in methods:
+            groups = [(method, name) for name in models]
+            own: np.ndarray = 100 * draws.mean((method, model), among=groups)
+            first: np.ndarray = 100 * draws.mean((method, models[0]), among=groups)
+            gain = "" if model == models[0] else interval(Estimate.of(own - first))
+            row += [number(float(own[0])), gain]
+        rows.append(tuple(row))
+    names = [METHODS.get(method, method) for method in methods]
+    columns = ("Model", *(column for name in names for column in (name, f"Δ {name}")))
+    n = min(draws.count(t, [(x, m) for m in models]) for x in methods for t in draws.tasks)
+    about = setting | {"trainings": sorted(map(int, samples["training"].unique()))}
+    return Table.described("models", columns, rows, group=0, r=about, n=n, first_model=models[0])
+
+
+def random_table(cells: pd.DataFrame, tasks: Iterable[str], **values: Any) -> Table:
+    """One model and setting: a row a selector, a column a task, mean ± std over selector seeds.
+
+    cells: rows of `tidy`; values: what the title says of the setting.
+    """
+    rows = []
+    for name in ("random", "topk", "oracle"):
+        side = cells[cells["selector"] == name]
+        parts = [*(side[side["task"] == task] for task in tasks), side]
+        texts = [plus_minus(*spread(part, SCORERS[0])[:2]) for part in parts]
+        rows.append((name, *texts, str(side["n"].min()), str(side["selector_seed"].nunique())))
+    columns = ("Selector", *tasks, "Mean", "n", "seeds")
+    return Table.described("random", columns, rows, group=0, **values)
 
 
 def cost_table(cost: pd.DataFrame) -> Table:
@@ -155,6 +248,3 @@ def cost_table(cost: pd.DataFrame) -> Table:
 def _difference(row: Any) -> Estimate:
     """RAT+ minus Attention in a row of `rank_curves`."""
     return Estimate(row["difference"], row["difference low"], row["difference high"])
-
-
-_NONE = ("", "")

@@ -10,12 +10,11 @@ from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM, config_for
 from ratplus_exp.models.loading import (
     SPECIAL_TOKENS,
     read_tokenizer,
-    weight_files,
     weights_digest,
 )
 from ratplus_exp.models.p2_checkpoint import from_p2, read_p2
 from ratplus_exp.stages.common import resolve
-from ratplus_exp.stages.train import save_model
+from ratplus_exp.stages.train import refuse_target, save_model
 
 
 def run(cfg: DictConfig) -> None:
@@ -29,8 +28,7 @@ def run(cfg: DictConfig) -> None:
             "of docs/models.md"
         )
     target = resolve(cfg.model.path)
-    if weight_files(target)[0].exists():
-        raise ValueError(f"{target} holds a model already: delete the folder or set model.path")
+    refuse_target(target)
     tokenizer = None
     if cfg.stage.tokenizer:
         tokenizer = read_tokenizer(resolve(cfg.stage.tokenizer), config.vocab_size)

@@ -18,7 +18,6 @@ from ratplus_exp.stages.common import job_folder, model_name
 from ratplus_exp.stages.runner import fill_missing
 from ratplus_exp.store import Cell, Store
 from ratplus_exp.tasks import Sample, exact, substring
-from ratplus_exp.tracking import log_frame
 from ratplus_exp.training.parallel import rank
 
 
@@ -134,5 +133,5 @@ def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
 
 def _log(tracker: Any, frame: pd.DataFrame) -> None:
     accuracy = {f"accuracy/{r.task}": r.exact for r in frame.itertuples()}
-    tracker.summary.update(accuracy | {"accuracy/mean": float(frame[SCORERS[0]].mean())})
-    log_frame(tracker, "cells", frame)
+    mean = float(frame[SCORERS[0]].mean())
+    tracker.log(accuracy | {"accuracy/mean": mean, "cells": frame})

@@ -25,21 +25,21 @@ from ratplus_exp.report.prose import number
 from ratplus_exp.stages.cells import Job, Records, selector_of
 from ratplus_exp.stages.common import job_folder, model_name
 from ratplus_exp.stages.runner import fill_missing
+from ratplus_exp.store import write_atomically
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.golden import golden_answer
-from ratplus_exp.tracking import log_frame
 from ratplus_exp.training.parallel import rank
 
 
 def run(cfg: DictConfig) -> None:
     """Run the cells that are missing, and print and write the heads' hit rates."""
     job = Job(cfg, HitRate())
-    fill_missing(job, lambda tracker: log_frame(tracker, "hit_rate", _frame(job)))
+    fill_missing(job, lambda tracker: tracker.log({"hit_rate": _frame(job)}))
     if rank() > 0:
         return
     frame = _frame(job)
     table = _table(cfg, frame)
-    frame.to_csv(job_folder() / "hit_rate.csv", index=False)
+    write_atomically(job_folder() / "hit_rate.csv", frame.to_csv(index=False))
     table.write(job_folder(), "heads")
     print(table.to_text())
     print(f"Written to {job_folder()}/hit_rate.csv and heads.md, .csv and .tex.")

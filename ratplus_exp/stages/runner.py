@@ -26,6 +26,7 @@ from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import device_of, job_folder
 from ratplus_exp.stages.samples import Samples
+from ratplus_exp.store import warn
 from ratplus_exp.tracking import tracked
 from ratplus_exp.training.parallel import (
     barrier,
@@ -181,7 +182,7 @@ def _sharing(
     row = 2 * Shape.of(model).kv_bytes(cfg.data.length, model.dtype.itemsize)
     fits = int(max(1, min(size, memory // row)))
     if fits < size:
-        _say(f"{size} prefilled prompts need more than {memory / 1e9:.2g} GB: {fits} at a time.")
+        warn(f"{size} prefilled prompts need more than {memory / 1e9:.2g} GB: {fits} at a time.")
     window = max(job.method.forced if job.method.phase == "once" else 0 for job in jobs)
     return (window, reserve_of(cfg, task)), fits
 
@@ -191,12 +192,6 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-@cache
-def _say(text: str) -> None:
-    """Once a process."""
-    tqdm.write(text)
 
 
 @contextmanager

@@ -1,30 +1,33 @@
-"""stage=sweep: all cells that some tables and figures need, then the tables and figures.
+"""Stages that run grids of cells: sweep, ablation and random_selector.
 
 What a sweep runs is data: `stage.cells` in conf/experiment/table2.yaml and its neighbours, one
 entry a grid, its lists multiplied out and run for each of `stage.trainings` of `stage.models`, or
 for the one model of the configuration. Finished cells are skipped; a sweep that was killed goes on
-where it stood.
+where it stood. The cells of all three are those of stage=eval and stage=hit_rate, so they share
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from ratplus_exp.config import plain, validate
+from ratplus_exp.analysis import sample_scores, tidy
+from ratplus_exp.config import plain, validate, validate_method
 from ratplus_exp.report import Table
+from ratplus_exp.report.tables import model_table, random_table
 from ratplus_exp.stages import report
 from ratplus_exp.stages.cells import Job, MeasuringStage
-from ratplus_exp.stages.common import job_folder, option
+from ratplus_exp.stages.common import job_folder, model_name, option
 from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
 from ratplus_exp.stages.pool import fill_jobs, refuse
 from ratplus_exp.store import Cell
 from ratplus_exp.tasks.source import QA_FILES, no_file
-from ratplus_exp.tracking import log_table, tracked
+from ratplus_exp.tracking import tracked
 
 MEASURING: dict[str, MeasuringStage] = {"eval": Accuracy(), "hit_rate": HitRate()}
 
@@ -36,25 +39,55 @@ def run(cfg: DictConfig) -> None:
     refuse(failed)
 
 
+def ablation(cfg: DictConfig) -> None:
+    """stage=ablation: models side by side at one budget, dense and under each method."""
+    setting = {name: cfg[name] for name in ("budget", "seed")} | {"tier": cfg.model.tier}
+    setting |= {name: cfg.stage[name] for name in ("first_token", "protocol")}
+    samples = sample_scores(_filled(cfg))
+    _show(cfg, model_table(samples, cfg.stage.models, cfg.stage.methods, **setting))
+
+
+def random_selector(cfg: DictConfig) -> None:
+    """stage=random_selector: H2 for one model, method and budget.
+
+    The selector is swapped for a uniformly random one of equal size and nothing else: forced
+    candidates are kept, Quest draws anew at every decoding step, layer and head, SnapKV once after
+    the prompt, MoBA for every prompt token. Beside it the method's own choice, and an oracle.
+    """
+    if validate_method(cfg).phase is None:
+        raise ValueError(
+            f"stage=random_selector needs a method that selects, not {cfg.method.name}: "
+            "use quest, moba or snapkv"
+        )
+    cfg = cfg.copy()
+    cfg.stage.models = []  # one model, whatever the pair
+    cells = tidy(_filled(cfg))
+    setting = {"method": cfg.method.name, "budget": cells["budget"].iloc[0]}
+    _show(cfg, random_table(cells, list(cfg.data.tasks), model=model_name(cfg), **setting))
+
+
 def job_of(cfg: DictConfig) -> Job:
     """The job of a configuration of one of the measuring stages."""
     return Job(cfg, MEASURING[cfg.stage.name])
 
 
-def run_table(cfg: DictConfig, make: Callable[[DictConfig, list[Cell]], Table]) -> None:
-    """Run what is missing, then print and write the one table that `make` makes of these cells
-    alone; ValueError if some are still missing."""
+def _filled(cfg: DictConfig) -> list[Cell]:
+    """The cells of `stage.cells`, after running what was missing; ValueError if some still are."""
     jobs = [job_of(job) for job in expand(cfg)]
     refuse(fill_jobs(cfg, jobs))
     if any(job.missing() for job in jobs):
         raise ValueError("another process still writes some of the cells: run this again after it")
-    table = make(cfg, list({c.id: c for job in jobs for c in job.cells.values()}.values()))
+    return list({cell.id: cell for job in jobs for cell in job.cells.values()}.values())
+
+
+def _show(cfg: DictConfig, table: Table) -> None:
+    """Print and write the one table of a stage."""
     name = cfg.stage.name
     table.write(job_folder(), name)
     print(table.to_text())
     print(f"Written to {job_folder()}/{name}.md, .csv and .tex.")
     with tracked(cfg, job_folder()) as tracker:
-        log_table(tracker, name, table)
+        tracker.log({name: table})
 
 
 def expand(cfg: DictConfig) -> list[DictConfig]:
@@ -91,7 +124,7 @@ def _multiply(grid: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
     """A sweep's own configuration with the fields of one entry; stage=eval if it names none.
 
-    blocks: how many blocks a context has, which is how P1's block sizes carry over to any tier.
+    blocks: how many blocks a context has: the paper's block sizes, at any length.
     examples: at most so many a task.
     """
     job = cfg.copy()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -125,6 +126,7 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
         if weight_files(target)[0].exists():
             print(f"Trained already: {target}. Delete the folder to train again.")
             return
+        refuse_target(target)
         with processes(device):
             model = _model(cfg, tokenizer)
             if settings.precision == "auto":
@@ -171,10 +173,20 @@ def save_model(
     """All of a model's files, or none. weights: where the model's own are spread over processes."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, state_dict=weights)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    os.replace(partial, target)
+    try:
+        model.save_pretrained(partial, state_dict=weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        os.replace(partial, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"cannot write {target} ({error}): make room, then run it again") from None
+
+
+def refuse_target(target: Path) -> None:
+    """ValueError, before any work, for a folder that `save_model` could not replace."""
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is there already: delete the folder or choose another one")
 
 
 def _tokenizer(cfg: DictConfig) -> Tokenizer:

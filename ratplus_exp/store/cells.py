@@ -11,6 +11,10 @@
 They are written in this order. Whoever sees `done` may trust the rest. The number of samples is not
 part of the key: a later run that wants more extends the same cell. Samples are told apart by id
 alone, so it does not matter which file one is in, nor how many processes wrote them.
+
+What no kill can leave, as an empty file, is damage. Such a cell counts as missing, with a warning
+that names the file. Its next run keeps the folder as <folder>.damaged and begins anew; where only
+metrics.json or done is damaged, it computes them again.
 """
 
 from __future__ import annotations
@@ -21,15 +25,17 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import FileIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ratplus_exp.store.files import locked, sync, write_atomically
+from ratplus_exp.store.files import locked, naming, sync, warn, write_atomically
 
 FORMAT = 2
 """Part of every hash. Raise it when the same key comes to mean other numbers."""
+DAMAGED = ".damaged"  # in the name of a folder that is not read any more
 
 
 class Store:
@@ -45,20 +51,22 @@ class Store:
     def cells(self, stage: str = "*") -> Iterator[Cell]:
         """All cells that were ever opened, finished or not, in the order of their names.
 
-        Raises:
-            ValueError: a config.json was changed by hand, so that it belies its folder's name.
+        A config.json that is damaged, or belies its folder's name, is left out with a warning.
         """
         for path in sorted(self.root.glob(f"{stage}/*/config.json")):
-            config = json.loads(path.read_text(encoding="utf-8"))
-            if config["format"] != FORMAT:
+            if DAMAGED in path.parent.name:
                 continue
-            cell = self.cell(config["key"])
-            if cell.path != path.parent:
-                raise ValueError(
-                    f"{path} does not match its folder's name (expected {cell.path.name}): "
-                    "delete the folder and run the cell again"
-                )
-            yield cell
+            try:
+                config = _read_json(path)
+                if config["format"] != FORMAT:
+                    continue
+                cell = self.cell(config["key"])
+            except (ValueError, KeyError, TypeError):
+                cell = None
+            if cell is None or cell.path != path.parent:
+                _warn_of(f"{path} is no configuration of this folder's cell")
+            else:
+                yield cell
 
 
 class Cell:
@@ -98,20 +106,21 @@ class Cell:
         Raises:
             StoreBusy: another process holds the cell.
             OSError: the folder can't be written or locked.
-            ValueError: config.json has another key, or samples.jsonl is damaged inside.
         """
         assert self._file is None, "the cell is open already"
-        with locked(self.path):
-            config = self._read_json("config.json") or {"format": FORMAT, "provenance": []}
-            if _canonical(config.setdefault("key", self.key)) != _canonical(self.key):
-                raise ValueError(
-                    f"{self.path} holds the results of another key: "
-                    "delete the folder and run the cell again"
-                )
-            config["provenance"].append({**provenance, "from_sample": len(self.records())})
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.path))
+            try:
+                before = len(self._samples())
+            except ValueError:
+                self._set_aside()
+                stack.enter_context(locked(self.path))
+                before = 0
+            past = [*self._past(), {**provenance, "from_sample": before}]
+            config = {"format": FORMAT, "key": self.key, "provenance": past}
             self._write_json("config.json", config)
-            with self._appending(self.path / "samples.jsonl"):
-                yield self
+            stack.enter_context(self._appending(self.path / "samples.jsonl"))
+            yield self
 
     @contextmanager
     def open_share(self, rank: int) -> Iterator[Cell]:
@@ -144,12 +153,13 @@ class Cell:
         rest = memoryview("".join(lines).encode())
         if not rest:
             return
-        if self.done():
-            (self.path / "done").unlink(missing_ok=True)  # by another rank
+        if (done := self.path / "done").exists():
+            done.unlink(missing_ok=True)  # by another rank
             sync(self.path)
-        while rest:
-            rest = rest[self._file.write(rest) :]
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
         self._ids |= ids
 
     def finish(self, metrics: dict[str, Any]) -> None:
@@ -165,41 +175,82 @@ class Cell:
         self._write_json("done", {"n": n})
 
     def records(self) -> dict[Any, dict[str, Any]]:
-        """Whole samples by id, a file after the other in the order of writing; needs no lock."""
-        found: dict[Any, dict[str, Any]] = {}
-        for path in sorted(self.path.glob("samples*.jsonl")):
-            found = _read_samples(path)[0] | found
-        return found
+        """Whole samples by id, a file after the other in the order of writing; needs no lock. None,
+        with a warning, of a damaged cell."""
+        try:
+            return self._samples()
+        except ValueError as error:
+            _warn_of(str(error))
+            return {}
 
     def metrics(self) -> dict[str, Any]:
         """What `finish` was given, with n; empty if there is none."""
-        return self._read_json("metrics.json") or {}
+        return _read_json(self.path / "metrics.json")
 
     def provenance(self) -> list[dict[str, Any]]:
         """One entry for each time the cell was opened, oldest first."""
-        return (self._read_json("config.json") or {"provenance": []})["provenance"]
+        return self._past()
 
     def done(self) -> int:
-        """Number of samples that the metrics cover; 0 if the cell isn't done."""
-        return (self._read_json("done") or {"n": 0})["n"]
+        """Number of samples that the metrics cover; 0 if the cell isn't done or is damaged."""
+        try:
+            n = _read_json(self.path / "done").get("n", 0)
+            if n and not n == self.metrics().get("n") == len(self._samples()):
+                raise ValueError(f"{self.path / 'done'} belies the samples or metrics.json")
+        except ValueError as error:
+            _warn_of(str(error))
+            return 0
+        return n
 
     def is_done(self, n: int) -> bool:
         """Whether the cell was finished with at least n samples."""
         return self.done() >= n
 
-    def _read_json(self, name: str) -> dict[str, Any] | None:
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+    def _past(self) -> list[dict[str, Any]]:
+        """Provenance; ValueError if config.json is damaged."""
+        config = _read_json(self.path / "config.json")
+        past = config.get("provenance", [])
+        if config and not (past and _text(config.get("key")) == _text(self.key)):
+            raise ValueError(f"{self.path / 'config.json'} is no configuration of this cell")
+        return past
+
+    def _samples(self) -> dict[Any, dict[str, Any]]:
+        """`records`; ValueError, naming the file, if the cell is damaged."""
+        self._past()
+        found: dict[Any, dict[str, Any]] = {}
+        for path in sorted(self.path.glob("samples*.jsonl")):
+            found = _read_samples(path)[0] | found
+        return found
+
+    def _set_aside(self) -> None:
+        aside = (self.path.with_name(f"{self.path.name}{DAMAGED}{i}") for i in count(1))
+        self.path.rename(next(path for path in aside if not path.exists()))
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         write_atomically(self.path / name, text)
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """A file's fields, none where there is no file; ValueError if it is damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError:  # also UnicodeDecodeError
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not whole")
+    return content
+
+
+def _warn_of(problem: str) -> None:
+    warn(f"{problem}: the cell counts as missing; run its job again, or delete its folder")
+
+
 def _read_samples(path: Path) -> tuple[dict[Any, dict[str, Any]], int]:
-    """Whole records of one file by id, and the number of bytes that they take."""
+    """Whole records of one file by id, and the number of bytes that they take; ValueError for what
+    a kill can't do: a line that is no sample before one that is, or a sample twice."""
     records: dict[Any, dict[str, Any]] = {}
     size, torn = 0, 0
     if not path.exists():
@@ -209,13 +260,10 @@ def _read_samples(path: Path) -> tuple[dict[Any, dict[str, Any]], int]:
             record = _parse(line)
             if record is None:
                 torn = torn or number
-            elif torn:  # a kill can't do this, so nothing is thrown away unasked
-                raise ValueError(
-                    f"line {torn} of {path} is not a sample, but later ones are: "
-                    "delete that line (its sample is run again)"
-                )
+            elif torn or record["id"] in records:
+                problem = f"line {torn} is no sample" if torn else f"{record['id']} stands twice"
+                raise ValueError(f"{path} is damaged: {problem}")
             else:
-                assert record["id"] not in records, f"{record['id']} twice in {path}"
                 records[record["id"]] = record
                 size += len(line)
     return records, size
@@ -229,7 +277,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:  # also UnicodeDecodeError
         return None
-    return record if isinstance(record, dict) and "id" in record else None
+    return record if isinstance(record, dict) and isinstance(record.get("id"), str | int) else None
 
 
 def _canonical(key: dict[str, Any]) -> str:
@@ -237,12 +285,16 @@ def _canonical(key: dict[str, Any]) -> str:
     if "stage" not in key:
         raise ValueError(f"a cell's key needs a 'stage'; got {sorted(key)}")
     try:
-        return json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return _text(key)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"a cell's key must be plain JSON ({error}): pass str, int, finite float, bool, None, "
             "list and dict only"
         ) from error
+
+
+def _text(key: Any) -> str:
+    return json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def _readable(key: dict[str, Any]) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 class StoreBusy(OSError):
@@ -46,24 +50,51 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise unwritable(error) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        with naming(folder / "lock"):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+        remove_drafts(folder)
         try:
             yield
         finally:  # closing would not do while a forked child (a data worker) has it too
             fcntl.flock(lock, fcntl.LOCK_UN)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file (UTF-8) such that readers and crashes see the old one or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file (text in UTF-8) such that readers and crashes see the old one or the new one."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with draft.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with naming(path), draft.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what killed processes left of `write_atomically`, where no other one writes."""
+    for draft in folder.glob(".*.tmp"):
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside names the path; a full disk's does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@cache
+def warn(text: str) -> None:
+    """One line on stderr, once a process."""
+    tqdm.write(f"warning: {' '.join(text.split())}", file=sys.stderr)
 
 
 def sync(folder: Path) -> None:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ratplus_exp.cost import Shape, attended_keys, peak_tflops
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine, Method, Uncounted
-from ratplus_exp.store.files import write_atomically
+from ratplus_exp.store.files import naming, write_atomically
 from ratplus_exp.training import parallel
 from ratplus_exp.training.batches import Batches, BatchOf
 from ratplus_exp.training.checkpoint import Checkpoints
@@ -244,7 +244,8 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _write_log(self, row: dict[str, Any]) -> None:
-        with (self.folder / "log.jsonl").open("a") as file:
+        log = self.folder / "log.jsonl"
+        with naming(log), log.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.log(row)
 

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ratplus_exp.store.files import naming
 from ratplus_exp.workers import Workers
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}  # of the datasets package
@@ -119,7 +121,8 @@ def _write_shard(
     partial, note = target.with_suffix(".partial"), target.with_suffix(".json")
     done = json.loads(note.read_text()) if note.exists() else {"documents": 0, "tokens": 0}
     stream = _open(source).shard(count, index).skip(done["documents"])
-    with partial.open("r+b" if done["documents"] else "wb") as file:
+    mode = "r+b" if done["documents"] else "wb"
+    with _blaming(source, count, index), naming(partial), partial.open(mode) as file:
         file.truncate(done["tokens"] * dtype.itemsize)  # what was written after the last note
         file.seek(0, os.SEEK_END)
         for batch in stream.iter(batch_size=DOCUMENTS):
@@ -144,22 +147,40 @@ def _write_shard(
     return done["tokens"]
 
 
+@contextmanager
+def _blaming(source: Source, count: int, index: int) -> Iterator[None]:
+    """Name the file of a shard that cannot be read, or the data set where it is of several."""
+    try:
+        yield
+    except ValueError as error:  # datasets' and the tokenizer's name none
+        files = _files(source)
+        where = files[index] if len(files) == count else source.path
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(f"{where} cannot be used ({text}): mend or remove it") from None
+
+
+def _files(source: Source) -> list[Path]:
+    """Of a folder, all of one kind; of a data set on the hub, none."""
+    path = Path(source.path).expanduser()
+    if not path.is_dir():
+        return []
+    kinds = [files for kind in BUILDERS if (files := sorted(path.rglob(f"*{kind}")))]
+    if len(kinds) != 1:
+        found = " and ".join(files[0].suffix for files in kinds) or "no"
+        raise ValueError(
+            f"{path} holds {found} files: corpus.path must be a folder of one kind of "
+            f"{', '.join(BUILDERS)}"
+        )
+    return kinds[0]
+
+
 def _open(source: Source) -> Any:
     """The source as a datasets.IterableDataset, which reads as it goes."""
     import datasets  # seconds to import, and only here
 
-    path = Path(source.path).expanduser()
-    if path.is_dir():
-        kinds = {kind: sorted(path.rglob(f"*{kind}")) for kind in BUILDERS}
-        kinds = {kind: files for kind, files in kinds.items() if files}
-        if len(kinds) != 1:
-            raise ValueError(
-                f"{path} holds {' and '.join(kinds) or 'no'} files: corpus.path must be a folder "
-                f"of one kind of {', '.join(BUILDERS)}"
-            )
-        [(kind, files)] = kinds.items()
+    if files := _files(source):
+        kind, names = files[0].suffix, [str(file) for file in files]
         how = {"sample_by": "document"} if kind == ".txt" else {}
-        names = [str(file) for file in files]
         return datasets.load_dataset(
             BUILDERS[kind], data_files=names, split="train", streaming=True, **how
         )

@@ -9,15 +9,12 @@ import pandas as pd
 import pytest
 
 from ratplus_exp.analysis.bootstrap import (
+    Bootstrap,
     Estimate,
-    difference,
-    mean_std,
     over_trainings,
-    resample,
     sample_counts,
-    training_weights,
+    spread,
 )
-from ratplus_exp.analysis.spread import spread
 
 QUANTILES = (0.025, 0.975)
 SIDES = ("RAT+", "Attention")
@@ -34,7 +31,8 @@ def rows(scores: np.ndarray, side: str, task: str, trainings=None) -> pd.DataFra
 
 
 def gain(samples, tasks=("S-1", "MQ"), n_boot=10_000) -> Estimate:
-    return difference(samples, "exact", "backbone", SIDES, tasks, n_boot=n_boot)
+    draws = Bootstrap(samples, "exact", ["backbone"], n_boot)
+    return draws.gain(*((side,) for side in SIDES), tasks)
 
 
 def every_way(scores: dict[str, np.ndarray]) -> np.ndarray:
@@ -104,7 +102,7 @@ def test_trainings_of_one_number_are_paired():
 def test_a_backbone_of_one_training_beside_one_of_three():
     scores = np.array([[0.2], [0.5], [0.8]]) + np.zeros((3, 30))
     frame = pd.concat([rows(scores, "RAT+", "MQ"), rows(scores[:1], "Attention", "MQ")])
-    found = resample(frame, "exact", ["backbone"])
+    found = Bootstrap(frame, "exact", ["backbone"])
     alone = Estimate.of(found.mean(("Attention",)))
     assert (alone.value, alone.low, alone.high) == pytest.approx((0.2, 0.2, 0.2))
     x = gain(frame, ["MQ"])
@@ -119,15 +117,15 @@ def test_coverage_of_a_mean_over_many_trainings():
     held = 0
     for _ in range(200):
         scores = generator.normal(size=(12, 1)) + generator.normal(size=(1, 30))
-        found = resample(rows(scores, "RAT+", "MQ"), "exact", ["task"], n_boot=400)
-        x = Estimate.of(found.mean(("MQ",)))
+        found = Bootstrap(rows(scores, "RAT+", "MQ"), "exact", ["backbone"], n_boot=400)
+        x = Estimate.of(found.mean(("RAT+",)))
         held += x.low <= 0 <= x.high
     assert 0.86 <= held / 200 <= 0.98
 
 
 def test_tasks_weigh_alike_whatever_their_size():
     frame = pd.concat([rows(np.ones((1, 10)), "RAT+", "S-1"), rows(np.zeros((1, 1)), "RAT+", "MQ")])
-    assert resample(frame, "exact", ["backbone"]).mean(("RAT+",))[0] == 0.5
+    assert Bootstrap(frame, "exact", ["backbone"]).mean(("RAT+",))[0] == 0.5
 
 
 def test_samples_pair_by_id_and_those_without_a_partner_do_not_count():
@@ -143,7 +141,7 @@ def test_samples_pair_by_id_and_those_without_a_partner_do_not_count():
 
 def test_seeds_of_a_selector_are_averaged_within_a_training():
     draws = [rows(np.array([x]), "RAT+", "MQ") for x in ([1.0, 0.0], [0.0, 0.0])]
-    found = resample(pd.concat(draws), "exact", ["backbone"]).mean(("RAT+",))
+    found = Bootstrap(pd.concat(draws), "exact", ["backbone"]).mean(("RAT+",))
     assert found[0] == 0.25 and set(np.round(found, 6)) == {0, 0.25, 0.5}
 
 
@@ -151,9 +149,10 @@ def test_a_training_that_lacks_a_task_counts_in_the_others():
     frame = pd.concat(
         [rows(np.array([[1.0], [0.0]]), "RAT+", "S-1"), rows(np.array([[1.0]]), "RAT+", "MQ")]
     )
-    found = resample(frame, "exact", ["backbone"]).mean(("RAT+",))
+    found = Bootstrap(frame, "exact", ["backbone"]).mean(("RAT+",))
     assert found[0] == 0.75
-    drawn = training_weights([0, 1])[:, 0]
+    of_training = np.eye(2)[None].repeat(len(found), axis=0)  # which of them were drawn
+    drawn = over_trainings(of_training, [0, 1], [0, 1])[:, 0]
     assert (np.isnan(found) == (drawn == 0)).all() and np.nanmin(found) == 0.75
 
 
@@ -164,7 +163,8 @@ def test_draws_begin_with_what_was_measured_and_come_again():
     assert (counts == sample_counts("MQ", 5, 100)).all()
     assert (counts != sample_counts("S-1", 5, 100)).any()
     assert (counts != sample_counts("MQ", 5, 100, seed=1)).any()
-    weights = training_weights([2, 0, 1], 100)
+    ones = np.eye(3)[None].repeat(101, axis=0)
+    weights = over_trainings(ones, [0, 1, 2], [2, 0, 1])
     assert weights[0] == pytest.approx(1 / 3) and weights.sum(1) == pytest.approx(1)
     means = np.random.default_rng(0).normal(size=(101, 3, 4))
     by_hand = [
@@ -172,12 +172,6 @@ def test_draws_begin_with_what_was_measured_and_come_again():
         for r in range(101)
     ]
     assert over_trainings(means, [0, 1, 2], [0, 1, 2]) == pytest.approx(np.array(by_hand))
-
-
-def test_mean_and_deviation():
-    assert mean_std([1.0, 2.0, 3.0]) == (2.0, 1.0)
-    mean, std = mean_std([4.0])
-    assert mean == 4.0 and np.isnan(std)
 
 
 def test_the_spread_is_over_trainings_or_else_over_seeds():

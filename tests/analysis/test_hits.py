@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ratplus_exp.analysis import TASKS, accuracies, sample_scores, tidy
+from ratplus_exp.analysis import TASKS, accuracies, sample_scores
+from ratplus_exp.analysis.checks import cut_prompts, doubts
 from ratplus_exp.analysis.hits import MEAN, STAGE, hit_rates, rank_curves, ranked_heads
-from ratplus_exp.analysis.sanity import cut_prompts, doubts
-from ratplus_exp.analysis.selectors import selector_means
+from ratplus_exp.report.results import Results
 from ratplus_exp.report.tables import heads_table, selector_table, top_heads_table
 from ratplus_exp.store import Store
 
-WHERE = {"tier": "pocket", "first_token": "prefill", "trainings": [0]}
 SETTING = {"tier": "pocket", "method": "quest", "block_size": 8, "top_k": 4, "budget": "1/16"}
 COMMON = {"seed": 0, "context_length": 512, "first_token": "prefill", "selector_seed": 0}
 
@@ -57,14 +56,13 @@ def test_heads_are_ranked_and_compared(store):
     # Head 1.1 of RAT+ hits in one sample of two: it may be at the top, never above 100.
     third = curves.loc[("S-1", 3)]
     assert (third["RAT+ low"], third["RAT+ high"]) == (0, 50)
-    text = heads_table(curves.reset_index(), rates, **WHERE).to_markdown()
-    assert "| Quest | 8 | 1/16 | RAT+ | 100.0 |" in text and "(first_token=prefill)" in text
-    top = top_heads_table(curves.reset_index(), **WHERE | {"first_token": "decode"})
+    results = Results.read(store, {})
+    assert heads_table(results, "quest").rows[1][:5] == ("quest", "8", "1/16", "RAT+", "100.0")
+    top = top_heads_table(results, "quest")
     assert top.columns[4:] == ("rank 1", "rank 2", "rank 3", "rank 4", "n")
     attention, ratplus, gap = top.rows
     assert attention[3:] == ("Attention", "75.0", "50.0", "0.0", "0.0", "2")
     assert ratplus[4:6] == ("75.0", "25.0") and gap[5] == "−25.0 [−25.0, 0.0]"
-    assert "first token decoded" in top.title
 
 
 def test_samples_pair_by_id_and_models_do_not_mix(store):
@@ -105,14 +103,15 @@ def test_who_selects(store):
         add(store, backbone, 4)
         add(store, backbone, 6, selector="oracle")
         add(store, backbone, 8, **DENSE)
-    means = selector_means(sample_scores(store), "exact", n_boot=200)
-    value = means.set_index("name")["value"]
-    assert value["Attention random"] == 12.5 and value["RAT+ random"] == 37.5
-    assert value["gap random"] == 25 and value["gap topk"] == 0
-    assert value["Attention selection"] == 25 and value["RAT+ dense"] == 100
-    low, high = means.set_index("name").loc["gap random", ["low", "high"]]
-    assert 10 < low < 25 < high < 40
-    table = selector_table(means, tidy(store), **WHERE)
+    results = Results.read(store, {})
+    means = results.selector_means.set_index(["side", "selector"])["estimate"]
+    value = {name: x.value for name, x in means.items()}
+    gap = "RAT+ − Attention"
+    assert value["Attention", "random"] == 12.5 and value["RAT+", "random"] == 37.5
+    assert value[gap, "random"] == 25 and value[gap, "topk"] == 0
+    assert value["Attention", "selection"] == 25 and value["RAT+", "dense"] == 100
+    assert 10 < means[gap, "random"].low < 25 < means[gap, "random"].high < 40
+    table = selector_table(results)
     attention, ratplus, gap = table.rows
     assert attention[3:8] == ("Attention", "12.5±17.7", "50.0", "75.0", "100.0")
     assert gap[3] == "RAT+ − Attention" and gap[4].startswith("+25.0 [") and gap[8] == ""
@@ -124,10 +123,10 @@ def test_what_is_odd_is_doubted(store):
         add(store, backbone, 24, n=40, **DENSE)
         add(store, backbone, 20, n=40)
         add(store, backbone, 23, n=40, budget="1/8", top_k=8)
-    assert doubts(sample_scores(store), "exact") == []
+    assert doubts(Results.read(store, {}).draws) == []
     add(store, "ratplus", 36, n=40, budget="1/32", top_k=2, tasks=["MK-2"])
-    found = doubts(sample_scores(store), "exact")
-    assert {x.setting for x in found} == {("RAT+", "quest", 8, "1/32")}
+    found = doubts(Results.read(store, {}).draws)
+    assert {x.group for x in found} == {("quest", 8, "1/32", "topk", "RAT+")}
     assert [(x.than, x.task) for x in found] == [("dense", None), ("dense", "MK-2"), ("1/16", None)]
     assert [round(x.gain) for x in found] == [30, 30, 40]
     assert all(0 < x.bound < x.gain for x in found)

@@ -9,20 +9,17 @@ import pandas as pd
 import pytest
 
 from ratplus_exp.analysis import pattern
-from ratplus_exp.analysis.bootstrap import Estimate, difference, rank_correlation
-from ratplus_exp.analysis.pattern import cell_by_cell
-from ratplus_exp.report import paper_means, paper_tables
-from ratplus_exp.report.tables import pattern_table
+from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, rank_correlation
+from ratplus_exp.analysis.frame import GROUP
+from ratplus_exp.analysis.pattern import compare, scaled
+from ratplus_exp.report import paper_tables
 
 CONTEXT = 512
 
 
 def patterns(table: str, samples: pd.DataFrame, score: str, n_boot: int):
-    return pattern.patterns(paper_tables(table), samples, score, n_boot)
-
-
-def gain(samples: pd.DataFrame, score: str, tasks):
-    return difference(samples, score, "backbone", ("RAT+", "Attention"), tasks)
+    draws = Bootstrap(samples, score, GROUP, n_boot)
+    return pattern.patterns(scaled(paper_tables(table), CONTEXT), draws)
 
 
 def measured(table: str, accuracy, n: int = 8) -> pd.DataFrame:
@@ -71,10 +68,6 @@ def test_signs_are_counted_over_decisive_cells_alone():
     assert (whole.agree, whole.against, whole.tied) == tuple(expected.values())
     assert whole.agreement.value == pytest.approx(100 * expected["quest"] / 53)
     assert methods[0].agreement.value == 100 and methods[1].agreement.value == 0
-    text = pattern_table(
-        [whole, *methods], tier="pocket", first_token="prefill", trainings=[0]
-    ).to_markdown()
-    assert "| Table 3 | all | 53 |" in text and "not the paper's scale" in text
 
 
 def test_the_papers_own_numbers_agree_and_correlate_fully():
@@ -82,7 +75,7 @@ def test_the_papers_own_numbers_agree_and_correlate_fully():
     (whole, *_) = patterns("table3", samples, "exact", n_boot=20)
     assert whole.agreement.value == 100
     assert whole.gain.value == pytest.approx(1) and whole.attention.value == pytest.approx(1)
-    assert whole.settings == len(paper_means("table3")) == 12
+    assert whole.settings == 12
 
 
 def test_few_settings_have_no_rank_correlation():
@@ -94,12 +87,13 @@ def test_few_settings_have_no_rank_correlation():
 
 def test_the_gain_pairs_samples_and_wants_every_task():
     samples = measured("table3", lambda cell: 0.5 + 0.25 * (cell["backbone"] == "RAT+"))
-    one = samples[(samples["method"] == "quest") & (samples["budget"] == "1/4")]
-    found = gain(one, "exact", ["S-1", "MQ"])
-    assert found.value == 25 and 0 < found.low < 25 < found.high
-    gone = one[(one["task"] != "MQ") | (one["backbone"] != "RAT+")]
-    assert np.isnan(gain(gone, "exact", ["S-1", "MQ"]).value)
-    assert gain(gone, "exact", ["S-1"]).value == 25
+    sides = [("quest", 8, "1/4", "topk", b) for b in ("RAT+", "Attention")]
+    gain = Bootstrap(samples, "exact", GROUP).gain(*sides, ["S-1", "MQ"])
+    assert gain.value == 25 and 0 < gain.low < 25 < gain.high
+    lacking = samples[(samples["task"] != "MQ") | (samples["backbone"] != "RAT+")]
+    draws = Bootstrap(lacking, "exact", GROUP)
+    assert np.isnan(draws.gain(*sides, ["S-1", "MQ"]).value)
+    assert draws.gain(*sides, ["S-1"]).value == 25
 
 
 def test_what_is_not_measured_does_not_count():
@@ -153,10 +147,10 @@ def test_cell_by_cell_beside_the_paper():
             for i, a in enumerate((10.0, 14.0))
         ]
     )
-    frame = cell_by_cell(paper_tables("table5"), cells, "exact")
+    frame = compare(scaled(paper_tables("table5"), CONTEXT), cells, "exact")
     assert len(frame) == 48 and frame["measured"].notna().sum() == 1
     row = frame[frame["measured"].notna()].iloc[0]
-    assert (row["backbone"], row["task"], row["paper"], row["paper std"]) == (
+    assert (row["backbone"], row["task"], row["accuracy"], row["std"]) == (
         "RAT+",
         "MK-3",
         10.12,
@@ -164,5 +158,5 @@ def test_cell_by_cell_beside_the_paper():
     )
     assert (row["measured"], row["seeds"], row["n"]) == (12.0, 2, 50)
     assert row["difference"] == pytest.approx(1.88)
-    assert row["measured std"] == pytest.approx(8**0.5)
+    assert row["measured_std"] == pytest.approx(8**0.5)
     assert set(frame.loc[frame["measured"].isna(), "seeds"]) == {0}

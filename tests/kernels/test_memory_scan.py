@@ -188,7 +188,7 @@ def test_tiles_and_segments_change_nothing(monkeypatch, length, operation, tile,
     draw = {"dtype": torch.float64, "generator": generator}
     z, k, v = (torch.randn(1, 3, length, 2, **draw).transpose(1, 2) for _ in range(3))
     given = [x.requires_grad_() for x in (z, k, v, torch.randn(2, 1, 3, 2, **draw))]
-    ours, theirs = module.memory_scan_torch(*given), plain(*given)
+    ours, theirs = memory_scan(*given), plain(*given)
     torch.testing.assert_close(ours, theirs, **TOLERANCE[torch.float64])
     weights = [torch.randn(x.shape, **draw) for x in theirs]
     for x, y in zip(

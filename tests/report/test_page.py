@@ -3,7 +3,7 @@
 import re
 from html.parser import HTMLParser
 
-from ratplus_exp.report.page import Picture, Section, write_page
+from ratplus_exp.report.page import Section, write_page
 from ratplus_exp.report.table import Table
 
 PIXEL = bytes.fromhex("89504e470d0a1a0a")
@@ -35,7 +35,8 @@ def test_the_page_stands_alone_and_says_everything(tmp_path):
             ("Some words.",),
             ("A point.",),
             (table,),
-            (Picture(tmp_path / "fig.png", "Drawn of n = 5."),),
+            tmp_path / "fig.png",
+            "Drawn of n = 5.",
         ),
         Section("Two", code="a: 1\n"),
     ]

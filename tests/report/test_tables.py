@@ -11,7 +11,9 @@ import pytest
 
 from ratplus_exp.analysis import TASKS, accuracies, sample_scores, tidy
 from ratplus_exp.analysis.frame import COLUMNS, EXTRA
-from ratplus_exp.report import Table, accuracy
+from ratplus_exp.report import Table
+from ratplus_exp.report.accuracy import accuracy_table, tasks_table
+from ratplus_exp.report.results import Results
 from ratplus_exp.store import Store
 
 QUEST = {"method": "quest", "block_size": 8, "top_k": 4, "budget": "1/16", "selector": "topk"}
@@ -37,12 +39,9 @@ def add_all(store: Store, attention: int, ratplus: int, **key) -> None:
         add(store, "ratplus", task, ratplus, **key)
 
 
-def accuracy_table(store: Store, *place, **options) -> Table:
-    return accuracy.accuracy_table(tidy(store), sample_scores(store), *place, **options)
-
-
-def table3(store: Store, tier: str, **options) -> Table:
-    return accuracy_table(store, tier, "table3", **options)
+def make(store: Store, name: str = "table3", tier: str = "pocket", **options) -> Table:
+    own = {x: options.pop(x) for x in ("scorer", "first_token", "protocol") if x in options}
+    return accuracy_table(Results.read(store, {"tier": tier} | options, **own), name)
 
 
 def lines(table: Table, **want: str) -> list[dict[str, str]]:
@@ -73,8 +72,8 @@ def test_tidy_has_a_row_for_each_finished_cell(store):
 def test_an_empty_store_has_empty_frames_with_the_same_columns(store):
     assert list(tidy(store).columns) == [*COLUMNS, *EXTRA]
     assert sample_scores(store).empty and "exact" in sample_scores(store)
-    with pytest.raises(ValueError, match="no finished cells for table3 at tier 'pocket'"):
-        table3(store, "pocket")
+    with pytest.raises(ValueError, match="no finished cells with tier=pocket"):
+        make(store)
 
 
 def test_sample_scores_pair_by_id(store):
@@ -91,7 +90,7 @@ def test_sample_scores_pair_by_id(store):
 def test_table3_shows_means_gain_and_paper(store):
     add_all(store, 4, 7)
     add_all(store, 8, 10, **DENSE)
-    table = table3(store, "pocket")
+    table = make(store)
     attention, ratplus = lines(table, Method="quest", Block="8", Budget="1/16")
     assert [attention["Backbone"], ratplus["Backbone"]] == ["Attention", "RAT+"]
     assert [attention[task] for task in TASKS] == ["40.0"] * 8 and attention["Mean"] == "40.0"
@@ -107,25 +106,20 @@ def test_table3_shows_means_gain_and_paper(store):
     )
     assert [row["Method"] for row in lines(table)[:3]] == ["dense", "dense", "quest"]
     assert lines(table)[1]["Δ"] == "+20.0" and lines(table)[1]["Paper Δ"] == "—"
-    for said in ("exact match", "Tier pocket (not the paper's scale", "512 tokens", "n = 10 per"):
-        assert said in table.caption
-    assert "RAT+ 60.0" in table.caption and "seeds 0 of the samples." in table.caption
+    for fact in ("exact match", "512 tokens", "n = 10 samples", "60.0 tokens", "digest-ratplus"):
+        assert fact in table.caption
 
 
 def test_both_scorers(store):
     add_all(store, 4, 7)
-    row = lines(
-        table3(store, "pocket", scorer="substring"), Method="quest", Budget="1/16", Backbone="RAT+"
-    )[0]
+    row = lines(make(store, scorer="substring"), Method="quest", Budget="1/16", Backbone="RAT+")[0]
     assert (row["Mean"], row["Δ"], row["Δ 95 %"]) == ("50.0", "+0.0", "[0.0, 0.0]")
-    with pytest.raises(ValueError, match="choose one of exact, substring"):
-        table3(store, "pocket", scorer="bleu")
 
 
 def test_what_was_not_measured_is_missing_and_never_zero(store):
     add_all(store, 0, 7)
     add(store, "ratplus", "MK-2", 0, budget="1/8", top_k=8)
-    table = table3(store, "pocket")
+    table = make(store)
     partial = lines(table, Method="quest", Budget="1/8", Backbone="RAT+")[0]
     assert partial["MK-2"] == "0.0"
     assert {partial[name] for name in ("S-1", "MQ", "Mean", "Δ", "Δ 95 %")} == {"—"}
@@ -153,13 +147,13 @@ def test_what_was_not_measured_is_missing_and_never_zero(store):
 
 def test_moba_at_one_budget_has_the_paper_gain_of_its_block_size(store):
     add_all(store, 4, 7)
-    gains = [row["Paper Δ"] for row in lines(table3(store, "pocket"), Method="moba", Budget="1/8")]
+    gains = [row["Paper Δ"] for row in lines(make(store), Method="moba", Budget="1/8")]
     assert gains == ["", "+10.5", "", "+6.6"]
 
 
 def test_settings_that_the_paper_lacks_follow(store):
     add_all(store, 4, 7, method="mine", block_size=None, top_k=64, budget="1/8")
-    last = lines(table3(store, "pocket"))[-1]
+    last = lines(make(store))[-1]
     assert (last["Method"], last["Block"], last["k"], last["Mean"]) == ("mine", "1", "64", "70.0")
     assert last["Paper"] == last["Paper Δ"] == "—"
 
@@ -167,20 +161,19 @@ def test_settings_that_the_paper_lacks_follow(store):
 def test_several_seeds_show_their_deviation(store):
     for seed, right in enumerate((6, 7, 8)):
         add_all(store, 4, right, seed=seed)
-    table = table3(store, "pocket")
+    table = make(store)
     row = lines(table, Method="quest", Budget="1/16", Backbone="RAT+")[0]
     assert (row["S-1"], row["Mean"], row["seeds"]) == ("70.0±10.0", "70.0±10.0", "3")
-    assert row["Δ"] == "+30.0" and "seeds 0, 1, 2 of the samples." in table.caption
-    assert "over seeds" in table.caption and "One training" in table.caption
+    assert row["Δ"] == "+30.0" and "sample seeds 0, 1, 2" in table.caption
 
 
 def test_sides_that_share_no_sample_have_no_gain(store):
     for task in TASKS:
         add(store, "attention", task, 4)
         add(store, "ratplus", task, 7, seed=1)
-    samples = sample_scores(store)
-    samples["id"] += samples["seed"].astype(str)
-    table = accuracy.accuracy_table(tidy(store), samples, "pocket", "table3")
+    results = Results.read(store, {})
+    results.samples["id"] += results.samples["seed"].astype(str)
+    table = accuracy_table(results, "table3")
     row = lines(table, Method="quest", Budget="1/16", Backbone="RAT+")[0]
     assert (row["Mean"], row["Δ"]) == ("70.0", "—")
 
@@ -189,9 +182,9 @@ def test_tiers_and_selectors_do_not_mix(store):
     add_all(store, 4, 7)
     add_all(store, 1, 1, tier="small")
     add_all(store, 2, 3, selector="random")
-    means = lines(table3(store, "pocket"), Method="quest", Budget="1/16")
+    means = lines(make(store), Method="quest", Budget="1/16")
     assert [row["Mean"] for row in means] == ["40.0", "70.0"]
-    random = lines(accuracy_table(store, "pocket", "table5"), Method="quest", Budget="1/16")
+    random = lines(make(store, "table5"), Method="quest", Budget="1/16")
     assert [row["Mean"] for row in random] == ["20.0", "30.0"]
 
 
@@ -199,8 +192,8 @@ def test_two_checkpoints_must_be_told_apart(store):
     add_all(store, 4, 7)
     add(store, "ratplus", "S-1", 9, checkpoint="newer")
     with pytest.raises(ValueError, match=r"several checkpoints \(digest-ratplus, newer; .*RAT\+"):
-        table3(store, "pocket")
-    table = table3(store, "pocket", checkpoint=["digest-attention", "digest-ratplus"])
+        make(store)
+    table = make(store, checkpoint=["digest-attention", "digest-ratplus"])
     assert lines(table, Method="quest", Budget="1/16")[1]["S-1"] == "70.0"
 
 
@@ -209,8 +202,8 @@ def test_two_variants_of_a_method_must_be_told_apart(store):
         settings = {"top_k": 64, "pooling": pooling}
         add_all(store, 4, 7, method="snapkv", block_size=1, budget="1/8", settings=settings)
     with pytest.raises(ValueError, match=r"several variants \(pooling=avg, pooling=max; .* snapkv"):
-        table3(store, "pocket")
-    table = table3(store, "pocket", variant="pooling=max")
+        make(store)
+    table = make(store, variant="pooling=max")
     assert lines(table, Method="snapkv", Budget="1/8")[1]["Mean"] == "70.0"
 
 
@@ -219,7 +212,7 @@ def test_first_tokens_of_both_kinds_do_not_mix(store):
     add_all(store, 2, 3, first_token="decode")
     add_all(store, 9, 9, **DENSE, first_token=None)
     for first_token, mean in (("prefill", "70.0"), ("decode", "30.0")):
-        table = table3(store, "pocket", first_token=first_token)
+        table = make(store, first_token=first_token)
         assert lines(table, Method="quest", Budget="1/16")[1]["Mean"] == mean
         assert lines(table, Method="dense")[1]["Mean"] == "90.0"
         assert f"(first_token={first_token})" in table.caption
@@ -231,7 +224,7 @@ def test_protocols_stand_in_one_table_of_all_tasks(store):
     add_all(store, 2, 3, first_token="split")
     add_all(store, 9, 9, **DENSE, first_token=None)
     add(store, "ratplus", "vt", 5, first_token="split")
-    table = accuracy.tasks_table(tidy(store), sample_scores(store), tier="pocket")
+    table = tasks_table(Results.read(store, {}))
     assert [row["Protocol"] for row in lines(table, Backbone="RAT+")] == [
         "either",
         "whole",
@@ -240,38 +233,39 @@ def test_protocols_stand_in_one_table_of_all_tasks(store):
     split = lines(table, Protocol="split")
     assert [row["S-1"] for row in split] == ["20.0", "30.0"]
     assert [row["vt"] for row in split] == ["—", "50.0"]
+    assert [row["Mean"] for row in split] == ["—", "32.2"]
     assert table.columns.index("vt") == table.columns.index("MQ") + 1
+    assert "split protocol" in make(store, protocol="split").title
 
 
 def test_selector_seeds_become_mean_and_deviation(store):
     for seed, right in enumerate((1, 2, 3)):
         add_all(store, right, right, selector="random", selector_seed=seed)
-    row = lines(accuracy_table(store, "pocket", "table5"), Method="quest", Budget="1/16")[0]
+    row = lines(make(store, "table5"), Method="quest", Budget="1/16")[0]
     assert (row["Mean"], row["seeds"]) == ("20.0±10.0", "3")
-    assert "± is" not in accuracy_table(store, "pocket", "table5", selector_seed=0).caption
 
 
 def test_the_caption_explains_draws_and_which_rows_have_how_many_samples(store):
     for seed in range(3):
         add_all(store, 1, 2, selector="random", selector_seed=seed)
     add_all(store, 8, 10, n=12, **(DENSE | {"selector": "topk"}))
-    caption = accuracy_table(store, "pocket", "table5").caption
-    assert "seeds 0 of the samples and 0, 1, 2 of random selection." in caption
-    assert "n = 10–12 per task, training and seed, which of them is in column n" in caption
+    caption = make(store, "table5").caption
+    assert "sample seeds 0, seeds of random selection 0, 1, 2." in caption
+    assert "n = 10–12 samples" in caption
 
 
 def test_text_fits_a_terminal(store):
     add_all(store, 1, 9)
-    text = table3(store, "pocket").to_text().splitlines()
+    text = make(store).to_text().splitlines()
     assert max(map(len, text)) <= 120
     assert "seeds" not in text[2].split()  # the same in all rows: the caption has it
     add_all(store, 1, 5, budget="1/4", top_k=16, n=5)
-    assert "n" in table3(store, "pocket").to_text().splitlines()[2].split()
+    assert "n" in make(store).to_text().splitlines()[2].split()
 
 
 def test_methods_have_their_names_where_people_read_them(store):
     add_all(store, 4, 7)
-    table = table3(store, "pocket").without(TASKS)
+    table = make(store).without(TASKS)
     assert "| Quest | 8 | 4 | 1/16 | 0.070 | RAT+ | 70.0 |" in table.to_markdown()
     assert "Quest" in table.to_text() and "\nQuest & 8" in table.to_latex()
     assert "\nquest,8,4,1/16,0.070,RAT+,70.0," in table.to_csv()

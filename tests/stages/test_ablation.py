@@ -6,7 +6,8 @@ import pytest
 from ratplus_exp.analysis import sample_scores
 from ratplus_exp.config import plain
 from ratplus_exp.models.building import config_for
-from ratplus_exp.stages import ablation, evaluate
+from ratplus_exp.report.tables import model_table
+from ratplus_exp.stages import evaluate
 from ratplus_exp.store import Store
 
 VARIANTS = {
@@ -19,7 +20,7 @@ VARIANTS = {
 
 def test_models_stand_side_by_side(job, pair, capsys, monkeypatch):
     # Untrained models are never right, but they are not equally talkative.
-    monkeypatch.setattr(evaluate, "exact", lambda text, answers: len(text) % 5 / 4)
+    monkeypatch.setattr(evaluate, "exact", lambda text, *_: len(text) % 5 / 4)
     settings = [*pair, "data.tasks=[S-1,MV]", "data.examples=3", "stage.methods=[dense,moba]"]
     cfg = job("stage=ablation", "budget=1/4", *settings)
     table = pd.read_csv(job.folder / "job" / "ablation.csv")
@@ -40,9 +41,8 @@ def test_models_stand_side_by_side(job, pair, capsys, monkeypatch):
     assert "nothing to run" in capsys.readouterr().out
 
 
-def test_only_samples_that_all_models_answered_count(job):
+def test_only_samples_that_all_models_answered_count():
     """More samples of one model, from another run, move neither its mean nor a difference."""
-    cfg = job.compose("stage=ablation", "stage.models=[a,b]", "stage.methods=[moba]", "budget=1/4")
     scores = {"a1": [1, 0], "a2": [0, 1, 1], "b1": [1, 1, 0, 0], "b2": [0, 1]}
     samples = pd.DataFrame(
         [
@@ -58,7 +58,9 @@ def test_only_samples_that_all_models_answered_count(job):
             for i, score in enumerate(values)
         ]
     )
-    table = ablation._table(cfg, samples)
+    setting = {"tier": "pocket", "budget": "1/4", "seed": 0}
+    setting |= {"first_token": "prefill", "protocol": "whole"}
+    table = model_table(samples, ["a", "b"], ["moba"], **setting)
     assert table.columns == ("Model", "MoBA", "Δ MoBA")
     first, second = table.rows
     assert first == ("a", "50.0", "") and second[:2] == ("b", "75.0")

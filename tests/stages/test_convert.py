@@ -53,7 +53,7 @@ def test_converted_loaded_and_evaluated(job, checkpoint, tmp_path, capsys):
     )
     (cell,) = Store(job.folder / "results").cells("eval")
     assert cell.done() == 2 and cell.key["tier"] == "paper"
-    with pytest.raises(ValueError, match="holds a model already"):
+    with pytest.raises(ValueError, match="is there already: delete the folder"):
         job(*overrides)
 
 

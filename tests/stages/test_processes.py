@@ -87,6 +87,8 @@ def test_pretraining_sharded_over_two_processes(tmp_path, job):
     """The saved model is that of one process to rounding, in one job folder, ready to load."""
     how = [
         "experiment=pocket1024_ratplus",
+        "stage.init=null",
+        "stage.sparse_only_tokens=0",
         "model.architecture.hidden_size=16",
         "model.architecture.num_hidden_layers=2",
         "model.architecture.num_attention_heads=2",

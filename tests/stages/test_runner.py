@@ -62,7 +62,7 @@ def test_a_group_holds_what_its_cells_hold_alone(jobs, alone, tmp_path, monkeypa
     monkeypatch.setattr(runner, "total_memory", lambda device: 1)
     assert not pool.fill_jobs(*jobs("little"))
     assert stored(tmp_path / "little") == alone
-    assert "2 prefilled prompts need more than" in capsys.readouterr().out
+    assert "2 prefilled prompts need more than" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("calls", [1, 4])

@@ -14,7 +14,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ratplus_exp.analysis import tidy
-from ratplus_exp.analysis.frame import setting_of_paper
+from ratplus_exp.analysis.frame import GROUP
+from ratplus_exp.analysis.pattern import scaled
 from ratplus_exp.models.loading import weights_digest
 from ratplus_exp.report import paper_tables
 from ratplus_exp.stages import sweep
@@ -41,10 +42,10 @@ def test_the_experiments_hold_the_papers_settings_and_share_cells(job):
             continue
         frame = pd.DataFrame(cells.values())
         frame["backbone"] = frame["backbone"].replace({"attention": "Attention", "ratplus": "RAT+"})
-        ours = setting_of_paper(frame[frame["method"] != "dense"])
-        theirs = setting_of_paper(paper_tables(table))
+        ours = frame[frame["method"] != "dense"]
+        theirs = scaled(paper_tables(table), 512)
         ours = ours[ours["selector"].isin(theirs["selector"])]
-        place = ["method", "budget", "top_k", "selector", "backbone", "task"]
+        place = [*GROUP, "task"]
         found, wanted = (set(map(tuple, x[place].to_numpy())) for x in (ours, theirs))
         assert found == wanted
         random = "random" in set(ours["selector"])

@@ -25,6 +25,9 @@ TINY = [
 
 
 def train(job, model, experiment=None, length=64, steps=4, **extra):
+    """By default the model's own experiment, from scratch."""
+    if experiment is None:
+        extra = {"init": "null", "sparse_only_tokens": 0, **extra}
     overrides = [f"stage.{key}={value}" for key, value in extra.items()]
     how = [f"experiment={experiment or model}", f"model={model}", *TINY]
     job(*how, f"stage.schedule=[[{128 * steps},{length}]]", *overrides)
@@ -102,6 +105,8 @@ def test_a_control_is_trained_by_the_recipe_of_ratplus(job):
     job(
         "experiment=pocket1024_ratplus",
         *TINY,
+        "stage.init=null",
+        "stage.sparse_only_tokens=0",
         "stage.schedule=[[512,64]]",
         "model.architecture.memory_kind=conv",
     )
@@ -118,6 +123,7 @@ def test_a_memory_that_only_selects_is_trained_as_the_attention_baseline(job):
     job(
         "experiment=pocket1024_attention",
         *TINY,
+        "stage.init=null",
         "model=pocket1024_ratplus",
         "stage.folder=" + str(job.folder / "training/select"),
         "stage.schedule=[[512,64]]",

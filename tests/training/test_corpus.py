@@ -205,3 +205,20 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path):
     assert corpus.id == again.id != make_corpus(tmp_path / "c", [41]).id
     with pytest.raises(ValueError, match="fewer than a context of 40"):
         corpus.check(40)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("jsonl", b"{not json\n"),
+        ("txt", b"\xff\xfe\x00"),
+        ("parquet", b"x"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, monkeypatch, kind, content):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = texts_in(tmp_path / "texts", kind)
+    last = sorted(folder.iterdir())[-1]
+    last.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{last.name} cannot be used .*mend or remove it"):
+        write_shards(Source(str(folder)), Letters(), "letters", tmp_path / "tokens", 0)

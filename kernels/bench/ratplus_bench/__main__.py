@@ -12,47 +12,47 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ratplus_bench import cpu_cases, latency, report, scan_cases, sparse_cases, timing
-from ratplus_bench.timing import Case, Machine, Row
+from ratplus_bench import models, report, scan_cases, sparse_cases, timing
+from ratplus_bench.timing import Machine, Row
 from ratplus_exp.provenance import REPOSITORY, provenance
 from ratplus_kernels.dispatch import interpreted
 
 PACKAGES = ("triton", "fla-core", "accelerated-scan", "flash-attn")
+CASES = {"scan": scan_cases.cases, "sparse": sparse_cases.cases, "plans": scan_cases.plans}
 PARTS = ("scan", "sparse", "models", "plans")
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
-    dry = arguments.dry
+    dry, on_cpu = arguments.dry, device.type == "cpu"
     if arguments.cpu and (arguments.only or arguments.match):
         sys.exit("--only and --match pick from the GPU's run: leave them out with --cpu")
-    if device.type == "cpu" and not (arguments.cpu or dry):
+    if on_cpu and not (arguments.cpu or dry):
         sys.exit("no CUDA GPU is there: run `make bench-cpu`, or with --dry to test the bench")
-    if dry and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if on_cpu and dry and os.environ.get("TRITON_INTERPRET") != "1":
         sys.exit("a dry run without a GPU needs TRITON_INTERPRET=1 in its environment")
-    if device.type == "cpu":
+    if on_cpu:
         torch.set_num_threads(1)
+        torch._inductor.config.compile_threads = 1  # in this process, within its time limit
     torch._dynamo.config.recompile_limit = 64  # a baseline is compiled anew for every shape
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    about = _about(arguments)
-    folder = arguments.out or REPOSITORY / "outputs" / "bench" / _slug(about["device"])
-    machine = Machine.measure(device, dtype, dry)
-    about = report.about_run(about, machine)
+    machine = Machine.measure(device, torch.float32 if on_cpu else torch.bfloat16, dry)
+    run = report.Run(_about(arguments, machine), [])
+    slug = re.sub(r"[^a-z0-9]+", "-", run.about["device"].lower()).strip("-")
+    folder = arguments.out or REPOSITORY / "outputs" / "bench" / slug
     try:
-        earlier = report.read(folder, about)
+        earlier = report.read(folder, run.about)
     except ValueError as error:
         sys.exit(str(error))
-    run = report.Run(about, [])
-    with interpreted() if dry and device.type == "cpu" else nullcontext():
+    with interpreted() if dry and on_cpu and not arguments.cpu else nullcontext():
         for row in _rows(machine, arguments):
             run.rows.append(row)
             print(_line(row, machine), flush=True)
@@ -67,43 +67,36 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
-    def matches(name: str) -> bool:
-        return arguments.match in name
-
-    def measured(cases: Iterator[Case]) -> Iterator[Row]:
-        for case in cases:
-            if matches(f"{case.suite} | {case.name}"):
-                yield from timing.measure(case, machine)
-
     if arguments.cpu:
-        yield from cpu_cases.rows(machine)
+        for case in scan_cases.cpu_cases(machine):
+            yield from timing.measure(case, machine)
         return
-    parts: dict[str, Callable[[], Iterator[Row]]] = {
-        "scan": lambda: measured(scan_cases.cases(machine)),
-        "sparse": lambda: measured(sparse_cases.cases(machine)),
-        "models": lambda: latency.rows(machine, matches),
-        "plans": lambda: measured(scan_cases.plans(machine)),
-    }
-    for name in arguments.only or PARTS:
-        yield from parts[name]()
+
+    def matches(name: str) -> bool:
+        return re.search(arguments.match, name) is not None
+
+    for part in arguments.only or PARTS:
+        if part == "models":
+            yield from models.rows(machine, matches)
+            continue
+        for case in CASES[part](machine):
+            prefix = f"{case.suite} | {case.name} | "
+            yield from timing.measure(case, machine, lambda form, p=prefix: matches(p + form))
 
 
-def _about(arguments: argparse.Namespace) -> dict[str, Any]:
+def _about(arguments: argparse.Namespace, machine: Machine) -> dict[str, Any]:
     about = provenance({key: str(value) for key, value in vars(arguments).items()})
     if arguments.cpu:  # whether there is a GPU or not
         about["device"] = f"{platform.processor() or platform.machine()} CPU"
-    about["command"] = "python -m ratplus_bench " + " ".join(sys.argv[1:])
-    for name in PACKAGES:
-        try:
-            about["versions"][name] = version(name)
-        except PackageNotFoundError:
-            continue
+    about["versions"] |= {x.name: x.version for x in distributions() if x.name in PACKAGES}
     about["versions"]["CUDA"] = torch.version.cuda or "none"
-    return about
-
-
-def _slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return about | {
+        "command": "python -m ratplus_bench " + " ".join(sys.argv[1:]),
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "dry": machine.dry,
+        "copy_bytes_per_second": machine.bandwidth,
+        "matmul_flop_per_second": machine.matmul,
+    }
 
 
 def _line(row: Row, machine: Machine) -> str:
@@ -115,23 +108,12 @@ def _line(row: Row, machine: Machine) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ratplus_bench", description=__doc__)
-    parser.add_argument("--cpu", action="store_true", help="the CPU's part: forms of the scan")
-    parser.add_argument(
-        "--dry", action="store_true", help="tiny shapes once, interpreted without a GPU: a test"
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=PARTS,
-        help="parts of the GPU's run (all); plans: the ways to cut up the scan",
-    )
-    parser.add_argument(
-        "--match",
-        default="",
-        metavar="TEXT",
-        help="of these, the cases with TEXT in `SUITE | CASE`, for instance 'backward', '7B'",
-    )
-    parser.add_argument("--out", type=Path, help="where to write (outputs/bench/<device>)")
+    add = parser.add_argument
+    add("--cpu", action="store_true", help="the CPU's part: forms of the scan")
+    add("--dry", action="store_true", help="tiny shapes once, interpreted without a GPU: a test")
+    add("--only", nargs="+", choices=PARTS, help="parts of the GPU's run (all)")
+    add("--match", default="", help="a regular expression for `SUITE | CASE | FORM`: 'backward'")
+    add("--out", type=Path, help="where to write (outputs/bench/<device>)")
     return parser
 
 

@@ -1,275 +1,247 @@
-"""Cases of the sparse methods: Quest's decoding step, MoBA's prefill, SnapKV's selection."""
+"""Cases of the sparse methods, run as models run them, by the engine of ratplus_exp: Quest's
+decoding step, MoBA's prefill, SnapKV's selection."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import cache, partial
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-import ratplus_kernels
-from ratplus_bench import flex
 from ratplus_bench.timing import Case, Form, Machine
 from ratplus_exp.methods import Engine, Method, MoBA, Quest, SnapKV
 from ratplus_exp.methods.engine import Uncounted
-from ratplus_kernels.snapkv import attention_mass_torch
+from ratplus_kernels import attention_mass, gather_tokens, memory_scan
+from ratplus_kernels.dispatch import definitions
+from ratplus_kernels.snapkv import window_logits
 
+Shape = tuple[int, int, int, int, int]  # B, H, K, T, D
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+in_torch = definitions()
+TILE = 128  # queries that FlexAttention, and our kernel in bf16, handle together
 
 
 def cases(machine: Machine) -> Iterator[Case]:
     if machine.dry:
-        yield _quest((1, 2, 1, 12, 4), 4, 2, machine)
+        tiny = (1, 2, 1, 12, 4)
+        yield quest(tiny, 4, 2, machine)
         for correlated in (False, True):
-            yield _moba((1, 2, 1, 12, 4), 4, 2, correlated, machine)
-        yield from _snapkv((1, 2, 1, 12, 4), 4, 6, machine)
+            yield moba(tiny, 4, 2, correlated, machine)
+        yield from snapkv(tiny, 4, 6, machine)
         return
     for length in (4096, 32_768, 131_072):
-        blocks = length // 64
-        for top_k in sorted({max(2, blocks // 16), 16}):
+        for top_k in sorted({length // 1024, 16}):
             for batch, kv_heads in ((1, 32), (1, 8), (16, 32)):
                 if batch * length <= 16 * 32_768:
-                    yield _quest((batch, 32, kv_heads, length, 128), 64, top_k, machine)
+                    yield quest((batch, 32, kv_heads, length, 128), 64, top_k, machine)
             for correlated in (False, True):
-                yield _moba((1, 32, 32, length, 128), 64, top_k, correlated, machine)
+                yield moba((1, 32, 32, length, 128), 64, top_k, correlated, machine)
         for kv_heads in (32, 8):
-            yield from _snapkv((1, 32, kv_heads, length, 128), 64, length // 16, machine)
+            yield from snapkv((1, 32, kv_heads, length, 128), 64, length // 16, machine)
 
 
-def _engines(method: Method) -> tuple[Engine, Engine]:
-    """The engine as models have it, which takes the kernel, and the definition: a recorder makes it
-    select by itself."""
-    return (
-        Engine(method, usage=Uncounted()),
-        Engine(method, usage=Uncounted(), recorder=lambda *_: None),
-    )
+def _engine(method: Method) -> Engine:
+    return Engine(method, usage=Uncounted())
 
 
-def _name(shape: tuple[int, ...]) -> str:
+def _name(shape: Shape) -> str:
     return " ".join(f"{name}={size}" for name, size in zip("BHKTD", shape, strict=True))
 
 
-def _qkv(shape: tuple[int, ...], queries: int, machine: Machine, seed: int) -> list[Tensor]:
+def _qkv(shape: Shape, queries: int, machine: Machine, seed: int) -> list[Tensor]:
     """q (B, H, queries, D), k and v (B, K, T, D)."""
     b, h, kv, t, d = shape
-    generator = torch.Generator(machine.device).manual_seed(seed)
-    return [
-        torch.empty(size, dtype=machine.dtype, device=machine.device).normal_(generator=generator)
-        for size in ((b, h, queries, d), (b, kv, t, d), (b, kv, t, d))
-    ]
+    return machine.normal(seed, (b, h, queries, d), (b, kv, t, d), (b, kv, t, d))
 
 
-def _sdpa(backend: SDPBackend, causal: bool) -> Callable[..., Tensor]:
-    def run(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+def _dense(machine: Machine, causal: bool) -> dict[str, Form]:
+    """Attention to everything, by each backend: what sparsity is meant to beat."""
+
+    def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-            )
+            grouped = q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
 
-    return run
-
-
-def _dense(causal: bool) -> list[Form]:
-    """Attention over everything, by each backend: what sparsity is meant to beat."""
-    return [
-        Form(f"dense, SDPA {name}", _sdpa(backend, causal), gpu=True, check=False)
-        for name, backend in BACKENDS.items()
-    ]
+    return {
+        f"dense, SDPA {name}": Form(partial(sdpa, backend), comparable=False)
+        for name, backend in (BACKENDS if machine.cuda else {}).items()
+    }
 
 
-def _quest(shape: tuple[int, ...], size: int, top_k: int, machine: Machine) -> Case:
+def quest(shape: Shape, size: int, top_k: int, machine: Machine) -> Case:
     b, h, kv, t, d = shape
-    blocks = t // size
-    engines = _engines(Quest(size, top_k))
+    engine = _engine(Quest(size, top_k))
 
     def inputs(seed: int) -> tuple:
         q, k, v = _qkv(shape, 1, machine, seed)
-        bounds = engines[0].block_representatives(k)
+        bounds = engine.block_representatives(k)
         return q, k, v, bounds, torch.full((b, 1), t - 1, device=machine.device)
 
-    def decode(
-        engine: Engine, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, last: Tensor
-    ) -> Tensor:
+    def decode(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, last: Tensor) -> Tensor:
         return engine.decode(q, k, v, last, last, bounds, layer=0, all_seen=True)
 
-    kernel, definition = (partial(decode, engine) for engine in engines)
-
     def gathered(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, _: Tensor) -> Tensor:
-        """The usual recipe: scores, top-k, a gather of whole blocks, dense attention over them."""
-        groups = q.shape[1] // k.shape[1]
-        halves = torch.cat((q.clamp(max=0), q.clamp(min=0)), dim=-1)  # (B, H, 1, 2 D)
-        scores = halves @ bounds.repeat_interleave(groups, 1).transpose(-1, -2)
+        """The usual recipe: scores, top-k, a gather of whole blocks, dense attention to them."""
+        scores = engine.method.score(q.unflatten(1, (kv, -1)), bounds)
         scores[..., 0] = scores[..., -1] = torch.inf
-        best = scores.topk(top_k, dim=-1).indices.view(b, kv, groups * top_k)
+        best = scores.topk(top_k, dim=-1).indices.flatten(2)
         index = best[..., None, None].expand(-1, -1, -1, size, d)
         k, v = (x.unflatten(2, (-1, size)).gather(2, index).view(b, h, -1, d) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v)
 
+    forms = {
+        "kernel": Form(decode),
+        **_dense(machine, causal=False),
+        "torch definition": Form(in_torch(decode)),
+        "torch gather": Form(gathered),
+    }
+    if machine.cuda:
+        forms["torch gather, compiled"] = Form(torch.compile(gathered, dynamic=False))
+        forms["FlexAttention over the selected blocks (selection not timed)"] = Form(
+            flex, lambda q, k, v, bounds, last: (q, k, v, _mask(engine, q, k, bounds, last))
+        )
     return Case(
-        "Quest decode step", f"{_name(shape)} k={top_k}", inputs,
-        [
-            Form("kernel", kernel),
-            *_dense(causal=False),
-            Form("torch definition", definition),
-            Form("torch gather", gathered),
-            Form("torch gather, compiled", _compiled(gathered), gpu=True),
-            Form(
-                "FlexAttention over the selected blocks (selection not timed)",
-                flex.attend, flex.decode_inputs(size, top_k), gpu=True,
-            ),
-        ],
+        "Quest decode step", f"{_name(shape)} k={top_k}", inputs, forms,
         # Bounds of every block, then keys and values of each query head's own choice.
-        bytes=b * (2 * blocks * kv * d + 2 * top_k * size * h * d) * machine.dtype.itemsize,
-        reference=definition if t <= 4096 else None,
+        bytes=2 * b * d * (t // size * kv + top_k * size * h) * machine.dtype.itemsize,
+        exact=t <= 4096,
     )  # fmt: skip
 
 
-def _moba(
-    shape: tuple[int, ...], size: int, top_k: int, correlated: bool, machine: Machine
-) -> Case:
+def moba(shape: Shape, size: int, top_k: int, correlated: bool, machine: Machine) -> Case:
     b, h, _, t, d = shape
-    blocks = t // size
-    engines = _engines(MoBA(size, top_k))
+    engine, blocks = _engine(MoBA(size, top_k)), t // size
 
     def inputs(seed: int) -> tuple:
         q, k, v = _qkv(shape, t, machine, seed)
         if correlated:
-            q = _slow_walk(q, seed)
+            q = _slow_walk(q)
         # Given, so that a form's error is not that of other means, which select other blocks.
-        return q, k, v, engines[0].block_representatives(k)
+        return q, k, v, engine.block_representatives(k)
 
-    def prefill(engine: Engine, q: Tensor, k: Tensor, v: Tensor, means: Tensor | None) -> Tensor:
+    def prefill(q: Tensor, k: Tensor, v: Tensor, means: Tensor | None = None) -> Tensor:
         return engine.prefill(q, k, v, None, layer=0, representatives=means)
-
-    kernel, definition = (partial(prefill, engine) for engine in engines)
 
     gate = b * h * d * t * blocks  # its causal half
 
     def executed(q: Tensor, k: Tensor, v: Tensor, means: Tensor) -> float:
-        tiles = flex.selected(q, means, size, top_k, unite=True)
-        return float(tiles.sum()) * flex.TILE * size * 4 * d + gate
+        tiles = sum(int(_union(x).sum()) for x in _selected(engine, q, means))
+        return tiles * min(TILE, t) * size * 4 * d + gate
 
-    forms = [
-        Form("kernel", kernel, executed=executed),
-        Form("kernel, finding the means", lambda q, k, v, _: kernel(q, k, v, None), check=False),
-        *([] if correlated else _dense(causal=True)),  # to which queries make no difference
-    ]
+    forms = {
+        "kernel": Form(prefill, executed=executed),
+        "kernel, finding the means": Form(lambda q, k, v, _: prefill(q, k, v), comparable=False),
+    }
+    if not correlated:  # to dense attention queries make no difference
+        forms |= _dense(machine, causal=True)
     if t <= 4096:
-        forms.append(Form("torch definition", definition))
-    if t <= 32_768:  # its mask takes H · T² / block_size bytes
-        forms.append(
-            Form(
-                "FlexAttention over tiles' unions (selection not timed)",
-                flex.attend,
-                flex.prefill_inputs(size, top_k),
-                gpu=True,
-                executed=executed,
-            )
+        forms["torch definition"] = Form(in_torch(prefill))
+    if machine.cuda and t <= 32_768:  # the mask takes H · T² / size bytes
+        forms["FlexAttention over tiles' unions (selection not timed)"] = Form(
+            flex,
+            lambda q, k, v, means: (q, k, v, _mask(engine, q, k, means)),
+            executed=executed,
         )
     seen = sum(min(n + 1, top_k) - 0.5 for n in range(blocks)) * size * size  # pairs a head
     return Case(
-        "MoBA prefill, correlated queries" if correlated else "MoBA prefill, random queries",
+        f"MoBA prefill, {'correlated' if correlated else 'random'} queries",
         f"{_name(shape)} k={top_k}", inputs, forms,
         bytes=4 * b * h * t * d * machine.dtype.itemsize,
         flops=b * h * d * 4 * seen + gate,
-        reference=definition if t <= 4096 else None,
+        exact=t <= 4096,
     )  # fmt: skip
 
 
-def _slow_walk(noise: Tensor, seed: int) -> Tensor:
-    """Queries that change slowly from token to token, as those of a real prompt do.
+def _slow_walk(noise: Tensor) -> Tensor:
+    """Queries (B, H, T, D) that change slowly from token to token, as those of a real prompt do.
 
-    q_t = g q_{t-1} + √(1 − g²) noise_t with g = 0.99, from a first token of the same variance: a
-    query correlates by 0.5 with that 69 tokens before. Random queries are the worst case of a
-    kernel that computes the union of its tile's choices.
+    q_t = g q_{t-1} + √(1 − g²) noise_t with g = 0.99: a correlation of 0.5 at 69 tokens. Random
+    queries are the worst case of a kernel that computes the union of its tile's choices.
     """
-    b, h, _, d = noise.shape
     gate, x = 0.99, noise.transpose(1, 2)
     scale = math.sqrt((1 + gate) / (1 - gate))  # Eq. 1 weighs its input by 1 − g
-    generator = torch.Generator(noise.device).manual_seed(seed + 1_000_003)
-    start = torch.randn(2, b, h, d, device=noise.device, generator=generator) / scale
     z = torch.full_like(x, math.log(gate / (1 - gate)))
-    return (ratplus_kernels.memory_scan(z, x, x, start)[0] * scale).transpose(1, 2).contiguous()
+    start = x[:, -1].float().expand(2, -1, -1, -1) / scale
+    return (memory_scan(z, x, x, start)[0] * scale).transpose(1, 2).contiguous()
 
 
-def _snapkv(shape: tuple[int, ...], window: int, kept: int, machine: Machine) -> Iterator[Case]:
+def snapkv(shape: Shape, window: int, kept: int, machine: Machine) -> Iterator[Case]:
     b, h, kv, t, d = shape
     kept = max(kept, window)
-    engine, _ = _engines(SnapKV(top_k=kept, window=window))
+    engine = _engine(SnapKV(top_k=kept, window=window))
     name = f"{_name(shape)} window={window} kept={kept}"
-    itemsize = machine.dtype.itemsize
-    keys = b * kv * t * d * itemsize
-    rows = 4 * b * kv * kept * d * itemsize  # two tensors, read and written
+    keys = b * kv * t * d * machine.dtype.itemsize
+    rows = 4 * b * kv * kept * d * machine.dtype.itemsize  # two tensors, read and written
 
-    def inputs(seed: int) -> tuple:
-        q, k, v = _qkv(shape, window, machine, seed)
-        return q, k, v, flex.window_lse(q, k)
+    def prompt(seed: int) -> tuple:
+        return tuple(_qkv(shape, window, machine, seed))
 
-    def recipe(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> tuple:
-        """As it is usually written: a matrix of probabilities, top-k, two gathers."""
-        k_all = k.repeat_interleave(h // kv, 1)
-        logits = q @ k_all.transpose(-1, -2) / math.sqrt(d)
-        token = torch.arange(t, device=q.device)
-        logits = logits.masked_fill(token > token[-window:, None], -torch.inf)
-        scores = logits.softmax(-1, dtype=torch.float32).sum(2).view(b, kv, -1, t).sum(2)
-        scores = F.avg_pool1d(scores[..., :-window], 5, stride=1, padding=2)
-        best = scores.topk(kept - window, dim=-1).indices.sort(-1).values
-        best = torch.cat((best, token[-window:].expand(b, kv, -1)), dim=-1)
-        index = best[..., None].expand(-1, -1, -1, d)
-        return k.gather(2, index), v.gather(2, index)
-
-    def mass(q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> Tensor:
-        return ratplus_kernels.attention_mass(q, k)
-
-    def mass_with_lse(q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> Tensor:
-        return ratplus_kernels.attention_mass(q, k, lse)
-
-    def definition(q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> Tensor:
-        return attention_mass_torch(q, k)
-
-    exact = definition if t <= 32_768 else None
-    for suite, form in (
-        ("SnapKV scores, with the prefill's LSE", mass_with_lse),
-        ("SnapKV scores, without", mass),
-    ):
-        forms = [Form("kernel", form), Form("torch definition", definition)]
-        yield Case(suite, name, inputs, forms, bytes=keys, reference=exact)
+    def with_lse(seed: int) -> tuple:
+        q, k, _ = prompt(seed)
+        return q, k, window_logits(q, k).logsumexp(-1).flatten(1, 2)
 
     def choice(seed: int) -> tuple:
-        _, k, v = _qkv(shape, window, machine, seed)
-        generator = torch.Generator(machine.device).manual_seed(seed)
-        scores = torch.rand(b, kv, t, device=machine.device, generator=generator)
+        k, v, scores = machine.normal(seed, (b, kv, t, d), (b, kv, t, d), (b, kv, t))
         return k, v, scores.topk(kept, dim=-1).indices.sort(-1).values
 
-    def gather_torch(k: Tensor, v: Tensor, best: Tensor) -> tuple:
-        index = best[..., None].expand(-1, -1, -1, d)
-        return k.gather(2, index), v.gather(2, index)
+    keep = partial(engine.keep, layer=0)
+    for suite, run, inputs, moved in (
+        ("scores, with the prefill's LSE", attention_mass, with_lse, keys),
+        ("scores, without", attention_mass, lambda seed: prompt(seed)[:2], keys),
+        ("gather", gather_tokens, choice, rows),
+        ("selection, all of it", keep, prompt, keys + rows),
+    ):
+        forms = {"kernel": Form(run), "torch definition": Form(in_torch(run))}
+        if run is keep and machine.cuda:
+            forms["torch definition, compiled"] = Form(in_torch(torch.compile(run, dynamic=False)))
+        exact = t <= 32_768 and run is not keep  # another choice is no error
+        yield Case(f"SnapKV {suite}", name, inputs, forms, moved, exact=exact)
 
-    yield Case(
-        "SnapKV gather", name, choice,
-        [Form("kernel", ratplus_kernels.gather_tokens), Form("torch", gather_torch)],
-        bytes=rows, reference=gather_torch,
+
+_compiled_flex = torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    return _compiled_flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _mask(
+    engine: Engine, q: Tensor, k: Tensor, representatives: Tensor, last: Tensor | None = None
+) -> BlockMask:
+    """Over the selected blocks. `create_block_mask` would evaluate H · T² pairs."""
+    size, lengths = engine.method.block_size, (q.shape[2], k.shape[2])
+    bits = torch.cat(list(_selected(engine, q, representatives, last)), dim=2)
+
+    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return bits[b, h, query, key // size] & (key <= query)
+
+    union = _union(bits)
+    index = union.int().argsort(dim=-1, descending=True, stable=True).int()
+    return BlockMask.from_kv_blocks(
+        union.sum(-1, dtype=torch.int32), index, BLOCK_SIZE=(TILE, size),
+        mask_mod=None if last is not None else seen, seq_lengths=lengths,
     )  # fmt: skip
-    yield Case(
-        "SnapKV selection, all of it", name, inputs,
-        [
-            Form("kernel", lambda q, k, v, lse: engine.keep(q, k, v, layer=0)),
-            Form("torch recipe", recipe),
-            Form("torch recipe, compiled", _compiled(recipe), gpu=True),
-        ],
-        bytes=keys + rows,
-    )  # fmt: skip
 
 
-@cache
-def _compiled(run: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(run, dynamic=False)
+def _selected(
+    engine: Engine, q: Tensor, representatives: Tensor, last: Tensor | None = None
+) -> Iterator[Tensor]:
+    """The choice of every query, (B, H, ≤ 1024, N) bool, a few tiles at a time; last: their
+    positions, where they are not 0 to T − 1."""
+    positions = torch.arange(q.shape[2], device=q.device)[None] if last is None else last
+    for queries, at in zip(q.split(8 * TILE, 2), positions.split(8 * TILE, 1), strict=True):
+        yield engine.select_blocks(queries, representatives, at, 0).flatten(1, 2)
+
+
+def _union(bits: Tensor) -> Tensor:
+    """What any query of a tile selects, (B, H, tiles, N): the blocks computed for that tile."""
+    return bits.unflatten(2, (-1, min(TILE, bits.shape[2]))).any(3)

@@ -1,8 +1,7 @@
-"""Other ways to run Eq. 1, written to be compared with `memory_scan`: none is used elsewhere.
+"""Other ways to run Eq. 1, to be compared with `memory_scan`.
 
-Each is a function `recur(gate, x)` that solves h_t = g_t h_{t-1} + x_t along the first dimension,
-with gate (T, 1, B, H, D) and x (T, 2, B, H, D) for K and V, and `scan` makes the whole operation of
-it, with the same backward pass for all.
+A `recur(gate, x)` solves h_t = g_t h_{t-1} + x_t along the first dimension, with gate
+(T, 1, B, H, D) and x (T, 2, B, H, D) for K and V; `scan` makes the whole operation of it.
 """
 
 from __future__ import annotations
@@ -10,21 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Recurrence = Callable[[Tensor, Tensor], Tensor]
 
 
 def naive_loop(z: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The equation as it stands; autograd finds the backward pass."""
+    """Token by token, differentiated by autograd."""
     gates, kv = torch.sigmoid(z.float()).unbind(1), torch.stack((k, v)).float().unbind(2)
-    state = torch.zeros_like(kv[0])
-    out = []
+    states = [torch.zeros_like(kv[0])]
     for g, x in zip(gates, kv, strict=True):
-        state = g * state + (1 - g) * x
-        out.append(state)
-    memory = torch.stack(out, dim=2)
-    return memory[0].to(k.dtype), memory[1].to(v.dtype)
+        states.append(g * states[-1] + (1 - g) * x)
+    memory = torch.stack(states[1:], dim=2).to(k.dtype)
+    return memory[0], memory[1]
 
 
 def log_depth(gate: Tensor, x: Tensor) -> Tensor:
@@ -41,18 +39,17 @@ def chunked(gate: Tensor, x: Tensor, size: int = 32) -> Tensor:
     """All chunks step together, then the states are carried from chunk to chunk."""
     length = len(x)
     pad = (0, 0) * (x.ndim - 1) + (0, -length % size)
-    gate = torch.nn.functional.pad(gate, pad, value=1.0).unflatten(0, (-1, size))
-    x = torch.nn.functional.pad(x, pad).unflatten(0, (-1, size)).clone()
-    product = gate.clone()
+    product = F.pad(gate, pad, value=1.0).unflatten(0, (-1, size)).clone()
+    x = F.pad(x, pad).unflatten(0, (-1, size)).clone()
     for i in range(1, size):
-        x[:, i].addcmul_(gate[:, i], x[:, i - 1])
+        x[:, i].addcmul_(product[:, i], x[:, i - 1])
         product[:, i] *= product[:, i - 1]
     for chunk in range(1, len(x)):
         x[chunk].addcmul_(product[chunk], x[chunk - 1, -1])
     return x.flatten(0, 1)[:length]
 
 
-def associative(gate: Tensor, x: Tensor, mode: str = "generic") -> Tensor:
+def associative(gate: Tensor, x: Tensor) -> Tensor:
     """P2's formulation: torch's associative_scan over K and V side by side, in fp32."""
     from torch._higher_order_ops.associative_scan import associative_scan
 
@@ -60,21 +57,16 @@ def associative(gate: Tensor, x: Tensor, mode: str = "generic") -> Tensor:
         return left[0] * right[0], right[0] * left[1] + right[1]
 
     pairs = (gate.expand_as(x).contiguous(), x.contiguous())
+    mode = "pointwise" if x.is_cuda else "generic"
     return associative_scan(combine, pairs, dim=0, combine_mode=mode)[1]
 
 
-def associative_pointwise(gate: Tensor, x: Tensor) -> Tensor:
-    """The mode that P2 compiles for GPUs."""
-    return associative(gate, x, "pointwise")
-
-
 def scan(recur: Recurrence) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """memory_scan without its state, by `recur`."""
+    """k̃ and ṽ of z, k and v (B, T, H, D), by `recur`."""
 
     def run(z: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        kv = torch.stack((k, v)).float()
-        memory = _Scan.apply(recur, z.float(), kv)
-        return memory[0].to(k.dtype), memory[1].to(v.dtype)
+        memory = _Scan.apply(recur, z.float(), torch.stack((k, v)).float()).to(k.dtype)
+        return memory[0], memory[1]
 
     return run
 
@@ -97,3 +89,32 @@ class _Scan(torch.autograd.Function):
         previous = torch.cat((torch.zeros_like(states[:1]), states[:-1]))
         dz = (gate * keep * d * (previous - x)).sum(1)
         return None, dz.movedim(0, 1), (keep * d).movedim(0, 2)
+
+
+def hgrn_inputs(z: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """chunk_hgrn computes h = exp(g) h + x, so 1 − g is multiplied in before: (B, T, 2 H D)."""
+    x, z = torch.cat((k.flatten(2), v.flatten(2)), dim=-1), z.flatten(2).repeat(1, 1, 2)
+    return torch.sigmoid(-z) * x, F.logsigmoid(z)
+
+
+def chunk_hgrn(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    from fla.ops.hgrn import chunk_hgrn
+
+    k, v = chunk_hgrn(x, g)[0].chunk(2, dim=-1)
+    return k, v
+
+
+def hgrn(z: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return chunk_hgrn(*hgrn_inputs(z, k, v))
+
+
+def accelerated_inputs(z: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """accelerated-scan takes (B, channels, T), contiguous."""
+    x, g = hgrn_inputs(z, k, v)
+    return g.exp().transpose(1, 2).contiguous(), x.transpose(1, 2).contiguous()
+
+
+def accelerated_scan(gates: Tensor, tokens: Tensor) -> Tensor:
+    from accelerated_scan.scalar import scan
+
+    return scan(gates, tokens)

@@ -1,0 +1,62 @@
+"""What should make a reader doubt a result: checks that published tables rarely come with."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import pandas as pd
+
+from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, Group
+from ratplus_exp.analysis.frame import TASKS
+from ratplus_exp.budget import Budget
+
+LEVEL = 0.999
+"""Of the one-sided bootstrap bound beyond which a difference is not noise: a report makes some two
+hundred comparisons."""
+FEWEST = 20
+"""Samples of a task below which it is not checked."""
+
+
+class Doubt(NamedTuple):
+    """A group (of `GROUP`) that is better, beyond noise, than one that attends to more.
+
+    than: the other group's budget, "dense" for dense attention.
+    task: None for the mean over the tasks.
+    gain, bound: points, and their one-sided lower bound.
+    """
+
+    group: Group
+    than: str
+    task: str | None
+    gain: float
+    bound: float
+
+
+def doubts(draws: Bootstrap) -> list[Doubt]:
+    """Sparse attention better than dense, and a smaller budget better than a larger one on the mean
+    of the tasks, at the same method and block size."""
+    groups = [group for group in draws.trainings if group[3] == "topk"]
+    compared = []
+    for group in groups:
+        dense = ("dense", 1, "1", "dense", group[-1])
+        compared += [(group, dense, "dense", task) for task in (None, *TASKS)]
+    for start in dict.fromkeys((*group[:2], *group[3:]) for group in groups):
+        same = [group for group in groups if (*group[:2], *group[3:]) == start]
+        same.sort(key=lambda group: Budget.parse(group[2]).fraction)
+        compared += [(small, large, large[2], None) for small, large in pairwise(same)]
+    found = []
+    for group, other, than, task in compared:
+        every = TASKS if task is None else (task,)
+        tasks = [t for t in every if draws.count(t, (group, other)) >= FEWEST]
+        difference = draws.mean(group, tasks, (other,)) - draws.mean(other, tasks, (group,))
+        x = Estimate.of(100 * difference, level=2 * LEVEL - 1)
+        if x.low > 0:
+            found.append(Doubt(group, than, task, x.value, x.low))
+    return found
+
+
+def cut_prompts(samples: pd.DataFrame) -> dict[str, int]:
+    """How many prompts of a cell leave no room for their answer: they were cut, or will be."""
+    counts = samples.groupby("cell")["cut"].sum()
+    return {str(cell): int(count) for cell, count in counts[counts > 0].items()}

@@ -1,0 +1,121 @@
+"""What a report is made of: the finished cells of one pair of models, read once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from ratplus_exp.analysis import frame, hits
+from ratplus_exp.analysis.bootstrap import Bootstrap
+from ratplus_exp.analysis.pattern import Pattern, compare, patterns, scaled
+from ratplus_exp.analysis.selectors import selector_means
+from ratplus_exp.report.paper import PAPER_TABLES, paper_tables
+from ratplus_exp.store import Cell, Store
+
+
+@dataclass(frozen=True)
+class Results:
+    """Finished cells of one pair, at one tier and context length, and what is computed from them.
+
+    cells, rates: rows of `tidy` and `hit_rates`; samples, hit_samples: of `sample_scores`; stored:
+    all cells of the store by id; protocols: the results of each protocol, this one's among them.
+    """
+
+    cells: pd.DataFrame
+    samples: pd.DataFrame
+    rates: pd.DataFrame
+    hit_samples: pd.DataFrame
+    stored: dict[str, Cell]
+    scorer: str
+    first_token: str
+    protocol: str = "whole"
+    protocols: dict[str, Results] = field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls,
+        store: Store,
+        where: dict[str, Any],
+        scorer: str = "exact",
+        first_token: str = "prefill",
+        protocol: str = "whole",
+    ) -> Results:
+        """where: choices by column of `tidy`; first_token: of whole prompts; both only of the
+        methods to which they matter.
+
+        Raises:
+            ValueError: no finished cell fits.
+        """
+        stored = list(store.cells())
+        frames = [
+            frame.select(frame.tidy(stored), where),
+            frame.sample_scores(stored, **where),
+            hits.hit_rates(stored, **where),
+            frame.sample_scores(stored, hits.STAGE, **where),
+        ]
+        by_id = {cell.id: cell for cell in stored}
+        protocols: dict[str, Results] = {}
+        for name, token in (("whole", first_token), ("split", "split")):
+            cells, samples, rates, hit_samples = (
+                x[x["first_token"].isna() | (x["first_token"] == token)] for x in frames
+            )
+            own = (cells, samples, rates, hit_samples, by_id)
+            protocols[name] = cls(*own, scorer, first_token, name, protocols)
+        if protocols[protocol].every.empty:
+            asked = ", ".join(f"{name}={value}" for name, value in where.items())
+            raise ValueError(f"no finished cells with {asked} in {store.root}: evaluate first")
+        return protocols[protocol]
+
+    @cached_property
+    def every(self) -> pd.DataFrame:
+        """The cells of accuracies and of hit rates."""
+        return pd.concat([self.cells, self.rates.drop_duplicates("cell")], ignore_index=True)
+
+    @cached_property
+    def used(self) -> list[Cell]:
+        """The stored cells, in the order of their names."""
+        ids = set(self.every["cell"])
+        return [cell for name, cell in self.stored.items() if name in ids]
+
+    @property
+    def tier(self) -> str:
+        return str(self.every["tier"].iloc[0])
+
+    @property
+    def context(self) -> int:
+        """Tokens."""
+        return int(self.every["context_length"].iloc[0])
+
+    @cached_property
+    def trainings(self) -> list[int]:
+        return sorted(map(int, self.every["training"].unique()))
+
+    @cached_property
+    def draws(self) -> Bootstrap:
+        """All accuracies, resampled by `GROUP`; every table and figure reads these."""
+        return Bootstrap(frame.grouped(self.samples), self.scorer, frame.GROUP)
+
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        return hits.rank_curves(self.hit_samples)
+
+    @cached_property
+    def selector_means(self) -> pd.DataFrame:
+        return selector_means(self.draws)
+
+    @cached_property
+    def patterns(self) -> list[Pattern]:
+        """Of every table of the paper that has a measured cell."""
+        by_table = (patterns(self.paper(table), self.draws) for table in PAPER_TABLES)
+        return [pattern for found in by_table if found[0].measured for pattern in found]
+
+    def paper(self, table: str) -> pd.DataFrame:
+        """One of the paper's tables, its block sizes scaled to this context."""
+        return scaled(paper_tables(table), self.context)
+
+    def compared(self, table: str) -> pd.DataFrame:
+        """One of the paper's tables beside the measured cells: see `compare`."""
+        return compare(self.paper(table), frame.grouped(self.cells), self.scorer)

@@ -1,0 +1,174 @@
+"""Lay what a GPU measured (scripts/gpu.py) under outputs/reference, and its tables into the docs.
+
+    python scripts/gpu_collect.py FOLDER   the archives that came back
+    python scripts/gpu_collect.py          the tables alone
+
+docs/kernels.md and docs/small-tier.md have the tables between two marks, and what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = Path("outputs", "reference")
+MARKS = "<!-- measured on a GPU: scripts/gpu_collect.py -->", "<!-- end of the measurements -->"
+
+# Of each piece: where its record and which of its files go.
+PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "kernels": ("bench/{device}", ()),
+    "bench": ("bench/{device}", ("bench/*",)),
+    "pocket": ("pocket1024/{device}/pocket", ("table3/*", "training/*/*.json*")),
+    "pocket_seeds": ("pocket1024/{device}/pocket_seeds", ("table3/*", "training/*/*.json*")),
+    "small": (
+        "small/{device}",
+        ("table3/*", "table5/*", "report/*", "tokens.json", "training/*/*.json*"),
+    ),
+    "smollm2": ("smollm2/{device}", ("training/*/*.json*", "reports/*/*")),
+}
+
+# What was aimed at: suite, shape, the form that is measured, what by, and the aim.
+SHAPE, SPARSE = "B=1 T={} H=32 D=128", "B=1 H=32 K=32 T={} D=128"
+AIMS = [
+    *(
+        (f"memory scan, {way}", SHAPE.format(length), "kernel", "floor", aim)
+        for way, aim in (("forward", 1.5), ("backward", 1.7))
+        for length in (32_768, 131_072)
+    ),
+    ("memory scan, forward", SHAPE.format(32_768), "associative_scan, compiled (P2)", "kernel", 10),
+    ("memory scan, forward", SHAPE.format(32_768), "chunk_hgrn (fla-core)", "kernel", 1),
+    ("Quest decode step", SPARSE.format(131_072) + " k=128", "kernel", "floor", 1.4),
+    ("MoBA prefill, correlated queries", SPARSE.format(32_768) + " k=32", "kernel", "peak", 0.55),
+    (
+        "SnapKV scores, with the prefill's LSE",
+        SPARSE.format(131_072) + " window=64 kept=8192",
+        "kernel", "floor", 1.4,
+    ),
+]  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
+    for folder in map(Path, arguments):
+        archives = sorted(folder.glob("*.tgz"))
+        if not archives:
+            sys.exit(f"{folder} has no archive of scripts/gpu.py: name the folder that came back")
+        for archive in archives:
+            print(f"{archive.name}: {lay(archive, ROOT)}")
+    for page, text in tables(ROOT).items():
+        path = ROOT / page
+        path.write_text(between_marks(path.read_text(), text))
+
+
+def lay(archive: Path, root: Path) -> str:
+    """Unpack a piece's archive, for a next run to know it by, and copy what is kept of it."""
+    unpacked = root / "outputs" / "gpu"
+    with tarfile.open(archive) as file:
+        file.extractall(unpacked, filter="data")
+    record = json.loads((unpacked / f"{archive.stem}.json").read_text())
+    if record["rc"] is None or record.get("dry") or "device" not in record:
+        return f"not laid: {record['note'] or 'a dry run, or on an unknown device'}"
+    place, patterns = PLACES[archive.stem]
+    target = root / REFERENCE / place.format(device=slug(record["device"]))
+    target.mkdir(parents=True, exist_ok=True)
+    (target / f"{archive.stem}.record.json").write_text(json.dumps(record, indent=1) + "\n")
+    source = unpacked / archive.stem
+    for path in sorted(p for pattern in patterns for p in source.glob(pattern) if p.is_file()):
+        name = path.relative_to(source)
+        copy = target / (name.name if archive.stem == "bench" else name)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    return f"rc {record['rc']}, laid under {target.relative_to(root)}"
+
+
+def slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def tables(root: Path) -> dict[str, str]:
+    """By page, what its files say and what is missing."""
+    reference = root / REFERENCE
+    benches = [
+        aims(path.parent.name, json.loads(path.read_text()))
+        for path in sorted(reference.glob("bench/*/bench.json"))
+        if not path.parent.name.endswith("-cpu")
+    ]
+    tests = [summary(p) for p in sorted(reference.glob("bench/*/kernels.record.json"))]
+    lacking = ([] if benches else ["the bench"]) + ([] if tests else ["the kernels' tests"])
+    small = [summary(p) for p in sorted(reference.glob("small/*/small.record.json"))]
+    shown = []
+    for table in ("table3", "table5"):
+        found = sorted(reference.glob(f"small/*/{table}/{table}.md"))
+        shown += [path.read_text().strip() for path in found]
+        small += [] if found else [f"Missing: {table.capitalize()[:-1]} {table[-1]} on a GPU."]
+    return {
+        "docs/kernels.md": "\n\n".join(
+            [*tests, *benches, *(f"Missing: {x} on a GPU." for x in lacking)]
+        ),
+        "docs/small-tier.md": "\n\n".join([*small, *shown]),
+    }
+
+
+def summary(path: Path) -> str:
+    """A record in a sentence."""
+    record = json.loads(path.read_text())
+    versions = record["versions"]
+    tail = record["commands"][-1]["output"].strip().splitlines()[-1:] or [""]
+    return (
+        f"{record['piece']}, {record['date'][:10]}, {record['device']}, torch {versions['torch']}, "
+        f"commit {str(record['commit'])[:12]}: exit code {record['rc']} after "
+        f"{record['seconds']:.0f} s; `{tail[0].strip(' =')}`."
+    )
+
+
+def aims(device: str, bench: dict[str, Any]) -> str:
+    """Every aim beside what was measured."""
+    rows, about = {}, {}
+    for run in bench["runs"]:
+        for row in run["rows"]:
+            rows[row["suite"], row["case"], row["form"]] = row
+            about[row["suite"], row["case"], row["form"]] = run["about"]
+    last = bench["runs"][-1]["about"]
+    lines = [
+        f"{last['device']}, {last['date'][:10]}, commit {str(last['commit'])[:12]}: a copy moves "
+        f"{last['copy_bytes_per_second'] / 1e12:.2f} TB/s, a product in {last['dtype']} runs at "
+        f"{last['matmul_flop_per_second'] / 1e12:.0f} TFLOP/s. All rows: "
+        f"`outputs/reference/bench/{device}/bench.md`.",
+        "",
+        "| suite | case | figure | aim | measured |",
+        "|---|---|---|---|---|",
+    ]
+    for suite, case, form, by, aim in AIMS:
+        row = rows.get((suite, case, form), {})
+        first = rows.get((suite, case, "kernel"), {}).get("seconds")
+        time, value, text = row.get("seconds"), None, f"{form}, time / {by}"
+        if time and by == "floor" and row["floor"]:
+            value = time / row["floor"]
+        elif time and by == "kernel" and first:
+            value = time / first
+        elif by == "peak":
+            text = f"{form}, share of the matrix peak on its tiles"
+            if time:
+                rate = about[suite, case, form]["matmul_flop_per_second"]
+                value = row["executed"] / time / rate
+        sign = "≤" if by == "floor" else "≥"
+        missing = row.get("note") or "missing"
+        met = value is not None and (value <= aim if by == "floor" else value >= aim)
+        result = missing if value is None else f"{value:.2f}{'' if met else ' (missed)'}"
+        lines.append(f"| {suite} | {case} | {text} | {sign} {aim} | {result} |")
+    return "\n".join(lines)
+
+
+def between_marks(page: str, text: str) -> str:
+    """The page with the text between its marks; AssertionError where it has none."""
+    before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[-1]
+    assert all(page.count(mark) == 1 for mark in MARKS), "the page lacks its marks"
+    return f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

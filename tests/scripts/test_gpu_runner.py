@@ -1,0 +1,161 @@
+"""scripts/gpu.py runs pieces within limits and records them; gpu_collect.py lays what came back."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from ratplus_bench import scan_cases, sparse_cases
+from ratplus_bench.timing import Machine
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.chdir(ROOT)  # as the runner does
+    module = importlib.import_module("gpu")
+    monkeypatch.setattr(module, "WORK", tmp_path / "work")
+    monkeypatch.setattr(module, "OUT", tmp_path / "out")
+    monkeypatch.setattr(module, "GRACE", 0.5)
+    monkeypatch.setattr(module, "describe", lambda: {"device": "Card 1", "commit": "abc"})
+    return module
+
+
+def records(gpu, pieces, monkeypatch, *arguments):
+    monkeypatch.setattr(gpu, "PIECES", {piece.__name__: piece for piece in pieces})
+    gpu.main(list(arguments))
+    return {piece.__name__: json.loads((gpu.WORK / f"{piece.__name__}.json").read_text())
+            for piece in pieces}  # fmt: skip
+
+
+def test_pieces_end_within_their_limits_and_none_stops_another(gpu, monkeypatch, tmp_path):
+    def slow(out):  # a child of a child that heeds no signal writes on until it is killed
+        write = f"import time\nwhile True: open({str(out / 'beat')!r}, 'w'); time.sleep(.02)"
+        yield 1.0, [f"trap '' TERM; echo begun; (trap '' TERM; python -c {shlex.quote(write)})"]
+        yield 1.0, ["echo too late"]
+
+    def broken(out):
+        yield 20, ["echo fine", "python -c 'raise OSError(7)'"]
+        raise RuntimeError("of the piece itself")
+
+    def absent(out):
+        raise gpu.NotRun("there is no wheel")
+        yield
+
+    def last(out):
+        yield 20, [f"echo 1 > {out}/kept; echo 2 > {out}/checkpoint-2.pt"]
+
+    pieces = (slow, broken, absent, last)
+    found = records(gpu, pieces, monkeypatch)
+    first, second = found["slow"]["commands"]
+    assert first["stopped"] and first["rc"] == -9 and first["output"] == "begun\n"
+    assert second["output"] == "no time was left" and found["slow"]["seconds"] < 10
+    (gpu.WORK / "slow" / "beat").unlink()
+    time.sleep(0.3)
+    assert not (gpu.WORK / "slow" / "beat").exists()
+    assert "of the piece itself" in found["broken"]["note"] and found["broken"]["rc"] == 1
+    assert [x["rc"] for x in found["broken"]["commands"]] == [0, 1]
+    assert "OSError: 7" in found["broken"]["commands"][1]["output"]
+    assert found["absent"]["rc"] is None and "no wheel" in found["absent"]["note"]
+    assert found["last"]["rc"] == 0 and found["last"]["device"] == "Card 1"
+    with tarfile.open(tmp_path / "out" / "last.tgz") as archive:
+        assert set(archive.getnames()) == {"last/kept", "last/01.log", "last.json"}
+
+    # What has a result is skipped, what could not run is tried again, and a name runs it anew.
+    dates = {name: found[name]["date_end"] for name in found}
+    marked = {name: found[name] | {"date_end": "before"} for name in found}
+    for name, record in marked.items():
+        (gpu.WORK / f"{name}.json").write_text(json.dumps(record))
+    again = records(gpu, pieces, monkeypatch)
+    assert [n for n in dates if again[n]["date_end"] != "before"] == ["absent"]
+    assert records(gpu, pieces, monkeypatch, "last")["last"]["date_end"] != "before"
+    with pytest.raises(SystemExit, match="no piece is called lst: choose of slow, broken"):
+        gpu.main(["lst"])
+
+
+def test_the_small_pair_gets_the_tokens_that_there_is_time_for(gpu):
+    shares = {"small_attention": 2, "small_ratplus": 1}
+    rates = {name: {256: 1e6, 4096: 1e6} for name in shares}
+    # Attention is the slower one: 2 tokens of it for one of RAT+, and 4/15 of fine-tuning.
+    assert gpu.tokens_of(rates, shares, 34) == pytest.approx(34e6 * 15 / 34, rel=1e-6)
+    assert gpu.tokens_of(rates, shares, 1e6) == 300_000_000
+    rates["small_ratplus"] = {256: 1e6, 4096: 1e5}
+    assert gpu.tokens_of(rates, shares, 34) < 34e6 * 15 / 34
+
+
+def test_what_came_back_is_laid_and_shown(gpu, monkeypatch, tmp_path):
+    collect = importlib.import_module("gpu_collect")
+    about = {"device": "Card 1", "date": "2026-01-02T03", "commit": "abc", "dtype": "bfloat16",
+             "copy_bytes_per_second": 3e12, "matmul_flop_per_second": 8e14}  # fmt: skip
+
+    def row(suite, case, form, seconds, **more):
+        return {"suite": suite, "case": case, "form": form, "seconds": seconds, "floor": 1e-3,
+                "executed": 0, "note": ""} | more  # fmt: skip
+
+    scan, case = "memory scan, forward", "B=1 T=32768 H=32 D=128"
+    rows = [
+        row(scan, case, "kernel", 1.2e-3),
+        row(scan, case, "associative_scan, compiled (P2)", 6e-3),
+        row(scan, case, "chunk_hgrn (fla-core)", None, note="not installed: fla"),
+    ]
+    made = json.dumps({"runs": [{"about": about, "rows": rows}]})
+
+    def bench(out):
+        (out / "bench").mkdir()
+        (out / "bench" / "bench.json").write_text(made)
+        yield 20, ["echo measured"]
+
+    records(gpu, (bench,), monkeypatch)
+    monkeypatch.setattr(collect, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    for page in ("kernels", "small-tier"):
+        text = "before\n" + "\nold\n".join(collect.MARKS) + "\nafter\n"
+        (tmp_path / "docs" / f"{page}.md").write_text(text)
+    collect.main([str(tmp_path / "out")])
+    laid = tmp_path / "outputs/reference/bench/card-1"
+    assert (laid / "bench.json").read_text() == made
+    assert json.loads((laid / "bench.record.json").read_text())["rc"] == 0
+    page = (tmp_path / "docs" / "kernels.md").read_text()
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    assert f"| {scan} | {case} | kernel, time / floor | ≤ 1.5 | 1.20 |" in page
+    assert "time / kernel | ≥ 10 | 5.00 (missed) |" in page
+    assert "≥ 1 | not installed: fla |" in page and "≤ 1.4 | missing |" in page
+    assert "Missing: the kernels' tests" in page
+    assert "Missing: Table 3 on a GPU." in (tmp_path / "docs" / "small-tier.md").read_text()
+
+
+def test_the_aims_and_the_patterns_name_rows_of_the_bench(gpu):
+    """The bench's suites, cases and forms are found by their names."""
+    import torch
+
+    collect = importlib.import_module("gpu_collect")
+    machine = Machine(torch.device("cpu"), torch.float32, False, 1e9, 1e12)
+    names = [
+        f"{case.suite} | {case.name} | {getattr(form, 'name', form)}"
+        for cases in (scan_cases.cases, sparse_cases.cases)
+        for case in cases(machine)
+        for form in case.forms
+    ]
+    patterns = [
+        shlex.split(command)[-1] for _, commands in gpu.bench(Path("out")) for command in commands
+    ]
+    chosen = [[n for n in names if re.search(pattern, n)] for pattern in patterns]
+    assert all(5 < len(found) < 70 for found in chosen)
+    for suite, case, *_ in collect.AIMS:
+        assert any(f"{suite} | {case} | kernel" in found for found in chosen)
+
+
+def test_the_docs_show_what_the_files_say(gpu):
+    collect = importlib.import_module("gpu_collect")
+    for page, text in collect.tables(ROOT).items():
+        current = (ROOT / page).read_text()
+        assert collect.between_marks(current, text) == current, "run scripts/gpu_collect.py"

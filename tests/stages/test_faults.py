@@ -1,0 +1,189 @@
+"""Jobs that are ended at each of their file operations, and then run again, hold what an
+undisturbed one holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from itertools import count
+
+import pytest
+
+from ratplus_exp.main import command
+from ratplus_exp.report import figures
+from ratplus_exp.stages import convert, evaluate, hit_rate, report, tokenize, train
+
+STAGES = (figures, convert, evaluate, hit_rate, report, tokenize, train)
+"""Imported here, so that a forked child need not."""
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "fault.fsync")
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+TIMES = ("seconds", "tokens_per_second", "mfu")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(words, at, number): a command in a child that gets the signal `number` before its `at`-th
+    change of a file below `output`; its exit code (negative: killed) and what it wrote to stderr.
+    """
+    output, said = tmp_path / "out", tmp_path / "stderr"
+
+    def child(words, at, number):
+        steps = count(1)
+
+        def hook(event, args):
+            change = event in CHANGES or (event == "open" and args[2] & WRITES)
+            if change and str(args[0]).startswith(str(output)) and next(steps) == at:
+                os.kill(os.getpid(), number)
+
+        fsync = os.fsync
+        os.fsync = lambda file: (sys.audit("fault.fsync", str(output)), fsync(file))[1]
+        sys.addaudithook(hook)
+        common = [
+            "tracking=disabled",
+            "device=cpu",
+            f"output={output}",
+            "hydra.run.dir=${output}/job",
+        ]
+        sys.argv = ["run.py", *common, *words]
+        command()
+
+    def run(words, at=0, number=signal.SIGKILL, encoding="utf-8"):
+        if (pid := os.fork()) == 0:
+            code = 1
+            try:
+                with said.open("w", encoding=encoding) as file:
+                    os.dup2(file.fileno(), 1)
+                    os.dup2(file.fileno(), 2)
+                    sys.stdout = sys.stderr = file
+                    child(words, at, number)
+                    code = 0
+            except SystemExit as end:
+                code = end.code
+                if isinstance(code, str):  # what the interpreter prints
+                    code = said.open("a").write(f"{code}\n") and 1
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said.read_text()
+
+    run.output = output
+    return run
+
+
+def evaluation(tiny_models):
+    model = [f"model.path={tiny_models['ratplus']}", "model.sha256=null", "model.training=0"]
+    size = ["data.length=256", "data.block_size=4", "data.tasks=[S-1]", "data.examples=3"]
+    return [*model, *size, "stage.batch_size=2"]
+
+
+def training():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return [
+        "experiment=pocket1024_attention",
+        "model=pocket1024_attention",
+        *(f"model.architecture.{name}={size}" for name, size in sizes.items()),
+        "data.length=128",
+        "stage.schedule=[[384,64]]",
+        "stage.tokens_per_step=128",
+        "stage.optimizer.log_every=1",
+        "stage.optimizer.checkpoint_every=1",
+    ]
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+    return value
+
+
+def content(folder):
+    """What of a folder's files has to be the same, by name: all but times and who ran it when."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name in ("provenance.json", "config.json") and "model" not in path.parts:
+            found[name] = None
+        elif path.suffix == ".jsonl" or path.name == "metrics.json":
+            text = path.read_text()
+            lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+            found[name] = [without_times(json.loads(line)) for line in lines]
+        elif path.is_file() and path.suffix != ".pt" and path.name != "lock":
+            found[name] = path.read_bytes()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("what", ["evaluation", "training", "report"])
+def test_ended_at_any_file_operation_and_run_again(run, tiny_models, tmp_path, what, number):
+    words, folder = evaluation(tiny_models), run.output / "results"
+    if what == "training":
+        words, folder = training(), run.output / "training"
+    if what == "report":
+        store, folder = tmp_path / "store", tmp_path / "out/page"
+        assert run([*words, f"results={store}"])[0] == 0
+        where = [f"results={store}", f"stage.folder={folder}", "data.length=256"]
+        words = ["stage=report", "stage.models=[]", *where]
+        words += ["stage.outputs={table3:true,fig1:true,report:true}"]
+    code, said = run(words)
+    assert code == 0, said
+    whole = content(folder)
+    step = 0
+    for step in count(1):
+        shutil.rmtree(run.output)
+        code, said = run(words, step, number)
+        if code == 0:
+            break
+        assert code == (-9 if number == signal.SIGKILL else 130), (step, said)
+        code, said = run(words)
+        assert code == 0, (step, said)
+        assert content(folder) == whole, step
+    assert step > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("stage", ["eval", "hit_rate", "pretrain", "report", "tokenize"])
+def test_ctrl_c_in_a_stage_is_one_line(run, tiny_models, tmp_path, stage):
+    words = [*evaluation(tiny_models), f"stage={stage}"]
+    if stage == "pretrain":
+        words = training()
+    elif stage == "report":
+        store = f"results={tmp_path / 'store'}"
+        assert run([*words, "stage=eval", store])[0] == 0
+        words = ["stage=report", "stage.models=[]", store, "data.length=256"]
+    elif stage == "tokenize":
+        (tmp_path / "texts").mkdir()
+        (tmp_path / "texts/a.txt").write_text("the grass is green. " * 50)
+        words = ["stage=tokenize", "corpus=local", f"corpus.path={tmp_path / 'texts'}"]
+        words += [f"stage.init={tiny_models['ratplus']}", f"corpus.folder={run.output / 'corpus'}"]
+    behind_hydra = 14
+    code, said = run(words, behind_hydra, signal.SIGINT)
+    assert code == 130, said
+    assert said.splitlines()[-1] == "stopped; the same command goes on from here", said
+    assert "Traceback" not in said and said.count("stopped") == 1
+
+
+def test_sigterm_ends_a_training_with_a_checkpoint(run):
+    code, said = run(training(), 30, signal.SIGTERM)
+    folder = run.output / "training/pocket1024_attention_0"
+    kept = [path.name for path in folder.glob("checkpoint-*")]
+    assert code == 1 and kept, (code, said)
+    assert "error: stopped by a signal after step" in said.splitlines()[-1]
+    assert not (folder / "model").exists()
+
+
+def test_a_refused_job_leaves_no_folder(run, tiny_models):
+    for wrong in ("seed=-1", "model.path=nowhere", "data.essay=nowhere"):
+        code, said = run([*evaluation(tiny_models), wrong])
+        assert code == 1 and said.splitlines()[-1].startswith("error: "), said
+        assert not (run.output / "job").exists(), wrong
+
+
+def test_a_terminal_of_ascii_gets_the_table(run, tiny_models):
+    code, said = run(evaluation(tiny_models), encoding="ascii")
+    assert code == 0 and "Accuracy in %" in said, said
