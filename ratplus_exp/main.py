@@ -92,7 +92,7 @@ def _no_option(group: str, option: str) -> str:
 def command() -> None:
     """`main` on the command line, every error of a user in one line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the exception, not a page about it
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[attr-defined]  # a terminal may be ASCII
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may be ASCII
     if os.environ.get("RANK", "0") != "0":  # the job's folder is the first process's
         sys.argv += ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled"]
     try:

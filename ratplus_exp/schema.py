@@ -366,11 +366,12 @@ class Config(Settings):
     corpus: CorpusConfig | None = None
     pair: PairConfig = field(default_factory=PairConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    checkpoint: Text | None = None  # stage=convert: one of P2's .pth files
+    checkpoint: Text | None = None  # stage=convert: one of P2's .pth files, or a .gguf
     selector: Selector = "topk"
     selector_seed: Seed = 0  # of selector=random
     oracle_heads: Annotated[list[Head], Distinct] = field(default_factory=list)  # []: all
     seed: Seed = 0  # of the samples; in training, of the data and the initial weights
+    dtype: Dtype | None = None  # of evaluation; null: float32 on a CPU, bfloat16 on a GPU
     device: Device = "auto"  # auto: a GPU if there is one
     cuda_graphs: bool = True  # on a GPU: a decoding step is launched as one
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # of torch on a CPU; 0: one a core

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ratplus_bench import __main__ as bench
-from ratplus_bench import models, report, scan_cases, sparse_cases, timing
+from ratplus_bench import cpu_models, models, report, scan_cases, sparse_cases, timing
 from ratplus_bench.scan_cases import both
 from ratplus_bench.timing import Case, Form, Machine, Row
 from ratplus_exp.provenance import REPOSITORY
@@ -222,6 +222,17 @@ def test_models_are_measured_with_every_method_against_what_it_reads():
     assert dense - moba == pytest.approx(4 * 2 * 4 * (16 * 17 / 2 - sum(keys)))
     weights = rows[decode, "RAT+, dense"].bytes - rows[throughput, "RAT+, dense"].bytes
     assert weights == rows[decode, "RAT+, Quest"].bytes - rows[throughput, "RAT+, Quest"].bytes > 0
+
+
+def test_models_on_a_cpu_stand_beside_their_floors_and_transformers():
+    rows = list(cpu_models.rows(MACHINE))
+    assert all(row.seconds and row.floor for row in rows)
+    forms = {(row.suite, row.case.split()[0]): set() for row in rows}
+    for row in rows:
+        forms[row.suite, row.case.split()[0]].add(row.form)
+    for suite, sparse in zip(cpu_models.SUITES, ("MoBA 1/16", "Quest 1/16"), strict=True):
+        assert forms[suite, "pocket"] == {"dense", sparse}
+        assert forms[suite, "Llama"] == {"dense", sparse, "transformers, SDPA"}
 
 
 def test_without_a_gpu_the_way_out_is_named(monkeypatch):

@@ -1,7 +1,8 @@
 """The operations that the paper's methods are made of.
 
-On a GPU with Triton a kernel runs (`ratplus_kernels.dispatch`), elsewhere a torch form; Quest's and
-MoBA's attention return None there, for their definition is the engine of ratplus_exp.
+On a GPU with Triton a kernel runs (`ratplus_kernels.dispatch`), elsewhere the torch form. It is the
+definition, but for Quest's and MoBA's attention: there it gathers the selected blocks, and the
+definition is the engine of ratplus_exp. All are tested against float64 loops.
 """
 
 from ratplus_kernels.memory_scan import Blocks, memory_prefill, memory_scan, memory_step

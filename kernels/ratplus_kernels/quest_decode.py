@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ratplus_kernels.dispatch import use_triton
-from ratplus_kernels.selection import check_top_k
+from ratplus_kernels.selection import check_top_k, inner_products, select
 
 
 def quest_decode(
@@ -17,7 +19,7 @@ def quest_decode(
     *,
     block_size: int,
     top_k: int,
-) -> Tensor | None:
+) -> Tensor:
     """Attention of new tokens to the blocks that Quest selects for each query head.
 
     Args:
@@ -32,12 +34,61 @@ def quest_decode(
             Σ_d max(q_d · min_d, q_d · max_d), ties to the lowest index.
 
     Returns:
-        (B, H, Q, D) in the dtype of q, without gradients; None where no kernel runs. The masks of
-        `Engine` in ratplus_exp are the definition.
+        (B, H, Q, D) in the dtype of q; no gradients through the kernel. The masks of `Engine` in
+        ratplus_exp are the definition.
     """
     check_top_k(top_k)
     if not use_triton(q, k, v, representatives):
-        return None
+        return quest_decode_torch(q, k, v, representatives, positions, block_size, top_k)
     from ratplus_kernels.quest_decode_triton import quest_decode_triton
 
     return quest_decode_triton(q, k, v, representatives, positions, block_size, top_k)
+
+
+def quest_decode_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    representatives: Tensor,
+    positions: Tensor,
+    block_size: int,
+    top_k: int,
+) -> Tensor:
+    """`quest_decode` that copies the selected blocks together, and reads no other."""
+    batch, heads, queries, dim = q.shape
+    length, blocks = k.shape[2], representatives.shape[2]
+    halves = torch.cat((q.clamp(max=0), q.clamp(min=0)), dim=-1)
+    grouped = halves.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, K, G Q, 2 D)
+    scores = inner_products(grouped, representatives).view(batch, heads, queries, blocks)
+    block = torch.arange(blocks, device=q.device)
+    own = (positions // block_size)[:, None, :, None]
+    chosen = select(scores, top_k, allowed=block <= own, forced=(block == 0) | (block == own))
+    # Their numbers (B, H, Q, top_k), ascending; behind them `blocks`, ahead of all queries.
+    top_k = min(top_k, blocks)
+    slot = torch.where(chosen, chosen.cumsum(-1) - 1, top_k)
+    index = block.new_full((*chosen.shape[:-1], top_k + 1), blocks)
+    index = index.scatter_(-1, slot, block.expand_as(slot))[..., :top_k]
+
+    size = min(block_size, length)
+    first = index * block_size
+    start = first.clamp(max=length - size)  # T may end within a block
+    token = start[..., None] + torch.arange(size, device=q.device)
+    seen = (token >= first[..., None]) & (token <= positions[:, None, :, None, None])
+    k, v = (_runs(x, start, size).view(batch, heads * queries, -1, dim) for x in (k, v))
+    seen = seen.view(batch, heads * queries, 1, -1)
+    out = F.scaled_dot_product_attention(q.flatten(1, 2).unsqueeze(2), k, v, attn_mask=seen)
+    return out.view(batch, heads, queries, dim)
+
+
+def _runs(x: Tensor, start: Tensor, size: int) -> Tensor:
+    """Tokens start … start + size − 1 of x (B, K, T, D), start (B, H, Q, N): (B H Q N, size D)."""
+    batch, kv_heads, length, dim = x.shape
+    if x.stride()[2:] != (dim, 1):
+        x = x.contiguous()
+    row = torch.arange(batch, device=x.device).view(-1, 1, 1, 1) * x.stride(0)
+    head = torch.arange(start.shape[1], device=x.device).view(-1, 1, 1)
+    head = head // (start.shape[1] // kv_heads) * x.stride(1)
+    # A run is a row of a view in which a row starts at every number, so one copy takes it.
+    last = (batch - 1) * x.stride(0) + (kv_heads - 1) * x.stride(1) + (length - size) * dim
+    rows = x.as_strided((last + 1, size * dim), (1, 1), x.storage_offset())
+    return rows.index_select(0, (row + head + start * dim).flatten())

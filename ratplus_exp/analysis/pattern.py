@@ -109,7 +109,7 @@ def _pattern(table: str, scope: str, paper: np.ndarray, measured: np.ndarray) ->
     whole = np.isfinite(measured[0]).all(axis=(1, 2))
     means, printed = measured[:, whole].mean(axis=2), paper[whole].mean(axis=1)
     agree, against, tied = (int((signs[0] == sign).sum()) for sign in (1, -1, 0))
-    attention, ratplus = (_correlation(means[..., side], printed[:, side]) for side in (0, 1))
+    attention, ratplus = (correlation(means[..., side], printed[:, side]) for side in (0, 1))
     return Pattern(
         table,
         scope,
@@ -120,13 +120,14 @@ def _pattern(table: str, scope: str, paper: np.ndarray, measured: np.ndarray) ->
         tied,
         Estimate.of(agreement),
         int(whole.sum()),
-        _correlation(means[..., 1] - means[..., 0], printed[:, 1] - printed[:, 0]),
+        correlation(means[..., 1] - means[..., 0], printed[:, 1] - printed[:, 0]),
         attention,
         ratplus,
     )
 
 
-def _correlation(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
+def correlation(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
+    """Spearman's, of ours (n_boot + 1, S) with theirs (S,); NaN below FEWEST."""
     if len(theirs) < FEWEST:
         return Estimate(np.nan, np.nan, np.nan)
     return Estimate.of(rank_correlation(ours, theirs))

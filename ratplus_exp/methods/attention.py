@@ -24,12 +24,14 @@ def attend(
         # PyTorch's bf16 backward on a CPU takes up to ten times as long as fp32's.
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), seen, causal)
-    if seen is None or heads == kv_heads:
+    if causal or heads == kv_heads:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=heads != kv_heads
         )
-    # With a mask, CUDA's fused kernels know no groups: a group's heads become further queries.
-    seen = seen.expand(-1, heads, -1, -1)
-    queries, seen = (x.unflatten(1, (kv_heads, -1)).flatten(2, 3) for x in (q, seen))
+    # A group's heads become further queries: with a mask CUDA's fused kernels know no groups, and a
+    # CPU would read keys and values once a head.
+    queries = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    if seen is not None:
+        seen = seen.expand(-1, heads, -1, -1).unflatten(1, (kv_heads, -1)).flatten(2, 3)
     out = F.scaled_dot_product_attention(queries, k, v, attn_mask=seen)
     return out.unflatten(2, (-1, q.shape[2])).flatten(1, 2)

@@ -7,7 +7,7 @@ behind every row's last token, out of every real query's causal sight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ratplus_kernels import gather_tokens
 from ratplus_kernels.selection import select
 
 Recorder = Callable[[int, Tensor, Tensor, Tensor], None]
-QUERY_CHUNK = 512  # prompt queries whose selection is in memory at a time
+QUERY_CHUNK = 128  # prompt queries whose selection is in memory at a time
 
 
 @dataclass
@@ -39,6 +39,12 @@ class Usage:
         """
         self.attended.append(attended)
         self.positions.append(positions.expand(attended.shape))
+
+    def join(self, parts: Sequence[Usage]) -> None:
+        """Add what the queries of parts of the batch attended to."""
+        for name in ("attended", "positions"):
+            those = zip(*(getattr(part, name) for part in parts), strict=True)
+            getattr(self, name).extend(torch.cat(x) for x in those)
 
     def fractions(self, rows: int, last: Tensor | None = None) -> Tensor:
         """The measured budget of each row (rows,), over all layers; 1 when nothing was sparse.
@@ -82,9 +88,9 @@ class Engine:
     rows: Tensor | None = None
 
     def for_rows(self, rows: Tensor) -> Engine:
-        """The engine over some rows of its batch."""
-        assert self.rows is None
-        return replace(self, selector=self.selector.rows(rows), rows=rows)
+        """The engine over some of its rows."""
+        numbers = rows if self.rows is None else self.rows[rows]
+        return replace(self, selector=self.selector.rows(rows), rows=numbers)
 
     def _fast(self, path: Callable[..., Tensor | None], *states: Any) -> Tensor | None:
         """What a fast path of the method gives; None where the engine must select.
@@ -154,10 +160,11 @@ class Engine:
         for start in range(0, length, QUERY_CHUNK):
             queries = q[:, :, start : start + QUERY_CHUNK]
             position = key[start : start + QUERY_CHUNK]
+            end = start + len(position)
             blocks = self.select_blocks(queries, representatives, position[None], layer)
-            seen = blocks.repeat_interleave(size, dim=-1)[..., :length].flatten(1, 2)
-            seen = seen & (key <= position[:, None])
-            out.append(attend(queries, k, v, seen))
+            seen = blocks.repeat_interleave(size, dim=-1)[..., :end].flatten(1, 2)
+            seen = seen & (key[:end] <= position[:, None])
+            out.append(attend(queries, k[:, :, :end], v[:, :, :end], seen))
             self._count(seen.sum(-1).float().mean(1), position, lengths)
         return torch.cat(out, dim=2)
 

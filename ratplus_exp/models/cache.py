@@ -6,8 +6,9 @@ also its position until a method evicts; RoPE and block arithmetic always use th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ratplus_exp.methods import Engine
+from ratplus_exp.methods import Engine, Usage
 
 ROOM = 64  # slots allocated ahead of need
+# A layer's tensors, and the dimension of each that is the batch.
+BATCH = {"keys": 0, "values": 0, "select_by": 0, "representatives": 0, "memory_state": 1}
 
 
 class SparseLayer(DynamicLayer):
@@ -50,20 +53,26 @@ class SparseLayer(DynamicLayer):
 
     def map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
         """Replace every tensor by function(tensor, its batch dimension)."""
-        for name in ("keys", "values", "select_by", "representatives"):
+        for name, dim in BATCH.items():
             tensor = getattr(self, name)
             if tensor is not None:
-                setattr(self, name, function(tensor, 0))
-        if self.memory_state is not None:
-            self.memory_state = function(self.memory_state, 1)
+                setattr(self, name, function(tensor, dim))
+
+    def join(self, parts: Sequence[SparseLayer]) -> None:
+        """Hold what the layers of parts of the batch hold."""
+        for name, dim in BATCH.items():
+            tensors = [getattr(part, name) for part in parts]
+            if tensors[0] is not None:
+                setattr(self, name, torch.cat(tensors, dim))
 
 
 def last_queries(q: Tensor, lengths: Tensor | None, count: int) -> Tensor:
-    """The last `count` queries of each row, (B, H, count, D) of q (B, H, T, D); where a row has
-    fewer, its first one stands in for those that are missing. lengths as in `Step`."""
+    """The last `count` queries of each row, at most T, (B, H, count, D) of q (B, H, T, D); where a
+    row has fewer, its first one stands in for those that are missing. lengths as in `Step`."""
     length = q.shape[2]
+    count = min(count, length)
     if lengths is None:
-        return q[:, :, max(0, length - count) :]
+        return q[:, :, length - count :]
     last = lengths[:, None] - count + torch.arange(count, device=q.device)
     index = last.clamp(min=0)[:, None, :, None]
     return q.gather(2, index.expand(-1, q.shape[1], -1, q.shape[3]))
@@ -260,6 +269,26 @@ class SparseCache(Cache):
         new = self.engine.method.represent(there.unflatten(2, (-1, size)))
         block = block[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
         store.representatives = old.scatter_(2, block, new)
+
+    def for_rows(self, rows: Tensor) -> SparseCache:
+        """An empty cache for some rows of the batch, for `join`."""
+        assert self.is_empty
+        part = copy(self)
+        part.reset()
+        part.engine = replace(self.engine.for_rows(rows), usage=Usage())
+        return part
+
+    def join(self, parts: Sequence[SparseCache]) -> None:
+        """Hold what the caches of parts of the batch hold: prompts of one padded length."""
+        assert self.is_empty and len({part.seen for part in parts}) == 1
+        for store, *those in zip(self.layers, *(part.layers for part in parts), strict=True):
+            store.join(those)
+        self.engine.usage.join([part.engine.usage for part in parts])
+        self.seen, self.longest = parts[0].seen, parts[0].longest
+        self.ragged = any(part.ragged for part in parts)
+        self.processed, self.stored = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("processed", "stored")
+        )
 
     # What generate, beam search and the like ask of a cache.
 

@@ -7,7 +7,7 @@ launch one by one than to run. `model.generate` works as well, without graphs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -72,11 +72,11 @@ def greedy(
     engine: Engine,
     max_new_tokens: int,
     *,
-    eos: int,
+    eos: Sequence[int],
     pad: int,
     capture: Capture | None = None,
 ) -> Tensor:
-    """Answers (B, at most max_new_tokens) to prompts, `pad` behind each one's `eos`.
+    """Answers (B, at most max_new_tokens) to prompts, `pad` behind each one's first of `eos`.
 
     Args:
         capture: turns a step into a function that takes it again and again in the same memory:
@@ -103,9 +103,11 @@ def greedy(
 class _Step:
     """A decoding step of a batch: it feeds `token` (B, 1) and puts the next one in its place."""
 
-    def __init__(self, model: Any, cache: SparseCache, token: Tensor, eos: int, pad: int) -> None:
-        self.model, self.cache, self.eos, self.pad = model, cache, eos, pad
-        self.token = token.clone()
+    def __init__(
+        self, model: Any, cache: SparseCache, token: Tensor, eos: Sequence[int], pad: int
+    ) -> None:
+        self.model, self.cache, self.pad = model, cache, pad
+        self.token, self.eos = token.clone(), token.new_tensor(eos)
         self.ended = torch.zeros(len(token), dtype=torch.bool, device=token.device)
         self.replay: Run | None = None
         self.used: list[Tensor] = []  # what a replay adds to the engine's usage
@@ -116,7 +118,7 @@ class _Step:
     def choose(self, logits: Tensor) -> None:
         """The likeliest token by the last of logits (B, ·, V)."""
         new = logits[:, -1].argmax(-1).masked_fill(self.ended, self.pad)
-        self.ended |= new == self.eos
+        self.ended |= (new[:, None] == self.eos).any(1)
         self.token.copy_(new[:, None])
 
     def take(self) -> None:

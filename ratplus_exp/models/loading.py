@@ -81,9 +81,9 @@ def check_model(path: Path, expected_sha256: str | None, backbone: str) -> str:
     return digest
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A model's config.json; ValueError where it is none."""
-    file = path / "config.json"
+def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
+    """A model's config.json, or another file in JSON; ValueError where it is none."""
+    file = path / name
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
@@ -108,26 +108,50 @@ def check_length(path: Path, length: int) -> None:
         )
 
 
-def interface_digest(path: Path) -> str:
-    """One digest of what turns text into the model's input and weights into the model.
+def end_tokens(path: Path) -> list[int]:
+    """The tokens that end an answer of the model in a folder: those that generation_config.json
+    lists, or else config.json. [] where neither lists any."""
+    file = path / "generation_config.json"
+    return _end_tokens(read_config(path, file.name if file.exists() else "config.json"))
 
-    generation_config.json is not among it: `load_model` leaves its suggestions out.
-    """
+
+def _end_tokens(config: dict[str, Any]) -> list[int]:
+    ends = config.get("eos_token_id")
+    return [ends] if isinstance(ends, int) else ends or []
+
+
+def interface_digest(path: Path) -> str:
+    """One digest of what turns text into the model's input, weights into the model and tokens into
+    an answer. Of generation_config.json it has EOS alone, where config.json says another."""
     files = [path / name for name in INTERFACE if (path / name).exists()]
     lines = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
+    if (ends := end_tokens(path)) != _end_tokens(read_config(path)):
+        lines += f"{ends}\n"
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def dtype_on(device: torch.device) -> torch.dtype:
-    """What models compute in: fp32 on a CPU, bf16 on a GPU."""
+def dtype_on(device: torch.device, name: str | None = None) -> torch.dtype:
+    """What models compute in: that of this name, or else fp32 on a CPU, bf16 on a GPU."""
+    if name:
+        return getattr(torch, name)
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a model's folder; ValueError where it is broken or doesn't fit the model."""
+    """The tokenizer in a model's folder; ValueError where it is broken or doesn't fit the model.
+
+    Its EOS is one of the model's, the first where its own is another."""
     if not (path / "config.json").is_file():
         raise ValueError(f"there is no model in {path}: train it first, or name another folder")
-    return read_tokenizer(path, read_config(path).get("vocab_size"))
+    tokenizer = read_tokenizer(path, read_config(path).get("vocab_size"))
+    if (ends := end_tokens(path)) and tokenizer.eos_token_id not in ends:
+        if ends[0] >= len(tokenizer):
+            raise ValueError(
+                f"the model in {path} ends with token {ends[0]}, but its tokenizer has "
+                f"{len(tokenizer)} entries: correct eos_token_id in its generation_config.json"
+            )
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+    return tokenizer
 
 
 def read_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
@@ -153,8 +177,8 @@ def read_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
     return tokenizer
 
 
-def load_model(path: Path, device: torch.device) -> PreTrainedModel:
-    """The model of a folder, in evaluation mode.
+def load_model(path: Path, device: torch.device, dtype: str | None = None) -> PreTrainedModel:
+    """The model of a folder, in evaluation mode; dtype as in `dtype_on`.
 
     It decodes greedily: penalties and temperatures that its folder suggests are left out.
     """
@@ -164,7 +188,7 @@ def load_model(path: Path, device: torch.device) -> PreTrainedModel:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=dtype_on(device),
+            dtype=dtype_on(device, dtype),
             use_safetensors=True,
             output_loading_info=True,
             **LOCAL,

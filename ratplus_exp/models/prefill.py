@@ -6,6 +6,7 @@ the same dense prefill. It is made once; each of them goes on from a copy of its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.models.cache import SparseCache, Step, last_queries
+
+PIECE = 4 << 20  # bytes: rows go through a CPU together up to this size of a layer's activations
 
 
 class Prefilled(SparseCache):
@@ -27,7 +30,13 @@ class Prefilled(SparseCache):
         super().__init__(num_layers, room=room)
         self.window = window
         self.queries: list[Tensor] = []  # (B, H, window, D) a layer
-        self.step: Step
+
+    @cached_property
+    def step(self) -> Step:
+        """Where the prompts' tokens stood, once they are here."""
+        assert self.processed is not None
+        positions = torch.arange(self.seen, device=self.processed.device)[None]
+        return Step(positions, self.processed if self.ragged else None)
 
     def attend(
         self,
@@ -39,11 +48,19 @@ class Prefilled(SparseCache):
         select_by: Tensor | None = None,
     ) -> Tensor:
         assert self.is_empty, "only a prompt is prefilled"
-        store, self.step = self.layers[layer], step
+        store = self.layers[layer]
         self.queries.append(last_queries(q, step.lengths, self.window).clone())
         store.keys, store.values = _alone(k), _alone(v)
         store.select_by = None if select_by is None else _alone(select_by)
         return self.engine.prefill(q, k, v, step.lengths, layer)
+
+    def reset(self) -> None:
+        super().reset()
+        self.queries = []
+
+    def join(self, parts: Sequence[Prefilled]) -> None:
+        super().join(parts)
+        self.queries = [torch.cat(x) for x in zip(*(part.queries for part in parts), strict=True)]
 
     def copy_to(self, cache: SparseCache) -> None:
         """Leave an empty cache as its own prefill of these prompts would."""
@@ -104,6 +121,17 @@ class PromptBatch:
     def _run(self, cache: SparseCache) -> Tensor:
         length = self.ids.shape[1] - self.fed
         ids, mask = self.ids[:, :length], self.mask[:, :length]
+        # On a CPU a few rows at a time, so that what a layer passes on stays in the core's caches.
+        row = 4 * self.model.config.hidden_size * self.model.dtype.itemsize * length
+        pieces = torch.arange(len(ids)).split(max(1, PIECE // max(1, row)))
+        if ids.device.type != "cpu" or len(pieces) == 1:
+            return self._forward(ids, mask, cache)
+        parts = [cache.for_rows(rows) for rows in pieces]
+        logits = [self._forward(ids[x], mask[x], y) for x, y in zip(pieces, parts, strict=True)]
+        cache.join(parts)
+        return torch.cat(logits)
+
+    def _forward(self, ids: Tensor, mask: Tensor, cache: SparseCache) -> Tensor:
         return self.model(ids, mask, past_key_values=cache, logits_to_keep=1).logits
 
 

@@ -47,6 +47,12 @@ def pattern_section(results: Results, folder: Path) -> Section:
     return Section("Paper against measured", words, tables=(table,))
 
 
+def rank_section(results: Results, folder: Path) -> Section:
+    """Of a model without its twin: its order of settings and tasks beside the paper's Table 4."""
+    table = _written(tables.rank_table(results), folder, "ranks")
+    return Section("Paper against measured, by rank", tables=(table,))
+
+
 def warning_section(results: Results) -> Section:
     """What should make a reader doubt the numbers, a point each."""
     points = [say("doubt", x) for x in checks.doubts(results.draws)]

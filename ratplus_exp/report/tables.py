@@ -12,6 +12,7 @@ from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, spread
 from ratplus_exp.analysis.frame import BACKBONES, SCORERS, SETTING, TASKS, select
 from ratplus_exp.analysis.hits import MEAN, ranked_heads
 from ratplus_exp.analysis.pattern import DECISIVE, FEWEST
+from ratplus_exp.analysis.ranks import SOLVED, rank_agreement
 from ratplus_exp.analysis.selectors import GAP
 from ratplus_exp.report.prose import (
     METHODS,
@@ -248,3 +249,21 @@ def cost_table(cost: pd.DataFrame) -> Table:
 def _difference(row: Any) -> Estimate:
     """RAT+ minus Attention in a row of `rank_curves`."""
     return Estimate(row["difference"], row["difference low"], row["difference high"])
+
+
+def rank_table(results: Results) -> Table:
+    """Attention alone beside the paper's Table 4: `analysis.ranks.rank_agreement`."""
+    agreement = rank_agreement(results.paper("table4"), results.draws)
+    rows = tuple(
+        (over, str(count), interval(Estimate(*rho), 2, "-"), ", ".join(tasks))
+        for over, tasks, count, *rho in agreement.itertuples(index=False, name=None)
+    )
+    caption = (
+        "Spearman's correlation of accuracies with those that the paper prints for OLMo2-7B "
+        "without the memory: over settings, of the means over tasks; over tasks, of the means over "
+        "settings, less dense. The last rows leave out the tasks in which dense is below "
+        f"{SOLVED:.0f} %, where there is little to lose. In brackets: 95 % bootstrap intervals "
+        "over samples."
+    )
+    title = f"Rank correlation with the attention rows of the paper's Table 4; tier {results.tier}"
+    return Table(title, caption, ("Over", "Count", "ρ", "Tasks"), rows)

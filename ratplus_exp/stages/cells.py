@@ -114,7 +114,7 @@ class Job:
             "backbone": cfg.model.backbone,
             "checkpoint": digest[:16],
             "interface": interface_digest(self.path)[:16],
-            "dtype": str(dtype_on(device_of(cfg))).removeprefix("torch."),
+            "dtype": str(dtype_on(device_of(cfg), cfg.dtype)).removeprefix("torch."),
             "method": cfg.method.name,
             "settings": asdict(method),
             "block_size": method.block_size if method.unit == "block" else 1,

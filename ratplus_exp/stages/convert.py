@@ -1,13 +1,20 @@
-"""stage=convert: one of P2's published checkpoints as a folder in Hugging Face's format."""
+"""stage=convert: P2's checkpoints and GGUF files, as folders in Hugging Face's format."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from omegaconf import DictConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from ratplus_exp.config import plain
-from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM, config_for
+from ratplus_exp.models import RatPlusConfig, config_for
 from ratplus_exp.models.loading import (
+    LOCAL,
     SPECIAL_TOKENS,
     read_tokenizer,
     weights_digest,
@@ -16,29 +23,22 @@ from ratplus_exp.models.p2_checkpoint import from_p2, read_p2
 from ratplus_exp.stages.common import resolve
 from ratplus_exp.stages.train import refuse_target, save_model
 
+Parts = tuple[PretrainedConfig, dict[str, torch.Tensor], Tokenizer | None]
+
 
 def run(cfg: DictConfig) -> None:
-    """Read `checkpoint`, write model.path: weights, config, and stage.tokenizer where it is set."""
+    """Read `checkpoint`, write model.path: weights, config and tokenizer."""
     if not cfg.checkpoint:
-        raise ValueError("stage=convert reads one of P2's .pth files: set checkpoint=FILE")
-    config = config_for(plain(cfg.model.architecture), cfg.model.backbone == "ratplus")
-    if not isinstance(config, RatPlusConfig):
         raise ValueError(
-            f"model={cfg.model.name} is not of P2's architecture: use model=ratplus_7b or another "
-            "of docs/models.md"
+            "stage=convert reads one of P2's .pth files or a .gguf file: set checkpoint=FILE"
         )
-    target = resolve(cfg.model.path)
+    target, file = resolve(cfg.model.path), resolve(cfg.checkpoint)
     refuse_target(target)
-    tokenizer = None
-    if cfg.stage.tokenizer:
-        tokenizer = read_tokenizer(resolve(cfg.stage.tokenizer), config.vocab_size)
-        for name in SPECIAL_TOKENS:
-            setattr(config, name, getattr(tokenizer, name))
-    state = from_p2(read_p2(resolve(cfg.checkpoint)), config)
+    config, state, tokenizer = (_read_gguf if file.suffix == ".gguf" else _read_p2)(cfg, file)
     if cfg.stage.dtype:
         state = {name: tensor.to(getattr(torch, cfg.stage.dtype)) for name, tensor in state.items()}
     with torch.device("meta"):
-        model = RatPlusForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,3 +50,37 @@ def run(cfg: DictConfig) -> None:
             f"It has no tokenizer yet: copy the files of the model's own (Llama-2's, for P2's "
             f"models) into {target}."
         )
+
+
+def _read_p2(cfg: DictConfig, file: Path) -> Parts:
+    """One of P2's files, as model.architecture says, and stage.tokenizer where it is set."""
+    config = config_for(plain(cfg.model.architecture), cfg.model.backbone == "ratplus")
+    if not isinstance(config, RatPlusConfig):
+        raise ValueError(
+            f"model={cfg.model.name} is not of P2's architecture: use model=ratplus_7b or another "
+            "of docs/models.md"
+        )
+    tokenizer = None
+    if cfg.stage.tokenizer:
+        tokenizer = read_tokenizer(resolve(cfg.stage.tokenizer), config.vocab_size)
+        for name in SPECIAL_TOKENS:
+            setattr(config, name, getattr(tokenizer, name))
+    return config, from_p2(read_p2(file), config), tokenizer
+
+
+def _read_gguf(cfg: DictConfig, file: Path) -> Parts:
+    """All of a GGUF file, dequantised. transformers would not save the model that it reads."""
+    disable_progress_bar()
+    source: dict[str, Any] = {"gguf_file": file.name, **LOCAL}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+    except Exception as error:  # a damaged file fails in many ways
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{file} cannot be read ({text}): pip install 'ratplus_exp[gguf]' reads "
+            "the models of docs/real-model.md"
+        ) from None
+    del model.config.quantization_config
+    tokenizer.clean_up_tokenization_spaces = False  # which would change the text of byte-level BPE
+    return model.config, model.state_dict(), tokenizer

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
+import torch
 from omegaconf import DictConfig
 
 from ratplus_exp.analysis.frame import COLUMNS, EXTRA, SCORERS, accuracies, tidy
 from ratplus_exp.config import reserve_of
 from ratplus_exp.methods import Engine, Method
 from ratplus_exp.models.decoding import cuda_graphs, greedy
+from ratplus_exp.models.loading import end_tokens
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import MISSING, Table
 from ratplus_exp.stages.cells import Job, Records, selector_of
@@ -65,18 +67,20 @@ def generate(
     """Greedy answers to a batch of prompts, and each one's measured budget."""
     ids, mask = prompts.ids, prompts.mask
     engine = Engine(job.method, selector_of(job.cfg, samples, ids.device))
+    eos = end_tokens(job.path) or [tokenizer.eos_token_id]
     out = greedy(
         prompts,
         engine,
         reserve_of(job.cfg, samples[0].task),
-        eos=tokenizer.eos_token_id,
+        eos=eos,
         pad=tokenizer.pad_token_id,
         capture=cuda_graphs if job.cfg.cuda_graphs and ids.is_cuda else None,
     )
     # The last generated token is never fed back, nor is anything behind a row's EOS.
-    ended = (out == tokenizer.eos_token_id).cumsum(1) > 0
+    ended = torch.isin(out, out.new_tensor(eos)).cumsum(1) > 0
     fed = (~ended).sum(1).clamp(max=out.shape[1] - 1)
     fractions = engine.usage.fractions(len(ids), mask.sum(1) - 1 + fed)
+    out = out.masked_fill(ended, tokenizer.pad_token_id)
     return tokenizer.batch_decode(out, skip_special_tokens=True), fractions.tolist()
 
 

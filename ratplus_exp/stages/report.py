@@ -10,11 +10,19 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
+from ratplus_exp.analysis.frame import BACKBONES
 from ratplus_exp.config import plain
 from ratplus_exp.report.page import write_page
 from ratplus_exp.report.prose import say
 from ratplus_exp.report.results import Results
-from ratplus_exp.report.sections import PAGE, page, pattern_section, section, warning_section
+from ratplus_exp.report.sections import (
+    PAGE,
+    page,
+    pattern_section,
+    rank_section,
+    section,
+    warning_section,
+)
 from ratplus_exp.stages.common import checkpoint_of, job_folder, model_option, resolve
 from ratplus_exp.store import Cell, Store, remove_drafts, write_atomically
 from ratplus_exp.tracking import tracked
@@ -42,7 +50,8 @@ def run(cfg: DictConfig) -> None:
                 raise
             absent.append(str(error))
     if PAGE in outputs or (any(part.tables for part in parts) and outputs != ["tasks"]):
-        parts.append(pattern_section(results, folder))
+        alone = "table4" in outputs and set(results.cells["backbone"]) == {BACKBONES[0]}
+        parts.append((rank_section if alone else pattern_section)(results, folder))
     shown = list(results.protocols.values()) if "tasks" in outputs else [results]
     cells = pd.concat([part.cells for part in shown]).drop_duplicates("cell")
     for name, frame in (("cells", cells), ("hit_rates", results.rates)):

@@ -61,7 +61,9 @@ class Session:
 
     def model(self, job: Job) -> Any:
         if job.path != self.path:
-            self.loaded, self.path = load_model(job.path, device_of(job.cfg)), job.path
+            cfg = job.cfg
+            self.loaded = load_model(job.path, device_of(cfg), cfg.dtype)
+            self.path = job.path
         return self.loaded
 
     def close(self) -> None:

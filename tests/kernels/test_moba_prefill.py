@@ -8,6 +8,7 @@ from block_attention import attend, states
 
 from ratplus_exp.methods import Engine, MoBA
 from ratplus_kernels import moba_prefill
+from ratplus_kernels.moba_prefill import moba_prefill_torch
 
 SHAPES = {
     "GQA": {"batch": 2, "length": 29, "block_size": 4, "top_k": 4},
@@ -51,11 +52,25 @@ def check(out, q, k, v, block_size, top_k, rows=None, tolerance=1e-5, near=1e-5)
     assert compared > 0.8 * len(q) * q.shape[1] * len(rows)
 
 
+@pytest.fixture(params=["engine", "gathered", "gathered, a block at a time"])
+def torch_form(request, monkeypatch):
+    if request.param == "engine":
+        return definition
+    if request.param != "gathered":
+        monkeypatch.setitem(moba_prefill_torch.__globals__, "PAIRS", 1)
+    return moba_prefill_torch
+
+
 @shapes
-def test_the_engine_is_right(shape):
+def test_the_torch_forms_are_right(shape, torch_form):
     q, k, v = inputs(**shape)
     size, top_k = shape["block_size"], shape["top_k"]
-    check(definition(q, k, v, size, top_k), q, k, v, size, top_k)
+    check(torch_form(q, k, v, size, top_k), q, k, v, size, top_k)
+
+
+def test_ties_of_the_torch_forms_go_to_the_lowest_block(torch_form):
+    q, k, v = inputs(4, 5, length=60, integers=True)
+    check(torch_form(q, k, v, 4, 5), q, k, v, 4, 5)
 
 
 @shapes

@@ -8,6 +8,7 @@ from block_attention import attend, states
 
 from ratplus_exp.methods import Engine, Quest
 from ratplus_kernels import quest_decode
+from ratplus_kernels.quest_decode import quest_decode_torch
 
 SHAPES = {
     "GQA, several queries": {"batch": 2, "queries": 2, "length": 37, "block_size": 4, "top_k": 4},
@@ -65,11 +66,27 @@ def check(out, q, k, v, reps, positions, block_size, top_k, tolerance=1e-5):
     assert compared > 0.9 * q.shape[:3].numel()
 
 
+def gathered(q, k, v, *others):
+    """On slots of a longer cache, other slots of which are not read."""
+    k, v = (torch.cat((x, torch.full_like(x, torch.nan)), 2)[:, :, : x.shape[2]] for x in (k, v))
+    return quest_decode_torch(q, k, v, *others)
+
+
+torch_forms = pytest.mark.parametrize("form", [definition, gathered], ids=["engine", "gathered"])
+
+
 @shapes
-def test_the_engine_is_right(shape):
+@torch_forms
+def test_the_torch_forms_are_right(shape, form):
     args = inputs(**shape)
     size, top_k = shape["block_size"], shape["top_k"]
-    check(definition(*args, size, top_k), *args, size, top_k)
+    check(form(*args, size, top_k), *args, size, top_k)
+
+
+@torch_forms
+def test_ties_of_the_torch_forms_go_to_the_lowest_block(form):
+    args = inputs(batch=2, length=60, block_size=4, top_k=5, integers=True)
+    check(form(*args, 4, 5), *args, 4, 5)
 
 
 @shapes
@@ -79,14 +96,9 @@ def test_the_kernel_is_right(triton_device, shape):
     check(quest_decode(*args, block_size=size, top_k=top_k), *args, size, top_k)
 
 
-@pytest.mark.parametrize("form", ["engine", "kernel"])
-def test_ties_go_to_the_lowest_block(triton_device, form):
+def test_ties_go_to_the_lowest_block(triton_device):
     args = inputs(batch=2, length=60, block_size=4, top_k=5, integers=True, device=triton_device)
-    if form == "engine":
-        out = definition(*args, 4, 5)
-    else:
-        out = quest_decode(*args, block_size=4, top_k=5)
-    check(out, *args, 4, 5)
+    check(quest_decode(*args, block_size=4, top_k=5), *args, 4, 5)
 
 
 @pytest.mark.parametrize("programs", [1, 24, 512])

@@ -33,7 +33,7 @@ def decode(make_model, make_ids, left_pad):
     """decode(engine, lengths, …): the answers to prompts of these lengths, and the budgets."""
 
     def run(
-        engine, lengths, *, tokens=TOKENS, eos=-1, device="cpu", dtype=None, capture=None,
+        engine, lengths, *, tokens=TOKENS, eos=(), device="cpu", dtype=None, capture=None,
         fed=0, **sizes
     ):  # fmt: skip
         model = make_model(**sizes).to(device, dtype)
@@ -74,13 +74,14 @@ def test_ends_with_the_last_row_and_pads_the_others(decode, capture):
     engine, lengths = Engine(Quest(block_size=4, top_k=3)), (22, 9, 17)
     free, _ = decode(engine, lengths)
     eos = int(free[1, 2])
+    unseen = int(free.max()) + 1
     wanted = free.clone()
     ends = []
     for row in wanted:
         ends += [i for i, token in enumerate(row.tolist()) if token == eos][:1] or [TOKENS - 1]
         row[ends[-1] + 1 :] = 0
     assert min(ends) <= 2
-    tokens, _ = decode(engine, lengths, eos=eos, capture=capture)
+    tokens, _ = decode(engine, lengths, eos=(unseen, eos), capture=capture)
     assert torch.equal(tokens, wanted[:, : max(ends) + 1])
 
 
@@ -158,7 +159,7 @@ def test_steps_of_other_models_can_be_replayed(make_ids, family, change):
     ids, mask = make_ids(2, 22), torch.ones(2, 22)
     mask[1, :9] = 0
     wanted, out = (
-        greedy(PromptBatch(model, ids, mask), Engine(METHODS[1]), 6, eos=-1, pad=0, capture=capture)
+        greedy(PromptBatch(model, ids, mask), Engine(METHODS[1]), 6, eos=[], pad=0, capture=capture)
         for capture in (None, tape)
     )
     assert torch.equal(out, wanted)
@@ -192,7 +193,7 @@ def test_every_token_is_counted_once(make_model, make_ids, monkeypatch, capture)
         engine.usage.add(torch.ones(2, 1), torch.ones(2, 1))
 
     ids = make_ids(2, 22)
-    how = {"eos": -1, "pad": 0, "capture": failing if capture == "failing" else capture}
+    how = {"eos": [], "pad": 0, "capture": failing if capture == "failing" else capture}
     tokens = greedy(PromptBatch(model, ids, torch.ones_like(ids)), engine, TOKENS, **how)
     assert tokens.shape == (2, TOKENS)
     fed = 22 + TOKENS - 1
@@ -235,7 +236,7 @@ def test_a_tape_refuses_what_a_graph_cannot_hold(decode, what):
 @pytest.mark.parametrize("capture", [None, tape], ids=["as it is", "replayed"])
 def test_an_answer_that_may_outgrow_a_sliding_window_is_refused(make_ids, capture):
     model = carry(MistralForCausalLM(MistralConfig(**TINY, sliding_window=24)).eval())
-    ids, how = make_ids(1, 20), {"eos": -1, "pad": 0, "capture": capture}
+    ids, how = make_ids(1, 20), {"eos": [], "pad": 0, "capture": capture}
     prompts = PromptBatch(model, ids, torch.ones_like(ids))
     assert greedy(prompts, Engine(), 4, **how).shape == (1, 4)
     with pytest.raises(ValueError, match="window of 24 tokens only, and the context has 25"):

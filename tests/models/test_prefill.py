@@ -42,7 +42,7 @@ def answers(prompts, method, chooser):
     out = []
     for recorder in (None, record):  # without a recorder a method goes its fast path
         engine = Engine(method, recorder=recorder, **SELECTORS[chooser])
-        out.append(greedy(prompts, engine, TOKENS, eos=-1, pad=0))
+        out.append(greedy(prompts, engine, TOKENS, eos=[], pad=0))
         out += [engine.usage.fractions(3), *engine.usage.attended]
     return [*out, *(x for call in calls for x in call)]
 
@@ -78,6 +78,24 @@ def test_a_shared_prefill_changes_nothing(make_model, make_ids, left_pad, length
                 assert torch.equal(a, b), (method, chooser)
 
 
+@torch.no_grad()
+@rows
+def test_rows_in_pieces_give_what_they_give_together(
+    make_model, make_ids, left_pad, monkeypatch, lengths
+):
+    model = make_model(memory=True).double()
+    ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
+    for method in METHODS[2::2]:
+        for chooser in ("topk", "random"):
+            for shared in (None, (WINDOW, TOKENS)):
+                monkeypatch.setattr("ratplus_exp.models.prefill.PIECE", 1 << 30)
+                whole = answers(PromptBatch(model, ids, mask, shared=shared), method, chooser)
+                monkeypatch.setattr("ratplus_exp.models.prefill.PIECE", 1)
+                pieces = answers(PromptBatch(model, ids, mask, shared=shared), method, chooser)
+                assert torch.equal(whole[0], pieces[0]) and torch.equal(whole[1], pieces[1])
+                assert all(map(torch.equal, whole[2:5], pieces[2:5]))
+
+
 def test_the_model_reads_the_prompts_once(make_model, make_ids, monkeypatch):
     """But for methods with a prefill of their own."""
     model, ids = make_model(), make_ids(3, 22)
@@ -87,7 +105,7 @@ def test_the_model_reads_the_prompts_once(make_model, make_ids, monkeypatch):
     )
     prompts = PromptBatch(model, ids, torch.ones_like(ids), shared=(WINDOW, TOKENS))
     for method in METHODS:
-        greedy(prompts, Engine(method), TOKENS, eos=-1, pad=0)
+        greedy(prompts, Engine(method), TOKENS, eos=[], pad=0)
     assert sum(x.shape[1] == 22 for x in read) == 1 + 2
 
 

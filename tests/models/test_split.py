@@ -16,7 +16,7 @@ def kept(model, ids, fed, method=SNAPKV):
     calls = []
     engine = Engine(method, recorder=lambda layer, rows, at, selected: calls.append(selected))
     answer = greedy(
-        PromptBatch(model, ids, torch.ones_like(ids), fed), engine, TOKENS, eos=-1, pad=0
+        PromptBatch(model, ids, torch.ones_like(ids), fed), engine, TOKENS, eos=(), pad=0
     )
     return torch.stack(calls), answer
 
@@ -48,7 +48,7 @@ def test_the_question_runs_under_the_method_token_by_token(make_model, make_ids,
         answer += [token] if step >= ASKED else []
     engine = Engine(method)
     prompts = PromptBatch(model, ids, torch.ones_like(ids), ASKED)
-    found = greedy(prompts, engine, TOKENS, eos=-1, pad=0)
+    found = greedy(prompts, engine, TOKENS, eos=(), pad=0)
     assert torch.equal(found, torch.cat(answer, 1))
     wanted = cache.engine.usage.fractions(2)
     torch.testing.assert_close(engine.usage.fractions(2), wanted)

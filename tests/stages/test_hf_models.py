@@ -2,15 +2,19 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from ratplus_exp.analysis import tidy
+from ratplus_exp.config import forms_of
 from ratplus_exp.models import Olmo2RatPlusForCausalLM
 from ratplus_exp.models.loading import load_model, load_tokenizer, weight_files
 from ratplus_exp.store import Store
+from ratplus_exp.tasks import NIAH
+from ratplus_exp.tasks.sample import target_ids
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,27 @@ def test_a_stock_model_is_evaluated_under_every_method(job, olmo2, method):
     assert set(cells["n"]) == {3} and set(cells["backbone"]) == {"Attention"}
     measured = cells["budget_measured"]
     assert (measured == 1).all() if method == "dense" else (measured < 0.6).all()
+
+
+def test_an_answer_ends_with_any_token_of_the_generation_config(job, olmo2, tmp_path):
+    folder = shutil.copytree(olmo2, tmp_path / "model")
+    settings = small(folder, "hf", method="dense", **{"data.tasks": "[S-1]"})
+    cfg = job(*settings)
+    (cell,) = Store(job.folder / "results").cells("eval")
+    assert all(record["prediction"] for record in cell.records().values())
+    file = folder / "generation_config.json"
+    ends = [5, *range(len(load_tokenizer(folder)) + 3)]  # whatever it says first is behind the 5
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": ends}))
+    job(*settings)
+    (again,) = (x for x in Store(job.folder / "results").cells("eval") if x.id != cell.id)
+    assert not any(record["prediction"] for record in again.records().values())
+    file.write_text(json.dumps({"eos_token_id": 5}))
+    tokenizer = load_tokenizer(folder)
+    sample = NIAH(tokenizer, 128, forms_of(cfg)).sample("S-1", 0, 0)
+    assert target_ids(sample, tokenizer)[-1] == 5
+    file.write_text(json.dumps({"eos_token_id": len(tokenizer)}))
+    with pytest.raises(ValueError, match="ends with token .* its tokenizer has"):
+        load_tokenizer(folder)
 
 
 def test_the_checkpoint_of_a_cell_covers_all_weight_files(job, olmo2):

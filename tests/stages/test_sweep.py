@@ -233,3 +233,18 @@ def test_a_killed_sweep_of_two_processes_goes_on(pair, tmp_path):
     shutil.rmtree(tmp_path / "reports")
     again = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
     assert "nothing to run" in again.stdout and (tmp_path / "reports" / "tiny").exists()
+
+
+def test_a_model_without_its_twin_is_ranked_beside_the_paper(job, pair, tmp_path):
+    alone = f"pair.models=[{tmp_path.name.replace('-', '_')}_attention]"
+    job(
+        "experiment=table4",
+        *pair,
+        alone,
+        "data.tasks=[S-1,MV]",
+        "~stage.cells.small_blocks",
+        "+stage.outputs.report=true",
+    )
+    ranks = pd.read_csv(job.folder / "reports/tiny/ranks.csv")
+    assert list(ranks["Over"]) == ["settings", "tasks"]  # a random model solves no task
+    assert list(ranks["Count"]) == [11, 2] and ranks["Tasks"][0] == "S-1, MV"

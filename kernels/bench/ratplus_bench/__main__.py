@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ratplus_bench import models, report, scan_cases, sparse_cases, timing
+from ratplus_bench import cpu_models, models, report, scan_cases, sparse_cases, timing
 from ratplus_bench.timing import Machine, Row
 from ratplus_exp.provenance import REPOSITORY, provenance
 from ratplus_kernels.dispatch import interpreted
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     dry, on_cpu = arguments.dry, device.type == "cpu"
-    if arguments.cpu and (arguments.only or arguments.match):
-        sys.exit("--only and --match pick from the GPU's run: leave them out with --cpu")
+    if arguments.cpu and (arguments.match or {*(arguments.only or ())} - {"scan", "models"}):
+        sys.exit("--match and other parts than scan and models: leave them out with --cpu")
     if on_cpu and not (arguments.cpu or dry):
         sys.exit("no CUDA GPU is there: run `make bench-cpu`, or with --dry to test the bench")
     if on_cpu and dry and os.environ.get("TRITON_INTERPRET") != "1":
@@ -68,8 +68,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
     if arguments.cpu:
-        for case in scan_cases.cpu_cases(machine):
+        parts = arguments.only or ("scan", "models")
+        for case in scan_cases.cpu_cases(machine) if "scan" in parts else ():
             yield from timing.measure(case, machine)
+        if "models" in parts:
+            yield from cpu_models.rows(machine)
         return
 
     def matches(name: str) -> bool:
@@ -80,8 +83,9 @@ def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
             yield from models.rows(machine, matches)
             continue
         for case in CASES[part](machine):
-            prefix = f"{case.suite} | {case.name} | "
-            yield from timing.measure(case, machine, lambda form, p=prefix: matches(p + form))
+            name = f"{case.suite} | {case.name} | "
+            forms = [form for form in case.forms if matches(name + form)]
+            yield from timing.measure(case, machine, forms)
 
 
 def _about(arguments: argparse.Namespace, machine: Machine) -> dict[str, Any]:
@@ -109,9 +113,9 @@ def _line(row: Row, machine: Machine) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ratplus_bench", description=__doc__)
     add = parser.add_argument
-    add("--cpu", action="store_true", help="the CPU's part: forms of the scan")
+    add("--cpu", action="store_true", help="the CPU's part: scan and models")
     add("--dry", action="store_true", help="tiny shapes once, interpreted without a GPU: a test")
-    add("--only", nargs="+", choices=PARTS, help="parts of the GPU's run (all)")
+    add("--only", nargs="+", choices=PARTS, help="parts of the run (all); plans: cuts of the scan")
     add("--match", default="", help="a regular expression for `SUITE | CASE | FORM`: 'backward'")
     add("--out", type=Path, help="where to write (outputs/bench/<device>)")
     return parser

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -153,10 +153,8 @@ def noted(row: Row, machine: Machine) -> Iterator[None]:
         torch.cuda.empty_cache()  # now that nothing holds the inputs and the graph any more
 
 
-def measure(
-    case: Case, machine: Machine, matches: Callable[[str], bool] = lambda form: True
-) -> Iterator[Row]:
-    """One row a form that matches; one that is not installed or fails has a row without a number."""
+def measure(case: Case, machine: Machine, forms: Collection[str] | None = None) -> Iterator[Row]:
+    """One row a form (None: all); without a number for one that is not installed or fails."""
 
     @cache
     def wanted() -> list[Tensor] | None:
@@ -164,7 +162,7 @@ def measure(
         return tensors(first.run(*map(_double, case.inputs(0)))) if case.exact else None
 
     for name, form in case.forms.items():
-        if not matches(name):
+        if forms is not None and name not in forms:
             continue
         row = Row(case.suite, case.name, name)
         machine.set_floor(row, case.bytes, case.flops)

@@ -1,0 +1,52 @@
+"""SmolLM2's recipes with a tiny Llama in its place: the memory is added, trained and evaluated."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ratplus_exp.analysis import tidy
+from ratplus_exp.models.loading import load_tokenizer
+from ratplus_exp.store import Store
+
+
+@pytest.mark.slow
+def test_from_text_to_an_evaluated_llama_with_the_memory(job, tiny_models, tmp_path):
+    tokenizer = load_tokenizer(tiny_models["attention"])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    start, texts = tmp_path / "start", tmp_path / "texts"
+    LlamaForCausalLM(config).save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    texts.mkdir()
+    (texts / "a.txt").write_text("the grass is green. the sky is blue. here we go.\n" * 60)
+    init = f"stage.init={start}"
+    small = ["stage.tokens_per_step=256", "stage.optimizer.rows_per_pass=2"]
+    small += ["stage.optimizer.log_every=1", "stage.optimizer.peak_tflops=0.1"]
+
+    job("stage=tokenize", "corpus=local", f"corpus.path={texts}", init, "stage.workers=0")
+    pocket = ["data=pocket", "data.length=128"]
+    lengths = ["stage.schedule=[[1024,32]]", "stage.joint.dilation=4"]
+    job("experiment=smollm2_ratplus", init, *pocket, *lengths, *small)
+    job("experiment=smollm2_sft", *pocket, "stage.schedule=[[1024,128]]", *small)
+    folder = tmp_path / "training"
+    for name, losses in (("continued", {"loss", "sparse_loss"}), ("sft", {"loss"})):
+        log = folder / f"smollm2_135m_ratplus_{name}/log.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
+        assert all(losses <= row.keys() and 0 < row["gate_mean"] < 0.05 for row in rows)
+    trained = f"model.path={folder / 'smollm2_135m_ratplus_sft/model'}"
+    tasks = ["data.tasks=[S-1]", "data.examples=2", "budget=1/4"]
+    job("model=smollm2_135m_ratplus", trained, *pocket, *tasks)
+    cells = tidy(Store(tmp_path / "results"))
+    assert list(cells["backbone"]) == ["RAT+"] and cells["effective_memory_length"].notna().all()
