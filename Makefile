@@ -111,7 +111,7 @@ $(GPU_VENV)/.installed: pyproject.toml constraints-gpu.txt
 	@touch $@
 
 # Each runs what is missing and writes what it makes to outputs/reports (docs/results.md).
-.PHONY: methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 reproduce report
+.PHONY: methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 ruler13 protocols reproduce report
 
 table2: $(STAMP) ## Table 2: random selection, tasks with several keys, values or queries
 	$(SWEEP)
@@ -138,6 +138,12 @@ fig4: $(STAMP) ## Figure 4: hit rates by task
 	$(SWEEP)
 
 methods: $(STAMP) ## all methods at the same measured budgets, one table and one figure
+	$(SWEEP)
+
+ruler13: $(STAMP) ## all of RULER's tasks at one budget (SET='data.qa.squad=FILE data.qa.hotpotqa=FILE')
+	$(SWEEP)
+
+protocols: $(STAMP) ## selection for the whole prompt, and before the question is known
 	$(SWEEP)
 
 reproduce: $(STAMP) ## all tables, all figures and the report; PAIR=pocket on two cores

@@ -18,7 +18,7 @@ from omegaconf.errors import MissingMandatoryValue
 from ratplus_exp.budget import Budget
 from ratplus_exp.schema import METHODS, Config, Convert, MethodConfig, Pretrain, Sft
 from ratplus_exp.settings import build
-from ratplus_exp.tasks import Forms
+from ratplus_exp.tasks import GOLDEN, TASKS, Forms, Others
 
 if TYPE_CHECKING:
     from ratplus_exp.methods import Method
@@ -52,6 +52,12 @@ def check(settings: Mapping[str, Any]) -> Config:
         raise ValueError("stage.mixture is empty or all 0: give some task a positive weight")
     if config.oracle_heads and config.selector != "oracle":
         raise ValueError(f"oracle_heads needs selector=oracle, not {config.selector}")
+    golden = config.stage.name == "hit_rate" or config.selector == "oracle"
+    if golden and (placeless := [task for task in config.data.tasks if task not in GOLDEN]):
+        raise ValueError(
+            f"data.tasks has {placeless[0]}, whose answer has no place of its own in the prompt, so"
+            " no hit and no oracle: leave it out"
+        )
     if config.checkpoint and not isinstance(config.stage, Convert):
         raise ValueError("checkpoint is for stage=convert: set model.path to evaluate a model")
     return config
@@ -106,6 +112,24 @@ def forms_of(cfg: DictConfig, style: DictConfig | None = None) -> Forms:
     return build(Forms, plain(cfg.data.forms) | changes, where)
 
 
+def others_of(cfg: DictConfig) -> Others:
+    """The texts of data.vt, cwe, fwe and qa."""
+    return build(
+        Others, {name: plain(cfg.data[name]) for name in ("vt", "cwe", "fwe", "qa")}, "data"
+    )
+
+
+def reserve_of(cfg: DictConfig, task: str) -> int:
+    """Tokens that a task's prompts leave free for the answer."""
+    return others_of(cfg).reserve(task, forms_of(cfg))
+
+
+def question_template(cfg: DictConfig, task: str) -> str:
+    """The template of a task's prompts behind their context."""
+    texts = forms_of(cfg) if task in TASKS else others_of(cfg).of(task)
+    return str(texts.template.rpartition("{context}")[2])
+
+
 def oracle_heads(cfg: DictConfig) -> tuple[tuple[int, int], ...]:
     """(layer, head) of oracle_heads, in order."""
     pairs = (name.split("-") for name in cfg.oracle_heads)
@@ -115,12 +139,12 @@ def oracle_heads(cfg: DictConfig) -> tuple[tuple[int, int], ...]:
 def validate_method(cfg: DictConfig) -> Method:
     """The method, if it, its budget, its selector and the prompts' length fit together."""
     method = method_of(cfg)
-    reserve = forms_of(cfg).reserve
+    reserve = max(reserve_of(cfg, task) for task in cfg.data.tasks)
     prompt = cfg.data.length - reserve
     if method.phase in ("once", "step") and prompt < method.forced:
         raise ValueError(
             f"prompts of {prompt} tokens (data.length {cfg.data.length} less the {reserve} of "
-            f"data.forms.reserve) are shorter than the observation window of {method.forced}: "
+            f"reserve) are shorter than the observation window of {method.forced}: "
             "raise data.length or lower method.window"
         )
     if cfg.selector != "topk" and method.phase is None:

@@ -35,13 +35,15 @@ from ratplus_exp.settings import (
     Whole,
     matching,
 )
-from ratplus_exp.tasks import TASKS, Forms
+from ratplus_exp.tasks import RULER_NAMES, TASKS, Forms
+from ratplus_exp.tasks.others import CWE, FWE, VT
+from ratplus_exp.tasks.qa import QA
 from ratplus_exp.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     Task = str
 else:
-    Task = Literal[tuple(TASKS)]
+    Task = Literal[tuple(RULER_NAMES)]
 
 
 def _fraction(value: Any) -> str:
@@ -52,9 +54,12 @@ def _fraction(value: Any) -> str:
 
 Selector = Literal["topk", "random", "oracle"]
 FirstToken = Literal["prefill", "decode"]
+Protocol = Literal["whole", "split"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Scorer = Literal["exact", "substring"]
-Output = Literal["table2", "table3", "table4", "table5", "fig1", "fig2", "fig3", "fig4", "report"]
+Output = Literal[
+    "table2", "table3", "table4", "table5", "fig1", "fig2", "fig3", "fig4", "tasks", "report"
+]
 Digest = Annotated[str, matching("[0-9a-f]{64}", "use a sha256, 64 hexadecimal digits, or null")]
 Fraction = Annotated[str, BeforeValidator(_fraction)]
 Head = Annotated[str, matching(r"\d{1,6}-\d{1,6}", "write layer-head, as in [1-0,1-3]")]
@@ -75,6 +80,11 @@ def _not_empty(cells: dict[str, Grid]) -> dict[str, Grid]:
 def _nothing() -> Any:
     """The defaults of a class stay out of the configuration."""
     return {}
+
+
+def _no_files() -> Any:
+    """Of questions; so that the command line may name them."""
+    return {"squad": None, "hotpotqa": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +154,10 @@ class DataConfig(Settings):
     examples: Examples = 100  # a task
     first_token: FirstToken = "prefill"  # what gives an answer's first token
     forms: Forms = field(default_factory=_nothing)
+    vt: VT = field(default_factory=_nothing)
+    cwe: CWE = field(default_factory=_nothing)
+    fwe: FWE = field(default_factory=_nothing)
+    qa: QA = field(default_factory=_no_files)
     essay: Text | None = None  # a text file or RULER's PaulGrahamEssays.json; None: generated prose
     path: Text | None = None  # a folder of RULER's own <task>/validation.jsonl to use instead
 
@@ -200,6 +214,7 @@ class Grid(Settings):
     blocks: Positive | list[Positive] | None = None
     selector: Selector | list[Selector] | None = None
     selector_seed: Seed | Seeds | None = None
+    protocol: Protocol | list[Protocol] | None = None
     tasks: list[Task] | None = None
     examples: Examples | None = None
 
@@ -208,6 +223,7 @@ class Grid(Settings):
 class Measuring(Settings):
     batch_size: Batch
     first_token: FirstToken
+    protocol: Protocol  # whether a method selects for the whole prompt, or before the question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +276,7 @@ class Report(Settings):
     outputs: dict[Output, bool]
     scorer: Scorer
     first_token: FirstToken
+    protocol: Protocol  # which of the cells
     folder: Text | None
     where: dict[Name, Any] | None  # choices by column of cells.csv
 

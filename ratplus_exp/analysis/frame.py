@@ -13,6 +13,9 @@ from ratplus_exp.store import Cell, Store
 
 BACKBONES = ("Attention", "RAT+")
 TASKS = ("S-1", "S-2", "S-3", "MK-1", "MK-2", "MK-3", "MV", "MQ")
+"""The paper's."""
+ALL_TASKS = (*TASKS, "vt", "cwe", "fwe", "qa_1", "qa_2")
+"""RULER's."""
 SCORERS = ("exact", "substring")
 """How an answer is scored, in samples (0 to 1), metrics and frames (percent): gold values among the
 comma-separated parts of the answer (the RAT+ paper's), or found anywhere in it (RULER's)."""

@@ -83,13 +83,13 @@ def greedy(
             `cuda_graphs` on a GPU. None, or None in return: every step is run as the first one.
     """
     assert capture is None or engine.recorder is None, "a replayed step records nothing"
-    cache = prompts.model.new_cache(engine, room=max_new_tokens)
+    cache = prompts.model.new_cache(engine, room=max_new_tokens + prompts.fed)
     step = _Step(prompts.model, cache, prompts.ids[:, -1:], eos, pad)
     logits = prompts.prefill(cache)
-    if prompts.first_token == "decode":
-        step.run()
-    else:
-        step.choose(logits)
+    if prompts.fed:
+        fed = prompts.ids[:, -prompts.fed :]
+        logits = prompts.model(fed, past_key_values=cache, logits_to_keep=1).logits
+    step.choose(logits)
     tokens = [step.token.clone()]
     while len(tokens) < max_new_tokens and not bool(step.ended.all()):
         # Once a step has been run, all kernels are compiled and loaded, and all memory is there.

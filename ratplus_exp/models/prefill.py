@@ -80,9 +80,10 @@ class PromptBatch:
     Args:
         model: a causal model with `new_cache`.
         ids, mask: (B, T).
-        first_token: what gives an answer's first token, the "prefill" (as in the papers' own code)
-            or a "decode" step for the prompt's last token, so that methods which select while
-            decoding or keep a part of the cache are at work from the first token on.
+        fed: how many of each prompt's last tokens are fed behind the prefill, under the method: 0,
+            so that the prefill gives an answer's first token (as in the papers' own code); 1, so
+            that a decoding step does; all of the question, so that the prefill, and what is
+            selected behind it, is of the context alone.
         shared: (window, room) of a `Prefilled` that dense prefills share; None: each is made anew,
             which needs no memory for it.
     """
@@ -92,11 +93,11 @@ class PromptBatch:
         model: Any,
         ids: Tensor,
         mask: Tensor,
-        first_token: str = "prefill",
+        fed: int = 0,
         shared: tuple[int, int] | None = None,
     ) -> None:
         self.model, self.ids, self.mask = model, ids, mask
-        self.first_token, self.shared = first_token, shared
+        self.fed, self.shared = fed, shared
         self._prefilled: tuple[Prefilled, Tensor] | None = None
 
     @cached_property
@@ -106,19 +107,20 @@ class PromptBatch:
 
     @torch.inference_mode()
     def prefill(self, cache: SparseCache) -> Tensor:
-        """Logits (B, 1, V) behind the prompts, without their last token where the answer's first
-        one comes from a decoding step; `cache`, empty until then, holds them."""
+        """Logits (B, 1, V) behind the prompts without their `fed` last tokens; `cache`, empty until
+        then, holds those."""
         if self.shared is None or not cache.engine.method.dense_prefill:
             return self._run(cache)
         if self._prefilled is None:
-            empty = Prefilled(len(cache.layers), *self.shared)
+            window, room = self.shared
+            empty = Prefilled(len(cache.layers), window, room + self.fed)
             self._prefilled = empty, self._run(empty)
         prefilled, logits = self._prefilled
         prefilled.copy_to(cache)
         return logits
 
     def _run(self, cache: SparseCache) -> Tensor:
-        length = self.ids.shape[1] - (self.first_token == "decode")
+        length = self.ids.shape[1] - self.fed
         ids, mask = self.ids[:, :length], self.mask[:, :length]
         # On a CPU a few rows at a time, so that what a layer passes on stays in the core's caches.
         row = 4 * self.model.config.hidden_size * self.model.dtype.itemsize * length

@@ -7,9 +7,9 @@ from fractions import Fraction
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import spread
-from ratplus_exp.analysis.frame import BACKBONES, GROUP, SETTING, grouped
+from ratplus_exp.analysis.frame import ALL_TASKS, BACKBONES, GROUP, SETTING, grouped
 from ratplus_exp.report.paper import PAPER_TABLES
-from ratplus_exp.report.prose import MISSING, bounds, number, plus_minus, span
+from ratplus_exp.report.prose import MISSING, bounds, interval, number, plus_minus, span
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
 
@@ -61,9 +61,6 @@ def accuracy_table(results: Results, name: str) -> Table:
         gains = (number(gain.value, sign="+"), bounds(gain), number(paper_gain, sign="+"))
         for backbone in BACKBONES:
             side = here[here["backbone"] == backbone]
-            of_task = dict(iter(side.groupby("task")))
-            whole = spread(side, results.scorer) if len(of_task) == len(tasks) else None
-            means = [spread(of_task[t], results.scorer) if t in of_task else None for t in tasks]
             draws = side.drop_duplicates(["training", "seed", "selector_seed"])
             of_training = draws.groupby("training").size()
             rows.append(
@@ -71,7 +68,7 @@ def accuracy_table(results: Results, name: str) -> Table:
                     *label,
                     number(side["budget_measured"].mean(), digits=3),
                     backbone,
-                    *(plus_minus(*x[:2]) if x else MISSING for x in (*means, whole)),
+                    *_means(side, tasks, results.scorer),
                     number(theirs[backbone]),
                     *(gains if backbone == "RAT+" else ("", "", "")),
                     span(side["n"]),
@@ -101,6 +98,67 @@ def accuracy_table(results: Results, name: str) -> Table:
     )
 
 
+def tasks_table(results: Results) -> Table:
+    """All tasks measured under top-k, of both protocols; dense rows first.
+
+    A method that selects nothing after the prompt has one protocol ("either").
+
+    Raises:
+        ValueError: as `accuracy_table`.
+    """
+    frames = [part.cells.assign(protocol=name) for name, part in results.protocols.items()]
+    cells = grouped(pd.concat(frames).drop_duplicates("cell"))
+    cells = cells[cells["backbone"].isin(BACKBONES) & cells["selector"].isin(["topk", "dense"])]
+    if cells.empty:
+        raise ValueError("no finished cells for tasks: run make ruler13 or make protocols")
+    cells["protocol"] = cells["protocol"].mask(cells["first_token"].isna(), "either")
+    for _, here in cells.groupby("protocol"):
+        _check_unmixed(here)
+    tasks = [task for task in ALL_TASKS if task in set(cells["task"])]
+    place = [*SETTING, "selector", "protocol"]
+    rows: list[tuple[str, ...]] = []
+    for group in sorted(
+        set(cells[place].itertuples(index=False, name=None)),
+        key=lambda g: (g[:3] != DENSE, *g[:2], -Fraction(g[2]), g[4] == "split"),
+    ):
+        method, block, budget, _, protocol = group
+        here = cells[(cells[place] == list(group)).all(axis=1)]
+        draws = results.protocols["split" if protocol == "split" else "whole"].draws
+        gain = draws.gain((*group[:4], "RAT+"), (*group[:4], "Attention"), tasks)
+        for backbone in BACKBONES:
+            side = here[here["backbone"] == backbone]
+            rows.append(
+                (
+                    *(method, "" if group[:3] == DENSE else str(block), budget, protocol),
+                    number(side["budget_measured"].mean(), digits=3),
+                    backbone,
+                    *_means(side, tasks, results.scorer),
+                    interval(gain) if backbone == "RAT+" else "",
+                    span(side["n"]),
+                )
+            )
+    columns = (
+        "Method",
+        "Block",
+        "Budget",
+        "Protocol",
+        "Kept",
+        "Backbone",
+        *tasks,
+        "Mean",
+        "Δ",
+        "n",
+    )
+    return Table.described("tasks", columns, rows, group=4, r=results)
+
+
+def _means(side: pd.DataFrame, tasks: list[str], scorer: str) -> list[str]:
+    """Of each task, and of all once they are there."""
+    of_task = dict(iter(side.groupby("task")))
+    parts = [*map(of_task.get, tasks), side if len(of_task) == len(tasks) else None]
+    return [MISSING if x is None else plus_minus(*spread(x, scorer)[:2]) for x in parts]
+
+
 def _check_unmixed(cells: pd.DataFrame) -> None:
     """ValueError if cells of unlike origin would share a row or a place."""
     origin = ["backbone", "training", "seed", "selector_seed"]
@@ -108,7 +166,7 @@ def _check_unmixed(cells: pd.DataFrame) -> None:
         "context_length": ["tier"],
         "model": origin,
         "checkpoint": origin,
-        "variant": SETTING,
+        "variant": [*SETTING, "task"],
         "cell": [*origin, *GROUP[:-1], "task"],
         "training": ["backbone", "checkpoint"],
     }

@@ -40,6 +40,7 @@ def accuracy_by_budget(results: Results, folder: Path, name: str) -> Path | None
     """
     cells = grouped(results.cells)
     cells = cells[(cells["selector"] == "topk") & (cells["method"] != "dilated")]
+    tasks = [task for task in TASKS if task in results.draws.tasks]
     methods = _methods(cells["method"])
     if not methods:
         return None
@@ -52,13 +53,13 @@ def accuracy_by_budget(results: Results, folder: Path, name: str) -> Path | None
         budgets = by_size(here.loc[here["block_size"] == block, "budget"])
         for backbone in BACKBONES:
             style: dict[str, Any] = {"color": COLORS[backbone]}
-            mean = results.draws.mean(("dense", 1, "1", "dense", backbone))
+            mean = results.draws.mean(("dense", 1, "1", "dense", backbone), tasks)
             dense = 100 * float(mean[0])
             if np.isfinite(dense):
                 label = f"{backbone}, dense"
                 panel.axhline(dense, label=label, ls=DASHES[backbone], lw=1.6, **style)
             groups = [(method, block, budget, "topk", backbone) for budget in budgets]
-            points = [Estimate.of(100 * results.draws.mean(group)) for group in groups]
+            points = [Estimate.of(100 * results.draws.mean(group, tasks)) for group in groups]
             _line(panel, points, style | {"label": backbone})
         panel.set_xticks(range(len(budgets)), budgets)
         panel.set_xlabel("budget")

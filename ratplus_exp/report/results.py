@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ class Results:
     """Finished cells of one pair, at one tier and context length, and what is computed from them.
 
     cells, rates: rows of `tidy` and `hit_rates`; samples, hit_samples: of `sample_scores`; stored:
-    all cells of the store by id.
+    all cells of the store by id; protocols: the results of each protocol, this one's among them.
     """
 
     cells: pd.DataFrame
@@ -31,6 +31,8 @@ class Results:
     stored: dict[str, Cell]
     scorer: str
     first_token: str
+    protocol: str = "whole"
+    protocols: dict[str, Results] = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -39,28 +41,33 @@ class Results:
         where: dict[str, Any],
         scorer: str = "exact",
         first_token: str = "prefill",
+        protocol: str = "whole",
     ) -> Results:
-        """where: choices by column of `tidy`; first_token: of the methods to which it matters.
+        """where: choices by column of `tidy`; first_token: of whole prompts; both only of the
+        methods to which they matter.
 
         Raises:
             ValueError: no finished cell fits.
         """
         stored = list(store.cells())
         frames = [
-            rows[rows["first_token"].isna() | (rows["first_token"] == first_token)]
-            for rows in (
-                frame.select(frame.tidy(stored), where),
-                frame.sample_scores(stored, **where),
-                hits.hit_rates(stored, **where),
-                frame.sample_scores(stored, hits.STAGE, **where),
-            )
+            frame.select(frame.tidy(stored), where),
+            frame.sample_scores(stored, **where),
+            hits.hit_rates(stored, **where),
+            frame.sample_scores(stored, hits.STAGE, **where),
         ]
-        if frames[0].empty and frames[2].empty:
+        by_id = {cell.id: cell for cell in stored}
+        protocols: dict[str, Results] = {}
+        for name, token in (("whole", first_token), ("split", "split")):
+            cells, samples, rates, hit_samples = (
+                x[x["first_token"].isna() | (x["first_token"] == token)] for x in frames
+            )
+            own = (cells, samples, rates, hit_samples, by_id)
+            protocols[name] = cls(*own, scorer, first_token, name, protocols)
+        if protocols[protocol].every.empty:
             asked = ", ".join(f"{name}={value}" for name, value in where.items())
             raise ValueError(f"no finished cells with {asked} in {store.root}: evaluate first")
-        by_id = {cell.id: cell for cell in stored}
-        cells, samples, rates, hit_samples = frames
-        return cls(cells, samples, rates, hit_samples, by_id, scorer, first_token)
+        return protocols[protocol]
 
     @cached_property
     def every(self) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from ratplus_exp.analysis import checks
 from ratplus_exp.analysis.frame import TASKS, cost, select
 from ratplus_exp.analysis.hits import ranked_heads
 from ratplus_exp.report import figures, tables
-from ratplus_exp.report.accuracy import accuracy_table
+from ratplus_exp.report.accuracy import accuracy_table, tasks_table
 from ratplus_exp.report.missing import missing
 from ratplus_exp.report.page import Section
 from ratplus_exp.report.paper import PAPER_TABLES
@@ -22,7 +22,7 @@ PAGE = "report"
 
 
 def section(results: Results, output: str, folder: Path, brief: bool = False) -> Section:
-    """A table (table2 … table5) or figure (fig1 … fig4); its files are written to the folder.
+    """A table (table2 … table5, tasks) or figure (fig1 … fig4), its files written to the folder.
 
     brief: a table without its columns of tasks.
 
@@ -33,7 +33,10 @@ def section(results: Results, output: str, folder: Path, brief: bool = False) ->
         return _table(results, output, folder, brief)
     if output in FIGURES:
         return _figure(results, output, folder)
-    known = ", ".join((*PAPER_TABLES, *FIGURES, PAGE))
+    if output == "tasks":
+        table = _written(tasks_table(results), folder, output)
+        return Section("Table of all tasks and protocols", tables=(table,))
+    known = ", ".join((*PAPER_TABLES, *FIGURES, "tasks", PAGE))
     raise ValueError(f"stage.outputs has the unknown {output!r}: use some of {known}")
 
 

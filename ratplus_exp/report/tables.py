@@ -196,7 +196,8 @@ def model_table(
     """Models side by side: the mean over the tasks under each method, over the samples that all
     models answered, and how far each model is from the first.
 
-    samples: rows of `sample_scores`; setting: their tier, budget, seed and first_token.
+    samples: rows of `sample_scores`; setting: their tier, budget, seed, first_token and
+    protocol.
     """
     draws = Bootstrap(samples, SCORERS[0], ["method", "model"])
     rows = []

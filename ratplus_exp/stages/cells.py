@@ -19,6 +19,8 @@ from ratplus_exp.config import (
     expected_sha256,
     forms_of,
     oracle_heads,
+    others_of,
+    reserve_of,
     validate_method,
 )
 from ratplus_exp.methods import Method, Oracle, Random, Selector, TopK
@@ -32,10 +34,11 @@ from ratplus_exp.models.loading import (
     weight_files,
 )
 from ratplus_exp.models.prefill import PromptBatch
-from ratplus_exp.stages.common import device_of, resolve, store_of
+from ratplus_exp.stages.common import device_of, first_token_of, resolve, store_of
 from ratplus_exp.stages.samples import ruler_files
 from ratplus_exp.store import Cell
-from ratplus_exp.tasks import Sample
+from ratplus_exp.tasks import TASKS, Sample
+from ratplus_exp.tasks.source import QA_FILES, no_file
 
 Records = Mapping[Any, Mapping[str, Any]]
 DECODING = ("decode", *EVICTING)  # phases of methods that select after the prompt
@@ -72,14 +75,18 @@ class Job:
         stage.check(self.method, cfg.method.name)
         self.store = store_of(cfg)
         self.path = resolve(cfg.model.path)
-        self.files = ruler_files(cfg)
+        self.files = ruler_files(cfg, cfg.data.tasks)
         setting = self._setting()
         self.cells = {task: self.store.cell(self._key(setting, task)) for task in cfg.data.tasks}
 
     @property
     def first_token(self) -> str:
-        """Where an answer's first token comes from; a sparse prefill knows no difference."""
-        return self.cfg.stage.first_token if self.method.phase in DECODING else "prefill"
+        """What is fed under the method before an answer's first token: see `first_token_of`.
+
+        A sparse prefill selects for every token by that token alone, so never by a question behind
+        it, and dense attention selects nothing: neither has two protocols.
+        """
+        return first_token_of(self.cfg) if self.method.phase in DECODING else "prefill"
 
     def missing(self) -> dict[str, Cell]:
         """Cells that lack samples, by task."""
@@ -140,10 +147,20 @@ class Job:
         essay, forms = self.cfg.data.essay, forms_of(self.cfg)
         data: dict[str, Any]
         if file := self.files.get(task):
-            data = {"file": _file_digest(file, "data.path"), "reserve": forms.reserve}
-        else:
+            data = {"file": _file_digest(file, "data.path"), "reserve": reserve_of(self.cfg, task)}
+        elif task in TASKS:
             digest = essay and _file_digest(resolve(essay), "data.essay")
             data = {"forms": asdict(forms), "essay": digest}
+            if essay or forms.answer_order == "creation":
+                data["sampler"] = 2  # its prompts were others before
+        else:
+            texts = asdict(others_of(self.cfg).of(task))
+            files = {name: texts.pop(name) for name in QA_FILES.values() if name in texts}
+            data = {"texts": texts, "with": asdict(forms), "reserve": texts["reserve"]}
+            if name := QA_FILES.get(task):
+                if not files[name]:
+                    raise ValueError(no_file(task))
+                data["questions"] = _file_digest(resolve(files[name]), f"data.qa.{name}")
         seed = 0 if file else self.cfg.seed  # of the generated samples
         return setting | {"task": task, "seed": seed, "data": data}
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose
@@ -13,9 +15,10 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, open_dict
 
 from ratplus_exp import provenance
-from ratplus_exp.config import expected_sha256, validate
+from ratplus_exp.config import expected_sha256, forms_of, others_of, validate
 from ratplus_exp.models.loading import check_model
 from ratplus_exp.store import Store
+from ratplus_exp.tasks import Ruler
 from ratplus_exp.training.parallel import local_rank, world_size
 
 STAGES = {
@@ -83,12 +86,27 @@ def checkpoint_of(model: DictConfig) -> str:
     return check_model(resolve(model.path), expected_sha256(model), model.backbone)
 
 
+def first_token_of(cfg: DictConfig) -> str:
+    """How answers begin, as cells and captions say: behind the "prefill" of a whole prompt, with
+    a "decode" step of its last token, or, "split", with the question, all under the method."""
+    return "split" if cfg.stage.protocol == "split" else str(cfg.stage.first_token)
+
+
 def resolve(path: str) -> Path:
     """A path of the configuration: absolute, or relative to where the command was typed, or else
     to the repository, so that shipped weights are found from anywhere."""
     if (found := Path(path).expanduser()).exists() or found.is_absolute():
         return found
     return provenance.REPOSITORY / path
+
+
+def source_of(cfg: DictConfig, tokenizer: Any, length: int) -> Ruler:
+    """The samples of data.* at a context of `length` tokens."""
+    others = others_of(cfg)
+    squad, hotpotqa = (x and str(resolve(x)) for x in (others.qa.squad, others.qa.hotpotqa))
+    others = replace(others, qa=replace(others.qa, squad=squad, hotpotqa=hotpotqa))
+    essay = str(resolve(cfg.data.essay)) if cfg.data.essay else None
+    return Ruler(tokenizer, length, forms_of(cfg), essay, others)
 
 
 def model_folder(cfg: DictConfig) -> Path:

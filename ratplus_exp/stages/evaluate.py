@@ -1,4 +1,4 @@
-"""stage=eval: accuracy on the NIAH tasks under one method and budget. One cell a task."""
+"""stage=eval: accuracy on RULER's tasks under one method and budget. One cell a task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ratplus_exp.analysis.frame import COLUMNS, EXTRA, SCORERS, accuracies, tidy
-from ratplus_exp.config import forms_of
+from ratplus_exp.config import reserve_of
 from ratplus_exp.methods import Engine, Method, Usage
 from ratplus_exp.models.decoding import cuda_graphs, greedy
 from ratplus_exp.models.loading import end_tokens
@@ -53,8 +53,8 @@ class Accuracy:
         return [
             {
                 "id": sample.id,
-                "exact": exact(text, sample.answers),
-                "substring": substring(text, sample.answers),
+                "exact": exact(text, sample.answers, sample.one_of),
+                "substring": substring(text, sample.answers, sample.one_of),
                 "prediction": text,
                 "answers": list(sample.answers),
                 "prompt_tokens": sample.length,
@@ -87,7 +87,7 @@ def generate(
     out = greedy(
         prompts,
         engine,
-        forms_of(job.cfg).reserve,
+        reserve_of(job.cfg, samples[0].task),
         eos=eos,
         pad=tokenizer.pad_token_id,
         capture=cuda_graphs if job.cfg.cuda_graphs and ids.is_cuda else None,

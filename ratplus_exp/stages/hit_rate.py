@@ -76,9 +76,9 @@ class HitRate:
             for token, positions in enumerate(answer.positions[:width]):
                 golden[row, token, list(positions)] = True
         # The query that predicts answer token a is the prompt's last token (a = 0) or token a − 1.
-        steps = torch.cat((ids[:, -1:], forced[:, :-1].to(ids.device)), dim=1)
-        if job.first_token == "prefill":
-            steps = steps[:, 1:]
+        fed = ids[:, ids.shape[1] - prompts.fed :]
+        steps = torch.cat((fed, forced[:, :-1].to(ids.device)), dim=1)
+        if not prompts.fed:
             owners = [[-1, *tokens[1:]] for tokens in owners]
         if all(owner < 0 for tokens in owners for owner in tokens):
             raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from ratplus_exp.analysis.frame import BACKBONES
@@ -34,7 +35,8 @@ def run(cfg: DictConfig) -> None:
     """
     outputs = [name for name, on in cfg.stage.outputs.items() if on]
     store = Store(resolve(cfg.results))
-    results = Results.read(store, _where(cfg), cfg.stage.scorer, cfg.stage.first_token)
+    how = {name: cfg.stage[name] for name in ("scorer", "first_token", "protocol")}
+    results = Results.read(store, _where(cfg), **how)
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     folder.mkdir(parents=True, exist_ok=True)
     remove_drafts(folder)
@@ -47,14 +49,16 @@ def run(cfg: DictConfig) -> None:
             if len(outputs) == 1:
                 raise
             absent.append(str(error))
-    if PAGE in outputs or any(part.tables for part in parts):
+    if PAGE in outputs or (any(part.tables for part in parts) and outputs != ["tasks"]):
         alone = "table4" in outputs and set(results.cells["backbone"]) == {BACKBONES[0]}
         parts.append((rank_section if alone else pattern_section)(results, folder))
-    for name, frame in (("cells", results.cells), ("hit_rates", results.rates)):
+    shown = list(results.protocols.values()) if "tasks" in outputs else [results]
+    cells = pd.concat([part.cells for part in shown]).drop_duplicates("cell")
+    for name, frame in (("cells", cells), ("hit_rates", results.rates)):
         if len(frame) or name == "cells":
             text = frame.map(_not_a_formula).to_csv(index=False, lineterminator="\n")
             write_atomically(folder / f"{name}.csv", text)
-    _write_provenance(results.used, folder)
+    _write_provenance({cell.id: cell for part in shown for cell in part.used}.values(), folder)
     for table in (table for part in parts for table in part.tables):
         print(table.to_text())
     for reason in absent:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ratplus_exp import provenance
-from ratplus_exp.config import forms_of, plain
+from ratplus_exp.config import plain, reserve_of
 from ratplus_exp.cost import Shape
 from ratplus_exp.models.loading import load_model, load_tokenizer
 from ratplus_exp.models.prefill import PromptBatch
@@ -116,16 +116,23 @@ def fill(group: Group, session: Session, done: Callable[[int], None]) -> None:
             those = [jobs[i] for i in lacking]
             mine, left = indices[rank() :: world_size()], len(indices)
             source.ahead(task, mine)
-            shared, size = _sharing(those, model, session.workers)
+            shared, size = _sharing(those, task, model, session.workers)
             for start in range(0, len(mine), size):
                 samples = [source(task, index) for index in mine[start : start + size]]
                 new = min(len(samples) * world_size(), left)
                 left -= new
-                ids, mask = source.padded(samples)
-                prompts = PromptBatch(model, ids, mask, jobs[0].first_token, shared)
+                parts = source.by_fed(samples, jobs[0].first_token)
+                batches = [
+                    (part, PromptBatch(model, *source.padded(part), fed, shared))
+                    for fed, part in parts
+                ]
                 for job in those:
                     began = time.perf_counter()
-                    records = job.stage.measure(job, samples, prompts, source.tokenizer)
+                    records = [
+                        record
+                        for part, prompts in batches
+                        for record in job.stage.measure(job, part, prompts, source.tokenizer)
+                    ]
                     seconds = round((time.perf_counter() - began) / len(samples), 5)
                     job.cells[task].append([record | {"seconds": seconds} for record in records])
                     done(new)
@@ -162,7 +169,9 @@ def _lacking(jobs: list[Job], task: str, source: Samples) -> list[tuple[list[int
     return [(list(those), indices) for those, indices in found.items()]
 
 
-def _sharing(jobs: list[Job], model: Any, workers: int) -> tuple[tuple[int, int] | None, int]:
+def _sharing(
+    jobs: list[Job], task: str, model: Any, workers: int
+) -> tuple[tuple[int, int] | None, int]:
     """What a prefill must keep for the jobs, as in `PromptBatch`, and how many prompts a batch has.
 
     Keys and values, prefilled and copied by a method, may take half of the workers' memory.
@@ -177,7 +186,7 @@ def _sharing(jobs: list[Job], model: Any, workers: int) -> tuple[tuple[int, int]
     if fits < size:
         warn(f"{size} prefilled prompts need more than {memory / 1e9:.2g} GB: {fits} at a time.")
     window = max(job.method.observed for job in jobs)
-    return (window, forms_of(cfg).reserve), fits
+    return (window, reserve_of(cfg, task)), fits
 
 
 def total_memory(device: torch.device) -> int:

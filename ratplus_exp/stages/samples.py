@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ratplus_exp.config import forms_of
-from ratplus_exp.stages.common import device_of, resolve
-from ratplus_exp.tasks import NIAH, TASKS, Sample, read_jsonl
+from ratplus_exp.config import question_template, reserve_of
+from ratplus_exp.stages.common import device_of, resolve, source_of
+from ratplus_exp.tasks import RULER_NAMES, Sample, read_jsonl
 from ratplus_exp.tasks.niah import sample_name
 from ratplus_exp.tasks.prompts import prompts_of
-from ratplus_exp.tasks.sample import target
+from ratplus_exp.tasks.sample import question_tokens, target
 from ratplus_exp.training.parallel import cores, local_world_size
 
 MOST_MAKERS = 4  # of prompts: 15 ms each at 4096 tokens is less than a GPU takes for one
@@ -29,15 +30,16 @@ class Samples:
     """
 
     def __init__(self, cfg: DictConfig, tokenizer: Any) -> None:
-        forms = forms_of(cfg)
-        essay = str(resolve(cfg.data.essay)) if cfg.data.essay else None
-        self.seed, self.tokenizer, self.reserve = cfg.seed, tokenizer, forms.reserve
+        self.seed, self.tokenizer = cfg.seed, tokenizer
+        self.reserve = {task: reserve_of(cfg, task) for task in RULER_NAMES}
+        self.questions = {task: question_template(cfg, task) for task in RULER_NAMES}
         self.device = device_of(cfg)
-        niah = NIAH(tokenizer, cfg.data.length, forms, essay)
-        self.prompts = prompts_of(niah, cfg.seed, _makers(self.device))
+        source = source_of(cfg, tokenizer, cfg.data.length)
+        self.prompts = prompts_of(source, cfg.seed, _makers(self.device))
         self.read: dict[str, list[Sample]] = {}
-        for task, file in ruler_files(cfg).items():
-            self.read[task] = read_jsonl(file, tokenizer, cfg.data.length - forms.reserve, task)
+        for task, file in ruler_files(cfg, cfg.data.tasks).items():
+            longest = cfg.data.length - self.reserve[task]
+            self.read[task] = read_jsonl(file, tokenizer, longest, task)
             if (found := len(self.read[task])) < cfg.data.examples:
                 raise ValueError(f"{file} has {found} samples: set data.examples={found}")
 
@@ -50,10 +52,11 @@ class Samples:
     def _check(self, sample: Sample) -> None:
         """ValueError for a task that the model can't solve, whatever it has learnt."""
         answer = len(self.tokenizer(target(sample), add_special_tokens=False).input_ids)
-        if answer > self.reserve:
+        if answer > (reserve := self.reserve[sample.task]):
+            where = sample.task if sample.task in ("vt", "cwe", "fwe") else "forms"
             raise ValueError(
-                f"{sample.id}: the answer has {answer} tokens, but data.forms.reserve keeps "
-                f"{self.reserve} free for it: raise it"
+                f"{sample.id}: the answer has {answer} tokens, but data.{where}.reserve keeps "
+                f"{reserve} free for it: raise it"
             )
         unknown = sample.input_ids.count(self.tokenizer.unk_token_id)
         if unknown > 0.05 * sample.length:
@@ -65,6 +68,17 @@ class Samples:
     def id(self, task: str, index: int) -> str:
         """A sample's id, without making the sample."""
         return self.read[task][index].id if self.read else sample_name(task, self.seed, index)
+
+    def by_fed(self, samples: list[Sample], first_token: str) -> list[tuple[int, list[Sample]]]:
+        """The samples by how many of their last tokens are fed under the method, since rows of a
+        batch are fed alike."""
+        if first_token != "split":
+            return [(int(first_token == "decode"), samples)]
+        found: dict[int, list[Sample]] = {}
+        for sample in samples:
+            asked = question_tokens(sample, self.questions[sample.task], self.tokenizer)
+            found.setdefault(asked, []).append(sample)
+        return list(found.items())
 
     def padded(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
         """Prompts and attention mask (B, T), left-padded, on the configured device."""
@@ -90,13 +104,12 @@ def _makers(device: torch.device) -> int:
     return max(0, min(MOST_MAKERS, cores() // local_world_size() - 1))
 
 
-def ruler_files(cfg: DictConfig) -> dict[str, Path]:
+def ruler_files(cfg: DictConfig, tasks: Iterable[str]) -> dict[str, Path]:
     """RULER's file of each task, where data.path is set."""
     if not cfg.data.path:
         return {}
-    files = {
-        t: resolve(cfg.data.path) / TASKS[t].ruler_name / "validation.jsonl" for t in cfg.data.tasks
-    }
+    folder = resolve(cfg.data.path)
+    files = {task: folder / RULER_NAMES[task] / "validation.jsonl" for task in tasks}
     for file in files.values():
         if not file.is_file():
             raise ValueError(f"there is no {file}: set data.path to RULER's output folder")

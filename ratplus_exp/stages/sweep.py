@@ -26,6 +26,7 @@ from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
 from ratplus_exp.stages.pool import fill_jobs, refuse
 from ratplus_exp.store import Cell
+from ratplus_exp.tasks.source import QA_FILES, no_file
 from ratplus_exp.tracking import tracked
 
 MEASURING: dict[str, MeasuringStage] = {"eval": Accuracy(), "hit_rate": HitRate()}
@@ -40,8 +41,8 @@ def run(cfg: DictConfig) -> None:
 
 def ablation(cfg: DictConfig) -> None:
     """stage=ablation: models side by side at one budget, dense and under each method."""
-    setting = {name: cfg[name] for name in ("budget", "seed")}
-    setting |= {"tier": cfg.model.tier, "first_token": cfg.stage.first_token}
+    setting = {name: cfg[name] for name in ("budget", "seed")} | {"tier": cfg.model.tier}
+    setting |= {name: cfg.stage[name] for name in ("first_token", "protocol")}
     samples = sample_scores(filled(cfg))
     show(cfg, model_table(samples, cfg.stage.models, cfg.stage.methods, **setting))
 
@@ -90,7 +91,15 @@ def show(cfg: DictConfig, table: Table) -> None:
 
 
 def expand(cfg: DictConfig) -> list[DictConfig]:
-    """The configurations of `stage.cells`, checked, model by model so that each is loaded once."""
+    """The configurations of `stage.cells`, checked, model by model so that each is loaded once.
+
+    Tasks that need a file are left out where there is none.
+    """
+    absent = [task for task in cfg.data.tasks if not has_file(cfg, task)]
+    if absent:
+        print(f"Left out: {'; '.join(map(no_file, absent))}.")
+        cfg = cfg.copy()
+        cfg.data.tasks = [task for task in cfg.data.tasks if task not in absent]
     models = [{"model": m, "training": t} for m in cfg.stage.models for t in cfg.stage.trainings]
     return [
         configuration(cfg, model | entry)
@@ -98,6 +107,11 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
         for grid in plain(cfg.stage.cells).values()
         for entry in _multiply(grid)
     ]
+
+
+def has_file(cfg: DictConfig, task: str) -> bool:
+    """Whether a task needs no file, or has one."""
+    return task not in QA_FILES or bool(cfg.data.path or cfg.data.qa[QA_FILES[task]])
 
 
 def _multiply(grid: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -126,8 +140,8 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
                 f"{cfg.model.tier}: set model={job.model.name}, and only models of its tier"
             )
         job.stage = option("stage", entry.get("stage", "eval"))
-        for field in ("first_token", "batch_size"):
-            job.stage[field] = cfg.stage[field]
+        for field in ("first_token", "protocol", "batch_size"):
+            job.stage[field] = entry.get(field, cfg.stage[field])
         for field in ("selector", "selector_seed"):
             if field in entry:
                 job[field] = entry[field]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ratplus_exp import provenance
-from ratplus_exp.config import build, forms_of, plain
+from ratplus_exp.config import build, forms_of, plain, reserve_of
 from ratplus_exp.cost import Shape
 from ratplus_exp.methods import Dilated
 from ratplus_exp.models.building import MEMORY_SETTINGS, add_memory, config_for, new_model
@@ -35,12 +35,15 @@ from ratplus_exp.stages.common import (
     device_of,
     model_folder,
     resolve,
+    source_of,
     tokenizer_name,
 )
+from ratplus_exp.stages.samples import ruler_files
 from ratplus_exp.store import locked, write_atomically
-from ratplus_exp.tasks import pocket_tokenizer
+from ratplus_exp.tasks import TASKS, pocket_tokenizer, read_jsonl
 from ratplus_exp.tasks.answers import Answers
 from ratplus_exp.tasks.facts import Facts
+from ratplus_exp.tasks.source import QA_FILES
 from ratplus_exp.tracking import tracked
 from ratplus_exp.training.batches import BatchOf
 from ratplus_exp.training.checkpoint import Checkpoints
@@ -94,10 +97,16 @@ def continued_pretrain(cfg: DictConfig) -> None:
 
 
 def sft(cfg: DictConfig) -> None:
-    """Answer-only training on the NIAH training split, from `stage.init`."""
+    """Answer-only training from `stage.init`, on the training split, or on RULER's files in
+    data.path, whose prompts must fit the shortest context of the schedule."""
     tokenizer = load_tokenizer(model_folder(cfg))
-    essay = str(resolve(cfg.data.essay)) if cfg.data.essay else None
-    answers = Answers(tokenizer, forms_of(cfg), essay, plain(cfg.stage.mixture))
+    mixture = {task: weight for task, weight in plain(cfg.stage.mixture).items() if weight}
+    shortest = min(length for _, length in cfg.stage.schedule)
+    read = {
+        task: read_jsonl(file, tokenizer, shortest - reserve_of(cfg, task), task)
+        for task, file in ruler_files(cfg, mixture).items()
+    }
+    answers = Answers(source_of(cfg, tokenizer, cfg.data.length), mixture, read)
     _train(cfg, tokenizer, partial(answers.batch, cfg.seed))
 
 
@@ -239,6 +248,11 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
     def fixed(config: dict[str, Any]) -> dict[str, Any]:
         stage = {k: v for k, v in config["stage"].items() if k not in OWN}
         data = {k: config["data"][k] for k in ("length", "forms", "essay")}
+        if "mixture" in stage:
+            texts = [
+                "qa" if t in QA_FILES else t for t, weight in stage["mixture"].items() if weight
+            ]
+            data |= {k: config["data"].get(k) for k in ("path", *texts) if k not in TASKS}
         free = (*RATES, *EXECUTION)
         stage |= {k: v for k, v in config["stage"]["optimizer"].items() if k not in free}
         model = {k: config["model"][k] for k in ("backbone", "architecture")}

@@ -60,8 +60,8 @@ class Forms(Settings):
     # 'hex': its 32 digits without the dashes; 'short': four bytes, as in 9f-3a-c0-1b.
     uuid: Literal["uuid4", "hex", "short"] = "uuid4"
     lowercase: bool = False  # the whole prompt
-    # RULER's; 'document': as the values stand in the prompt; 'question': as their keys are asked
-    # for, the values of one key as they stand in the prompt.
+    # 'creation': RULER's, with its one permutation of needles; 'document': as the values stand in
+    # the prompt; 'question': as their keys are asked for, one key's as they stand in the prompt.
     answer_order: Literal["creation", "document", "question"] = "creation"
     reserve: Annotated[int, Field(ge=1, le=10**6)] = 128  # tokens kept free for the answer
 

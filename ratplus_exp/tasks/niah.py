@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from ratplus_exp.tasks import prose
 from ratplus_exp.tasks.forms import Forms, singular
 from ratplus_exp.tasks.sample import Sample, make_sample
+from ratplus_exp.tasks.sentences import sentences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +47,7 @@ TASKS: dict[str, TaskSpec] = {
 }
 
 SPLITS = ("train", "validation")
+RULERS_SEED = 42  # RULER shuffles the needles of every prompt with it: a fixed permutation
 
 
 def split_of(value: str) -> str:
@@ -91,8 +92,7 @@ class NIAH:
         """
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
-        if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}: use train or validation")
+        check_split(split)
         spec, name = TASKS[task], sample_name(task, seed, index, split)
         rng = seeded_random(name)
         draw = Draw(self.forms, split, rng)
@@ -104,7 +104,8 @@ class NIAH:
             for key, own in zip(keys, values, strict=True)
             for value in own
         ]
-        rng.shuffle(needles)
+        rulers = self.forms.answer_order == "creation"
+        (random.Random(RULERS_SEED) if rulers else rng).shuffle(needles)
         asked = rng.sample(range(spec.keys), spec.queries)
         answers = [value for i in asked for value in values[i]]
         frame, prefix = self._question(spec, [keys[i] for i in asked])
@@ -112,12 +113,16 @@ class NIAH:
 
         def prompt(n: int) -> str:
             """The prompt with the haystack's first n units; needles placed anew for each n."""
-            arrange = _in_essay if spec.haystack == "essay" else _in_list
-            context = arrange(units(n), needles, seeded_random(f"{name}/{n}"), self.forms.separator)
+            places = seeded_random(f"{name}/{n}")
+            if spec.haystack == "essay":
+                context = _in_essay(units(n), needles, places, rulers)
+            else:
+                context = in_list(units(n), needles, places, self.forms.separator)
             text = frame.replace("{context}", context) + prefix
             return text.lower() if self.forms.lowercase else text
 
-        filled = prompt(self._most_units(prompt, name))
+        capacity = self.length - self.forms.reserve
+        filled = prompt(most_units(prompt, self.count, capacity, name))
         prefix = prefix.lower() if self.forms.lowercase else prefix
         sample = make_sample(name, task, filled, answers, self.tokenizer, prefix)
         if self.forms.answer_order != "creation":
@@ -158,35 +163,43 @@ class NIAH:
         words = prose.essay_words(self.essay)
         return lambda n: (words * -(-n // len(words)))[:n]  # from the beginning, repeated
 
-    def _most_units(self, prompt: Callable[[int], str], name: str) -> int:
-        """The largest haystack whose prompt leaves `forms.reserve` tokens of the length free.
-
-        Interpolates, and stops when less than an average unit is missing.
-        """
-        capacity = self.length - self.forms.reserve
-        fits, too_many = 0, capacity + 1  # a unit is one token at least
-        empty = self._count(prompt(0))
-        if empty > capacity:
-            raise ValueError(
-                f"{name}: needles and question alone take {empty} tokens of {capacity} (length"
-                f" {self.length} less forms.reserve {self.forms.reserve}): raise length"
-            )
-        n, tokens = 8, empty  # 8: enough for a first rate, without overshooting
-        while too_many - fits > 1:
-            n = min(max(n, fits + 1), too_many - 1)
-            tokens = self._count(prompt(n))
-            rate = max((tokens - empty) / n, 1e-3)
-            if tokens > capacity:
-                too_many = n
-            else:
-                fits = n
-                if capacity - tokens < rate:
-                    break
-            n += int((capacity - tokens) // rate)
-        return fits
-
-    def _count(self, text: str) -> int:
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def most_units(
+    prompt: Callable[[int], str],
+    count: Callable[[str], int],
+    capacity: int,
+    name: str,
+    most: int | None = None,
+) -> int:
+    """The largest haystack whose prompt has at most `capacity` tokens; most: units that there are.
+
+    Interpolates, and stops when less than an average unit is missing.
+    """
+    fits = 0
+    too_many = capacity + 1 if most is None else most + 1  # a unit is one token at least
+    empty = count(prompt(0))
+    if empty > capacity:
+        raise ValueError(
+            f"{name}: without any haystack the prompt takes {empty} tokens of {capacity}, which is"
+            " the length less the reserve for the answer: raise length"
+        )
+    n, tokens = 8, empty  # 8: enough for a first rate, without overshooting
+    while too_many - fits > 1:
+        n = min(max(n, fits + 1), too_many - 1)
+        tokens = count(prompt(n))
+        rate = max((tokens - empty) / n, 1e-3)
+        if tokens > capacity:
+            too_many = n
+        else:
+            fits = n
+            if capacity - tokens < rate:
+                break
+        n += int((capacity - tokens) // rate)
+    return fits
 
 
 class Draw:
@@ -197,9 +210,14 @@ class Draw:
         self.used: set[str] = set()
 
     def __call__(self, kind: str) -> str:
+        """A 'word', 'number' or 'uuid'."""
+        return self.fresh(kind, lambda: self.forms.draw(kind, self.rng), kind != "word")
+
+    def fresh(self, kind: str, make: Callable[[], str], of_split: bool = True) -> str:
+        """Something new that `make` makes; of_split: which belongs to the sample's split."""
         for _ in range(10_000):  # many more than a prompt needs: then there is none left
-            text = self.forms.draw(kind, self.rng)
-            if text not in self.used and (kind == "word" or split_of(text) == self.split):
+            text = make()
+            if text not in self.used and (not of_split or split_of(text) == self.split):
                 self.used.add(text)
                 return text
         raise ValueError(
@@ -218,6 +236,11 @@ def seeded_random(name: str) -> random.Random:
     return random.Random(int.from_bytes(hashlib.sha256(name.encode()).digest()))
 
 
+def check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: use train or validation")
+
+
 def _growing(more: Callable[[], Sequence[str]]) -> Callable[[int], Sequence[str]]:
     """`f(n)`: the first n of an endless list, made as far as it has been asked for."""
     units: list[str] = []
@@ -230,7 +253,7 @@ def _growing(more: Callable[[], Sequence[str]]) -> Callable[[int], Sequence[str]
     return first
 
 
-def _in_list(
+def in_list(
     units: Sequence[str], needles: Sequence[str], rng: random.Random, separator: str
 ) -> str:
     """Needles in front of distinct units of a noise or needle haystack."""
@@ -245,13 +268,18 @@ def _in_list(
 _DEPTHS = tuple(round(100 * i / 39) for i in range(40))  # per cent of an essay's sentences
 
 
-def _in_essay(words: Sequence[str], needles: Sequence[str], rng: random.Random, _: str) -> str:
-    """Needles between the sentences of an essay, at as many of 40 depths.
+def _in_essay(
+    words: Sequence[str], needles: Sequence[str], rng: random.Random, rulers: bool
+) -> str:
+    """Needles between the sentences of an essay, at as many of 40 depths, in their order.
 
-    Unlike RULER, which then has two spaces, a depth of 0 or two needles in one place leave one.
+    rulers: all places are counted in the essay without needles, as RULER does; otherwise a depth is
+        one of the essay with the deeper needles. Unlike RULER, which then has two spaces, a depth
+        of 0 or two needles in one place leave one.
     """
-    sentences = re.split(r"(?<=[.!?])\s+", " ".join(words)) if words else []
+    found = sentences(" ".join(words))
+    bare = len(found)
     depths = sorted(rng.sample(_DEPTHS, len(needles)), reverse=True)
     for depth, needle in zip(depths, reversed(needles), strict=True):
-        sentences.insert(len(sentences) * depth // 100, needle)
-    return " ".join(sentences)
+        found.insert((bare if rulers else len(found)) * depth // 100, needle)
+    return " ".join(found)

@@ -11,6 +11,7 @@ from concurrent.futures import BrokenExecutor, Future
 
 from ratplus_exp.tasks.niah import NIAH, sample_name
 from ratplus_exp.tasks.sample import Sample
+from ratplus_exp.tasks.source import Ruler
 from ratplus_exp.workers import Workers
 
 
@@ -64,7 +65,8 @@ def prompts_of(niah: NIAH, seed: int, workers: int = 0) -> Prompts:
     of the same tokenizer, length, forms, essay and seed."""
     spelling = niah.tokenizer.backend_tokenizer.to_str()
     digest = hashlib.sha256(spelling.encode()).hexdigest()
-    key = (digest, niah.length, niah.forms, niah.essay, seed, workers)
+    others = repr(niah.others) if isinstance(niah, Ruler) else ""
+    key = (digest, niah.length, niah.forms, niah.essay, others, seed, workers)
     if key not in _kept:
         for prompts in _kept.values():
             prompts.close()

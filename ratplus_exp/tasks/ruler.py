@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ratplus_exp.tasks.niah import TASKS
 from ratplus_exp.tasks.sample import Sample, make_sample
+from ratplus_exp.tasks.source import GOLDEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +21,6 @@ _FIELDS = {
     "length": int,
     "length_w_model_temp": int,
     "answer_prefix": str,
-    "token_position_answer": int,
 }
 
 
@@ -44,7 +45,16 @@ def read_jsonl(
             record = _record(line)
             prompt = record["input"] + record["answer_prefix"]
             name, answers = f"{task}/{path.stem}/ruler/{i}", record["outputs"]
-            sample = make_sample(name, task, prompt, answers, tokenizer, record["answer_prefix"])
+            sample = make_sample(
+                name,
+                task,
+                prompt,
+                answers,
+                tokenizer,
+                record["answer_prefix"],
+                golden=task in GOLDEN,
+                one_of=task.startswith("qa"),
+            )
             if sample.length > length:
                 raise ValueError(
                     f"{sample.id}: the prompt has {sample.length} tokens, more than the model's"
@@ -70,8 +80,9 @@ def write_jsonl(samples: Iterable[Sample], path: str | Path, reserve: int = 128)
                 "length": sample.length + reserve,
                 "length_w_model_temp": sample.length + reserve,
                 "answer_prefix": sample.answer_prefix,
-                "token_position_answer": sample.gold_spans[sample.answers[0]][0][0],
             }
+            if sample.task in TASKS:
+                record["token_position_answer"] = sample.gold_spans[sample.answers[0]][0][0]
             file.write(json.dumps(record) + "\n")
 
 

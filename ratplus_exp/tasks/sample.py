@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ratplus_exp.tasks.forms import singular
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -24,16 +26,19 @@ class Sample:
     gold_spans: dict[str, tuple[tuple[int, int], ...]]  # value -> all its spans [start, end)
     length: int  # len(input_ids)
     answer_prefix: str = ""
+    one_of: bool = False  # whether any one of the gold values will do (qa)
 
 
 def target(sample: Sample) -> str:
     """The text to learn straight after the prompt: ' 4815, 2231'.
 
-    P2 joins the answers by commas and ends them with EOS. Prompts end without a space, so that the
-    answer brings its own. Tokenise it with `target_ids`: by itself it may come out differently
-    (Llama-2's tokenizer would add a second space).
+    P2 joins the answers by commas and ends them with EOS; of several that will do, the shortest is
+    taken. Prompts end without a space, so that the answer brings its own. Tokenise it with
+    `target_ids`: by itself it may come out differently (Llama-2's tokenizer would add a second
+    space).
     """
-    return " " + ", ".join(sample.answers)
+    values = [min(sample.answers, key=len)] if sample.one_of else sample.answers
+    return " " + ", ".join(values)
 
 
 def target_ids(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -51,6 +56,26 @@ def target_ids(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
     return (*ids[sample.length :], tokenizer.eos_token_id)
 
 
+def question_tokens(sample: Sample, template: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many of a prompt's last tokens are its question, which follows `template`, the texts'
+    own behind "{context}"; a token that the context shares with it is the question's.
+
+    ValueError if the prompt has no such question, as in files of other texts.
+    """
+    words = template.split("{")[0]
+    words = words.lower() if sample.prompt.islower() else words
+    place = max(sample.prompt.rfind(text) for text in (words, singular(words)))
+    if not words.strip() or place < 0:
+        raise ValueError(
+            f"{sample.id}: its prompt has no {words!r} behind the context, so that the question"
+            " can't be told from it: set stage.protocol=whole, or the template to the file's"
+        )
+    encoded = tokenizer(
+        sample.prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    return sum(end > place for _, end in encoded.offset_mapping)
+
+
 def make_sample(
     name: str,
     task: str,
@@ -58,10 +83,13 @@ def make_sample(
     answers: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     answer_prefix: str = "",
+    golden: bool = True,
+    one_of: bool = False,
 ) -> Sample:
     """Tokenise a prompt, without special tokens, and find every occurrence of its gold values.
 
     A span has the tokens that share a character with the value. ValueError if one is not there.
+    golden: whether the values have such places at all.
     """
     encoded = tokenizer(
         prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -69,7 +97,7 @@ def make_sample(
     starts = [start for start, _ in encoded.offset_mapping]
     ends = [end for _, end in encoded.offset_mapping]
     spans = {}
-    for value in answers:
+    for value in answers if golden else ():
         found = re.finditer(rf"(?<!\w){re.escape(value)}(?!\w)", prompt)
         spans[value] = tuple(
             (bisect_right(ends, match.start()), bisect_left(starts, match.end())) for match in found
@@ -77,4 +105,4 @@ def make_sample(
         if not spans[value]:
             raise ValueError(f"{name}: the prompt does not contain the answer {value!r}")
     ids = tuple(encoded.input_ids)
-    return Sample(name, task, prompt, ids, tuple(answers), spans, len(ids), answer_prefix)
+    return Sample(name, task, prompt, ids, tuple(answers), spans, len(ids), answer_prefix, one_of)

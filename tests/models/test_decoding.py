@@ -28,7 +28,7 @@ METHODS = [
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda x: type(x).__name__)
 backbones = pytest.mark.parametrize("memory", [False, True], ids=["attention", "ratplus"])
-first_tokens = pytest.mark.parametrize("first_token", ["prefill", "decode"])
+feds = pytest.mark.parametrize("fed", [0, 1, 4])
 both_lengths = pytest.mark.parametrize(
     "lengths", [(22, 22), (22, 9, 17)], ids=["alike", "of different length"]
 )
@@ -40,13 +40,13 @@ def decode(make_model, make_ids, left_pad):
 
     def run(
         engine, lengths, *, tokens=TOKENS, eos=(), device="cpu", dtype=None, capture=None,
-        first_token="prefill", **sizes
+        fed=0, **sizes
     ):  # fmt: skip
         model = make_model(**sizes).to(device, dtype)
         ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
         ids, mask = ids.to(device), mask.to(device)
         settings = {"eos": eos, "pad": 0, "capture": capture}
-        out = greedy(PromptBatch(model, ids, mask, first_token), engine, tokens, **settings)
+        out = greedy(PromptBatch(model, ids, mask, fed), engine, tokens, **settings)
         return out.cpu(), engine.usage.fractions(len(ids))
 
     return run
@@ -55,22 +55,22 @@ def decode(make_model, make_ids, left_pad):
 @torch.no_grad()
 @every_method
 @backbones
-@first_tokens
+@feds
 @both_lengths
 def test_says_what_generate_says(
-    make_model, make_ids, left_pad, decode, method, memory, first_token, lengths
+    make_model, make_ids, left_pad, decode, method, memory, fed, lengths
 ):
     model = make_model(memory=memory)
     ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
     engine = Engine(method)
     cache = model.new_cache(engine)
-    if first_token == "decode":
-        model(ids[:, :-1], mask[:, :-1], past_key_values=cache)
+    if fed:
+        model(ids[:, :-fed], mask[:, :-fed], past_key_values=cache)
     settings = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
     wanted = model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
     wanted = wanted[:, ids.shape[1] :]
     assert len(wanted.unique()) > 3
-    tokens, fractions = decode(Engine(method), lengths, memory=memory, first_token=first_token)
+    tokens, fractions = decode(Engine(method), lengths, memory=memory, fed=fed)
     assert torch.equal(tokens, wanted)
     torch.testing.assert_close(fractions, engine.usage.fractions(len(ids)))
 
@@ -105,10 +105,10 @@ SELECTORS = {
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 @backbones
-@first_tokens
-def test_replayed_steps_say_the_same(decode, method, memory, first_token, selector):
+@feds
+def test_replayed_steps_say_the_same(decode, method, memory, fed, selector):
     chooser = {"selector": SELECTORS[selector]} if SELECTORS[selector] else {}
-    setting = {"lengths": (22, 9, 17), "memory": memory, "first_token": first_token}
+    setting = {"lengths": (22, 9, 17), "memory": memory, "fed": fed}
     wanted, budgets = decode(Engine(method, **chooser), **setting)
     calls = []
 

@@ -49,7 +49,7 @@ SELECTORS = {
     "oracle": {"selector": Oracle(GOLD)},
     "oracle in one head": {"selector": Oracle(GOLD, ((1, 0),))},
 }
-first_tokens = pytest.mark.parametrize("first_token", ["prefill", "decode"])
+feds = pytest.mark.parametrize("fed", [0, 1, 4])
 rows = pytest.mark.parametrize("lengths", [(22,) * 3, (22, 5, 17)], ids=["alike", "padded"])
 
 
@@ -72,7 +72,7 @@ def answers(prompts, method, chooser):
 
 @torch.no_grad()
 @rows
-@first_tokens
+@feds
 @pytest.mark.parametrize(
     "fields",
     [
@@ -85,18 +85,16 @@ def answers(prompts, method, chooser):
     ],
     ids=str,
 )
-def test_a_shared_prefill_changes_nothing(
-    make_model, make_ids, left_pad, lengths, first_token, fields
-):
+def test_a_shared_prefill_changes_nothing(make_model, make_ids, left_pad, lengths, fed, fields):
     if fields == "llama":
         model = carry(stock_model("llama", torch.float32)).eval()
     else:
         model = make_model(**fields)
     ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
-    shared = PromptBatch(model, ids, mask, first_token, shared=(WINDOW, TOKENS))
+    shared = PromptBatch(model, ids, mask, fed, shared=(WINDOW, TOKENS))
     for method in METHODS:
         for chooser in SELECTORS if method.phase else ["topk"]:
-            own = answers(PromptBatch(model, ids, mask, first_token), method, chooser)
+            own = answers(PromptBatch(model, ids, mask, fed), method, chooser)
             found = answers(shared, method, chooser)
             assert len(own) == len(found) and len(own[0].unique()) > 2
             for a, b in zip(own, found, strict=True):

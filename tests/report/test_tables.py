@@ -12,7 +12,7 @@ import pytest
 from ratplus_exp.analysis import TASKS, accuracies, sample_scores, tidy
 from ratplus_exp.analysis.frame import COLUMNS, EXTRA
 from ratplus_exp.report import Table
-from ratplus_exp.report.accuracy import accuracy_table
+from ratplus_exp.report.accuracy import accuracy_table, tasks_table
 from ratplus_exp.report.results import Results
 from ratplus_exp.store import Store
 
@@ -40,7 +40,7 @@ def add_all(store: Store, attention: int, ratplus: int, **key) -> None:
 
 
 def make(store: Store, name: str = "table3", tier: str = "pocket", **options) -> Table:
-    own = {x: options.pop(x) for x in ("scorer", "first_token") if x in options}
+    own = {x: options.pop(x) for x in ("scorer", "first_token", "protocol") if x in options}
     return accuracy_table(Results.read(store, {"tier": tier} | options, **own), name)
 
 
@@ -217,6 +217,25 @@ def test_first_tokens_of_both_kinds_do_not_mix(store):
         assert lines(table, Method="dense")[1]["Mean"] == "90.0"
         assert f"(first_token={first_token})" in table.caption
         assert ("first token decoded" in table.title) == (first_token == "decode")
+
+
+def test_protocols_stand_in_one_table_of_all_tasks(store):
+    add_all(store, 4, 7, first_token="prefill")
+    add_all(store, 2, 3, first_token="split")
+    add_all(store, 9, 9, **DENSE, first_token=None)
+    add(store, "ratplus", "vt", 5, first_token="split")
+    table = tasks_table(Results.read(store, {}))
+    assert [row["Protocol"] for row in lines(table, Backbone="RAT+")] == [
+        "either",
+        "whole",
+        "split",
+    ]
+    split = lines(table, Protocol="split")
+    assert [row["S-1"] for row in split] == ["20.0", "30.0"]
+    assert [row["vt"] for row in split] == ["—", "50.0"]
+    assert [row["Mean"] for row in split] == ["—", "32.2"]
+    assert table.columns.index("vt") == table.columns.index("MQ") + 1
+    assert "split protocol" in make(store, protocol="split").title
 
 
 def test_selector_seeds_become_mean_and_deviation(store):

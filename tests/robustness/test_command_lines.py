@@ -91,6 +91,12 @@ stage.batch_size=1.5 -> use a whole number
 stage.batch_size=100000000000 -> use at most
 stage.first_token=guess -> use one of prefill, decode
 stage.first_token=null -> use one of prefill, decode
+stage.protocol=both -> use one of whole, split
+stage=hit_rate data.tasks=[S-1,cwe] -> has no place of its own
+selector=oracle data.tasks=[qa_1] -> has no place of its own
+data.vt.hops=0 -> use at least 1
+data.cwe.repeats=[3] -> use a list of at least 2
+data.fwe.template=x -> lacks {context}: add it to the text
 stage=hit_rate stage.batch_size=-5 -> use at least 1
 stage=random_selector stage.selector_seeds=[] -> at least 1
 stage=random_selector stage.selector_seeds=3 -> use a list

@@ -20,7 +20,7 @@ VARIANTS = {
 
 def test_models_stand_side_by_side(job, pair, capsys, monkeypatch):
     # Untrained models are never right, but they are not equally talkative.
-    monkeypatch.setattr(evaluate, "exact", lambda text, answers: len(text) % 5 / 4)
+    monkeypatch.setattr(evaluate, "exact", lambda text, *_: len(text) % 5 / 4)
     settings = [*pair, "data.tasks=[S-1,MV]", "data.examples=3", "stage.methods=[dense,moba]"]
     cfg = job("stage=ablation", "budget=1/4", *settings)
     table = pd.read_csv(job.folder / "job" / "ablation.csv")
@@ -58,7 +58,8 @@ def test_only_samples_that_all_models_answered_count():
             for i, score in enumerate(values)
         ]
     )
-    setting = {"tier": "pocket", "budget": "1/4", "seed": 0, "first_token": "prefill"}
+    setting = {"tier": "pocket", "budget": "1/4", "seed": 0}
+    setting |= {"first_token": "prefill", "protocol": "whole"}
     table = model_table(samples, ["a", "b"], ["moba"], **setting)
     assert table.columns == ("Model", "MoBA", "Δ MoBA")
     first, second = table.rows

@@ -213,3 +213,19 @@ def test_sigkill_costs_and_repeats_no_example(tiny_models, tmp_path):
         lines = (cell.path / "samples.jsonl").read_text().splitlines()
         ids = [json.loads(line)["id"] for line in lines]
         assert ids == [f"{cell.key['task']}/validation/0/{i}" for i in range(40)]
+
+
+@pytest.mark.parametrize("method", ["quest", "snapkv", "moba"])
+def test_protocols_have_cells_of_their_own_where_they_differ(job, tiny_models, method):
+    tasks = {"data.tasks": "[MQ,vt]", "data.length": 256, "method": method}
+    job(*small(tiny_models, **tasks))
+    job(*small(tiny_models, **tasks, **{"stage.protocol": "split"}))
+    cells = frame(job)
+    kinds = cells["first_token"].tolist()
+    if method == "moba":  # selects for every token by that token alone
+        assert len(cells) == 2 and cells["first_token"].isna().all()
+    else:
+        assert sorted(kinds) == ["prefill", "prefill", "split", "split"]
+        assert cells["n"].eq(3).all()
+        # The question's queries count, which an answer's alone do not.
+        assert cells.groupby("first_token")["budget_measured"].nunique().sum() > 2

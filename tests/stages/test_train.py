@@ -6,8 +6,11 @@ import torch
 from safetensors.torch import load_file
 
 from ratplus_exp.analysis import tidy
+from ratplus_exp.config import forms_of
+from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.stages import train as stage
 from ratplus_exp.store import Store, StoreBusy, locked
+from ratplus_exp.tasks import NIAH, write_jsonl
 from ratplus_exp.training.loop import Trainer
 
 TINY = [
@@ -194,3 +197,25 @@ def test_a_first_try_that_failed_does_not_block_the_corrected_one(job, tiny_mode
         (job.folder / "training/pocket1024_attention_0_sft/provenance.json").read_text()
     )
     assert [start["config"]["data"]["essay"] for start in starts] == [str(good)]
+
+
+def test_sft_learns_from_rulers_files(job, tiny_models, tmp_path):
+    """Other answers than the generated ones, another training; a task without a file is refused."""
+    settings = [
+        *("experiment=pocket1024_sft", "model=pocket1024_attention", *TINY),
+        *(f"stage.init={tiny_models['attention']}", "stage.schedule=[[256,128]]"),
+        f"data.path={tmp_path / 'ruler'}",
+    ]
+    forms = forms_of(job.compose("data=pocket"))
+    niah = NIAH(load_tokenizer(tiny_models["attention"]), 96, forms)
+    folder = tmp_path / "ruler" / "niah_single_1"
+    folder.mkdir(parents=True)
+    write_jsonl([niah.sample("S-1", 0, 0, "train")], folder / "validation.jsonl")
+    with pytest.raises(ValueError, match=r"there is no .*niah_single_2/validation\.jsonl"):
+        job(*settings)
+    only = "stage.mixture={S-1:1,S-2:0,S-3:0,MK-1:0,MK-2:0,MK-3:0,MV:0,MQ:0}"
+    job(*settings, only)
+    folder = job.folder / "training/pocket1024_attention_0_sft"
+    assert (folder / "model/model.safetensors").exists()
+    with pytest.raises(ValueError, match="another configuration"):
+        job(*settings[:-1], only)

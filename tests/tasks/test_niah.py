@@ -264,3 +264,20 @@ def test_question_order_follows_the_question_and_then_the_document(pocket, pocke
             for key, value in zip(keys, sample.answers, strict=True)
         ]
         assert order == sorted(order)
+
+
+def test_creation_order_is_rulers_permutation_and_places_are_counted_first(bpe, tmp_path):
+    path = tmp_path / "essay.txt"
+    path.write_text(" ".join(f"Sentence {i} ends." for i in range(5000)))
+    source = NIAH(bpe, 2048, Forms(), str(path))
+    for index in range(6):
+        sample = source.sample("MV", 0, index)
+        order = sorted(sample.answers, key=sample.prompt.index)
+        assert [order.index(value) for value in sample.answers] == [3, 1, 0, 2]
+        needle = r"One of the special magic numbers for \S+ is: \d+\. ?"
+        bare = re.sub(needle, "", sample.prompt.split("\n")[1])
+        total = len(re.findall("Sentence", bare))
+        places = {total * round(100 * i / 39) // 100 for i in range(40)}
+        for found in re.finditer(needle, sample.prompt):
+            before = re.sub(needle, "", sample.prompt[: found.start()])
+            assert before.count("Sentence") in places

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ratplus_exp.tasks import NIAH, read_jsonl, write_jsonl
+from ratplus_exp.tasks import NIAH, RULER_NAMES, read_jsonl, write_jsonl
 
 LINE = {
     "index": 0,
@@ -51,6 +51,17 @@ def test_all_spans_of_a_value_are_found(bpe, tmp_path):
     assert [bpe.decode(sample.input_ids[a:b]).strip() for a, b in spans] == ["1234567"] * 2
 
 
+@pytest.mark.parametrize("task", [name for name in RULER_NAMES if name not in ("S-1", "MV")])
+def test_files_of_all_tasks_are_read(bpe, tmp_path, task):
+    """Those of qa may have answers that stand nowhere, any of which will do."""
+    line = {k: v for k, v in LINE.items() if k != "token_position_answer"}
+    if task.startswith("qa"):
+        line |= {"outputs": ["yes", "so it is"]}
+    (sample,) = read_jsonl(written(tmp_path / "x.jsonl", json.dumps(line)), bpe, 512, task)
+    assert sample.one_of == task.startswith("qa") and list(sample.answers) == line["outputs"]
+    assert bool(sample.gold_spans) == (task not in ("cwe", "fwe", "qa_1", "qa_2"))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -60,6 +71,7 @@ def test_all_spans_of_a_value_are_found(bpe, tmp_path):
         *[
             (json.dumps({k: v for k, v in LINE.items() if k != name}), f"'{name}' is missing")
             for name in LINE
+            if name != "token_position_answer"  # of needles alone
         ],
         (json.dumps(LINE | {"input": 3}), "'input' must be of type str"),
         (json.dumps(LINE | {"outputs": []}), "'outputs' must list"),
