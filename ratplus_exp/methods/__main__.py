@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from ratplus_exp.methods import Method
@@ -41,7 +41,7 @@ def page() -> str:
     names = ("Name", "Rule", "Unit", "Phase", "Budget", "Choosing reads", "Paper")
     rows, notes = [names, ("---",) * len(names)], []
     files: Any = (OmegaConf.load(file) for file in CONF.glob("*.yaml"))
-    classes: list[tuple[str, Any]] = [(file.name, get_class(file.target)) for file in files]
+    classes: list[tuple[str, Any]] = [(file.name, resolve_name(file.target)) for file in files]
     for name, cls in sorted(classes, key=lambda pair: pair[0]):
         rule, _, note = inspect.cleandoc(cls.__doc__).partition("\n\n")
         budget = BUDGETS.get(cls.phase, "–" if cls.pattern is Method.pattern else "seen throughout")

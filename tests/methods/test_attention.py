@@ -46,7 +46,7 @@ def test_dilated_decoding_reads_what_the_pattern_sees(calls, sizes):
     out, _ = attend(engine, q, k, v, [30, 30], 7)
     decoded = calls[-7:]
     attended = method.attended(torch.arange(30, 37)).tolist()
-    assert decoded == [(keys, False, True) for keys in attended]
+    assert decoded == [(keys, False, False) for keys in attended]
     torch.testing.assert_close(out, attend_by_hand(method, q, k, v, [30, 30], 7))
 
 
