@@ -94,7 +94,7 @@ stage.first_token=null -> use one of prefill, decode
 stage.protocol=both -> use one of whole, split
 stage=hit_rate data.tasks=[S-1,cwe] -> has no place of its own
 selector=oracle data.tasks=[qa_1] -> has no place of its own
-data.vt.hops=0 -> use at least 1
++data.vt.hops=0 -> use at least 1
 data.cwe.repeats=[3] -> use a list of at least 2
 data.fwe.template=x -> lacks {context}: add it to the text
 stage=hit_rate stage.batch_size=-5 -> use at least 1
@@ -201,7 +201,7 @@ data.forms.uuid=long -> use one of uuid4
 data.forms.answer_order=random -> use one of creation
 data.forms.lowercase=5 -> use true or false
 +data.forms.colour=red -> no field 'colour'
-method=guess -> choose one of dense, dilated
+method=guess -> there is no method guess: choose one of adakv, dense, dilated
 method=null -> use one of them by its name
 ~method -> method.name is missing
 method.name=null -> use text

@@ -230,7 +230,7 @@ def test_the_wrong_backbone_is_refused(job, tiny_models):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method=guess"], "there is no method guess: choose one of dense"),
+        (["method=guess"], "there is no method guess: choose one of adakv, dense"),
         (["budget=x"], "budget is 'x'"),
         (["seed=x"], "seed is 'x': use a whole number"),
         (["data.colour=red"], "data: there is no field 'colour': use one of name, length"),
