@@ -113,8 +113,9 @@ def heads_by_task(results: Results, folder: Path, name: str) -> Path | None:
 def selectors(results: Results, folder: Path, name: str) -> Path | None:
     """Mean accuracy by selector: a panel a method, a bar a backbone."""
     means = results.selector_means
-    methods = _methods(means["method"])
-    if not methods:
+    sides = means.groupby(["method", "selector"])["side"].agg(set)
+    methods = _methods(sides[sides >= set(BACKBONES)].index.get_level_values("method"))
+    if not methods:  # nothing, or one backbone alone
         return None
     first = means.drop_duplicates(["method", "side", "selector"])
     frames = [first[first["method"] == m].set_index(["selector", "side"]) for m in methods]
