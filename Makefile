@@ -61,13 +61,13 @@ define TRAINING
 outputs/training/$(2)_%/model: | outputs/training/pocket1024_base_%/model
 	$(RUN) experiment=$(1) model=$(2) seed=$$* threads=1
 outputs/training/$(2)_%_sft/model: | outputs/training/$(2)_%/model
-	$(RUN) experiment=pocket1024_sft model=$(2) seed=$$* threads=1
+	$(RUN) experiment=$(1)_sft model=$(2) seed=$$* threads=1
 endef
 $(foreach m,$(MODELS),$(eval $(call TRAINING,pocket1024_$m,pocket1024_$m)))
 $(foreach m,$(CONTROLS),$(eval $(call TRAINING,pocket1024_ratplus,pocket1024_$m)))
 
 outputs/training/pocket1024_select_0_sft/model: | outputs/training/pocket1024_attention_0/model
-	$(RUN) experiment=pocket1024_sft model=pocket1024_select threads=1 stage.init=outputs/training/pocket1024_attention_0/model
+	$(RUN) experiment=pocket1024_attention_sft model=pocket1024_select threads=1 stage.init=outputs/training/pocket1024_attention_0/model
 
 clean: ## remove caches and build products; .venv and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

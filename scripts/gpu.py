@@ -98,7 +98,7 @@ def trained_pairs(out: Path, *seeds: int) -> Steps:
     trainings = [
         run(f"experiment={model} seed={seed}", first, rest)
         + " && "
-        + run(f"experiment=pocket1024_sft model={model} seed={seed}", tuned, rest)
+        + run(f"experiment={model}_sft seed={seed}", tuned, rest)
         for seed in seeds
         for model in models
     ]

@@ -121,7 +121,7 @@ def test_no_nonsense_is_trained(job, override):
 @pytest.mark.parametrize("mixture", ["{S-1: -1}", "{S-1: .nan}", "{S-1: 0}", "{S-9: 1}", "{}"])
 def test_no_nonsense_is_tuned(job, tiny_models, mixture):
     how = [
-        "experiment=pocket1024_sft",
+        "experiment=pocket1024_attention_sft",
         "model=pocket_attention",
         f"stage.init={tiny_models['attention']}",
     ]

@@ -31,7 +31,7 @@ def train(job, model, experiment=None, length=64, steps=4, **extra):
     overrides = [f"stage.{key}={value}" for key, value in extra.items()]
     how = [f"experiment={experiment or model}", f"model={model}", *TINY]
     job(*how, f"stage.schedule=[[{128 * steps},{length}]]", *overrides)
-    suffix = "_sft" if experiment == "pocket1024_sft" else ""
+    suffix = "_sft" if (experiment or "").endswith("_sft") else ""
     return job.folder / "training" / f"{model}_0{suffix}" / "model"
 
 
@@ -41,7 +41,7 @@ def test_the_pocket_recipe_from_nothing_to_a_table(job):
         folder = train(job, f"pocket1024_{backbone}", drill_tokens=256)
         names = load_file(folder / "model.safetensors")
         assert any(".memory." in name for name in names) == (backbone == "ratplus")
-        final = train(job, f"pocket1024_{backbone}", "pocket1024_sft", length=128)
+        final = train(job, f"pocket1024_{backbone}", f"pocket1024_{backbone}_sft", length=128)
         assert load_file(final / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
         job(
             f"model=pocket1024_{backbone}",
@@ -89,7 +89,7 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(job):
 )
 def test_a_trained_memory_is_not_made_otherwise(job, tiny_models, change, made):
     how = [
-        "experiment=pocket1024_sft",
+        "experiment=pocket1024_ratplus_sft",
         "model=pocket1024_ratplus",
         *TINY,
         f"stage.init={tiny_models['ratplus']}",
@@ -184,7 +184,7 @@ def test_a_first_try_that_failed_does_not_block_the_corrected_one(job, tiny_mode
     bad.write_bytes(b"\xff\xfe")
     good.write_text("the grass is green. the sky is blue. " * 100)
     how = [
-        "experiment=pocket1024_sft",
+        "experiment=pocket1024_attention_sft",
         "model=pocket1024_attention",
         *TINY,
         f"stage.init={tiny_models['attention']}",
@@ -202,7 +202,7 @@ def test_a_first_try_that_failed_does_not_block_the_corrected_one(job, tiny_mode
 def test_sft_learns_from_rulers_files(job, tiny_models, tmp_path):
     """Other answers than the generated ones, another training; a task without a file is refused."""
     settings = [
-        *("experiment=pocket1024_sft", "model=pocket1024_attention", *TINY),
+        *("experiment=pocket1024_attention_sft", "model=pocket1024_attention", *TINY),
         *(f"stage.init={tiny_models['attention']}", "stage.schedule=[[256,128]]"),
         f"data.path={tmp_path / 'ruler'}",
     ]
