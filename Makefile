@@ -20,8 +20,8 @@ SWEEP  = $(RUN) experiment=$@ pair=$(PAIR) $(SET)
 # Trainings of the pocket tier to come (docs/pocket-training.md): three of each model, one of each control.
 MODELS   := attention ratplus
 CONTROLS := ema ema_fixed conv shift
-trained   = $(foreach seed,0 1 2,$(MODELS:%=pocket1024_%_$(seed)))
-controls  = $(CONTROLS:%=pocket1024_%_0) pocket1024_select_0
+trained   = $(foreach seed,0 1 2,$(MODELS:%=pocket_%_$(seed)))
+controls  = $(CONTROLS:%=pocket_%_0) pocket_select_0
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint weights controls clean bench bench-cpu
@@ -51,23 +51,23 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 weights: $(trained:%=outputs/training/%_sft/model) ## train the models of the pocket tier to come (hours; -j2: on two cores)
 
 controls: $(controls:%=outputs/training/%_sft/model) ## train the controls of the memory and compare them (hours; -j2: on two cores)
-	$(RUN) experiment=pocket1024_controls $(SET)
+	$(RUN) experiment=pocket_controls $(SET)
 
-outputs/training/pocket1024_base_%/model: | $(STAMP)
-	$(RUN) experiment=pocket1024_base seed=$* threads=1
+outputs/training/pocket_base_%/model: | $(STAMP)
+	$(RUN) experiment=pocket_base seed=$* threads=1
 
 # $(1) experiment, $(2) model
 define TRAINING
-outputs/training/$(2)_%/model: | outputs/training/pocket1024_base_%/model
+outputs/training/$(2)_%/model: | outputs/training/pocket_base_%/model
 	$(RUN) experiment=$(1) model=$(2) seed=$$* threads=1
 outputs/training/$(2)_%_sft/model: | outputs/training/$(2)_%/model
 	$(RUN) experiment=$(1)_sft model=$(2) seed=$$* threads=1
 endef
-$(foreach m,$(MODELS),$(eval $(call TRAINING,pocket1024_$m,pocket1024_$m)))
-$(foreach m,$(CONTROLS),$(eval $(call TRAINING,pocket1024_ratplus,pocket1024_$m)))
+$(foreach m,$(MODELS),$(eval $(call TRAINING,pocket_$m,pocket_$m)))
+$(foreach m,$(CONTROLS),$(eval $(call TRAINING,pocket_ratplus,pocket_$m)))
 
-outputs/training/pocket1024_select_0_sft/model: | outputs/training/pocket1024_attention_0/model
-	$(RUN) experiment=pocket1024_attention_sft model=pocket1024_select threads=1 stage.init=outputs/training/pocket1024_attention_0/model
+outputs/training/pocket_select_0_sft/model: | outputs/training/pocket_attention_0/model
+	$(RUN) experiment=pocket_attention_sft model=pocket_select threads=1 stage.init=outputs/training/pocket_attention_0/model
 
 clean: ## remove caches and build products; .venv and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

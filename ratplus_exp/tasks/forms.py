@@ -57,8 +57,7 @@ class Forms(Settings):
     key_words: Literal["pair", "noun"] = "pair"  # adjective-noun; or one noun of 4 to 8 letters
     key_count: Positive | None = None  # size of a fixed subset of the nouns; None: all of them
     number_digits: Annotated[int, Field(ge=2, le=18)] = 7
-    # 'hex': its 32 digits without the dashes; 'short': four bytes, as in 9f-3a-c0-1b.
-    uuid: Literal["uuid4", "hex", "short"] = "uuid4"
+    uuid: Literal["uuid4", "hex"] = "uuid4"  # 'hex': its 32 digits without the dashes
     lowercase: bool = False  # the whole prompt
     # 'creation': RULER's, with its one permutation of needles; 'document': as the values stand in
     # the prompt; 'question': as their keys are asked for, one key's as they stand in the prompt.
@@ -114,9 +113,7 @@ class Forms(Settings):
         return str(rng.randrange(10 ** (self.number_digits - 1), 10**self.number_digits))
 
     def random_uuid(self, rng: random.Random) -> str:
-        """A version 4 uuid, or its digits alone, or four bytes, as in 9f-3a-c0-1b."""
-        if self.uuid == "short":
-            return rng.randbytes(4).hex("-")
+        """A version 4 uuid, or its digits alone."""
         random_uuid = uuid.UUID(int=rng.getrandbits(128), version=4)
         return str(random_uuid) if self.uuid == "uuid4" else random_uuid.hex
 

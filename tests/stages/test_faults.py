@@ -82,8 +82,8 @@ def evaluation(tiny_models):
 def training():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return [
-        "experiment=pocket1024_attention",
-        "model=pocket1024_attention",
+        "experiment=pocket_attention",
+        "model=pocket_attention",
         "stage.init=null",
         *(f"model.architecture.{name}={size}" for name, size in sizes.items()),
         "data.length=128",
@@ -171,7 +171,7 @@ def test_ctrl_c_in_a_stage_is_one_line(run, tiny_models, tmp_path, stage):
 
 def test_sigterm_ends_a_training_with_a_checkpoint(run):
     code, said = run(training(), 30, signal.SIGTERM)
-    folder = run.output / "training/pocket1024_attention_0"
+    folder = run.output / "training/pocket_attention_0"
     kept = [path.name for path in folder.glob("checkpoint-*")]
     assert code == 1 and kept, (code, said)
     assert "error: stopped by a signal after step" in said.splitlines()[-1]

@@ -86,7 +86,7 @@ def files_cut(cell):
 def test_pretraining_sharded_over_two_processes(tmp_path, job):
     """The saved model is that of one process to rounding, in one job folder, ready to load."""
     how = [
-        "experiment=pocket1024_ratplus",
+        "experiment=pocket_ratplus",
         "stage.init=null",
         "stage.sparse_only_tokens=0",
         "model.architecture.hidden_size=16",
@@ -103,7 +103,7 @@ def test_pretraining_sharded_over_two_processes(tmp_path, job):
     job(*how)
     done = torchrun(tmp_path / "both", *how)
     assert done.returncode == 0, done.stderr
-    name = "training/pocket1024_ratplus_0"
+    name = "training/pocket_ratplus_0"
     one, two = (
         load_file(f / name / "model/model.safetensors") for f in (tmp_path, tmp_path / "both")
     )

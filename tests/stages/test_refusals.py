@@ -53,13 +53,13 @@ REPOSITORY = Path(__file__).parents[2]
         (["data.forms.number_digits=abc"], "whole number"),
         (["method.target=foo.Bar"], "is no Method"),
         (
-            ["stage=pretrain", "data=pocket1024", "stage.optimizer.precision=fp17"],
+            ["stage=pretrain", "data=pocket", "stage.optimizer.precision=fp17"],
             "use one of auto, fp32, bf16",
         ),
-        (["stage=pretrain", "data=pocket1024", "+stage.optimizer.speed=1"], "no field 'speed'"),
-        (["stage=pretrain", "data=pocket1024", "+stage.joint.depth=1"], "no field 'depth'"),
+        (["stage=pretrain", "data=pocket", "+stage.optimizer.speed=1"], "no field 'speed'"),
+        (["stage=pretrain", "data=pocket", "+stage.joint.depth=1"], "no field 'depth'"),
         (
-            ["stage=pretrain", "data=pocket1024", "stage.joint={local: -1}"],
+            ["stage=pretrain", "data=pocket", "stage.joint={local: -1}"],
             "stage.joint.local is -1: use at least 0",
         ),
         (["stage=sft"], "set stage.init"),
@@ -112,7 +112,7 @@ NONSENSE = {
 )
 def test_no_nonsense_is_trained(job, override):
     with pytest.raises(ValueError, match="use|write") as error:
-        job("experiment=pocket1024_attention", override)
+        job("experiment=pocket_attention", override)
     name, _, _ = override.rpartition("=")
     assert name.rpartition(".")[2] in str(error.value)
     assert not list(job.folder.rglob("training"))
@@ -121,7 +121,7 @@ def test_no_nonsense_is_trained(job, override):
 @pytest.mark.parametrize("mixture", ["{S-1: -1}", "{S-1: .nan}", "{S-1: 0}", "{S-9: 1}", "{}"])
 def test_no_nonsense_is_tuned(job, tiny_models, mixture):
     how = [
-        "experiment=pocket1024_attention_sft",
+        "experiment=pocket_attention_sft",
         "model=pocket_attention",
         f"stage.init={tiny_models['attention']}",
     ]

@@ -38,13 +38,13 @@ def train(job, model, experiment=None, length=64, steps=4, **extra):
 def test_the_pocket_recipe_from_nothing_to_a_table(job):
     """Pretraining of both, SFT, evaluation: the path of `make weights` and `make demo`."""
     for backbone in ("attention", "ratplus"):
-        folder = train(job, f"pocket1024_{backbone}", drill_tokens=256)
+        folder = train(job, f"pocket_{backbone}", drill_tokens=256)
         names = load_file(folder / "model.safetensors")
         assert any(".memory." in name for name in names) == (backbone == "ratplus")
-        final = train(job, f"pocket1024_{backbone}", f"pocket1024_{backbone}_sft", length=128)
+        final = train(job, f"pocket_{backbone}", f"pocket_{backbone}_sft", length=128)
         assert load_file(final / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
         job(
-            f"model=pocket1024_{backbone}",
+            f"model=pocket_{backbone}",
             f"model.path={final}",
             "model.sha256=null",
             "budget=1/4",
@@ -57,26 +57,26 @@ def test_the_pocket_recipe_from_nothing_to_a_table(job):
 
 
 def test_a_memory_can_be_added_to_attention_weights(job):
-    base = train(job, "pocket1024_attention")
+    base = train(job, "pocket_attention")
     rate = {"optimizer.lr": 0, "optimizer.memory_lr": 0.01, "optimizer.weight_decay": 0}
-    branch = load_file(train(job, "pocket1024_ratplus", init=base, **rate) / "model.safetensors")
+    branch = load_file(train(job, "pocket_ratplus", init=base, **rate) / "model.safetensors")
     attention = load_file(base / "model.safetensors")
     assert all(torch.equal(branch[name], value) for name, value in attention.items())
-    rows = (job.folder / "training/pocket1024_ratplus_0/log.jsonl").read_text().splitlines()
+    rows = (job.folder / "training/pocket_ratplus_0/log.jsonl").read_text().splitlines()
     assert {"sparse_loss", "gate_mean", "effective_memory_length"} <= set(json.loads(rows[0]))
 
 
 def test_a_trained_model_is_not_trained_again(job, capsys):
-    train(job, "pocket1024_attention")
-    train(job, "pocket1024_attention")
+    train(job, "pocket_attention")
+    train(job, "pocket_attention")
     assert "Trained already" in capsys.readouterr().out
 
 
 def test_other_settings_do_not_go_on_from_a_checkpoint(job):
-    model = train(job, "pocket1024_attention")
+    model = train(job, "pocket_attention")
     (model / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="another configuration"):
-        train(job, "pocket1024_attention", other_rate=0.5)
+        train(job, "pocket_attention", other_rate=0.5)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(job):
 )
 def test_a_trained_memory_is_not_made_otherwise(job, tiny_models, change, made):
     how = [
-        "experiment=pocket1024_ratplus_sft",
-        "model=pocket1024_ratplus",
+        "experiment=pocket_ratplus_sft",
+        "model=pocket_ratplus",
         *TINY,
         f"stage.init={tiny_models['ratplus']}",
     ]
@@ -103,14 +103,14 @@ SELECT = ["memory_kind=ema_fixed", "memory_on=select", "gate_bias=[1,16]"]
 
 def test_a_control_is_trained_by_the_recipe_of_ratplus(job):
     job(
-        "experiment=pocket1024_ratplus",
+        "experiment=pocket_ratplus",
         *TINY,
         "stage.init=null",
         "stage.sparse_only_tokens=0",
         "stage.schedule=[[512,64]]",
         "model.architecture.memory_kind=conv",
     )
-    training = job.folder / "training/pocket1024_ratplus_0"
+    training = job.folder / "training/pocket_ratplus_0"
     names = load_file(training / "model/model.safetensors")
     assert "model.layers.0.attention.memory.filter" in names
     rows = [json.loads(line) for line in (training / "log.jsonl").read_text().splitlines()]
@@ -119,12 +119,12 @@ def test_a_control_is_trained_by_the_recipe_of_ratplus(job):
 
 
 def test_a_memory_that_only_selects_is_trained_as_the_attention_baseline(job):
-    attention = load_file(train(job, "pocket1024_attention") / "model.safetensors")
+    attention = load_file(train(job, "pocket_attention") / "model.safetensors")
     job(
-        "experiment=pocket1024_attention",
+        "experiment=pocket_attention",
         *TINY,
         "stage.init=null",
-        "model=pocket1024_ratplus",
+        "model=pocket_ratplus",
         "stage.folder=" + str(job.folder / "training/select"),
         "stage.schedule=[[512,64]]",
         *(f"model.architecture.{field}" for field in SELECT),
@@ -134,9 +134,9 @@ def test_a_memory_that_only_selects_is_trained_as_the_attention_baseline(job):
 
 
 def test_an_attention_model_cannot_start_from_ratplus(job):
-    ratplus = train(job, "pocket1024_ratplus")
+    ratplus = train(job, "pocket_ratplus")
     with pytest.raises(ValueError, match="has the memory"):
-        train(job, "pocket1024_attention", init=ratplus)
+        train(job, "pocket_attention", init=ratplus)
 
 
 class Interrupted(Trainer):
@@ -160,23 +160,23 @@ def test_a_training_keeps_the_precision_that_it_began_with(job, monkeypatch, cap
     monkeypatch.setattr(stage, "fastest", lambda *_: first)
     monkeypatch.setattr(Interrupted, "seen", [])
     with pytest.raises(KeyboardInterrupt):
-        train(job, "pocket1024_attention")
+        train(job, "pocket_attention")
     assert f"precision=auto: {first}" in capsys.readouterr().out
     other = {"fp32": "bf16", "bf16": "fp32"}[first]
     monkeypatch.setattr(stage, "fastest", lambda *_: other)
     with pytest.raises(ValueError, match="another configuration"):
-        train(job, "pocket1024_attention", **{"optimizer.precision": other})
-    model = train(job, "pocket1024_attention")
+        train(job, "pocket_attention", **{"optimizer.precision": other})
+    model = train(job, "pocket_attention")
     assert Interrupted.seen == [first] * 2
     starts = json.loads((model.parent / "provenance.json").read_text())
     assert [start["precision"] for start in starts] == [first] * 2
 
 
 def test_two_trainings_do_not_share_a_folder(job):
-    folder = job.folder / "training" / "pocket1024_attention_0"
+    folder = job.folder / "training" / "pocket_attention_0"
     with locked(folder), pytest.raises(StoreBusy, match="is being written by process"):
-        train(job, "pocket1024_attention")
-    train(job, "pocket1024_attention")
+        train(job, "pocket_attention")
+    train(job, "pocket_attention")
 
 
 def test_a_first_try_that_failed_does_not_block_the_corrected_one(job, tiny_models, tmp_path):
@@ -184,8 +184,8 @@ def test_a_first_try_that_failed_does_not_block_the_corrected_one(job, tiny_mode
     bad.write_bytes(b"\xff\xfe")
     good.write_text("the grass is green. the sky is blue. " * 100)
     how = [
-        "experiment=pocket1024_attention_sft",
-        "model=pocket1024_attention",
+        "experiment=pocket_attention_sft",
+        "model=pocket_attention",
         *TINY,
         f"stage.init={tiny_models['attention']}",
     ]
@@ -194,7 +194,7 @@ def test_a_first_try_that_failed_does_not_block_the_corrected_one(job, tiny_mode
         job(*how, f"data.essay={bad}")
     job(*how, f"data.essay={good}")
     starts = json.loads(
-        (job.folder / "training/pocket1024_attention_0_sft/provenance.json").read_text()
+        (job.folder / "training/pocket_attention_0_sft/provenance.json").read_text()
     )
     assert [start["config"]["data"]["essay"] for start in starts] == [str(good)]
 
@@ -202,7 +202,7 @@ def test_a_first_try_that_failed_does_not_block_the_corrected_one(job, tiny_mode
 def test_sft_learns_from_rulers_files(job, tiny_models, tmp_path):
     """Other answers than the generated ones, another training; a task without a file is refused."""
     settings = [
-        *("experiment=pocket1024_attention_sft", "model=pocket1024_attention", *TINY),
+        *("experiment=pocket_attention_sft", "model=pocket_attention", *TINY),
         *(f"stage.init={tiny_models['attention']}", "stage.schedule=[[256,128]]"),
         f"data.path={tmp_path / 'ruler'}",
     ]
@@ -215,7 +215,7 @@ def test_sft_learns_from_rulers_files(job, tiny_models, tmp_path):
         job(*settings)
     only = "stage.mixture={S-1:1,S-2:0,S-3:0,MK-1:0,MK-2:0,MK-3:0,MV:0,MQ:0}"
     job(*settings, only)
-    folder = job.folder / "training/pocket1024_attention_0_sft"
+    folder = job.folder / "training/pocket_attention_0_sft"
     assert (folder / "model/model.safetensors").exists()
     with pytest.raises(ValueError, match="another configuration"):
         job(*settings[:-1], only)

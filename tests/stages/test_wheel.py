@@ -54,7 +54,7 @@ def command(tmp_path_factory):
 
 def test_help_and_an_estimate_need_nothing_but_the_wheel(command):
     assert "pocket_ratplus" in command("--help").stdout
-    done = command("experiment=pocket1024_ratplus", "dry_run=true")
+    done = command("experiment=pocket_ratplus", "dry_run=true")
     assert done.returncode == 0 and "Parameters" in done.stdout, done.stderr
 
 

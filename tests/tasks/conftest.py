@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ratplus_exp.tasks import Forms, paragraph, pocket_tokenizer
 
-POCKET = Path(__file__).parents[2] / "conf" / "data" / "pocket1024.yaml"
+POCKET = Path(__file__).parents[2] / "conf" / "data" / "pocket.yaml"
 
 
 @pytest.fixture(scope="session")

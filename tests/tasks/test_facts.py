@@ -28,7 +28,7 @@ def tokenizer():
 
 def test_the_pocket_pair_can_be_trained_again_on_the_same_tokens():
     """The digest of a batch when the shipped pair was trained."""
-    forms = Forms(**yaml.safe_load((ROOT / "conf/data/pocket1024.yaml").read_text())["forms"])
+    forms = Forms(**yaml.safe_load((ROOT / "conf/data/pocket.yaml").read_text())["forms"])
     facts = Facts(pocket_tokenizer(forms), forms, 0.02, 0.35, drill_steps=1, list_rate=0.2)
     digest = hashlib.sha256()
     for step, length in ((0, 64), (1, 128), (2, 512)):

@@ -90,7 +90,7 @@ def test_sample_is_the_same_in_another_process(small, pocket, tmp_path):
     code = (
         "import sys, yaml; from transformers import AutoTokenizer\n"
         "from ratplus_exp.tasks import NIAH, Forms\n"
-        "forms = Forms(**yaml.safe_load(open('conf/data/pocket1024.yaml'))['forms'])\n"
+        "forms = Forms(**yaml.safe_load(open('conf/data/pocket.yaml'))['forms'])\n"
         "niah = NIAH(AutoTokenizer.from_pretrained(sys.argv[1]), 512, forms)\n"
         "print('\\n'.join(niah.sample(task, 0, 5).prompt for task in ('MK-2', 'MQ')))"
     )
