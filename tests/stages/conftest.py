@@ -57,7 +57,7 @@ def job(tmp_path):
 def tiny_models(tmp_path_factory):
     """Random models of both backbones in the pocket's format: {backbone: folder}."""
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = read_tokenizer(CONF.parent / "outputs/reference/pocket/models/attention")
+    tokenizer = read_tokenizer(CONF.parent / "outputs/reference/pocket/models/attention/0")
     for backbone in ("attention", "ratplus"):
         torch.manual_seed(0)
         config = RatPlusConfig(

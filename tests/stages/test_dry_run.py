@@ -47,7 +47,7 @@ def test_every_configuration_is_estimated(job, capsys, line):
     if "corpus=local" in line:
         extra = ["corpus.path=texts"]
     if line.startswith("model=hf"):
-        extra = ["model.path=outputs/reference/pocket/models/attention"]
+        extra = ["model.path=outputs/reference/pocket/models/attention/0"]
     text = estimate(job, capsys, *line.split(), *extra)
     assert "Parameters" in text and "KV cache" in text and "too much" not in text
 

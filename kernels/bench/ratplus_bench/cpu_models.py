@@ -37,8 +37,8 @@ def rows(machine: Machine) -> Iterator[Row]:
     """Every model and length: dense, Quest or MoBA at 1/16, transformers with SDPA."""
     rates = _rates(256 if machine.dry else 1024)
     for name in ("attention", "ratplus"):
-        model, batch = load_model(POCKET / name, machine.device), 2 if machine.dry else 50
-        case = _Case(model, f"pocket {name} B={batch} T=496", batch, 496, 8, *rates, machine.dry)
+        model, batch = load_model(POCKET / name / "0", machine.device), 2 if machine.dry else 25
+        case = _Case(model, f"pocket {name} B={batch} T=992", batch, 992, 16, *rates, machine.dry)
         yield from [*case.prefill(), *case.decode()]
     config = LlamaConfig(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=1 if machine.dry else LAYERS,
