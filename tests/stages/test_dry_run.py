@@ -96,9 +96,8 @@ def number(text, what):
 
 
 P2_7B = [
-    "model=pocket_ratplus",
+    "model=ratplus_7b",
     "model.path=nowhere",
-    "model.architecture={hidden_size:4096,num_hidden_layers:32,num_attention_heads:32}",
     "stage=continued_pretrain",
 ]
 
@@ -109,7 +108,7 @@ def test_the_papers_training_of_a_7b_model(job, capsys):
     assert number(text, "Parameters") == pytest.approx(7649, rel=0.001)
     assert number(text, "Hours") == pytest.approx(10, rel=0.25)
     assert "fits" in text and "2: dilated and dense" in text
-    olmo2 = ["model=olmo2_7b_ratplus", "model.path=nowhere", P2_7B[-1], "cluster.gpus=64"]
+    olmo2 = ["model=olmo2_7b_ratplus", "model.path=nowhere", "stage=continued_pretrain", "cluster.gpus=64"]
     memory = estimate(job, capsys, *olmo2)
     assert number(memory, "Parameters") == pytest.approx(7298.6 + 537.0, rel=0.001)
     assert number(memory, "Hours") == pytest.approx(10, rel=0.25)

@@ -43,7 +43,7 @@ def test_the_experiments_hold_the_papers_settings_and_share_cells(job):
         frame = pd.DataFrame(cells.values())
         frame["backbone"] = frame["backbone"].replace({"attention": "Attention", "ratplus": "RAT+"})
         ours = frame[frame["method"] != "dense"]
-        theirs = scaled(paper_tables(table), 512)
+        theirs = scaled(paper_tables(table), 1024)
         ours = ours[ours["selector"].isin(theirs["selector"])]
         place = [*GROUP, "task"]
         found, wanted = (set(map(tuple, x[place].to_numpy())) for x in (ours, theirs))

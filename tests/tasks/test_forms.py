@@ -40,7 +40,7 @@ def test_pocket_file_says_what_the_pocket_is(pocket_forms):
         number_digits=8,
         uuid="hex",
         lowercase=True,
-        answer_order="document",
+        answer_order="question",
         reserve=32,
     )
 
@@ -86,7 +86,7 @@ def test_values_have_their_formats(pocket_forms):
         ({"needle": "{key} is {value} or {other}."}, "unknown field {other}: use only"),
         ({"needle": "{key} is {value}. {"}, "no format string"),
         ({"key_words": "verb"}, "'verb': use one of pair, noun"),
-        ({"uuid": "long"}, "'long': use one of uuid4, hex, short"),
+        ({"uuid": "long"}, "'long': use one of uuid4, hex"),
         ({"answer_order": "random"}, "use one of creation, document"),
         ({"noise": " "}, "give the sentence"),
         ({"number_digits": 1}, "at least 2"),

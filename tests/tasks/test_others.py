@@ -138,7 +138,7 @@ def test_fwe_counts_follow_the_zeta_distribution(source):
 
 def test_pocket_forms_are_short(small):
     sample = small.sample("vt", 0, 0)
-    value = re.search(r" what are (\d{4})$", sample.prompt)[1]
+    value = re.search(r" what are (\d{8})$", sample.prompt)[1]
     names = sample.answers
     hops = [f"{names[0]} {value}.", *(f"{b} {a}." for a, b in pairwise(names))]
     places = [sample.prompt.index(hop) for hop in hops]
