@@ -1,6 +1,6 @@
 """lm-evaluation-harness with one more model type, `ratplus`: any of our models under any method.
 
-    python -m ratplus_exp.harness --model ratplus --model_args pretrained=DIR,method=moba,budget=1/8 …
+    python -m ratplus_exp.harness --model ratplus --model_args pretrained=DIR,method=moba --tasks …
 
 is `lm_eval …`, which finds the model types of other packages only once they are imported.
 """

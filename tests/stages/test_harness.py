@@ -4,20 +4,22 @@ import json
 import subprocess
 import sys
 import textwrap
+from importlib import import_module
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-lm_eval = pytest.importorskip("lm_eval", reason="pip install -e '.[lm-eval]' to run this")
-
-from lm_eval.tasks import TaskManager
-
-from ratplus_exp import harness
 from ratplus_exp.methods import Dense, Engine, MoBA
 from ratplus_exp.models.loading import load_model, load_tokenizer
 from ratplus_exp.provenance import REPOSITORY
 from ratplus_exp.store import Store
-from ratplus_exp.tasks import NIAH
+from ratplus_exp.tasks import NIAH, Forms
+
+lm_eval = pytest.importorskip("lm_eval", reason="pip install -e '.[lm-eval]' to run this")
+TaskManager = import_module("lm_eval.tasks").TaskManager
+Instance = import_module("lm_eval.api.instance").Instance
+harness = import_module("ratplus_exp.harness")
 
 FOLDER = REPOSITORY / "outputs/reference/pocket/models/ratplus"
 WORDS = ("data=pocket", "budget=1/8")
@@ -59,22 +61,9 @@ CHOOSE = """
 @pytest.fixture(scope="module")
 def samples():
     """The first N samples of each task, as `stage=eval` has them."""
-    niah = NIAH(load_tokenizer(FOLDER), 512, **pocket_forms())
+    forms = Forms(**OmegaConf.load(REPOSITORY / "conf/data/pocket.yaml").forms)
+    niah = NIAH(load_tokenizer(FOLDER), 512, forms)
     return {task: [niah.sample(task, 0, i) for i in range(N)] for task in TASKS}
-
-
-def pocket_forms():
-    from omegaconf import OmegaConf
-
-    from ratplus_exp.config import forms_of
-
-    return {"forms": forms_of(OmegaConf.create({"data": {"forms": pocket()["forms"]}}))}
-
-
-def pocket():
-    from omegaconf import OmegaConf
-
-    return OmegaConf.load(REPOSITORY / "conf/data/pocket.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +127,8 @@ def test_choices_are_scored_as_by_a_pass_of_each(samples, tasks, method):
             start, whole = (tokenizer.encode(x) for x in (prompt, f"{prompt} {choice}"))
             with torch.no_grad():
                 cache = model.new_cache(Engine(method))
-                log_p = model(torch.tensor([whole]), past_key_values=cache).logits[0].log_softmax(-1)
+                logits = model(torch.tensor([whole]), past_key_values=cache).logits
+            log_p = logits[0].log_softmax(-1)
             steps = range(len(start), len(whole))
             expected = sum(float(log_p[t - 1, whole[t]]) for t in steps)
             assert scored == pytest.approx(expected, abs=1e-3)
@@ -147,7 +137,7 @@ def test_choices_are_scored_as_by_a_pass_of_each(samples, tasks, method):
 
 def test_a_method_changes_log_likelihoods_and_rolling_ones_are_sums(samples):
     text = samples["MV"][0].prompt
-    request = lm_eval.api.instance.Instance("loglikelihood_rolling", {}, (text,), 0)
+    request = Instance("loglikelihood_rolling", {}, (text,), 0)
     found = {}
     for method in ("dense", "moba"):
         model = harness.RatPlus(FOLDER, data="pocket", budget="1/8", method=method, device="cpu")
@@ -155,7 +145,8 @@ def test_a_method_changes_log_likelihoods_and_rolling_ones_are_sums(samples):
         ids = [model.tokenizer.eos_token_id, *model.tokenizer.encode(text)]
         with torch.no_grad():
             cache = model.model.new_cache(Engine(model.method))
-            log_p = model.model(torch.tensor([ids]), past_key_values=cache).logits[0].log_softmax(-1)
+            logits = model.model(torch.tensor([ids]), past_key_values=cache).logits
+        log_p = logits[0].log_softmax(-1)
         expected = sum(float(log_p[t - 1, ids[t]]) for t in range(1, len(ids)))
         assert found[method] == pytest.approx(expected, rel=1e-4)
     assert abs(found["dense"] - found["moba"]) > 0.1
@@ -189,7 +180,8 @@ def test_sampling_and_penalties_are_refused_and_long_prompts_cut():
     ids = model.tok_encode("the grass is green.")
     assert rows[0].tolist() == ids[:2] + ids[-2:] and mask.tolist() == [[1] * 4, [0] * 3 + [1]]
     model.cut = "left"
-    assert model.tok_batch_encode(["the grass is green."], left_truncate_len=3)[0][0].tolist() == ids[-3:]
+    rows_left, _ = model.tok_batch_encode(["the grass is green."], left_truncate_len=3)
+    assert rows_left[0].tolist() == ids[-3:]
     for option in ({"do_sample": True}, {"repetition_penalty": 1.2}):
         with pytest.raises(ValueError, match="decoding is greedy"):
             model._model_generate(rows, 8, [], attention_mask=mask, **option)
@@ -197,14 +189,12 @@ def test_sampling_and_penalties_are_refused_and_long_prompts_cut():
 
 @pytest.mark.slow
 def test_the_command_is_the_harness_own(tasks, tmp_path):
-    out = subprocess.run(
-        [sys.executable, "-m", "ratplus_exp.harness", "run", "--model", "ratplus"]
-        + ["--model_args", ",".join((f"pretrained={FOLDER}", *WORDS, "method=moba"))]
-        + ["--tasks", "niah_choose", "--include_path", str(tasks), "--device", "cpu"]
-        + ["--output_path", str(tmp_path / "found.json")],
-        capture_output=True,
-        text=True,
+    words = ",".join((f"pretrained={FOLDER}", *WORDS, "method=moba"))
+    command = (
+        f"-m ratplus_exp.harness run --model ratplus --model_args {words} --tasks niah_choose "
     )
+    command += f"--include_path {tasks} --output_path {tmp_path}/found.json --device cpu"
+    out = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
     (file,) = tmp_path.rglob("*.json")
     config = json.loads(file.read_text())["config"]
