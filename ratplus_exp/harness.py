@@ -58,7 +58,6 @@ class RatPlus(HFLM):
             cfg = compose("config", ["model=hf", *(f"{k}={x}" for k, x in words.items())])
         cfg.model.path = str(pretrained)
         validate(cfg)
-        first_token = first_token_of(cfg)
         for name, value, use in (
             ("selector", cfg.selector, ("topk",)),
             ("stage.protocol", cfg.stage.protocol, ("whole",)),
@@ -70,7 +69,7 @@ class RatPlus(HFLM):
             raise ValueError(f"batch_size={size}: use a number")
         self.cfg, self.cut, self.path = cfg, cut, resolve(cfg.model.path)
         self.method = method_of(cfg)
-        self.fed = int(first_token == "decode" and self.method.phase in DECODING)
+        self.fed = int(first_token_of(cfg) == "decode" and self.method.phase in DECODING)
         self.measured: list[float] = []  # budget of each answer
         tokenizer = load_tokenizer(self.path)
         check_length(self.path, cfg.data.length)
@@ -86,12 +85,9 @@ class RatPlus(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness's results say of the model, beside its arguments."""
-        budget = sum(self.measured) / len(self.measured) if self.measured else None
-        return {
-            "method": repr(self.method),
-            "budget": budget_name(self.cfg, self.method),
-            "budget_measured": budget,
-        }
+        nominal = budget_name(self.cfg, self.method)
+        measured = sum(self.measured) / len(self.measured) if self.measured else None
+        return {"method": repr(self.method), "budget": nominal, "budget_measured": measured}
 
     def tok_batch_encode(
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int = 0, **_: Any

@@ -110,6 +110,7 @@ def test_answers_and_scores_are_those_of_stage_eval(job, tasks, method):
             mean = sum(x[score] for x in records) / N
             assert found["results"][name][f"{score},none"] == pytest.approx(mean)
         measured += [x["budget_measured"] for x in records]
+        assert method != "dense" or sum(x["exact"] for x in records) > 0
     budget = found["config"]["budget_measured"]
     assert budget == pytest.approx(sum(measured) / len(measured), abs=1e-5)
     assert (budget == 1) == (method == "dense")
