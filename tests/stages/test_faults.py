@@ -186,9 +186,9 @@ def test_sigterm_ends_a_training_with_a_checkpoint(run):
 
 def test_a_refused_job_leaves_no_folder(run, tiny_models):
     for wrong in ("seed=-1", "model.path=nowhere", "data.essay=nowhere"):
-        code, said = run([*evaluation(tiny_models), wrong])
+        code, said = run([*evaluation(tiny_models), wrong, "hydra.run.dir=${output}/runs/day/job"])
         assert code == 1 and said.splitlines()[-1].startswith("error: "), said
-        assert not (run.output / "job").exists(), wrong
+        assert run.output.exists() and not (run.output / "runs").exists(), wrong
 
 
 @pytest.mark.parametrize(
