@@ -8,6 +8,7 @@ token as for H1 (`stages.hit_rate`).
 from __future__ import annotations
 
 from contextlib import closing
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,17 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from ratplus_exp.analysis.frame import LABELS
 from ratplus_exp.memory import Gate, Memory, of_each_memory
 from ratplus_exp.methods import Engine
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report.look import Look, Memories, Step, View
+from ratplus_exp.report.prose import METHODS
 from ratplus_exp.stages.cells import Job, selector_of
 from ratplus_exp.stages.common import job_folder
 from ratplus_exp.stages.evaluate import generate
 from ratplus_exp.stages.runner import Session
+from ratplus_exp.stages.samples import Samples
 from ratplus_exp.stages.sweep import configuration, job_of
 from ratplus_exp.tasks import Sample, exact
 from ratplus_exp.tasks.golden import golden_answer
@@ -44,38 +48,40 @@ def look_at(cfg: DictConfig) -> Look:
     cfg = cfg.copy()
     cfg.data.examples = cfg.stage.index + 1
     one = {"training": cfg.model.training, "tasks": [cfg.stage.task]}
-    models = [one | {"model": name} for name in cfg.stage.models] or [one]
-    views, memories = [], []
+    entries = [one | {"model": name} for name in cfg.stage.models] or [one]
+    methods = [{"method": name} for name in cfg.stage.methods]
+    every = [[job_of(configuration(cfg, x | y)) for y in methods] for x in entries]
+    backbones = [jobs[0].cfg.model.backbone for jobs in every]
     with closing(Session()) as session:
-        for entry in models:
-            jobs = [job_of(configuration(cfg, entry | {"method": m})) for m in cfg.stage.methods]
-            source, model = session.source(jobs[0]), session.model(jobs[0])
-            sample = source(cfg.stage.task, cfg.stage.index)
-            asked = question_tokens(sample, source.questions[sample.task], source.tokenizer)
-            views += [_view(job, session, sample, asked) for job in jobs]
-            layers = of_each_memory(model, _memory, *source.padded([sample]))
-            if layers:
-                lengths, gates = (np.stack(x) for x in zip(*layers, strict=True))
-                memories.append(Memories(jobs[0].cfg.model.name, lengths, gates))
-    tokens = _pieces(sample, source.tokenizer)
-    spans = [span for found in sample.gold_spans.values() for span in found]
-    return Look(
-        id=sample.id,
-        budget=str(cfg.budget),
-        tokens=tokens,
-        prompt=sample.length,
-        question=sample.length - asked,
-        needles=[_sentence(tokens, *span) for span in spans],
-        gold=sorted({token for span in spans for token in range(*span)}),
-        answers=sample.answers,
-        views=views,
-        memories=memories,
-    )
+        source = session.source(every[0][0])
+        sample = source(cfg.stage.task, cfg.stage.index)
+        asked = question_tokens(sample, source.questions[sample.task], source.tokenizer)
+        text = sample.prompt + target(sample)
+        offsets = source.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends = [0, *(end for _, end in offsets.offset_mapping)]
+        look = Look(
+            id=sample.id,
+            budget=str(cfg.budget),
+            tokens=[text[a:b] for a, b in pairwise(ends)],
+            prompt=sample.length,
+            question=sample.length - asked,
+            values=[span for spans in sample.gold_spans.values() for span in spans],
+            answers=sample.answers,
+        )
+        for jobs in every:
+            backbone, name = jobs[0].cfg.model.backbone, jobs[0].cfg.model.name
+            label = LABELS[backbone] if backbones.count(backbone) == 1 else name
+            model = session.model(jobs[0])
+            look.views.extend(_view(job, model, sample, source, look, label) for job in jobs)
+            if layers := of_each_memory(model, _memory, *source.padded([sample])):
+                both = (np.stack(x) for x in zip(*layers, strict=True))
+                look.memories.append(Memories(label, *both))
+    return look
 
 
-def _view(job: Job, session: Session, sample: Sample, asked: int) -> View:
+def _view(job: Job, model: Any, sample: Sample, source: Samples, look: Look, label: str) -> View:
     """One method on one model: its own answer, and what it keeps along the right one."""
-    source, model, method = session.source(job), session.model(job), job.method
+    method, name = job.method, job.cfg.method.name
     ((fed, _),) = source.by_fed([sample], job.first_token)
     prompts = PromptBatch(model, *source.padded([sample]), fed)
     (text,), usage, last = generate(job, [sample], prompts, source.tokenizer)
@@ -95,28 +101,25 @@ def _view(job: Job, session: Session, sample: Sample, asked: int) -> View:
         model(steps, past_key_values=cache, logits_to_keep=1)
     first = 0 if fed else 1  # the answer's first token with a step
     gold = [sorted(places) for places in answer.positions[first:-1]]
-    tokens = _pieces(sample, source.tokenizer)
     if method.phase in ("decode", "step"):  # the query behind token t − 1 predicts token t
-        answered = range(sample.length + first, len(tokens))
-        wanted = [(tokens[t], t - 1, [x]) for t, x in zip(answered, gold, strict=True)]
+        wanted = [(t - 1, [x]) for t, x in enumerate(gold, look.prompt + first)]
     elif method.phase == "prefill":
-        wanted = [(tokens[t], t, gold) for t in range(sample.length - asked, sample.length)]
+        wanted = [(t, gold) for t in range(look.question, look.prompt)]
     else:
-        wanted = [("the answer", max((p for p, _ in kept), default=0), gold)]
+        wanted = [(t, gold) for t, layer in kept if layer == 0]
     layers = range(engine.layers)
     return View(
-        method=job.cfg.method.name,
+        method=METHODS.get(name, name),
+        model=label,
         phase=method.phase,
-        model=job.cfg.model.name,
-        backbone=job.cfg.model.backbone,
         size=method.block_size if method.unit == "block" else 1,
         answer=text.strip(),
         right=exact(text, sample.answers, sample.one_of) == 1,
         read=float(usage.fractions(1, last)[0]),
         steps=[
-            Step(label, query, [x for x in gold if x], np.stack([kept[query, i] for i in layers]))
-            for label, query, gold in wanted
-            if (query, 0) in kept
+            Step(t, [x for x in places if x], np.stack([kept[t, layer] for layer in layers]))
+            for t, places in wanted
+            if (t, 0) in kept
         ],
     )
 
@@ -128,20 +131,3 @@ def _memory(memory: Memory, x: Tensor, real: Tensor) -> tuple[np.ndarray, np.nda
     if not isinstance(memory, Gate):
         return lengths, np.empty((len(lengths), 0))
     return lengths, memory.gate_logits(x)[0].sigmoid().mean(-1).T.float().cpu().numpy()
-
-
-def _pieces(sample: Sample, tokenizer: Any) -> list[str]:
-    """Prompt and right answer, cut into their tokens; each has the space before it."""
-    text = sample.prompt + target(sample)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = [0, *(end for _, end in encoded.offset_mapping)]
-    return [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-
-
-def _sentence(tokens: list[str], start: int, end: int) -> tuple[int, int]:
-    """The needle of a value at [start, end): the sentence around it."""
-    while start and not tokens[start - 1].rstrip().endswith("."):
-        start -= 1
-    while end < len(tokens) and not tokens[end - 1].rstrip().endswith("."):
-        end += 1
-    return start, end

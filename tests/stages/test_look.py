@@ -1,6 +1,7 @@
-"""stage=look: what the page says that heads keep, against the queries and keys themselves and against
-the records of stage=hit_rate."""
+"""stage=look: what the page says that heads keep, against the queries and keys themselves and the
+records of stage=hit_rate."""
 
+import inspect
 import json
 import re
 
@@ -21,19 +22,22 @@ def looked(job, pair, monkeypatch):
     """What look.html draws, and of each run along the right answer its (layer, q, k, positions)."""
     runs = {}
 
-    def spy(name, where):
+    def spy(name):
         original = getattr(Engine, name)
+        signature = inspect.signature(original)
 
-        def call(self, q, k, v, positions, *rest, **named):
-            layer = ([positions, *rest][where], q[0], k[0], positions)
+        def call(self, *args, **named):
+            given = signature.bind(self, *args, **named).arguments
             if self.recorder is not None:
-                runs.setdefault(id(self), (self, name, []))[2].append(layer)
-            return original(self, q, k, v, positions, *rest, **named)
+                first = int(given["positions"][0, 0]) if name == "decode" else 0
+                states = given["layer"], given["q"][0], given["k"][0].clone(), first
+                runs.setdefault(id(self), (self, []))[1].append((name, *states))
+            return original(self, *args, **named)
 
         monkeypatch.setattr(Engine, name, call)
 
-    spy("decode", 2)
-    spy("prefill", 1)
+    spy("decode")
+    spy("prefill")
     job("stage=look", *look(pair), "stage.methods=[dense,quest,moba,snapkv]")
     page = (job.folder / "job" / "look.html").read_text()
     (data,) = re.findall(r'<script type="application/json" id=data>(.*?)</script>', page)
@@ -46,10 +50,9 @@ def look(pair):
     return [x for x in pair if "workers" not in x] + BUDGET + ["stage.task=MK-3"]
 
 
-def best_blocks(method, query, keys, own):
-    """Quest's or MoBA's blocks of a query in block `own`, one after the other."""
-    size = method.block_size
-    scores = []
+def best_blocks(method, query, keys, t):
+    """Quest's or MoBA's blocks of the query at position t, one after the other."""
+    size, own, scores = method.block_size, t // method.block_size, []
     for block in range(1, own):
         here = keys[block * size : (block + 1) * size]
         if type(method).__name__ == "MoBA":
@@ -61,61 +64,53 @@ def best_blocks(method, query, keys, own):
     return sorted({0, own, *chosen})
 
 
-def test_the_page_shows_what_each_head_selects(looked):
+def test_the_page_shows_what_each_head_selects(looked, tiny_models):
     data, runs = looked
-    assert [view["method"] for view in data["views"]] == ["dense", "quest", "moba", "snapkv"] * 2
+    methods = ["dense", "Quest", "MoBA", "SnapKV"]
+    assert [view["method"] for view in data["views"]] == methods * 2
     compared = 0
-    for method, called, name in (("quest", "decode", "Quest"), ("moba", "prefill", "MoBA")):
-        views = [view for view in data["views"] if view["method"] == method]
-        own = {}
-        for engine, kind, calls in runs:
-            if type(engine.method).__name__ == name:
-                own.setdefault(id(engine), (engine.method, []))[1].extend(calls)
-        for view, (settings, calls) in zip(views, own.values(), strict=True):
+    for name, called in (("Quest", "decode"), ("MoBA", "prefill")):
+        views = [view for view in data["views"] if view["method"] == name]
+        own = [run for run in runs if type(run[0].method).__name__ == name]
+        for view, (engine, calls) in zip(views, own, strict=True):
             assert view["layers"] == 2 and len(view["steps"]) > 3
             for step in view["steps"]:
-                rows = iter(step["kept"])
+                rows, t = iter(step["kept"]), step["query"]
                 for layer in range(2):
-                    for q, k, first in states(calls, layer, called, step["query"]):
-                        for head in range(len(q)):
-                            query = q[head, step["query"] - first]
-                            block = step["query"] // settings.block_size
-                            assert next(rows) == best_blocks(settings, query, k[head], block)
-                            compared += 1
+                    ((q, k, first),) = states(calls, layer, called, t)
+                    for query, keys in zip(q[:, t - first], k, strict=True):
+                        assert next(rows) == best_blocks(engine.method, query, keys, t)
+                        compared += 1
+                assert next(rows, None) is None
     assert compared > 50
+    check_marks(data, tiny_models)
 
 
 def states(calls, layer, called, query):
-    """(q, k, position of the first query) of the call in which a layer saw a query."""
-    for where, q, k, positions in calls:
-        first = int(positions[0, 0]) if called == "decode" else 0
-        decoding = torch.is_tensor(positions) and positions.dim() == 2
-        if where == layer and decoding == (called == "decode") and query - first < q.shape[1]:
-            yield q, k, first
+    """(q, k, position of the first query) of the calls in which a layer saw a query."""
+    return [
+        (q, k, first)
+        for name, where, q, k, first in calls
+        if (name, where) == (called, layer) and first <= query < first + q.shape[1]
+    ]
 
 
-@pytest.mark.parametrize("method", ["quest", "snapkv"])
-def test_heads_that_hold_the_answer_are_those_of_the_hit_rate_record(looked, job, pair, method):
+def test_heads_that_hold_the_answer_are_those_of_the_hit_rate_record(looked, job, pair):
     data, _ = looked
-    names = [view["name"] for view in data["views"] if view["method"] == method]
-    for number, name in enumerate(("attention", "ratplus")):
-        model = [x for x in pair if x.startswith("hydra")]
-        option = f"model={job.folder.name.replace('-', '_')}_{name}"
-        settings = [x for x in look(pair) if not x.startswith("stage.") and x not in model]
-        hits = ["stage=hit_rate", "stage.first_token=decode", f"method={method}", option]
-        job(*model, *settings, *hits, "data.examples=1")
-    cells = {
-        cell.key["backbone"]: cell.records()
-        for cell in Store(job.folder / "results").cells("hit_rate")
-    }
-    assert len(names) == len(cells) == 2
-    for view in data["views"]:
-        if view["method"] != method:
+    name = job.folder.name.replace("-", "_")
+    settings = [x for x in look(pair) if not x.startswith(("stage", "pair"))]
+    for number, view in enumerate(data["views"]):
+        if view["method"] not in ("Quest", "SnapKV"):
             continue
-        (record,) = cells["ratplus" if "RAT+" in view["name"] else "attention"].values()
+        backbone, method = ("attention", "ratplus")[number // 4], view["method"].lower()
+        chosen = [f"model={name}_{backbone}", f"method={method}", "data.examples=1"]
+        job("stage=hit_rate", "stage.first_token=decode", *settings, *chosen)
+        cells = Store(job.folder / "results").cells("hit_rate")
+        (cell,) = [x for x in cells if (x.key["backbone"], x.key["method"]) == (backbone, method)]
+        (record,) = cell.records().values()
         held = [
             all(
-                any(p // view["size"] in step["kept"][row] for p in places)
+                any(place // view["size"] in step["kept"][row] for place in places)
                 for step in view["steps"]
                 for places in step["gold"]
             )
@@ -124,11 +119,11 @@ def test_heads_that_hold_the_answer_are_those_of_the_hit_rate_record(looked, job
         assert np.ravel(record["hits"]).tolist() == held
 
 
-def test_the_marked_positions_are_the_answers(looked, tiny_models):
-    data, _ = looked
+def check_marks(data, tiny_models):
+    """Gold positions, needle, question, steps and memory."""
     said = "".join(data["tokens"][t] for t in data["gold"]).strip()
     answer = "".join(data["tokens"][data["prompt"] :]).strip()
-    assert said == answer and len(data["gold"]) > 4
+    assert said == answer and len(data["gold"]) == 4
     ((start, end),) = data["needles"]
     assert (
         start < min(data["gold"]) and max(data["gold"]) < end - 1
@@ -137,9 +132,9 @@ def test_the_marked_positions_are_the_answers(looked, tiny_models):
     key = "".join(data["tokens"][start : min(data["gold"])]).strip()
     assert asked.strip() == f"what is {key}"
     for view in data["views"]:
-        for step in view["steps"] if view["method"] == "quest" else []:
-            assert data["tokens"][step["gold"][0][0]] == step["label"]
-            assert data["tokens"][step["query"] + 1] == step["label"]
+        for step in view["steps"] if view["method"] == "Quest" else []:
+            ((place,),) = step["gold"]
+            assert data["tokens"][place] == data["tokens"][step["query"] + 1]
     tokenizer = load_tokenizer(tiny_models["ratplus"])
     ids = tokenizer("".join(data["tokens"][: data["prompt"]]), return_tensors="pt").input_ids
     found = gate_statistics(load_model(tiny_models["ratplus"], torch.device("cpu")), ids)
