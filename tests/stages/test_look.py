@@ -125,9 +125,7 @@ def check_marks(data, tiny_models):
     answer = "".join(data["tokens"][data["prompt"] :]).strip()
     assert said == answer and len(data["gold"]) == 4
     ((start, end),) = data["needles"]
-    assert (
-        start < min(data["gold"]) and max(data["gold"]) < end - 1
-    )  # its key before, a period behind
+    assert start < min(data["gold"]) and max(data["gold"]) == end - 2  # between key and period
     asked = "".join(data["tokens"][data["question"] : data["prompt"]])
     key = "".join(data["tokens"][start : min(data["gold"])]).strip()
     assert asked.strip() == f"what is {key}"
