@@ -41,9 +41,11 @@ from ratplus_exp.tasks.qa import QA
 from ratplus_exp.training.settings import TrainSettings
 
 if TYPE_CHECKING:
-    Task = Golden = str
+    Task = str
+    Golden = str
 else:
-    Task, Golden = Literal[tuple(RULER_NAMES)], Literal[tuple(GOLDEN)]
+    Task = Literal[tuple(RULER_NAMES)]
+    Golden = Literal[tuple(GOLDEN)]
 
 
 def _fraction(value: Any) -> str:

@@ -55,7 +55,7 @@ class View:
             for step in self.steps
             if step.gold
         ]
-        return np.mean(shares, axis=0)
+        return np.mean(shares or [np.zeros(self.steps[0].kept.shape[:2])], axis=0)
 
     def tokens(self, length: int) -> np.ndarray:
         """The share of steps in which each head keeps each token: (layers, heads, length)."""
