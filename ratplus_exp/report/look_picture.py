@@ -78,7 +78,7 @@ def _map(panel: Any, look: Look, view: View) -> None:
     panel.set_xlim(-0.5, length - 0.5)
     always = "always " if len(view.steps) > 1 else ""
     held = f"{(hits > 0.999).sum()} of {len(hits)} heads {always}hold the answer"
-    _axes(panel, *kept.shape[:2], f"{view.method} · {view.model}: {held}", "token position")
+    _axes(panel, kept.shape, f"{view.method} · {view.model}: {held}", "token position")
     said = f"answers {view.answer or 'nothing'} {'✓' if view.right else '✗'}"
     panel.set_title(said, loc="right", fontsize=10, color=COLORS["good" if view.right else "hit"])
 
@@ -88,11 +88,12 @@ def _heat(panel: Any, values: np.ndarray, title: str, label: str, bar: str, norm
     rows = values.reshape(-1, values.shape[-1])
     image = panel.imshow(rows, aspect="auto", interpolation="nearest", cmap="viridis", norm=norm)
     panel.figure.colorbar(image, ax=panel, label=bar, pad=0.01)
-    _axes(panel, *values.shape[:2], title, label)
+    _axes(panel, values.shape, title, label)
 
 
-def _axes(panel: Any, layers: int, heads: int, title: str, label: str) -> None:
-    """A row a head, the layers apart."""
+def _axes(panel: Any, shape: tuple[int, ...], title: str, label: str) -> None:
+    """A row a head, the layers apart; shape (layers, heads, n)."""
+    layers, heads, _ = shape
     panel.axis("on")
     for layer in range(1, layers):
         panel.axhline(layer * heads - 0.5, color="#999999", lw=0.6)
