@@ -111,7 +111,7 @@ $(GPU_VENV)/.installed: pyproject.toml constraints-gpu.txt
 	@touch $@
 
 # Each runs what is missing and writes what it makes to outputs/reports (docs/results.md).
-.PHONY: methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 ruler13 protocols reproduce report
+.PHONY: look methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 ruler13 protocols reproduce report
 
 table2: $(STAMP) ## Table 2: random selection, tasks with several keys, values or queries
 	$(SWEEP)
@@ -139,6 +139,9 @@ fig4: $(STAMP) ## Figure 4: hit rates by task
 
 methods: $(STAMP) ## all methods at the same measured budgets, one table and one figure
 	$(SWEEP)
+
+look: $(STAMP) ## what each head keeps of one prompt: a page and a picture (SET='stage.task=MK-3 stage.index=4')
+	$(RUN) stage=look pair=$(PAIR) hydra.run.dir=outputs/reports/$(PAIR)/look $(SET)
 
 ruler13: $(STAMP) ## all of RULER's tasks at one budget (SET='data.qa.squad=FILE data.qa.hotpotqa=FILE')
 	$(SWEEP)
