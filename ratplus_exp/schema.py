@@ -35,15 +35,17 @@ from ratplus_exp.settings import (
     Whole,
     matching,
 )
-from ratplus_exp.tasks import RULER_NAMES, TASKS, Forms
+from ratplus_exp.tasks import GOLDEN, RULER_NAMES, TASKS, Forms
 from ratplus_exp.tasks.others import CWE, FWE, VT
 from ratplus_exp.tasks.qa import QA
 from ratplus_exp.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     Task = str
+    Golden = str
 else:
     Task = Literal[tuple(RULER_NAMES)]
+    Golden = Literal[tuple(GOLDEN)]
 
 
 def _fraction(value: Any) -> str:
@@ -269,6 +271,15 @@ class MethodsStage(Measuring):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Look(Measuring):
+    name: Literal["look"]
+    models: Names
+    methods: Annotated[Names, Field(min_length=1)]
+    task: Golden
+    index: Annotated[int, Field(ge=0, lt=10**6)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report(Settings):
     name: Literal["report"]
     models: Names
@@ -343,6 +354,7 @@ Stage = (
     | RandomSelector
     | Ablation
     | MethodsStage
+    | Look
     | Sweep
     | Report
     | Pretrain

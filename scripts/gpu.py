@@ -1,12 +1,11 @@
 """What only a GPU can show, in a quarter of an hour: pieces in order of worth, each within a limit.
 
     python scripts/gpu.py               the pieces that have no result yet, in order
-    python scripts/gpu.py bench small   these, again where they have one (trainings go on)
+    python scripts/gpu.py bench small   these, again where they have one (trainings resume)
     DRY=1 python scripts/gpu.py         all of it in miniature, on a CPU
 
-From the environment: OUT, the folder whose files come back (outputs/gpu); COMMIT, of a copy without
-.git; SET, further settings of the small tier's trainings. Needs Python's standard library alone;
-packages come from the host, or as wheels/*.whl (`make gpu-wheels`). See docs/small-tier.md.
+Environment: OUT, the folder whose files come back (outputs/gpu); COMMIT, of a copy without .git;
+SET, of the small tier's trainings. Packages: the host's, and wheels/*.whl (`make gpu-wheels`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ import tarfile
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DRY = os.environ.get("DRY") == "1"
 WORK = Path("outputs", "gpu_dry" if DRY else "gpu")  # below ROOT, where all commands run
 OUT = Path(os.environ["OUT"]).absolute() if os.environ.get("OUT") else WORK
-SLOWER = 10 if DRY else 1  # that a CPU may be
-GRACE = 12.0  # seconds from SIGTERM to SIGKILL: trainings write a checkpoint
+SFT = 4 / 15  # tokens of the small pair's fine-tuning to those of RAT+'s pretraining
+GRACE = 12  # seconds from SIGTERM to SIGKILL: trainings write a checkpoint
 ARCHIVE = 15 << 20  # bytes of a result at most; a file that comes back may have 16 MiB
-PATHS = [ROOT, ROOT / "kernels", ROOT / "kernels" / "bench"]
-# NumPy 2.5 breaks Triton's interpreter itself, so what is interpreted runs with NumPy 2.3.
-OLD_NUMPY = Path(sys.prefix) / "numpy2.3"
 
 Steps = Iterator[tuple[float, list[str]]]  # seconds since the piece began, commands side by side
 
@@ -45,15 +42,11 @@ class NotRun(Exception):
     """Something that a piece needs was not carried."""
 
 
-# ---- the pieces: what runs side by side, and until when ----
-
-
 def kernels(out: Path) -> Steps:
     """The kernels' tests; on a GPU the same ones take real shapes."""
-    if DRY:
-        # The bench's dry run takes all kernels through the interpreter.
+    if DRY:  # the bench's dry run interprets the others
         file = "tests/kernels/test_memory_scan_triton.py"
-        yield 90, [f"{interpreted()} python -m pytest -v -n 2 {file}"]
+        yield 90, [f"{interpreted()} python -m pytest -v -k 'not gradients' {file}"]
     else:
         files = "tests/kernels tests/models/test_decoding.py"
         yield 90, [f"python -m pytest -v -n 8 -m 'not slow' --timeout=80 {files}"]
@@ -74,137 +67,111 @@ def bench(out: Path) -> Steps:
     yield 150, [f"{measure} sparse --match {shlex.quote(sizes + forms)}"]
 
 
-def pocket(out: Path) -> Steps:
-    """One training of the pocket pair, and its Table 3."""
-    yield from trained_pairs(out, 0)
-
-
-def pocket_seeds(out: Path) -> Steps:
-    """Two more trainings of both, and their Table 3."""
-    if DRY:
-        raise NotRun("a dry run trains one pair, to take three minutes at most")
-    yield from trained_pairs(out, 1, 2)
-
-
 def trained_pairs(out: Path, *seeds: int) -> Steps:
-    models = ("pocket1024_attention", "pocket1024_ratplus")
-    first = "stage.schedule=[[1024,64],[1024,128]]" if DRY else ""
-    tuned = "stage.schedule=[[1024,512]]" if DRY else ""
-    tiny = "stage.tokens_per_step=1024" if DRY else ""
-    rest = f"threads=1 stage.workers={0 if DRY else 2} {tiny} {shared(out)}"
-    drills = "stage.drill_tokens=1024" if DRY else ""
-    base = "experiment=pocket1024_base"
-    yield 30, [run(f"{base} seed={seed}", first, drills, rest) for seed in seeds]
-    trainings = [
-        run(f"experiment={model} seed={seed}", first, rest)
-        + " && "
-        + run(f"experiment={model}_sft seed={seed}", tuned, rest)
-        for seed in seeds
-        for model in models
-    ]
-    yield 80, trainings
+    """Trainings of the pocket pair, and its Table 3. After the base, steps have twice the recipe's
+    tokens and are half as many: launches set the time of so small a model."""
+    models = ("pocket_attention", "pocket_ratplus")
+    rest = f"threads=1 stage.workers={0 if DRY else 5}"
+    base, more, tuned = "", "stage.tokens_per_step=4096", "stage.tokens_per_step=8192"
+    if DRY:
+        rest = f"{rest} stage.tokens_per_step=1024"
+        more, tuned = schedule([1024, 64], [1024, 128]), schedule([1024, 512])
+        base = f"{more} stage.drill_tokens=1024"
+    yield 55, [run(out, f"experiment=pocket_base seed={seed}", base, rest) for seed in seeds]
+    pairs = [(model, seed) for seed in seeds for model in models]
+    first = [run(out, f"experiment={model} seed={seed}", more, rest) for model, seed in pairs]
+    then = [run(out, f"experiment={model}_sft seed={seed}", tuned, rest) for model, seed in pairs]
+    yield 110, list(map(" && ".join, zip(first, then, strict=True)))
     table3 = run(
-        f"experiment=table3 model={models[1]} data=pocket1024 pair.name=pocket1024",
+        out,
+        f"experiment=table3 model={models[1]} data=pocket pair.name=pocket",
         f"pair.models=[{','.join(models)}] pair.trainings=[{','.join(map(str, seeds))}]",
         "data.tasks=[S-1] data.examples=1" if DRY else "data.examples=100",
-        f"pair.workers={1 if DRY else 8} stage.folder={out}/table3 {shared(out)}",
+        f"pair.workers={1 if DRY else 8} stage.folder={out}/table3",
     )
-    yield 90, [table3]
+    yield 150, [table3]
 
 
 def small(out: Path) -> Steps:
     """The small pair on as many tokens as there is time for, then Tables 3 and 5."""
     models = {"small_attention": 2, "small_ratplus": 1}  # and how often its share of the tokens
-    settings = f"tracking=disabled {os.environ.get('SET', '')}"
-    look = "stage.drill_tokens=0" + ("" if DRY else " stage.optimizer.log_every=5")
-    step = 1024 if DRY else 65_536
-    lengths = (480, 512) if DRY else (256, 4096)
-    phases = [[(2 if DRY else 10) * step, length] for length in lengths]
-    look = f"{look} {schedule(phases)} {settings} output={out}/look"
-    yield 45, [run(trial(model, "training"), look) for model in models]
+    settings = "stage.workers=0" if DRY else os.environ.get("SET", "")
+    step, length = (1024, 512) if DRY else (65_536, 4096)
+    look = f"stage.drill_tokens=0 stage.optimizer.log_every={1 if DRY else 5} {settings}"
+    look = f"{look} {schedule([(1 if DRY else 20) * step, length])}"
+    yield 45, [run(out / "look", trial(model, "_training"), look) for model in models]
     began = time.monotonic()
-    rates = {m: speeds(out / "look" / "training" / m / "log.jsonl") for m in models}
-    tokens = 4 * step if DRY else tokens_of(rates, models, seconds=75)
+    logs = {model: out / "look/training" / model / "log.jsonl" for model in models}
+    rows = {x: log.read_text().splitlines() for x, log in logs.items() if log.exists()}
+    rates = {x: json.loads(lines[-1])["tokens_per_second"] for x, lines in rows.items()}
+    # 5e5 a second is a guess, for a model without a log.
+    tokens = 4 * step if DRY else tokens_of(dict.fromkeys(models, 5e5) | rates, models, seconds=75)
     (out / "tokens.json").write_text(json.dumps({"rates": rates, "tokens": tokens}) + "\n")
+    # Lengths as in conf/experiment/small_ratplus.yaml, in fifteenths of the tokens.
+    parts = {512: 15} if DRY else {256: 3, 1024: 2, 2048: 3, 4096: 7}
+    tuned = f"{schedule([max(2 * step, int(tokens * SFT)), length])} {settings}"
     trainings = []
     for model, share in models.items():
-        n = int(tokens * share)
-        phases = [[int(n * part), length] for length, part in small_phases()]
-        drills = f"stage.drill_tokens={n * 2 // 15}"
-        tuned = schedule([[max(2 * step, int(tokens * 4 / 15)), lengths[1]]])
-        rest = f"{settings} output={out}"
-        trainings.append(
-            run(trial(model, "training"), schedule(phases), drills, rest)
-            + " && "
-            + run(trial("small_sft", "training"), f"model={model}", tuned, rest)
-        )
+        n = tokens * share // 15
+        phases = schedule(*([n * part, length] for length, part in parts.items()))
+        drills = f"stage.drill_tokens={2 * n} {settings}"
+        first = run(out, trial(model, "_training"), phases, drills)
+        then = run(out, trial("small_sft", "_training"), f"model={model}", tuned)
+        trainings.append(f"{first} && {then}")
     yield 165, trainings
-    examples = "pair.workers=1" if DRY else "data.examples=100 pair.random_examples=25"
-    rest = f"pair=small {examples} {shared(out)}"
-    yield 205, [run(trial("table3"), rest, f"stage.folder={out}/table3")]
-    yield 228, [run(trial("table5"), rest, f"stage.folder={out}/table5")]
-    if not DRY and time.monotonic() - began > 150:  # a table was cut short: what there is of it
-        yield 240, [run("stage=report", rest, f"stage.folder={out}/report")]
+    rest = f"pair=small {'pair.workers=1' if DRY else 'data.examples=100 pair.random_examples=25'}"
+    yield 205, [run(out, trial("table3"), rest, f"stage.folder={out}/table3")]
+    yield 228, [run(out, trial("table5"), rest, f"stage.folder={out}/table5")]
+    if not DRY and time.monotonic() - began > 150:  # a table was cut short
+        yield 240, [run(out, "stage=report", rest, f"stage.folder={out}/report")]
 
 
-def small_phases() -> list[tuple[int, float]]:
-    """Lengths, and their shares of the tokens in conf/experiment/small_ratplus.yaml."""
-    return [(512, 1.0)] if DRY else [(256, 3 / 15), (1024, 2 / 15), (2048, 3 / 15), (4096, 7 / 15)]
-
-
-def tokens_of(rates: dict[str, dict[int, float]], shares: dict[str, int], seconds: float) -> int:
+def tokens_of(rates: dict[str, float], shares: dict[str, int], seconds: float) -> int:
     """Tokens of RAT+'s schedule that, with fine-tuning, take so many seconds side by side."""
-    slowest = 0.0  # seconds a token
-    for model, share in shares.items():
-        short, long = (rates[model].get(length, 5e5) for length in (256, 4096))
-        dense = sum(part / (short if length < 1024 else long) for length, part in small_phases())
-        slowest = max(slowest, share * dense + 4 / 15 / long)
-    return int(min(seconds / slowest, 300e6))
-
-
-def speeds(log: Path) -> dict[int, float]:
-    """Tokens a second by length, from a training's last row at each; none without a log."""
-    rows = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
-    return {row["length"]: row["tokens_per_second"] for row in rows}
+    return int(min(seconds / max((shares[x] + SFT) / rates[x] for x in shares), 300e6))
 
 
 def smollm2(out: Path) -> Steps:
-    """Pretrained weights with the memory added, where they and their text were carried."""
-    corpus = "outputs/corpus/local"
-    for needed in ("conf/experiment/smollm2_ratplus.yaml", "outputs/models/smollm2_135m", corpus):
-        if not Path(needed).exists():
-            raise NotRun(f"there is no {needed}")
-    tokens = "stage.schedule=[[6000000,1024]]"
-    yield 120, [run(f"experiment=smollm2_ratplus corpus.folder={corpus}", tokens, shared(out))]
+    """Pretrained weights with the memory added, where they, maybe in parts, and tokens are."""
+    model, corpus = Path("outputs/models/smollm2_135m"), Path("outputs/corpus/local")
+    parts = sorted(model.parent.glob("smollm2.gguf.*"))
+    if not corpus.exists() or not (parts or model.exists()):
+        raise NotRun(f"there is no {corpus}, or neither {model} nor a smollm2.gguf.* beside it")
+    if not model.exists():
+        file = out / "joined.gguf"
+        convert = f"stage=convert stage.dtype=null model.path={model} checkpoint={file}"
+        yield 40, [f"cat {' '.join(map(str, parts))} > {file} && {run(out, convert)}"]
+    tokens = f"corpus.folder={corpus} stage.schedule=[[6000000,1024]]"
+    yield 120, [run(out, "experiment=smollm2_ratplus", tokens)]
 
 
 PIECES: dict[str, Callable[[Path], Steps]] = {
-    f.__name__: f for f in (kernels, bench, pocket, pocket_seeds, small, smollm2)
+    "kernels": kernels,
+    "bench": bench,
+    "pocket": lambda out: trained_pairs(out, 0),
+    "small": small,
+    "smollm2": smollm2,
+    "pocket_seeds": lambda out: trained_pairs(out, 1, 2),
 }
+if DRY:
+    del PIECES["pocket_seeds"]  # the same as pocket
 
 
-def run(*settings: str) -> str:
-    return f"python run.py {' '.join(filter(None, settings))}"
+def run(out: Path, *settings: str) -> str:
+    return f"python run.py {' '.join(filter(None, settings))} output={out} tracking=disabled"
 
 
-def shared(out: Path) -> str:
-    return f"output={out} tracking=disabled"
-
-
-def schedule(phases: list[list[int]]) -> str:
+def schedule(*phases: list[int]) -> str:
     return f"stage.schedule={json.dumps(phases, separators=(',', ':'))}"
 
 
 def trial(experiment: str, kind: str = "") -> str:
-    small_trial = "small_trial" + ("_training" if kind else "")
-    return f"experiment={f'[{experiment},{small_trial}]' if DRY else experiment}"
+    return f"experiment=[{experiment},small_trial{kind}]" if DRY else f"experiment={experiment}"
 
 
 def interpreted() -> str:
-    return f"TRITON_INTERPRET=1 PYTHONPATH={OLD_NUMPY}:$PYTHONPATH"
-
-
-# ---- the runner ----
+    """With NumPy 2.3 where it is there (`make gpu-dry`): 2.5 breaks Triton's interpreter itself."""
+    return f"TRITON_INTERPRET=1 PYTHONPATH={sys.prefix}/numpy2.3:$PYTHONPATH"
 
 
 def main(arguments: list[str]) -> int:
@@ -212,8 +179,7 @@ def main(arguments: list[str]) -> int:
         sys.exit(f"no piece is called {', '.join(sorted(unknown))}: choose of {', '.join(PIECES)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     prepare()
-    about = describe()
-    codes = []
+    about, codes = describe(), [0]
     for name in arguments or PIECES:
         record = WORK / f"{name}.json"
         if not arguments and record.exists() and json.loads(record.read_text())["rc"] is not None:
@@ -221,8 +187,9 @@ def main(arguments: list[str]) -> int:
             continue
         result = run_piece(name, PIECES[name], about)
         codes.append(result["rc"] or 0)
-        print(f"{name}: rc {result['rc']} in {result['seconds']} s {result['note']}", flush=True)
-    return max(codes, default=0)
+        took = f"{result['seconds']} s ({result['cpu_seconds']} of CPU)"
+        print(f"{name}: rc {result['rc']} in {took} {result['note']}", flush=True)
+    return max(codes)
 
 
 def prepare() -> None:
@@ -234,8 +201,9 @@ def prepare() -> None:
     for wheel in () if DRY else sorted(Path("wheels").glob("*.whl")):
         with zipfile.ZipFile(wheel) as file:  # pip would stop at the first that it rejects
             file.extractall(site)
+    folders = ROOT, ROOT / "kernels", ROOT / "kernels" / "bench", site
     os.environ.update(
-        PYTHONPATH=os.pathsep.join(map(str, (*PATHS, site))),
+        PYTHONPATH=os.pathsep.join(map(str, folders)),
         PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
     )  # fmt: skip
     os.environ.setdefault("OMP_NUM_THREADS", "1" if DRY else "4")
@@ -253,23 +221,21 @@ def describe() -> dict[str, Any]:
 
 def run_piece(name: str, steps: Callable[[Path], Steps], about: dict[str, Any]) -> dict[str, Any]:
     """Run a piece and write its record, whatever becomes of it."""
-    folder, started = WORK / name, time.monotonic()
+    folder, started, used = WORK / name, time.monotonic(), sum(os.times()[2:4])
     folder.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"piece": name, "rc": 1, "note": "", "dry": DRY, **about}
+    record = {"piece": name, "rc": 1, "note": "stopped from outside", "dry": DRY, **about}
     done: list[dict[str, Any]] = []
     try:
         for until, commands in steps(folder):
-            done += side_by_side(commands, started + until * SLOWER, folder)
-        record["rc"] = max((abs(x["rc"]) for x in done), default=0)
+            done += side_by_side(commands, started + until * (10 if DRY else 1), folder)
+        record |= {"rc": max((abs(x["rc"]) for x in done), default=0), "note": ""}
     except NotRun as reason:
         record |= {"rc": None, "note": f"not run: {reason}"}
     except Exception:
         record["note"] = traceback.format_exc()
-    except SystemExit:
-        record["note"] = "stopped from outside"
-        raise
     finally:
         record |= {"seconds": round(time.monotonic() - started, 1), "commands": done}
+        record["cpu_seconds"] = round(sum(os.times()[2:4]) - used, 1)  # of commands
         record["date_end"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
         pack(folder, record)
     return record
@@ -277,87 +243,57 @@ def run_piece(name: str, steps: Callable[[Path], Steps], about: dict[str, Any]) 
 
 def side_by_side(commands: list[str], end: float, folder: Path) -> list[dict[str, Any]]:
     """Run commands until they end or time is up; none of their children outlives them."""
-    running: list[tuple[dict[str, Any], subprocess.Popen, Path, float]] = []
-    begun = time.monotonic()
+    begun, running = time.monotonic(), dict[Path, subprocess.Popen]()
     if begun >= end:
         return [{"command": x, "rc": 124, "output": "no time was left"} for x in commands]
+    limit = ["timeout", f"--kill-after={GRACE}", f"{end - begun:.1f}", "bash", "-c"]
+    wait = "trap : TERM; "  # for a training that writes its checkpoint
     try:
         for command in commands:
             path = folder / f"{len(list(folder.glob('*.log'))) + 1:02d}.log"
+            command = command.replace("python ", f"{shlex.quote(sys.executable)} ")
             with path.open("wb") as log:
-                process = subprocess.Popen(
-                    ["bash", "-c", command.replace("python ", f"{shlex.quote(sys.executable)} ")],
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                running[path] = subprocess.Popen(
+                    [*limit, wait + command], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     start_new_session=True,
                 )  # fmt: skip
-            entry = {"command": command, "rc": None, "stopped": False}
-            running.append((entry, process, path, begun))
-        while time.monotonic() < end and any(p.poll() is None for _, p, *_ in running):
-            time.sleep(0.1)
-            note_ends(running, begun)
-        for entry, process, *_ in running:
-            entry["stopped"] = process.poll() is None
-    finally:
-        signal_all((p for _, p, *_ in running), signal.SIGTERM)
-        limit = time.monotonic() + GRACE
-        while time.monotonic() < limit and any(alive(p) for _, p, *_ in running):
-            time.sleep(0.1)
-        signal_all((p for _, p, *_ in running), signal.SIGKILL)
-        for _, process, *_ in running:
+        for process in running.values():
             process.wait()
-        note_ends(running, begun)
-    for entry, _, path, _ in running:
+    finally:
+        for process in running.values():
+            process.terminate()  # timeout hands it on
+        for process in running.values():
+            process.wait()
+            with suppress(ProcessLookupError):  # no child is left
+                os.killpg(process.pid, signal.SIGKILL)
+    done, seconds = [], round(time.monotonic() - begun, 1)  # of all
+    for command, (path, process) in zip(commands, running.items(), strict=True):
         text = re.sub(r"[^\n]*\r", "", path.read_bytes().decode(errors="replace"))  # progress bars
-        text = text.replace(f"{ROOT}/", "")
-        entry["output"] = text[-6000 if entry["rc"] else -1500 :]
-    return [entry for entry, *_ in running]
-
-
-def note_ends(running: Iterable[tuple], begun: float) -> None:
-    for entry, process, *_ in running:
-        if entry["rc"] is None and process.poll() is not None:
-            entry |= {"rc": process.poll(), "seconds": round(time.monotonic() - begun, 1)}
-
-
-def alive(process: subprocess.Popen) -> bool:
-    """Whether the process or a child of it is there."""
-    process.poll()
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def signal_all(processes: Iterable[subprocess.Popen], number: int) -> None:
-    for process in processes:
-        if alive(process):
-            os.killpg(process.pid, number)
+        rc, text = process.returncode, text.replace(f"{ROOT}/", "")
+        output = text[-6000 if rc else -1500 :]
+        done.append({"command": command, "rc": rc, "seconds": seconds, "output": output})
+    return done
 
 
 def pack(folder: Path, record: dict[str, Any]) -> None:
     """The record, and an archive of it and the piece's files: the small ones first, as far as they
     fit, no checkpoints and no model that is still to be fine-tuned."""
-    files = [
-        path for path in folder.rglob("*")
-        if path.is_file() and "checkpoint-" not in str(path) and path.stat().st_size < ARCHIVE
-    ]  # fmt: skip
-    files = [x for x in files if "model" not in x.parts or "_sft" in str(x)]
-    total, left_out = 0, []
-    path = WORK / f"{record['piece']}.json"
-    with tarfile.open(WORK / f"{record['piece']}.tgz", "w:gz") as archive:
-        for file in sorted(files, key=lambda x: x.stat().st_size):
-            name = str(file.relative_to(WORK))
-            packed = file.suffix in (".safetensors", ".png", ".pdf")
-            total += file.stat().st_size // (1 if packed else 4)
-            if total > ARCHIVE:
-                left_out.append(name)
+    sizes = {x: x.stat().st_size for x in folder.rglob("*") if x.is_file()}
+    room, left_out, path = ARCHIVE, [], WORK / f"{record['piece']}.json"
+    with tarfile.open(path.with_suffix(".tgz"), "w:gz") as archive:
+        for file in sorted(sizes, key=sizes.__getitem__):
+            if "checkpoint-" in str(file) or ("model" in file.parts and "_sft" not in str(file)):
+                continue
+            # Text shrinks to a quarter.
+            room -= sizes[file] // (1 if file.suffix in (".safetensors", ".png", ".pdf") else 4)
+            if room < 0:
+                left_out.append(str(file.relative_to(WORK)))
             else:
-                archive.add(file, name)
+                archive.add(file, file.relative_to(WORK))
         path.write_text(json.dumps(record | {"left_out": left_out}, indent=1) + "\n")
         archive.add(path, path.name)
     if OUT != WORK:
-        shutil.copy(WORK / f"{record['piece']}.tgz", OUT)
+        shutil.copy(path.with_suffix(".tgz"), OUT)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ MARKS = "<!-- measured on a GPU: scripts/gpu_collect.py -->", "<!-- end of the m
 PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
     "kernels": ("bench/{device}", ()),
     "bench": ("bench/{device}", ("bench/*",)),
-    "pocket": ("pocket1024/{device}/pocket", ("table3/*", "training/*/*.json*")),
-    "pocket_seeds": ("pocket1024/{device}/pocket_seeds", ("table3/*", "training/*/*.json*")),
+    "pocket": ("pocket/{device}/pocket", ("table3/*", "training/*/*.json*")),
+    "pocket_seeds": ("pocket/{device}/pocket_seeds", ("table3/*", "training/*/*.json*")),
     "small": (
         "small/{device}",
         ("table3/*", "table5/*", "report/*", "tokens.json", "training/*/*.json*"),
@@ -32,7 +32,8 @@ PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
     "smollm2": ("smollm2/{device}", ("training/*/*.json*", "reports/*/*")),
 }
 
-# What was aimed at: suite, shape, the form that is measured, what by, and the aim.
+# The aims of the kernels, of which docs/kernels.md has its table: suite, shape, the form that is
+# measured, what by, and the aim.
 SHAPE, SPARSE = "B=1 T={} H=32 D=128", "B=1 H=32 K=32 T={} D=128"
 AIMS = [
     *(
@@ -92,24 +93,20 @@ def slug(device: str) -> str:
 def tables(root: Path) -> dict[str, str]:
     """By page, what its files say and what is missing."""
     reference = root / REFERENCE
-    benches = [
-        aims(path.parent.name, json.loads(path.read_text()))
-        for path in sorted(reference.glob("bench/*/bench.json"))
-        if not path.parent.name.endswith("-cpu")
-    ]
-    tests = [summary(p) for p in sorted(reference.glob("bench/*/kernels.record.json"))]
-    lacking = ([] if benches else ["the bench"]) + ([] if tests else ["the kernels' tests"])
-    small = [summary(p) for p in sorted(reference.glob("small/*/small.record.json"))]
-    shown = []
+    found = sorted(x for x in reference.glob("bench/*/bench.json") if x.parent.name[-4:] != "-cpu")
+    kernels = [summary(path) for path in sorted(reference.glob("bench/*/kernels.record.json"))]
+    kernels = kernels or ["Missing: the kernels' tests on a GPU."]
+    for path in found:
+        runs = json.loads(path.read_text())["runs"]
+        kernels += [rates(path.parent.name, runs[-1]["about"]), aims(runs)]
+    small = [summary(path) for path in sorted(reference.glob("small/*/small.record.json"))]
     for table in ("table3", "table5"):
-        found = sorted(reference.glob(f"small/*/{table}/{table}.md"))
-        shown += [path.read_text().strip() for path in found]
-        small += [] if found else [f"Missing: {table.capitalize()[:-1]} {table[-1]} on a GPU."]
+        shown = sorted(reference.glob(f"small/*/{table}/{table}.md"))
+        missing = [f"Missing: {table.capitalize()[:-1]} {table[-1]} on a GPU."]
+        small += [path.read_text().strip() for path in shown] or missing
     return {
-        "docs/kernels.md": "\n\n".join(
-            [*tests, *benches, *(f"Missing: {x} on a GPU." for x in lacking)]
-        ),
-        "docs/small-tier.md": "\n\n".join([*small, *shown]),
+        "docs/kernels.md": "\n\n".join(kernels if found else [*kernels, aims([])]),
+        "docs/small-tier.md": "\n\n".join(small),
     }
 
 
@@ -125,40 +122,38 @@ def summary(path: Path) -> str:
     )
 
 
-def aims(device: str, bench: dict[str, Any]) -> str:
+def rates(device: str, about: dict[str, Any]) -> str:
+    """What a device's floors are made of."""
+    return (
+        f"{about['device']}, {about['date'][:10]}, commit {str(about['commit'])[:12]}: device copy "
+        f"{about['copy_bytes_per_second'] / 1e12:.2f} TB/s, matrix product ({about['dtype']}) "
+        f"{about['matmul_flop_per_second'] / 1e12:.0f} TFLOP/s. All rows: "
+        f"`outputs/reference/bench/{device}/bench.md`."
+    )
+
+
+def aims(runs: list[dict[str, Any]]) -> str:
     """Every aim beside what was measured."""
-    rows, about = {}, {}
-    for run in bench["runs"]:
-        for row in run["rows"]:
-            rows[row["suite"], row["case"], row["form"]] = row
-            about[row["suite"], row["case"], row["form"]] = run["about"]
-    last = bench["runs"][-1]["about"]
-    lines = [
-        f"{last['device']}, {last['date'][:10]}, commit {str(last['commit'])[:12]}: a copy moves "
-        f"{last['copy_bytes_per_second'] / 1e12:.2f} TB/s, a product in {last['dtype']} runs at "
-        f"{last['matmul_flop_per_second'] / 1e12:.0f} TFLOP/s. All rows: "
-        f"`outputs/reference/bench/{device}/bench.md`.",
-        "",
-        "| suite | case | figure | aim | measured |",
-        "|---|---|---|---|---|",
-    ]
+    found = {
+        (row["suite"], row["case"], row["form"]): (row, run["about"]["matmul_flop_per_second"])
+        for run in runs
+        for row in run["rows"]
+    }
+    lines = ["| suite | case | figure | aim | measured |", "|---|---|---|---|---|"]
     for suite, case, form, by, aim in AIMS:
-        row = rows.get((suite, case, form), {})
-        first = rows.get((suite, case, "kernel"), {}).get("seconds")
+        row, peak = found.get((suite, case, form), ({}, None))
+        first, _ = found.get((suite, case, "kernel"), ({}, None))
         time, value, text = row.get("seconds"), None, f"{form}, time / {by}"
-        if time and by == "floor" and row["floor"]:
-            value = time / row["floor"]
-        elif time and by == "kernel" and first:
-            value = time / first
-        elif by == "peak":
+        if by == "peak":
             text = f"{form}, share of the matrix peak on its tiles"
-            if time:
-                rate = about[suite, case, form]["matmul_flop_per_second"]
-                value = row["executed"] / time / rate
+            value = row["executed"] / time / peak if time else None
+        elif time and (unit := row["floor"] if by == "floor" else first.get("seconds")):
+            value = time / unit
         sign = "≤" if by == "floor" else "≥"
-        missing = row.get("note") or "missing"
-        met = value is not None and (value <= aim if by == "floor" else value >= aim)
-        result = missing if value is None else f"{value:.2f}{'' if met else ' (missed)'}"
+        result = row.get("note") or "missing"
+        if value is not None:
+            met = value <= aim if by == "floor" else value >= aim
+            result = f"{value:.2f}{'' if met else ' (missed)'}"
         lines.append(f"| {suite} | {case} | {text} | {sign} {aim} | {result} |")
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from ratplus_exp.store import Cell, Store
+from ratplus_exp.store import Cell, Store, warn
 
 BACKBONES = ("Attention", "RAT+")
 TASKS = ("S-1", "S-2", "S-3", "MK-1", "MK-2", "MK-3", "MV", "MQ")
@@ -59,12 +59,12 @@ def tidy(source: Source, stage: str = "eval") -> pd.DataFrame:
     is the nominal fraction as a string, "1" on dense rows, whose method is "dense"; budget_measured
     is the fraction that was attended or stored; effective_memory_length is in tokens; cell is the
     cell's id. variant is what else a method was set to (pooling, kernel, …) and what samples it
-    saw, as text.
+    saw, as text. A cell whose numbers are none, of another version, is left out with a warning.
 
     Returns:
         COLUMNS then EXTRA, with one dtype a column (Int64, float64 or object), also when empty.
     """
-    rows = [_row(cell) for cell in finished(source, stage)]
+    rows = [row for cell in finished(source, stage) if _fits(row := _row(cell), cell)]
     frame = pd.DataFrame(rows, columns=[*COLUMNS, *EXTRA], dtype=object)
     frame = frame.astype(dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys(_FLOATS, "float64"))
     return frame.sort_values(list(_ORDER), kind="stable", ignore_index=True)
@@ -143,6 +143,16 @@ def _row(cell: Cell) -> dict[str, Any]:
         "backbone": LABELS.get(row["backbone"], row["backbone"]),
         "budget": str(row["budget"]),
     }
+
+
+def _fits(row: Mapping[str, Any], cell: Cell) -> bool:
+    numbers = (row[name] or 0 for name in _INTEGERS)
+    fits = isinstance(row["method"], str) and all(
+        isinstance(number, int) and abs(number) < 2**63 for number in numbers
+    )
+    if not fits:
+        warn(f"{cell.path / 'config.json'} has a key that no job can mean: delete its folder")
+    return fits
 
 
 def _variant(key: Mapping[str, Any]) -> str:

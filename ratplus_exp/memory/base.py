@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class Memory(nn.Module):
@@ -82,19 +84,44 @@ def gate_statistics(
 ) -> dict[str, float]:
     """Mean gate and effective memory length (tokens; mean and median over channels) on ids (B, T).
 
+    Arguments as in `of_each_memory`. Kinds without gates have lengths alone, a model without the
+    memory nothing.
+    """
+    found = of_each_memory(
+        model, lambda memory, x, real: memory.statistics(x, real), ids, attention_mask, forward
+    )
+    if not found:
+        return {}
+    lengths = torch.stack([layer["length"] for layer in found])
+    gates = [layer["gate"] for layer in found if "gate" in layer]
+    statistics = {"gate_mean": round(float(torch.stack(gates).mean()), 4)} if gates else {}
+    return statistics | {
+        "effective_memory_length": round(float(lengths.mean()), 3),
+        "effective_memory_length_median": round(float(lengths.median()), 3),
+    }
+
+
+@torch.no_grad()
+def of_each_memory(
+    model: Any,
+    measure: Callable[[Memory, Tensor, Tensor], T],
+    ids: Tensor,
+    attention_mask: Tensor | None = None,
+    forward: Callable[[Tensor], Any] | None = None,
+) -> list[T]:
+    """measure(memory, x, real) of each layer's memory on ids (B, T), x and real being as in
+    `Memory.statistics`.
+
     attention_mask (B, T) is zero at left padding, which does not count. forward runs the model on
-    ids where it can't be called itself, as inside FSDP. Kinds without gates have lengths alone, a
-    model without the memory nothing.
+    ids where it can't be called itself, as inside FSDP.
     """
     # Inside the model rows start at their first token.
     real = (torch.ones_like(ids) if attention_mask is None else attention_mask.flip(1)).bool()
-    found: list[dict[str, Tensor]] = []
-
-    def measure(memory: Memory, args: tuple[Any, ...]) -> None:
-        found.append(memory.statistics(args[0], real))
-
+    found: list[T] = []
     hooks = [
-        module.register_forward_pre_hook(measure)
+        module.register_forward_pre_hook(
+            lambda memory, args: found.append(measure(memory, args[0], real))
+        )
         for module in model.modules()
         if isinstance(module, Memory)
     ]
@@ -106,12 +133,4 @@ def gate_statistics(
     finally:
         for hook in hooks:
             hook.remove()
-    if not found:
-        return {}
-    lengths = torch.stack([layer["length"] for layer in found])
-    gates = [layer["gate"] for layer in found if "gate" in layer]
-    statistics = {"gate_mean": round(float(torch.stack(gates).mean()), 4)} if gates else {}
-    return statistics | {
-        "effective_memory_length": round(float(lengths.mean()), 3),
-        "effective_memory_length_median": round(float(lengths.median()), 3),
-    }
+    return found

@@ -28,6 +28,7 @@ STAGES = {
     "random_selector": "sweep.random_selector",
     "ablation": "sweep.ablation",
     "methods": "methods.run",
+    "look": "look.run",
     "report": "report.run",
     "pretrain": "train.pretrain",
     "continued_pretrain": "train.continued_pretrain",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -81,23 +82,30 @@ def generate(
     job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
 ) -> tuple[list[str], Usage, Tensor]:
     """Greedy answers to a batch of prompts, what was read, and each one's last position (B,)."""
-    ids, mask = prompts.ids, prompts.mask
-    engine = Engine(job.method, selector_of(job.cfg, samples, ids.device))
-    eos = end_tokens(job.path) or [tokenizer.eos_token_id]
+    engine = Engine(job.method, selector_of(job.cfg, samples, prompts.ids.device))
+    room = reserve_of(job.cfg, samples[0].task)
+    out, last = answers(prompts, engine, room, job.path, tokenizer, job.cfg.cuda_graphs)
+    return tokenizer.batch_decode(out, skip_special_tokens=True), engine.usage, last
+
+
+def answers(
+    prompts: PromptBatch, engine: Engine, room: int, path: Path, tokenizer: Any, graphs: bool
+) -> tuple[Tensor, Tensor]:
+    """Greedy answers (B, at most `room`) of the model in `path`, padded from EOS on, and each
+    row's last position (B,)."""
+    eos = end_tokens(path) or [tokenizer.eos_token_id]
     out = greedy(
         prompts,
         engine,
-        reserve_of(job.cfg, samples[0].task),
+        room,
         eos=eos,
         pad=tokenizer.pad_token_id,
-        capture=cuda_graphs if job.cfg.cuda_graphs and ids.is_cuda else None,
+        capture=cuda_graphs if graphs and prompts.ids.is_cuda else None,
     )
     # The last generated token is never fed back, nor is anything behind a row's EOS.
     ended = torch.isin(out, out.new_tensor(eos)).cumsum(1) > 0
     fed = (~ended).sum(1).clamp(max=out.shape[1] - 1)
-    out = out.masked_fill(ended, tokenizer.pad_token_id)
-    texts = tokenizer.batch_decode(out, skip_special_tokens=True)
-    return texts, engine.usage, mask.sum(1) - 1 + fed
+    return out.masked_fill(ended, tokenizer.pad_token_id), prompts.mask.sum(1) - 1 + fed
 
 
 def _frame(store: Store, cells: dict[str, Cell]) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from ratplus_exp.config import build, plain
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.stages.common import corpus_folder, model_folder, tokenizer_name
+from ratplus_exp.store import locked
 from ratplus_exp.training.corpus import Corpus
 from ratplus_exp.training.shards import Source, write_shards
 
@@ -19,5 +20,6 @@ def run(cfg: DictConfig) -> None:
     init = model_folder(cfg)
     tokenizer = load_tokenizer(init)
     folder, name = corpus_folder(cfg, init), tokenizer_name(init)
-    write_shards(source, tokenizer, name, folder, cfg.stage.workers)
+    with locked(folder):
+        write_shards(source, tokenizer, name, folder, cfg.stage.workers)
     print(f"{Corpus(folder, name).tokens:,} tokens in {folder}")

@@ -179,8 +179,9 @@ def save_model(
             tokenizer.save_pretrained(partial)
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"cannot write {target} ({error}): make room, then run it again") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def refuse_target(target: Path) -> None:

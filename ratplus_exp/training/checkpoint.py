@@ -55,19 +55,20 @@ class Checkpoints:
         barrier()
         try:
             _write(state, partial)
-        except (Exception, dcp.CheckpointException) as error:  # torch's say it over many lines
             if rank() == 0:
-                _remove(partial)
+                _remove(target)
+                os.replace(partial, target)
+                sync(self.folder)
+                self._forget()
+        except (Exception, dcp.CheckpointException) as error:  # torch's say it over many lines
             text = " ".join(str(error.__context__ or error).split())[:160]
             raise OSError(
                 f"cannot write {target} ({text}): make room or mend the disk, then run the same "
                 "command to go on from the checkpoint before"
             ) from None
-        if rank() == 0:
-            _remove(target)
-            os.replace(partial, target)
-            sync(self.folder)
-            self._forget()
+        finally:
+            if rank() == 0:
+                _remove(partial)
         barrier()
 
     def load(self, current: Callable[[], State]) -> State | None:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ratplus_exp.store.files import naming
+from ratplus_exp.store.files import naming, write_atomically
 from ratplus_exp.workers import Workers
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}  # of the datasets package
@@ -204,7 +204,7 @@ def _claim(folder: Path, asked: dict[str, Any]) -> None:
             f"{folder} holds a corpus with another {other}: set corpus.folder, or delete it"
         )
     if there != asked:  # a try that came to nothing
-        for path in folder.iterdir():
+        for path in folder.glob("*.*"):  # all but the lock
             path.unlink()
     _write(file, asked)
 
@@ -220,6 +220,4 @@ def _name(index: int) -> str:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(draft, path)
+    write_atomically(path, json.dumps(content, indent=1) + "\n")

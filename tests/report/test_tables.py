@@ -69,6 +69,16 @@ def test_tidy_has_a_row_for_each_finished_cell(store):
     assert dense["budget"] == "1" and pd.isna(dense["block_size"])
 
 
+@pytest.mark.parametrize("key", [{"seed": 2**63}, {"top_k": 10**30}, {"method": None}])
+def test_a_cell_that_cannot_be_meant_is_named_and_spoils_no_other(store, capsys, key):
+    add(store, "ratplus", "MK-2", 7)
+    good = tidy(store)["cell"].tolist()
+    add(store, "ratplus", "MK-2", 7, **key)
+    assert tidy(store)["cell"].tolist() == sample_scores(store)["cell"].unique().tolist() == good
+    (bad,) = (cell for cell in store.cells() if cell.id not in good)
+    assert f"warning: {bad.path}" in capsys.readouterr().err
+
+
 def test_an_empty_store_has_empty_frames_with_the_same_columns(store):
     assert list(tidy(store).columns) == [*COLUMNS, *EXTRA]
     assert sample_scores(store).empty and "exact" in sample_scores(store)

@@ -21,6 +21,7 @@ STAGES = {
     "convert": ["stage=convert"],
     "eval": [],
     "hit_rate": ["stage=hit_rate"],
+    "look": ["stage=look"],
     "methods": ["experiment=methods"],
     "pretrain": ["experiment=small_ratplus"],
     "random_selector": ["stage=random_selector"],

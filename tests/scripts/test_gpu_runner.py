@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
 import tarfile
 import time
 from pathlib import Path
@@ -40,7 +41,14 @@ def records(gpu, pieces, monkeypatch, *arguments):
 def test_pieces_end_within_their_limits_and_none_stops_another(gpu, monkeypatch, tmp_path):
     def slow(out):  # a child of a child that heeds no signal writes on until it is killed
         write = f"import time\nwhile True: open({str(out / 'beat')!r}, 'w'); time.sleep(.02)"
-        yield 1.0, [f"trap '' TERM; echo begun; (trap '' TERM; python -c {shlex.quote(write)})"]
+        save = f"trap 'sleep .2; touch {out}/saved; exit 1' TERM; while true; do sleep .02; done"
+        yield (
+            1.0,
+            [
+                f"trap '' TERM; echo begun; (trap '' TERM; python -c {shlex.quote(write)})",
+                f"bash -c {shlex.quote(save)} && touch {out}/next",
+            ],
+        )
         yield 1.0, ["echo too late"]
 
     def broken(out):
@@ -56,8 +64,10 @@ def test_pieces_end_within_their_limits_and_none_stops_another(gpu, monkeypatch,
 
     pieces = (slow, broken, absent, last)
     found = records(gpu, pieces, monkeypatch)
-    first, second = found["slow"]["commands"]
-    assert first["stopped"] and first["rc"] == -9 and first["output"] == "begun\n"
+    first, saving, second = found["slow"]["commands"]
+    assert first["rc"] == -9 and first["output"] == "begun\n"
+    assert saving["rc"] == 124 and (gpu.WORK / "slow" / "saved").exists()
+    assert not (gpu.WORK / "slow" / "next").exists()
     assert second["output"] == "no time was left" and found["slow"]["seconds"] < 10
     (gpu.WORK / "slow" / "beat").unlink()
     time.sleep(0.3)
@@ -84,12 +94,25 @@ def test_pieces_end_within_their_limits_and_none_stops_another(gpu, monkeypatch,
 
 def test_the_small_pair_gets_the_tokens_that_there_is_time_for(gpu):
     shares = {"small_attention": 2, "small_ratplus": 1}
-    rates = {name: {256: 1e6, 4096: 1e6} for name in shares}
+    rates = dict.fromkeys(shares, 1e6)
     # Attention is the slower one: 2 tokens of it for one of RAT+, and 4/15 of fine-tuning.
     assert gpu.tokens_of(rates, shares, 34) == pytest.approx(34e6 * 15 / 34, rel=1e-6)
     assert gpu.tokens_of(rates, shares, 1e6) == 300_000_000
-    rates["small_ratplus"] = {256: 1e6, 4096: 1e5}
-    assert gpu.tokens_of(rates, shares, 34) < 34e6 * 15 / 34
+    assert gpu.tokens_of(rates | {"small_ratplus": 4e5}, shares, 34) < 34e6 * 15 / 34
+
+
+def test_weights_are_joined_of_their_parts(gpu, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(gpu.NotRun, match="there is no outputs/corpus/local"):
+        next(gpu.smollm2(tmp_path))
+    for folder in ("corpus/local", "models"):
+        (tmp_path / "outputs" / folder).mkdir(parents=True)
+    for name, text in (("ab", "second"), ("aa", "first, ")):
+        (tmp_path / f"outputs/models/smollm2.gguf.{name}").write_text(text)
+    (_, (join,)), (_, (train,)) = gpu.smollm2(tmp_path)
+    subprocess.run(join.split(" && ")[0], shell=True, check=True)
+    assert (tmp_path / "joined.gguf").read_text() == "first, second"
+    assert "model.path=outputs/models/smollm2_135m " in join and "smollm2_ratplus" in train
 
 
 def test_what_came_back_is_laid_and_shown(gpu, monkeypatch, tmp_path):
@@ -129,7 +152,7 @@ def test_what_came_back_is_laid_and_shown(gpu, monkeypatch, tmp_path):
     assert f"| {scan} | {case} | kernel, time / floor | ≤ 1.5 | 1.20 |" in page
     assert "time / kernel | ≥ 10 | 5.00 (missed) |" in page
     assert "≥ 1 | not installed: fla |" in page and "≤ 1.4 | missing |" in page
-    assert "Missing: the kernels' tests" in page
+    assert "Missing: the kernels' tests" in page and page.count("| aim |") == 1
     assert "Missing: Table 3 on a GPU." in (tmp_path / "docs" / "small-tier.md").read_text()
 
 

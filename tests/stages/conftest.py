@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from omegaconf import open_dict
 from ratplus_exp import stages
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 from ratplus_exp.models.loading import read_tokenizer
+from ratplus_exp.models.p2_checkpoint import to_p2
 from ratplus_exp.stages.train import save_model
 
 CONF = Path(__file__).parents[2] / "conf"
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 @dataclasses.dataclass
@@ -66,12 +69,33 @@ def tiny_models(tmp_path_factory):
             num_hidden_layers=2,
             num_attention_heads=2,
             memory=backbone == "ratplus",
-            max_position_embeddings=512,
+            max_position_embeddings=1024,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
         save_model(RatPlusForCausalLM(config), tokenizer, folder / backbone)
     return {name: folder / name for name in ("attention", "ratplus")}
+
+
+@pytest.fixture
+def checkpoint(tiny_models, tmp_path):
+    """A random RAT+ model's weights in P2's layout, and the overrides that convert it."""
+    size = json.loads((tiny_models["ratplus"] / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(1)
+    config = RatPlusConfig(**SIZES, vocab_size=size, memory=True)
+    model = RatPlusForCausalLM(config)
+    torch.save({"task": to_p2(model.state_dict(), config)}, tmp_path / "3.pth")
+    sizes = [f"model.architecture.{name}={n}" for name, n in SIZES.items()]
+    overrides = [
+        "stage=convert",
+        "model=ratplus_7b",
+        f"checkpoint={tmp_path / '3.pth'}",
+        f"model.path={tmp_path / 'converted'}",
+        f"stage.tokenizer={tiny_models['ratplus']}",
+        f"model.architecture.vocab_size={size}",
+        *sizes,
+    ]
+    return model, overrides
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from transformers import Olmo2Config, Olmo2ForCausalLM
 from ratplus_exp.analysis import tidy
 from ratplus_exp.models import Olmo2RatPlusForCausalLM
 from ratplus_exp.models.loading import load_model, load_tokenizer
-from ratplus_exp.store import Store
+from ratplus_exp.stages.common import tokenizer_name
+from ratplus_exp.store import Store, StoreBusy, locked
 
 STAGE = [
     "model=pocket_ratplus",
@@ -57,6 +58,13 @@ def test_text_becomes_shards_and_trains_an_attention_model_with_fresh_gates(
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert {"sparse_loss", "loss", "mfu", "tokens_per_second", "gate_mean"} <= rows[0].keys()
+
+
+def test_two_tokenizations_do_not_share_a_folder(job, tiny_models, corpus):
+    init = tiny_models["attention"]
+    folder = job.folder / "corpus/local" / tokenizer_name(init)[:12]
+    with locked(folder), pytest.raises(StoreBusy, match="is being written by process"):
+        job("stage=tokenize", *corpus, f"stage.init={init}", "stage.workers=0")
 
 
 def test_a_corpus_that_is_read_several_times_is_told_so(job, tiny_models, corpus, capsys):

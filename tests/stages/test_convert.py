@@ -1,37 +1,10 @@
 """From a checkpoint in P2's format to an evaluated model, by the commands that a user types."""
 
-import json
-
 import pytest
 import torch
 
-from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 from ratplus_exp.models.loading import load_model, load_tokenizer, weights_digest
-from ratplus_exp.models.p2_checkpoint import to_p2
 from ratplus_exp.store import Store
-
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-@pytest.fixture
-def checkpoint(tiny_models, tmp_path):
-    """A random RAT+ model's weights in P2's layout, and the overrides that convert it."""
-    size = json.loads((tiny_models["ratplus"] / "config.json").read_text())["vocab_size"]
-    torch.manual_seed(1)
-    config = RatPlusConfig(**SIZES, vocab_size=size, memory=True)
-    model = RatPlusForCausalLM(config)
-    torch.save({"task": to_p2(model.state_dict(), config)}, tmp_path / "3.pth")
-    sizes = [f"model.architecture.{name}={n}" for name, n in SIZES.items()]
-    overrides = [
-        "stage=convert",
-        "model=ratplus_7b",
-        f"checkpoint={tmp_path / '3.pth'}",
-        f"model.path={tmp_path / 'converted'}",
-        f"stage.tokenizer={tiny_models['ratplus']}",
-        f"model.architecture.vocab_size={size}",
-        *sizes,
-    ]
-    return model, overrides
 
 
 def test_converted_loaded_and_evaluated(job, checkpoint, tmp_path, capsys):

@@ -116,57 +116,63 @@ def content(folder):
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
-@pytest.mark.parametrize("what", ["evaluation", "training", "report"])
-def test_ended_at_any_file_operation_and_run_again(run, tiny_models, tmp_path, what, number):
-    words, folder = evaluation(tiny_models), run.output / "results"
-    if what == "training":
-        words, folder = training(), run.output / "training"
-    if what == "report":
-        store, folder = tmp_path / "store", tmp_path / "out/page"
-        assert run([*words, f"results={store}"])[0] == 0
-        where = [f"results={store}", f"stage.folder={folder}", "data.length=256"]
-        words = ["stage=report", "stage.models=[]", *where]
-        words += ["stage.outputs={table3:true,fig1:true,report:true}"]
-    code, said = run(words)
-    assert code == 0, said
-    whole = content(folder)
-    step = 0
-    for step in count(1):
-        shutil.rmtree(run.output)
-        code, said = run(words, step, number)
-        if code == 0:
-            break
-        assert code == (-9 if number == signal.SIGKILL else 130), (step, said)
-        code, said = run(words)
-        assert code == 0, (step, said)
-        assert content(folder) == whole, step
-    assert step > 20
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("stage", ["eval", "hit_rate", "pretrain", "report", "tokenize"])
-def test_ctrl_c_in_a_stage_is_one_line(run, tiny_models, tmp_path, stage):
+@pytest.fixture
+def fault(request, run, tiny_models, tmp_path):
+    """Of a stage: the words of its command, and the folder that it fills."""
+    stage, out = request.param, run.output
     words = [*evaluation(tiny_models), f"stage={stage}"]
+    if stage in ("eval", "hit_rate"):
+        return words, out / "results"
     if stage == "pretrain":
-        words = training()
-    elif stage == "report":
+        return training(), out / "training"
+    if stage == "report":
         store = f"results={tmp_path / 'store'}"
         assert run([*words, "stage=eval", store])[0] == 0
         words = ["stage=report", "stage.models=[]", store, "data.length=256"]
-    elif stage == "tokenize":
-        (tmp_path / "texts").mkdir()
-        (tmp_path / "texts/a.txt").write_text("the grass is green. " * 50)
-        words = ["stage=tokenize", "corpus=local", f"corpus.path={tmp_path / 'texts'}"]
-        words += [f"stage.init={tiny_models['ratplus']}", f"corpus.folder={run.output / 'corpus'}"]
-    behind_hydra = 14
-    code, said = run(words, behind_hydra, signal.SIGINT)
-    assert code == 130, said
-    assert said.splitlines()[-1] == "stopped; the same command goes on from here", said
-    assert "Traceback" not in said and said.count("stopped") == 1
+        words += [f"stage.folder={out / 'page'}"]
+        return [*words, "stage.outputs={table3:true,fig1:true,report:true}"], out / "page"
+    if stage == "convert":
+        _, words = request.getfixturevalue("checkpoint")
+        return [*words, f"model.path={out / 'models/converted'}"], out / "models"
+    import datasets  # noqa: F401  # once, and not in each child
+
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("the grass is green. " * 50)
+    words = ["stage=tokenize", "corpus=local", f"corpus.path={tmp_path / 'texts'}"]
+    words += [f"stage.init={tiny_models['ratplus']}", f"corpus.folder={out / 'corpus'}"]
+    return words, out / "corpus"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "fault", ["eval", "hit_rate", "pretrain", "report", "tokenize", "convert"], indirect=True
+)
+def test_ended_at_any_file_operation_and_run_again(run, fault, number):
+    """And once more, earlier, in the run that goes on."""
+    words, folder = fault
+
+    def ended(at):
+        code, said = run(words, at, number)
+        if number == signal.SIGINT and code == 130:
+            assert said.splitlines()[-1] == "stopped; the same command goes on from here", said
+            assert "Traceback" not in said and said.count("stopped") == 1, said
+            drafts = [*folder.rglob("*.tmp"), *folder.rglob("*[!0-9].partial")]  # but for shards
+            assert not drafts, at
+        else:
+            assert code in (0, -number), (at, said)
+        return code != 0
+
+    assert not ended(0)
+    whole = content(folder)
+    for step in count(1):
+        shutil.rmtree(run.output)
+        if not ended(step):
+            break
+        assert not (ended(step // 2) and ended(0))
+        assert content(folder) == whole, step
+    assert step >= 20
 
 
 def test_sigterm_ends_a_training_with_a_checkpoint(run):
@@ -180,11 +186,14 @@ def test_sigterm_ends_a_training_with_a_checkpoint(run):
 
 def test_a_refused_job_leaves_no_folder(run, tiny_models):
     for wrong in ("seed=-1", "model.path=nowhere", "data.essay=nowhere"):
-        code, said = run([*evaluation(tiny_models), wrong])
+        code, said = run([*evaluation(tiny_models), wrong, "hydra.run.dir=${output}/runs/day/job"])
         assert code == 1 and said.splitlines()[-1].startswith("error: "), said
-        assert not (run.output / "job").exists(), wrong
+        assert run.output.exists() and not (run.output / "runs").exists(), wrong
 
 
-def test_a_terminal_of_ascii_gets_the_table(run, tiny_models):
-    code, said = run(evaluation(tiny_models), encoding="ascii")
-    assert code == 0 and "Accuracy in %" in said, said
+@pytest.mark.parametrize(
+    ("word", "shows"), [("stage=eval", "Accuracy in %"), ("--help", "mean ? std")]
+)
+def test_a_terminal_of_ascii_gets_the_table(run, tiny_models, word, shows):
+    code, said = run([*evaluation(tiny_models), word], encoding="ascii")
+    assert code == 0 and shows in said, said

@@ -1,4 +1,5 @@
-"""Everything wrong is refused before a model loads, in one line that names the remedy."""
+"""What is wrong beyond the words alone (see robustness/) is refused in one line with the remedy,
+before a model loads."""
 
 import json
 import os
@@ -22,20 +23,12 @@ REPOSITORY = Path(__file__).parents[2]
     ("overrides", "message"),
     [
         (["budget=2/3"], "take one of 1/1, 1/2"),
-        (["budget=half"], "write it as 1/16"),
         (["budget=1/64"], "raise the budget or the context length"),
         (["data.length=510"], "whole number of blocks"),
         (["data.length=20", "budget=1/2", "method=snapkv"], "shorter than the observation window"),
-        (["selector=best"], "use one of topk, random, oracle"),
         (["selector=random", "method=dense"], "needs a method that selects"),
-        (["oracle_heads=[0-0]"], "needs selector=oracle"),
-        (["selector=oracle", "oracle_heads=[a-b]"], "write layer-head"),
         (["selector=oracle", "oracle_heads=[9-0]"], "there is no 9-0"),
-        (["data.tasks=[S-9]"], "use one of S-1"),
-        (["data.examples=0"], "use at least 1"),
-        (["data.forms.needle=x"], "add it to the text"),
         (["data.essay=nowhere.txt"], "nowhere.txt cannot be read .* set data.essay"),
-        (["stage.first_token=guess"], "use one of prefill, decode"),
         (["model.path=nowhere"], "set model.path"),
         (["method.top_k=100000"], "more than a context of 512 tokens has"),
         (["data.length=1024"], "more than the 512 positions"),
@@ -44,24 +37,7 @@ REPOSITORY = Path(__file__).parents[2]
             ["data=ruler", "data.length=512", "data.block_size=8"],
             "unknown to the model's tokenizer",
         ),
-        (["device=abacus"], "use auto, cpu or cuda"),
-        (["method.window=8.5", "method=snapkv"], "whole number"),
-        (["method.window=0", "method=snapkv"], "use at least 1"),
-        (["method.block_size=0"], "at least 1"),
-        (["data.tasks=[]"], "use a list of at least 1"),
-        (["stage.batch_size=0"], "use at least 1"),
-        (["data.forms.number_digits=abc"], "whole number"),
         (["method.target=foo.Bar"], "is no Method"),
-        (
-            ["stage=pretrain", "data=pocket", "stage.optimizer.precision=fp17"],
-            "use one of auto, fp32, bf16",
-        ),
-        (["stage=pretrain", "data=pocket", "+stage.optimizer.speed=1"], "no field 'speed'"),
-        (["stage=pretrain", "data=pocket", "+stage.joint.depth=1"], "no field 'depth'"),
-        (
-            ["stage=pretrain", "data=pocket", "stage.joint={local: -1}"],
-            "stage.joint.local is -1: use at least 0",
-        ),
         (["stage=sft"], "set stage.init"),
         (["stage=report"], "evaluate first"),
     ],
@@ -71,51 +47,6 @@ def test_refused_with_the_remedy(job, tiny_models, overrides, message):
     with pytest.raises((ValueError, OSError), match=message):
         job(*model, *overrides)
     assert not list(job.folder.rglob("samples.jsonl"))
-
-
-NONSENSE = {
-    "schedule": [
-        "[]",
-        "[[0,64]]",
-        "[[-512,64]]",
-        "[[512,0]]",
-        "[[512]]",
-        "[512,64]",
-        "x",
-        "[[a,b]]",
-    ],
-    "tokens_per_step": ["0", "-1", "x"],
-    "drill_tokens": ["-1", "x"],
-    "sparse_only_tokens": ["-1"],
-    "several_rate": ["2", "-0.1", "nan", "x"],
-    "other_rate": ["1.5"],
-    "optimizer.lr": ["-1", "inf", "nan"],
-    "optimizer.memory_lr": ["-1e-3"],
-    "optimizer.min_lr_ratio": ["-0.1", "2"],
-    "optimizer.warmup": ["5", "1", "-0.1"],
-    "optimizer.weight_decay": ["-0.1", "nan"],
-    "optimizer.betas": ["[0.9,1]", "[0.9]"],
-    "optimizer.clip": ["-1", "0", "nan"],
-    "optimizer.spike": ["1"],
-    "optimizer.decay": ["some"],
-    "optimizer.parallel": ["tensor"],
-    "optimizer.rows_per_pass": ["0"],
-    "optimizer.peak_tflops": ["0"],
-    "optimizer.log_every": ["0"],
-}
-
-
-@pytest.mark.parametrize(
-    "override",
-    [f"stage.{name}={value}" for name, values in NONSENSE.items() for value in values]
-    + [f"model.architecture.{x}" for x in ("num_hidden_layers=-1", "hidden_size=0")],
-)
-def test_no_nonsense_is_trained(job, override):
-    with pytest.raises(ValueError, match="use|write") as error:
-        job("experiment=pocket_attention", override)
-    name, _, _ = override.rpartition("=")
-    assert name.rpartition(".")[2] in str(error.value)
-    assert not list(job.folder.rglob("training"))
 
 
 @pytest.mark.parametrize("mixture", ["{S-1: -1}", "{S-1: .nan}", "{S-1: 0}", "{S-9: 1}", "{}"])

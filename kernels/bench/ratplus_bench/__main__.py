@@ -60,9 +60,6 @@ def main(argv: list[str] | None = None) -> None:
     if not run.rows:
         sys.exit(f"--match {arguments.match}: no case has that in its name")
     report.write(folder, [*earlier, run])
-    for suite, cases in report.fastest_plans([run]).items():
-        for case, plan in cases.items():
-            print(f"Fastest: {suite}, {case}: {plan}")
     print(f"Written: {folder}/bench.json, bench.md, bench.png")
 
 
