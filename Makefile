@@ -17,7 +17,7 @@ PAIR  := pocket
 SET   :=
 SWEEP  = $(RUN) experiment=$@ pair=$(PAIR) $(SET)
 
-# Trainings of the pocket tier to come (docs/pocket-training.md): three of each model, one of each control.
+# Trainings of the pocket tier (docs/pocket-training.md): three of each model, one of each control.
 MODELS   := attention ratplus
 CONTROLS := ema ema_fixed conv shift
 trained   = $(foreach seed,0 1 2,$(MODELS:%=pocket_%_$(seed)))
@@ -48,7 +48,7 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 
 # A training uses one core: `make -j2 weights` does two at a time. Each resumes where it was killed.
 .SECONDARY: # the models in between stay
-weights: $(trained:%=outputs/training/%_sft/model) ## train the models of the pocket tier to come (hours; -j2: on two cores)
+weights: $(trained:%=outputs/training/%_sft/model) ## train the pocket models anew, three of each (hours; -j2: on two cores)
 
 controls: $(controls:%=outputs/training/%_sft/model) ## train the controls of the memory and compare them (hours; -j2: on two cores)
 	$(RUN) experiment=pocket_controls $(SET)

@@ -82,10 +82,11 @@ def trained_pairs(out: Path, *seeds: int) -> Steps:
     first = [run(out, f"experiment={model} seed={seed}", more, rest) for model, seed in pairs]
     then = [run(out, f"experiment={model}_sft seed={seed}", tuned, rest) for model, seed in pairs]
     yield 110, list(map(" && ".join, zip(first, then, strict=True)))
+    trained = ",".join(f"{model}_trained" for model in models)
     table3 = run(
         out,
-        f"experiment=table3 model={models[1]} data=pocket pair.name=pocket",
-        f"pair.models=[{','.join(models)}] pair.trainings=[{','.join(map(str, seeds))}]",
+        f"experiment=table3 pair=pocket pair.models=[{trained}]",
+        f"pair.trainings=[{','.join(map(str, seeds))}]",
         "data.tasks=[S-1] data.examples=1" if DRY else "data.examples=100",
         f"pair.workers={1 if DRY else 8} stage.folder={out}/table3",
     )

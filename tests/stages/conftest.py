@@ -121,6 +121,7 @@ def pair(tiny_models, tmp_path):
         "pair=tiny",
         "data.length=256",
         "data.block_size=4",
+        "data.window=8",
         "data.tasks=[MV]",
         "data.examples=2",
         "stage.workers=1",
