@@ -122,6 +122,7 @@ def pair(tiny_models, tmp_path):
         "data.length=256",
         "data.block_size=4",
         "data.window=8",
+        "data.first_token=prefill",
         "data.tasks=[MV]",
         "data.examples=2",
         "stage.workers=1",

@@ -25,13 +25,13 @@ REPOSITORY = Path(__file__).parents[2]
         (["budget=2/3"], "take one of 1/1, 1/2"),
         (["budget=1/64"], "raise the budget or the context length"),
         (["data.length=510"], "whole number of blocks"),
-        (["data.length=20", "budget=1/2", "method=snapkv"], "shorter than the observation window"),
+        (["data.length=12", "budget=1/1", "method=snapkv"], "shorter than the observation window"),
         (["selector=random", "method=dense"], "needs a method that selects"),
         (["selector=oracle", "oracle_heads=[9-0]"], "there is no 9-0"),
         (["data.essay=nowhere.txt"], "nowhere.txt cannot be read .* set data.essay"),
         (["model.path=nowhere"], "set model.path"),
-        (["method.top_k=100000"], "more than a context of 512 tokens has"),
-        (["data.length=1024"], "more than the 512 positions"),
+        (["method.top_k=100000"], "more than a context of 1024 tokens has"),
+        (["data.length=2048"], "more than the 1024 positions"),
         (["data.forms.reserve=1"], "the answer has . tokens.* raise it"),
         (
             ["data=ruler", "data.length=512", "data.block_size=8"],
@@ -147,7 +147,7 @@ def test_a_changed_tokenizer_config_makes_other_cells(tiny_models, tmp_path):
 
 
 def test_a_prompt_that_does_not_fit_leaves_nothing_behind(job, tiny_models):
-    overrides = ("data.length=24", "budget=1/1", f"model.path={tiny_models['ratplus']}")
+    overrides = ("data.length=32", "budget=1/1", f"model.path={tiny_models['ratplus']}")
     with pytest.raises(ValueError, match="raise length"):
         job(*overrides, "model.sha256=null", "data.tasks=[MQ]")
     assert not list(job.folder.rglob("config.json"))
