@@ -1,4 +1,4 @@
-"""Expected Attention: keep the tokens that queries like the prompt's would attend to."""
+"""Expected Attention: keep the tokens that queries distributed as the prompt's attend to."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from ratplus_exp.methods.base import EVERY, Method, Phase
 class ExpectedAttention(Method):
     """softmax(μᵀk / √D + kᵀΣk / 2D) · ‖v‖, with mean μ and covariance Σ of the prompt's queries.
 
-    The weights of a group's query heads are averaged. The original takes the statistics before
-    RoPE and rotates them to the 512 positions that follow; here they are of the queries as
-    attention sees them.
+    The weights of a group's query heads are averaged. The original computes the statistics before
+    RoPE and rotates them to the next 512 positions; here they are those of the rotated queries.
     """
 
     phase: ClassVar[Phase | None] = "once"
@@ -27,9 +26,6 @@ class ExpectedAttention(Method):
     @property
     def observed(self) -> int:
         return EVERY
-
-    def represent(self, keys: Tensor) -> Tensor:
-        return keys
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         """(B, K, G, Q, D) and (B, K, N, 2 D) -> (B, K, 1, 1, N)."""

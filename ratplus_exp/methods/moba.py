@@ -1,4 +1,4 @@
-"""MoBA (Lu et al., 2025), training-free: every prompt token attends to the blocks of its choice."""
+"""MoBA (Lu et al., 2025), training-free: every prompt token attends to the blocks it selects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class MoBA(BlockMethod):
     reads: ClassVar[str] = "means of all blocks"
 
     def represent(self, keys: Tensor) -> Tensor:
-        """(B, K, N, block_size, D) -> (B, K, N, D)."""
         return keys.mean(3)
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Quest (Tang et al., 2024): at every decoding step, the blocks whose keys could score highest."""
+"""Quest (Tang et al., 2024): at every decoding step, the blocks with the highest score bound."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Quest(BlockMethod):
         return torch.cat((keys.amin(3), keys.amax(3)), dim=-1)
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
-        """max(q·min, q·max) is q·max where q > 0 and q·min elsewhere, so two matmuls suffice."""
+        """max(q·min, q·max) is q·max where q > 0 and q·min elsewhere: one matmul of both halves."""
         halves = torch.cat((queries.clamp(max=0), queries.clamp(min=0)), dim=-1)
         return inner_products(halves, representatives.unsqueeze(2))
 

@@ -1,4 +1,4 @@
-"""StreamingLLM: the first tokens and the last ones, whatever is asked for."""
+"""StreamingLLM: the first and the last tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ratplus_exp.settings import Whole
 class StreamingLLM(Dilated):
     """Query t sees position j <= t when j < I or t − j <= W, with I + W + 1 tokens in all.
 
-    It holds for prompt and answer. The original counts RoPE's positions within the cache; here
-    they are those of the text.
+    This applies to prompt and answer. RoPE's positions are those of the text; the original counts
+    them within the cache.
     """
 
     paper: ClassVar[str] = "Xiao et al., 2023, arXiv 2309.17453"

@@ -1,4 +1,4 @@
-"""A selection beside a dilated pattern: a query sees what either of them allows."""
+"""The union of a selection and a dilated pattern."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ratplus_exp.settings import Positive
 
 @dataclass(frozen=True)
 class WithDilation(BlockMethod):
-    """Every D-th token beside the selected blocks; both are within the budget.
+    """Every D-th token and the selected blocks; both count within the budget.
 
     P2's setting is D = 64 and 8 blocks of 64 tokens: 1/8 + 1/64 of 4096.
     """

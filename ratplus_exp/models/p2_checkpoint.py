@@ -1,8 +1,8 @@
-"""P2's published checkpoints (code wimh966/rat-plus, weights barpitf/ratplus), both ways.
+"""Conversion from and to P2's published checkpoints (wimh966/rat-plus, weights barpitf/ratplus).
 
-A `.pth` holds the model's state dict under the key `task`, beside the training's own state. Names
-may carry `_orig_mod.` of torch.compile. Each layer's `seq_layer.in_proj` stacks the rows o, q, k,
-v and, with the memory, g; older files keep g in `seq_layer.fgate_proj`.
+A `.pth` contains the model's state dict under the key `task`, beside the state of the training.
+Names may have `_orig_mod.` of torch.compile. Each layer's `seq_layer.in_proj` stacks the rows o, q,
+k, v and, with the memory, g; older files have g in `seq_layer.fgate_proj`.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ IN_PROJ, GATE = "seq_layer.in_proj.weight", "seq_layer.fgate_proj.weight"
 
 
 class _EasyDict:
-    """Stands for easydict's class, in which P2 saves a run's settings beside the weights. It makes
-    an OrderedDict, which torch's safe unpickler knows how to fill."""
+    """Replaces easydict's class, in which P2 saves a run's settings, by OrderedDict, which torch's
+    safe unpickler supports."""
 
     def __new__(cls) -> OrderedDict[str, Any]:  # type: ignore[misc]
         return OrderedDict()
 
 
 def read_p2(path: Path) -> dict[str, Tensor]:
-    """The state dict in a `.pth`, with P2's names, mapped from the disk; no code in it is run.
+    """The state dict in a `.pth`, with P2's names, memory-mapped, without running code in it.
 
-    Raises ValueError where the file is missing, damaged or not such a checkpoint.
+    ValueError if the file is missing, damaged or no such checkpoint.
     """
     if not path.is_file():
         raise ValueError(f"there is no {path}: set checkpoint to one of P2's .pth files")
@@ -55,8 +55,8 @@ def read_p2(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().split(". ")[0]
         raise ValueError(
-            f"{path} holds more than tensors and settings ({reason}): save its 'task' alone "
-            "again where you trust it"
+            f"{path} holds more than tensors and settings ({reason}): if you trust it, save its "
+            "'task' alone"
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
         reason = str(error).strip().split("\n")[0][:160]
@@ -68,7 +68,7 @@ def read_p2(path: Path) -> dict[str, Tensor]:
 
 
 def p2_shapes(config: RatPlusConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this architecture must hold."""
+    """Name and shape of every tensor in a checkpoint of this architecture."""
     width, ffn = config.hidden_size, config.intermediate_size
     if (config.memory_kind, config.memory_on, config.shared_gate) != ("gate", "kv", True):
         raise ValueError(
@@ -95,9 +95,9 @@ def p2_shapes(config: RatPlusConfig) -> dict[str, tuple[int, ...]]:
 
 
 def from_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tensor]:
-    """The state dict of RatPlusForCausalLM(config) from P2's, dtypes kept.
+    """The state dict of RatPlusForCausalLM(config) from P2's, with its dtypes.
 
-    Raises ValueError that names every tensor which is missing, unexpected or of another shape.
+    ValueError that names every tensor which is missing, unexpected or of another shape.
     """
     state = _stacked({name.replace("_orig_mod.", ""): x for name, x in state.items()})
     _check(state, config)
@@ -125,9 +125,9 @@ def from_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Ten
 def to_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tensor]:
     """P2's state dict, for the key `task`, from that of RatPlusForCausalLM(config).
 
-    Raises ValueError where the gates have a bias, for which P2's layout has no place.
+    ValueError for what P2's layout does not support, such as a bias of the gates.
     """
-    p2_shapes(config)  # refuses what the layout has no place for
+    p2_shapes(config)  # checks the config
     theirs = {name: state[ours] for name, ours in OUTSIDE.items()}
     for i in range(config.num_hidden_layers):
         for name, ours in LAYER.items():
@@ -143,7 +143,7 @@ def to_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tenso
 
 
 def _stacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Older files' gate rows put under in_proj, where newer files have them."""
+    """Move the gate rows of older files to in_proj, as in newer ones."""
     for gate in [name for name in state if name.endswith(GATE)]:
         in_proj = gate.replace(GATE, IN_PROJ)
         if in_proj in state:
