@@ -1,4 +1,4 @@
-"""The parts of a report: each table and figure of the paper from the results of one pair."""
+"""The sections of a report: each table and figure of the paper, from the results of one pair."""
 
 from __future__ import annotations
 
@@ -22,13 +22,8 @@ PAGE = "report"
 
 
 def section(results: Results, output: str, folder: Path, brief: bool = False) -> Section:
-    """A table (table2 … table5, tasks) or figure (fig1 … fig4), its files written to the folder.
-
-    brief: a table without its columns of tasks.
-
-    Raises:
-        ValueError: nothing of it was measured, or the output is unknown.
-    """
+    """A table (table2 … table5, tasks; without columns of tasks if brief) or figure (fig1 … fig4),
+    with its files in the folder. ValueError if nothing of it was measured, or it is unknown."""
     if output in PAPER_TABLES:
         return _table(results, output, folder, brief)
     if output in FIGURES:
@@ -48,13 +43,13 @@ def pattern_section(results: Results, folder: Path) -> Section:
 
 
 def rank_section(results: Results, folder: Path) -> Section:
-    """Of a model without its twin: its order of settings and tasks beside the paper's Table 4."""
+    """For a single model: its order of settings and tasks beside the paper's Table 4."""
     table = _written(tables.rank_table(results), folder, "ranks")
     return Section("Paper against measured, by rank", tables=(table,))
 
 
 def warning_section(results: Results) -> Section:
-    """What should make a reader doubt the numbers, a point each."""
+    """The results of all checks."""
     points = [say("doubt", x) for x in checks.doubts(results.draws)]
     for name, count in checks.cut_prompts(results.samples).items():
         points.append(say("cut", results.stored[name].path.name, count))
@@ -70,11 +65,8 @@ def page(
     settings: str,
     folder: Path,
 ) -> list[Section]:
-    """All sections: what is seen at a glance first, the long tables last.
-
-    parts: tables, figures and the pattern; absent: why some of them are not there; settings: the
-    configuration to show.
-    """
+    """All sections, the long tables last. parts: tables, figures and the pattern; absent: why some
+    of them are missing; settings: the configuration to show."""
     findings = _written(tables.findings_table(results), folder, "findings")
     order = ("Figure", "Paper", "Table")
     parts = sorted(parts, key=lambda part: (order.index(part.title.split()[0]), part.title))
@@ -84,14 +76,14 @@ def page(
     points = [say("model", *model, tokens) for model, tokens in memory.items()]
     points.append(say("samples", r=results))
     return [
-        Section("What this is", paragraphs("introduction", r=results), paragraphs("glossary")),
-        Section("What was found", tables=(findings,)),
+        Section("Introduction", paragraphs("introduction", r=results), paragraphs("glossary")),
+        Section("Findings", tables=(findings,)),
         *parts[:1],
-        Section("What is missing", points=lacking or ("Nothing.",)),
+        Section("Missing results", points=lacking or ("Nothing.",)),
         warnings,
         *parts[1:],
         Section("Models, seeds, configuration", (say("files"),), tuple(points), code=settings),
-        Section("What it cost", tables=(tables.cost_table(cost(results.used)),)),
+        Section("Cost", tables=(tables.cost_table(cost(results.used)),)),
     ]
 
 

@@ -165,7 +165,7 @@ def test_ctrl_c_in_a_stage_is_one_line(run, tiny_models, tmp_path, stage):
     behind_hydra = 14
     code, said = run(words, behind_hydra, signal.SIGINT)
     assert code == 130, said
-    assert said.splitlines()[-1] == "stopped; the same command goes on from here", said
+    assert said.splitlines()[-1] == "stopped; the same command resumes", said
     assert "Traceback" not in said and said.count("stopped") == 1
 
 
