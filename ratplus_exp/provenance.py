@@ -1,7 +1,5 @@
 """Provenance of results: command, commit, versions, machine, time."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

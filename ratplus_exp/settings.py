@@ -5,8 +5,6 @@ makes one from a plain mapping. This module imports neither torch nor transforme
 appear without delay.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """W&B: one run a job, offline by default. Its failures do not affect the job."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

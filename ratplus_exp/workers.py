@@ -1,7 +1,5 @@
 """Worker processes for sweeps, prompts and shards, which end with the process that started them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Checks of results: implausible differences, and prompts that were cut."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The store as tidy frames: one row a finished cell, or one row a sample of finished cells."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence

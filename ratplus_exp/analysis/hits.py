@@ -5,8 +5,6 @@ candidates at every step; tasks have equal weight in its mean. Heads are ranked 
 training, and each rank is averaged over trainings.
 """
 
-from __future__ import annotations
-
 from fractions import Fraction
 from typing import Any
 

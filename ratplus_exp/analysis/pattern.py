@@ -1,7 +1,5 @@
 """A table of the paper beside measured cells: cell by cell, and by pattern."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from fractions import Fraction
 

@@ -1,7 +1,5 @@
 """Rank correlation of one backbone's settings and tasks with a table of the paper."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

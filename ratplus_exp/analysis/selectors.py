@@ -5,8 +5,6 @@ top-k is the loss due to selection; its loss to dense attention is due to other 
 attended to. It can be worse than top-k, since the gold candidates displace others.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

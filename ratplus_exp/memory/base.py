@@ -1,7 +1,5 @@
 """The interface of memories, which transform keys and values before attention."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """The exponentially decaying memory of Eq. 1, with a gate of the input or constant rates."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """The kinds of memory, by their names in a model's config."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ratplus_exp.memory.base import Memory

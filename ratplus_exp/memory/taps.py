@@ -1,7 +1,5 @@
 """Controls that mix a few neighbouring tokens, without decay or gate."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """`python -m ratplus_exp.methods` prints docs/methods.md from the classes of conf/method."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from pkgutil import resolve_name

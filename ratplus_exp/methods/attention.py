@@ -1,7 +1,5 @@
 """Softmax attention: the one PyTorch call that all methods use."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

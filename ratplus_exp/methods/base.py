@@ -4,8 +4,6 @@ Shapes: B batch, H query heads, G query heads a KV head, K = H / G KV heads, Q q
 N candidates (blocks or tokens), D head size.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache

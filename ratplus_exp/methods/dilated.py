@@ -1,10 +1,8 @@
 """P2's dilated attention: a fixed pattern, used for joint training and dilated inference."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +26,7 @@ class Dilated(DilatedSettings, Method):
     must provide the tokens between.
     """
 
-    paper: ClassVar[str] = "Wei and Gulcehre, 2026, arXiv 2602.18196"
+    paper = "Wei and Gulcehre, 2026, arXiv 2602.18196"
 
     def fraction(self, length: int) -> Fraction:
         """1/D, as in P2, without the local window and the initial positions."""

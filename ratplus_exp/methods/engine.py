@@ -5,8 +5,6 @@ block i of each row is its tokens [i · block_size, (i + 1) · block_size), and 
 padding from all real queries.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

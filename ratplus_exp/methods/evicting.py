@@ -1,16 +1,14 @@
 """TOVA and H2O: a cache of constant size; every decoding step evicts one token."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor
 
 import ratplus_kernels
 from ratplus_exp.budget import Budget
-from ratplus_exp.methods.base import EVERY, Method, Phase
+from ratplus_exp.methods.base import EVERY, Method
 from ratplus_exp.settings import Whole
 
 CHUNK = 64  # queries whose attention is held in memory together
@@ -24,9 +22,9 @@ class TOVA(Method):
     of a layer; here it is averaged over those of a KV head.
     """
 
-    phase: ClassVar[Phase | None] = "step"
-    paper: ClassVar[str] = "Oren et al., 2024, arXiv 2401.06104"
-    reads: ClassVar[str] = "the step's own attention"
+    phase = "step"
+    paper = "Oren et al., 2024, arXiv 2401.06104"
+    reads = "the step's own attention"
 
     @property
     def observed(self) -> int:
@@ -53,8 +51,8 @@ class H2O(TOVA):
     window: 0 for half of the budget, as in the original.
     """
 
-    paper: ClassVar[str] = "Zhang et al., 2023, arXiv 2306.14048"
-    reads: ClassVar[str] = "the attention of every step, accumulated"
+    paper = "Zhang et al., 2023, arXiv 2306.14048"
+    reads = "the attention of every step, accumulated"
     window: Whole = 0
 
     @property

@@ -1,14 +1,11 @@
 """Upper bounds of all methods: the candidates with the highest exact attention."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from ratplus_exp.methods.base import BlockMethod, Method, Phase
+from ratplus_exp.methods.base import BlockMethod, Method
 from ratplus_kernels.selection import inner_products
 
 
@@ -16,9 +13,9 @@ from ratplus_kernels.selection import inner_products
 class TopKTokens(Method):
     """The tokens with the highest q · k; the first and the query's token are forced."""
 
-    phase: ClassVar[Phase | None] = "decode"
-    paper: ClassVar[str] = "none: the upper bound of token selection"
-    reads: ClassVar[str] = "all keys"
+    phase = "decode"
+    paper = "none: the upper bound of token selection"
+    reads = "all keys"
 
     @property
     def forced(self) -> int:
@@ -33,9 +30,9 @@ class TopKTokens(Method):
 class TopKBlocks(BlockMethod):
     """The blocks with the highest attention mass, log Σ exp(q · k / √D) over a block's keys."""
 
-    phase: ClassVar[Phase | None] = "decode"
-    paper: ClassVar[str] = "none: the upper bound of block selection"
-    reads: ClassVar[str] = "all keys"
+    phase = "decode"
+    paper = "none: the upper bound of block selection"
+    reads = "all keys"
 
     def represent(self, keys: Tensor) -> Tensor:
         """(B, K, N, block_size, D) -> (B, K, N, block_size D): all keys."""

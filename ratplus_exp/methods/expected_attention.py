@@ -1,13 +1,10 @@
 """Expected Attention: keep the tokens that queries distributed as the prompt's attend to."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, float32, promote_types
 
-from ratplus_exp.methods.base import EVERY, Method, Phase
+from ratplus_exp.methods.base import EVERY, Method
 
 
 @dataclass(frozen=True)
@@ -18,10 +15,10 @@ class ExpectedAttention(Method):
     RoPE and rotates them to the next 512 positions; here they are those of the rotated queries.
     """
 
-    phase: ClassVar[Phase | None] = "once"
-    paper: ClassVar[str] = "Devoto et al., 2025, arXiv 2510.00636"
-    reads: ClassVar[str] = "all queries, keys and values, once"
-    reads_values: ClassVar[bool] = True
+    phase = "once"
+    paper = "Devoto et al., 2025, arXiv 2510.00636"
+    reads = "all queries, keys and values, once"
+    reads_values = True
 
     @property
     def observed(self) -> int:

@@ -1,7 +1,5 @@
 """Hits of H1: whether a head's selection contains the golden answer position at every step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

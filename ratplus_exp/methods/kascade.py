@@ -1,9 +1,6 @@
 """Layers that share a selection: anchor layers select the exact top-k, the others reuse it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ratplus_exp.methods.exact import TopKTokens
 from ratplus_exp.settings import Positive
@@ -18,8 +15,8 @@ class Shared(TopKTokens):
     and shares a selection between the queries of a tile during the prefill.
     """
 
-    paper: ClassVar[str] = "Deshmukh et al., 2025, arXiv 2512.16391 (Kascade)"
-    reads: ClassVar[str] = "all keys in anchor layers, indices in the others"
+    paper = "Deshmukh et al., 2025, arXiv 2512.16391 (Kascade)"
+    reads = "all keys in anchor layers, indices in the others"
     every: Positive = 2
 
     def anchor(self, layer: int) -> int:

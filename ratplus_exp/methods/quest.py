@@ -1,15 +1,12 @@
 """Quest (Tang et al., 2024): at every decoding step, the blocks with the highest score bound."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 import ratplus_kernels
-from ratplus_exp.methods.base import BlockMethod, Phase
+from ratplus_exp.methods.base import BlockMethod
 from ratplus_kernels.selection import inner_products
 
 
@@ -20,9 +17,9 @@ class Quest(BlockMethod):
     s(q, r_i) = Σ_d max(q_d · min_d, q_d · max_d), an upper bound of q · k over the block.
     """
 
-    phase: ClassVar[Phase | None] = "decode"
-    paper: ClassVar[str] = "Tang et al., 2024, arXiv 2406.10774"
-    reads: ClassVar[str] = "minima and maxima of all blocks"
+    phase = "decode"
+    paper = "Tang et al., 2024, arXiv 2406.10774"
+    reads = "minima and maxima of all blocks"
 
     def represent(self, keys: Tensor) -> Tensor:
         """(B, K, N, block_size, D) -> (B, K, N, 2 D): minima, then maxima."""

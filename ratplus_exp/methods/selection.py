@@ -1,7 +1,5 @@
 """Eq. 3: which candidates a query attends to, and which tokens stay in the cache."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

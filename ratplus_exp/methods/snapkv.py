@@ -1,17 +1,15 @@
 """SnapKV (Li et al., 2024): after the prompt, keep the tokens that its last queries attend to; and
 variants that share a budget between heads (AdaKV) or layers (PyramidKV)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 import ratplus_kernels
-from ratplus_exp.methods.base import Method, Phase
+from ratplus_exp.methods.base import Method
 from ratplus_exp.settings import Share, SnapKVSettings
 
 
@@ -24,9 +22,9 @@ class SnapKV(SnapKVSettings, Method):
     group's query heads are summed, since the heads share the cache.
     """
 
-    phase: ClassVar[Phase | None] = "once"
-    paper: ClassVar[str] = "Li et al., 2024, arXiv 2404.14469"
-    reads: ClassVar[str] = "the last queries and all keys, once"
+    phase = "once"
+    paper = "Li et al., 2024, arXiv 2404.14469"
+    reads = "the last queries and all keys, once"
 
     @property
     def forced(self) -> int:
@@ -55,8 +53,8 @@ class AdaKV(SnapKV):
     distributes the rest of the budget and adds the floor to each head's part.
     """
 
-    paper: ClassVar[str] = "Feng et al., 2024, arXiv 2407.11550"
-    pooled: ClassVar[bool] = True
+    paper = "Feng et al., 2024, arXiv 2407.11550"
+    pooled = True
     floor_share: Share = 0.2
 
     @property
@@ -71,7 +69,7 @@ class PyramidKV(SnapKV):
     beta: the last layer keeps the window, which counts within top_k, and 1/beta of the rest.
     """
 
-    paper: ClassVar[str] = "Cai et al., 2024, arXiv 2406.02069"
+    paper = "Cai et al., 2024, arXiv 2406.02069"
     beta: Annotated[float, Field(ge=1, le=1e6)] = 20.0
 
     def k(self, layer: int, layers: int) -> int:

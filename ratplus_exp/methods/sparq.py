@@ -1,9 +1,7 @@
 """SparQ: at every decoding step, tokens scored by the query's largest channels."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -21,8 +19,8 @@ class SparQ(TopKTokens):
     selects, and the query's token is forced.
     """
 
-    paper: ClassVar[str] = "Ribar et al., 2023, arXiv 2312.04985"
-    reads: ClassVar[str] = "r channels of all keys"
+    paper = "Ribar et al., 2023, arXiv 2312.04985"
+    reads = "r channels of all keys"
     channels: Annotated[float, Field(gt=0, le=1)] = 0.25
     mean_value: bool = True
 

@@ -1,10 +1,8 @@
 """StreamingLLM: the first and the last tokens."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import ClassVar, Self
+from typing import Self
 
 from ratplus_exp.budget import Budget
 from ratplus_exp.methods.dilated import Dilated
@@ -19,7 +17,7 @@ class StreamingLLM(Dilated):
     them within the cache.
     """
 
-    paper: ClassVar[str] = "Xiao et al., 2023, arXiv 2309.17453"
+    paper = "Xiao et al., 2023, arXiv 2309.17453"
     dilation: Whole = 0
     initial: Whole = 4
 

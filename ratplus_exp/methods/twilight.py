@@ -1,9 +1,6 @@
 """Twilight over Quest: of Quest's candidates, the smallest set with enough attention mass."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +22,9 @@ class Twilight(TopKTokens):
     page: tokens of a block of Quest's; candidates: the size of Quest's selection in budgets.
     """
 
-    paper: ClassVar[str] = "Lin et al., 2025, arXiv 2502.02770"
-    reads: ClassVar[str] = "minima and maxima of all blocks, keys of the candidates"
-    pooled: ClassVar[bool] = True
+    paper = "Lin et al., 2025, arXiv 2502.02770"
+    reads = "minima and maxima of all blocks, keys of the candidates"
+    pooled = True
     page: Positive = 64
     candidates: Positive = 4
 

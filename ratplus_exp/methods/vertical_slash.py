@@ -1,15 +1,12 @@
 """MInference's vertical-slash pattern: columns and diagonals of a prompt's attention."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ratplus_exp.methods.base import Method, Phase
+from ratplus_exp.methods.base import Method
 from ratplus_exp.settings import Positive
 from ratplus_kernels.selection import inner_products
 
@@ -23,9 +20,9 @@ class VerticalSlash(Method):
     columns and diagonals for each head offline, at least 30 and 100.
     """
 
-    phase: ClassVar[Phase | None] = "prefill"
-    paper: ClassVar[str] = "Jiang et al., 2024, arXiv 2407.02490"
-    reads: ClassVar[str] = "the last queries and all keys, once"
+    phase = "prefill"
+    paper = "Jiang et al., 2024, arXiv 2407.02490"
+    reads = "the last queries and all keys, once"
     window: Positive = 64
 
     @property

@@ -1,16 +1,13 @@
 """XAttention: blocks of queries select blocks of keys by sums over antidiagonals."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ratplus_exp.methods.base import BlockMethod, Phase
+from ratplus_exp.methods.base import BlockMethod
 from ratplus_exp.settings import Positive
 from ratplus_kernels.selection import inner_products
 
@@ -25,10 +22,10 @@ class XAttention(BlockMethod):
     of mass.
     """
 
-    phase: ClassVar[Phase | None] = "prefill"
-    paper: ClassVar[str] = "Xu et al., 2025, arXiv 2503.16428"
-    reads: ClassVar[str] = "all keys, once a block of queries"
-    by_query_block: ClassVar[bool] = True
+    phase = "prefill"
+    paper = "Xu et al., 2025, arXiv 2503.16428"
+    reads = "all keys, once a block of queries"
+    by_query_block = True
     stride: Positive = 8
 
     def represent(self, keys: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """New models: with random weights, or trained attention with new gates."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """Configuration of P2's backbone, with or without the memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import PretrainedConfig

@@ -4,8 +4,6 @@ A step of a small model is some hundred kernels of a few microseconds each, far 
 to launch them one by one. `model.generate` works without graphs.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property

@@ -5,8 +5,6 @@ stock weights keep their names, so stock checkpoints load. The memory runs over 
 projections and RoPE, before or after the k-norm.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Extensions of `generate` and `save_pretrained` for all causal models."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

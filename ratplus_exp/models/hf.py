@@ -4,8 +4,6 @@ A stock decoder computes attention by a registered function (transformers' atten
 passes it unknown keyword arguments, here `forward_pass`, which has the engine and the cache.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Saved models: checks and loading."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -3,8 +3,6 @@
 Legend: B batch, T tokens, C hidden size, H query heads, K KV heads, D head size.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

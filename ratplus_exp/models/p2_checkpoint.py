@@ -5,8 +5,6 @@ Names may have `_orig_mod.` of torch.compile. Each layer's `seq_layer.in_proj` s
 k, v and, with the memory, g; older files have g in `seq_layer.fgate_proj`.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The paper's Tables 2-5 with measured numbers."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from typing import Any
 

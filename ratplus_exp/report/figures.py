@@ -1,8 +1,6 @@
 """Figures of finished cells, in one style. Each function writes NAME.png and NAME.pdf and returns
 the PNG, or None if nothing was measured."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Cells that the paper's tables and figures need and that are not finished."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """One page with all sections, as self-contained HTML and as Markdown."""
 
-from __future__ import annotations
-
 import base64
 import re
 from dataclasses import dataclass

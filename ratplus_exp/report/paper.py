@@ -1,7 +1,5 @@
 """The accuracies in the paper's Tables 2-5 (arXiv 2605.28640)."""
 
-from __future__ import annotations
-
 from importlib.resources import files
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Text: the papers' names, formatted numbers, and the templates of all prose."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

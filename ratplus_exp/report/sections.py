@@ -1,7 +1,5 @@
 """The sections of a report: each table and figure of the paper, from the results of one pair."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ratplus_exp.analysis import checks

@@ -1,7 +1,5 @@
 """The other tables: findings, the paper cell by cell, the pattern, heads, selectors, cost."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Files that survive a kill or power cut, and folders that one process writes at a time."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import socket
