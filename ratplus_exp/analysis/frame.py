@@ -87,10 +87,10 @@ def sample_scores(cells: Cells, stage: str = "eval", **where: Any) -> pd.DataFra
 
 def select(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
     """Rows whose columns have the given value, or one of a list of values."""
-    for column, wanted in where.items():
+    for column, value in where.items():
         if column not in frame:
             raise ValueError(f"no column {column!r} to select by; choose from {list(frame)}")
-        values = wanted if isinstance(wanted, list | tuple | set) else [wanted]
+        values = value if isinstance(value, list | tuple | set) else [value]
         frame = frame[frame[column].isin(list(values))]
     return frame
 

@@ -18,7 +18,7 @@ from ratplus_exp.analysis.frame import BACKBONES, TASKS, grouped, select
 from ratplus_exp.analysis.hits import MEAN
 from ratplus_exp.analysis.pattern import DECISIVE
 from ratplus_exp.budget import Budget
-from ratplus_exp.report.prose import METHODS, SELECTORS, say
+from ratplus_exp.report.prose import METHODS, SELECTORS, sentence
 from ratplus_exp.report.results import Results
 from ratplus_exp.store import write_atomically
 
@@ -181,7 +181,7 @@ def _panels(
         panel.set_ylim(0, 103)
         panel.set_title(name, fontsize=11)
     grid[0][0].set_ylabel(label)
-    figure.suptitle(say(title, r=results, **values), fontsize=10)
+    figure.suptitle(sentence(title, r=results, **values), fontsize=10)
     return list(grid[0])
 
 

@@ -49,7 +49,7 @@ def setting_name(method: str, block: int, budget: str, selector: str = "topk") -
     return f"{METHODS.get(method, method)} at {budget}{blocks}{chosen}"
 
 
-def say(macro: str, /, *args: Any, **values: Any) -> str:
+def sentence(macro: str, /, *args: Any, **values: Any) -> str:
     """The text of a macro of prose.j2 in one line."""
     return " ".join(paragraphs(macro, *args, **values))
 

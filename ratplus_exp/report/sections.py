@@ -10,7 +10,7 @@ from ratplus_exp.report.accuracy import accuracy_table, tasks_table
 from ratplus_exp.report.missing import missing
 from ratplus_exp.report.page import Section
 from ratplus_exp.report.paper import PAPER_TABLES
-from ratplus_exp.report.prose import paragraphs, say
+from ratplus_exp.report.prose import paragraphs, sentence
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
 
@@ -35,7 +35,7 @@ def section(results: Results, output: str, folder: Path, brief: bool = False) ->
 
 def pattern_section(results: Results, folder: Path) -> Section:
     """Paper against measured."""
-    words = (say("pattern_words"),)
+    words = (sentence("pattern_words"),)
     table = _written(tables.pattern_table(results), folder, "pattern")
     return Section("Paper against measured", words, tables=(table,))
 
@@ -48,10 +48,10 @@ def rank_section(results: Results, folder: Path) -> Section:
 
 def warning_section(results: Results) -> Section:
     """The results of all checks."""
-    points = [say("doubt", x) for x in checks.doubts(results.draws)]
+    points = [sentence("doubt", x) for x in checks.doubts(results.draws)]
     for name, count in checks.cut_prompts(results.samples).items():
-        points.append(say("cut", results.stored[name].path.name, count))
-    return Section("Warnings", (say("checks"),), tuple(points) or ("None.",))
+        points.append(sentence("cut", results.stored[name].path.name, count))
+    return Section("Warnings", (sentence("checks"),), tuple(points) or ("None.",))
 
 
 def page(
@@ -71,8 +71,8 @@ def page(
     lacking = (*missing(results, outputs), *absent)
     place = ["backbone", "training", "model", "checkpoint"]
     memory = results.every.groupby(place)["effective_memory_length"].mean()
-    points = [say("model", *model, tokens) for model, tokens in memory.items()]
-    points.append(say("samples", r=results))
+    points = [sentence("model", *model, tokens) for model, tokens in memory.items()]
+    points.append(sentence("samples", r=results))
     return [
         Section("Introduction", paragraphs("introduction", r=results), paragraphs("glossary")),
         Section("Findings", tables=(findings,)),
@@ -80,7 +80,7 @@ def page(
         Section("Missing results", points=lacking or ("Nothing.",)),
         warnings,
         *parts[1:],
-        Section("Models, seeds, configuration", (say("files"),), tuple(points), code=settings),
+        Section("Models, seeds, configuration", (sentence("files"),), tuple(points), code=settings),
         Section("Cost", tables=(tables.cost_table(cost(results.used)),)),
     ]
 
@@ -91,12 +91,12 @@ def _table(results: Results, name: str, folder: Path, brief: bool) -> Section:
     shown, picture, caption = [table.without(TASKS) if brief else table], None, ""
     if name in ("table3", "table4"):
         picture = figures.gains(results, name, folder, f"{name}_gains")
-        caption = say("gains_caption", r=results)
+        caption = sentence("gains_caption", r=results)
     if name == "table5" and len(results.selector_means):
         shown.append(_written(tables.selector_table(results), folder, "selectors"))
         picture = figures.selectors(results, folder, "selectors")
-        caption = say("selectors_caption", r=results)
-    words = (say(name), *paragraphs("table_files", name, brief))
+        caption = sentence("selectors_caption", r=results)
+    words = (sentence(name), *paragraphs("table_files", name, brief))
     return Section(f"Table {name[-1]}", words, (), tuple(shown), picture, caption)
 
 
@@ -121,8 +121,8 @@ def _figure(results: Results, name: str, folder: Path) -> Section:
         curves = select(results.curves, {"method": method})
         curves.to_csv(folder / f"{name}_ranks.csv", index=False)
         ranked_heads(cells).to_csv(folder / f"{name}_ranked_heads.csv", index=False)
-    words = (say("ranked", method) if method else say(name),)
-    caption = say("figure_caption", r=results, cells=cells)
+    words = (sentence("ranked", method) if method else sentence(name),)
+    caption = sentence("figure_caption", r=results, cells=cells)
     return Section(f"Figure {name[-1]}", words, (), shown, picture, caption)
 
 
