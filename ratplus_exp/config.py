@@ -1,7 +1,7 @@
-"""The configuration that Hydra composes, and what of it can be checked before any loading.
+"""The configuration that Hydra composes, and its validation.
 
-Stages read the composed DictConfig; `validate` says whether its words can be meant. Nothing here
-imports torch or transformers, so that a mistyped word is refused at once.
+Stages read the composed DictConfig. This module imports neither torch nor transformers, so that
+`validate` reports errors without delay.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from ratplus_exp.budget import Budget
-from ratplus_exp.schema import METHODS, Config, Convert, MethodConfig, Pretrain, Sft
+from ratplus_exp.schema import METHOD_SETTINGS, Config, Convert, MethodConfig, Pretrain, Sft
 from ratplus_exp.settings import build
 from ratplus_exp.tasks import GOLDEN, TASKS, Forms, Others
 
@@ -27,7 +27,7 @@ ConfigStore.instance().store(name="schema", node=asdict(Config()))
 
 
 def validate(cfg: DictConfig) -> None:
-    """Everything that can be wrong in the words alone; ValueError with the remedy, in one line."""
+    """ValueError, in one line with the remedy, for anything wrong in the configuration itself."""
     try:
         settings: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -43,9 +43,9 @@ def check(settings: Mapping[str, Any]) -> Config:
     }
     target = build(MethodConfig, common, "method").target
     package, _, name = target.rpartition(".")
-    if package == "ratplus_exp.methods" and name in METHODS:
-        own = {x: value for x, value in config.method.items() if x not in common}
-        build(METHODS[name], own, "method")
+    if package == "ratplus_exp.methods" and name in METHOD_SETTINGS:
+        sizes = {x: value for x, value in config.method.items() if x not in common}
+        build(METHOD_SETTINGS[name], sizes, "method")
     for style in config.stage.styles if isinstance(config.stage, Pretrain) else ():
         build(Forms, settings["data"]["forms"] | style, "stage.styles")
     if isinstance(config.stage, Sft) and not any(config.stage.mixture.values()):
@@ -55,8 +55,8 @@ def check(settings: Mapping[str, Any]) -> Config:
     golden = config.stage.name == "hit_rate" or config.selector == "oracle"
     if golden and (placeless := [task for task in config.data.tasks if task not in GOLDEN]):
         raise ValueError(
-            f"data.tasks has {placeless[0]}, whose answer has no place of its own in the prompt, so"
-            " no hit and no oracle: leave it out"
+            f"data.tasks has {placeless[0]}, whose answer has no position in the prompt, so no hit "
+            "rate and no oracle: leave it out"
         )
     if config.checkpoint and not isinstance(config.stage, Convert):
         raise ValueError("checkpoint is for stage=convert: set model.path to evaluate a model")
@@ -64,10 +64,8 @@ def check(settings: Mapping[str, Any]) -> Config:
 
 
 def method_of(cfg: DictConfig) -> Method:
-    """The method with its sizes, the budget turned into blocks or tokens; ValueError if it can't.
-
-    Its YAML has `name`, `target` (the class) and the class's own fields. A budget applies to
-    methods that select; dense and dilated attention ignore it.
+    """The method with its sizes, of which the budget gives top_k for methods that select;
+    ValueError if they do not fit. Its YAML has `name`, `target` (the class) and the class's fields.
     """
     settings = plain(cfg.method)
     del settings["name"]
@@ -90,17 +88,16 @@ def budget_name(cfg: DictConfig, method: Method) -> str:
 
 
 def expected_sha256(model: DictConfig) -> str | None:
-    """The digest that model.sha256 gives this training; ValueError for a training it doesn't know.
-
-    One digest alone is that of training 0."""
+    """The digest of this training in model.sha256, where a single digest is that of training 0;
+    ValueError if it has none."""
     if model.sha256 is None:
         return None
     digests = {0: model.sha256} if isinstance(model.sha256, str) else model.sha256
     if model.training not in digests:
-        known = ", ".join(map(str, sorted(digests)))
+        trainings = ", ".join(map(str, sorted(digests)))
         raise ValueError(
-            f"model.training={model.training} is unknown: {model.name} has {known}; train another "
-            "one and name it in model.sha256, or set model.sha256=null model.path=DIR"
+            f"model.training={model.training} is unknown: {model.name} has {trainings}; add its "
+            "digest to model.sha256, or set model.sha256=null model.path=DIR"
         )
     return str(digests[model.training])
 
@@ -120,12 +117,12 @@ def others_of(cfg: DictConfig) -> Others:
 
 
 def reserve_of(cfg: DictConfig, task: str) -> int:
-    """Tokens that a task's prompts leave free for the answer."""
+    """Tokens that a task's prompts reserve for the answer."""
     return others_of(cfg).reserve(task, forms_of(cfg))
 
 
 def question_template(cfg: DictConfig, task: str) -> str:
-    """The template of a task's prompts behind their context."""
+    """The part of a task's prompt template after the context."""
     texts = forms_of(cfg) if task in TASKS else others_of(cfg).of(task)
     return str(texts.template.rpartition("{context}")[2])
 
@@ -137,7 +134,7 @@ def oracle_heads(cfg: DictConfig) -> tuple[tuple[int, int], ...]:
 
 
 def validate_method(cfg: DictConfig) -> Method:
-    """The method, if it, its budget, its selector and the prompts' length fit together."""
+    """The method, after checks of budget, selector and prompt length."""
     method = method_of(cfg)
     reserve = max(reserve_of(cfg, task) for task in cfg.data.tasks)
     prompt = cfg.data.length - reserve

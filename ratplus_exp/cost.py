@@ -1,8 +1,7 @@
-"""What a run will cost: parameters, FLOPs, memory, disk and hours, by plain arithmetic.
+"""Estimates of a run's cost: parameters, FLOPs, memory, disk and hours.
 
-Everything starts from a model built on the meta device, so that a 7B model costs no memory here.
-Numbers of FLOPs count a multiplication and an addition as two, and leave out what activation
-checkpointing computes again, as MFU does.
+Models are on the meta device, so that a 7B model needs no memory. FLOPs count a multiplication and
+an addition as two, and exclude the recomputation of activation checkpointing, as MFU does.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import nn
 from ratplus_exp.memory import Memory
 from ratplus_exp.methods import Method
 
-# Dense bf16 TFLOP/s from the makers' data sheets; the first name found in the device's counts.
+# Dense bf16 TFLOP/s from data sheets, for the first key that is part of the device's name.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -31,7 +30,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Peak bf16 TFLOP/s of a GPU, or None where it is not known."""
+    """Peak bf16 TFLOP/s of a GPU; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -40,10 +39,10 @@ def peak_tflops(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the estimates need to know of a model.
+    """The sizes of a model.
 
-    parameters: all of them, tied weights once; memory_parameters: the memory's among them.
-    memory_state: numbers that the memories carry from token to token of one sequence.
+    parameters: all, tied weights once; memory_parameters: those of the memory.
+    memory_state: numbers in the memories' states of one sequence.
     multiplied: parameters that every token is multiplied by: all but an untied input embedding.
     """
 
@@ -61,7 +60,7 @@ class Shape:
 
     @classmethod
     def of(cls, model: nn.Module) -> Shape:
-        """Read off a Hugging Face causal model, on any device."""
+        """The sizes of a Hugging Face causal model, on any device."""
         net: Any = model
         config = net.config
         embedding, head = net.get_input_embeddings().weight, net.get_output_embeddings().weight
@@ -83,11 +82,9 @@ class Shape:
         )
 
     def forward_flops(self, attended: float) -> float:
-        """FLOPs of one token's forward pass that attends to `attended` keys on average.
-
-        Each parameter is one multiply-add, and each attended key two a channel: q·k and p·v. The
-        memory's scan is a few operations a channel and is left out.
-        """
+        """FLOPs of one token's forward pass that attends to `attended` keys on average: a
+        multiply-add a parameter, and two a channel of each key (q·k and p·v). The memory's scan, a
+        few operations a channel, is left out."""
         return 2 * self.multiplied + 4 * self.layers * self.heads * self.head_dim * attended
 
     def training_flops(self, attended: float) -> float:
@@ -105,10 +102,8 @@ class Shape:
 
 @cache
 def attended_keys(method: Method | None, length: int) -> float:
-    """Keys that a query of a training context sees, on average over the context.
-
-    None is dense causal attention: (length + 1) / 2. A fixed pattern is counted.
-    """
+    """Keys that a query of a training context sees, on average: those of a method's fixed pattern,
+    or (length + 1) / 2 for dense causal attention."""
     key, pairs = torch.arange(length), 0
     for query in key.split(1024):
         seen = method.pattern(query[:, None], key) if method else None
@@ -128,15 +123,14 @@ def training_memory(
     checkpointing: bool = False,
     bf16: bool = True,
 ) -> dict[str, float]:
-    """Bytes on one GPU by what they are for, with FSDP over `shards` GPUs (1: one GPU or DDP).
+    """Bytes on one GPU by purpose, with FSDP over `shards` GPUs (1: one GPU or DDP).
 
-    rows, passes: of one pass on this GPU, and how many it makes of its share of a batch. States are
-    exact: fp32 weights, gradients and Adam's two moments. Activations are an estimate: with
-    flash-like attention a layer keeps about
-    10 · hidden + 3 · ffn + 4 · kv values a token (inputs and outputs of its products and
-    norms); with checkpointing its input alone, and one layer at a time everything. Logits count
-    the fp32 logits, their gradient and log-probabilities, and with bf16 the product's own logits
-    and their gradient.
+    rows: of one pass on this GPU; passes: of a batch. States are exact: fp32 weights, gradients and
+    Adam's two moments. Activations are an estimate: with flash-like attention a layer stores about
+    10 · hidden + 3 · ffn + 4 · kv values a token (inputs and outputs of its products and norms);
+    with checkpointing its input alone, and everything for one layer at a time. Logits are the fp32
+    logits, their gradient and log-probabilities, and with bf16 the product's logits and their
+    gradient.
     """
     size = 2 if bf16 else 4
     tokens = rows * length
@@ -145,12 +139,12 @@ def training_memory(
     inputs = tokens * size * shape.hidden
     activations = shape.layers * inputs + layer if checkpointing else shape.layers * layer
     gathered = 2 * size * shape.parameters / shape.layers if shards > 1 else 0
-    # Between passes FSDP keeps whole gradients, so as to reduce them once.
-    whole_gradients = 4 * shape.parameters if shards > 1 and passes > 1 else 0
+    # Between passes FSDP keeps unsharded gradients, to reduce them once.
+    unsharded = 4 * shape.parameters if shards > 1 and passes > 1 else 0
     return {
         "weights, gradients, Adam (fp32)": 16 * shape.parameters / shards,
         "gathered layers": gathered,
-        "gradients between passes": whole_gradients,
+        "gradients between passes": unsharded,
         "activations": activations,
         "logits": (3 * 4 + (2 * 2 if bf16 else 0)) * tokens * shape.vocabulary,
     }
@@ -162,16 +156,14 @@ def checkpoint_bytes(shape: Shape) -> int:
 
 
 def hours(flops: float, gpus: int, peak: float, mfu: float) -> float:
-    """Hours for so many FLOPs on `gpus` GPUs of `peak` TFLOP/s, of which `mfu` are reached."""
+    """Hours for so many FLOPs on `gpus` GPUs of `peak` TFLOP/s with a utilisation of `mfu`."""
     return flops / (gpus * peak * 1e12 * mfu) / 3600
 
 
 def decode_hours(
     shape: Shape, *, examples: int, batch: int, new_tokens: int, read: float, bandwidth: float
 ) -> float:
-    """Hours of decoding on one GPU, which reads all weights and the attended cache at every step.
-
-    read: cache bytes read a sequence and step; bandwidth: TB/s of the GPU's memory.
-    """
+    """Hours of decoding on one GPU, which reads all weights and the attended cache at every step;
+    read: cache bytes a sequence and step; bandwidth: TB/s of the GPU's memory."""
     steps = -(-examples // batch) * new_tokens
     return steps * (2 * shape.multiplied + batch * read) / (bandwidth * 1e12) / 3600

@@ -1,7 +1,7 @@
-"""The command: compose a configuration with Hydra, check its words, and hand it to its stage.
+"""The command: compose a configuration with Hydra, validate it, and run its stage.
 
-`python run.py` in a checkout, `ratplus_exp` where the package is installed. What takes seconds to
-import (torch, transformers) waits until the words are checked.
+`python run.py` in a checkout, `ratplus_exp` if the package is installed. Slow imports (torch,
+transformers) follow the validation.
 """
 
 import os
@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ratplus_exp.config import validate
 
 CONF = Path(__file__).parent / "conf"  # a link to the checkout's conf/; in a wheel, a copy
-WAIT = 3.0  # seconds; torchrun looks after its processes ten times a second
+WAIT = 3.0  # seconds; torchrun polls its processes ten times a second
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -31,11 +31,11 @@ def main(cfg: DictConfig) -> None:
 
         run(cfg)
     except (ValueError, OSError, OmegaConfBaseException) as error:
-        _leave_nothing(Path(HydraConfig.get().runtime.output_dir), Path(str(cfg.output)).absolute())
+        _remove_empty(Path(HydraConfig.get().runtime.output_dir), Path(str(cfg.output)).absolute())
         fail(error)
 
 
-def _leave_nothing(folder: Path, output: Path) -> None:
+def _remove_empty(folder: Path, output: Path) -> None:
     """Remove a job's folder, and those above it in `output` that are then empty, if the job wrote
     nothing."""
     empty = folder != Path.cwd() and {x.name for x in folder.iterdir()} <= {".hydra", "run.log"}
@@ -48,26 +48,26 @@ def _leave_nothing(folder: Path, output: Path) -> None:
 
 
 def fail(error: BaseException) -> None:
-    """One line that says what is wrong and what to do, and an exit code that is not zero."""
+    """Exit with code 1 and a one-line message."""
     where = ""
     if (rank := os.environ.get("RANK", "0")) != "0":
-        # Most errors are every process's. The first then says it, and torchrun or srun ends the
-        # others while they wait; what is wrong with one of them alone is said by that one.
+        # Most errors occur on all ranks: rank 0 prints them, and torchrun or srun ends the others
+        # while they wait. An error of one rank alone is printed by that rank.
         time.sleep(WAIT)
         where = f" on rank {rank}"
     sys.exit(f"error{where}: " + " ".join(message_of(error).split()))
 
 
 def message_of(error: BaseException) -> str:
-    """What an error says to a user."""
+    """An error's message for users."""
     if missing := getattr(error, "missing_cfg_file", None):
         return _no_option(*str(missing).partition("/")[::2])
     if str(error).startswith("Config group override must be"):
         return "a group has no such option: use one of them by its name, as in method=quest"
     if isinstance(error, OverrideParseException):
         return (
-            f"cannot read {error.override!r}: write name=value, and quote a value with other signs "
-            "than letters, digits and ._/-+: 'name=\"value\"'"
+            f"cannot read {error.override!r}: write name=value, and quote values with characters "
+            "other than letters, digits and ._/-+: 'name=\"value\"'"
         )
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"there is no {error.filename}: check the path"
@@ -93,8 +93,8 @@ def _no_option(group: str, option: str) -> str:
 
 
 def command() -> None:
-    """`main` on the command line, every error of a user in one line."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the exception, not a page about it
+    """`main` as a command that prints users' errors in one line."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise the exception instead of printing it
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may be ASCII
     if os.environ.get("RANK", "0") != "0":  # the job's folder is the first process's
         sys.argv += ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled"]
@@ -103,5 +103,5 @@ def command() -> None:
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         fail(error)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)

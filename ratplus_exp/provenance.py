@@ -1,6 +1,4 @@
-"""Where a number came from: command, commit, versions, machine, time."""
-
-from __future__ import annotations
+"""Provenance of results: command, commit, versions, machine, time."""
 
 import hashlib
 import os
@@ -20,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def provenance(config: dict[str, Any]) -> dict[str, Any]:
-    """What is stored beside every result."""
+    """The record that is stored with every result."""
     return {
         "config": config,
         "command": _public(" ".join((*_program(sys.argv[0]), *sys.argv[1:]))),
@@ -34,36 +32,32 @@ def provenance(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _program(path: str) -> tuple[str, ...]:
-    """Of a script, "python script.py"; of an installed command, its name."""
+    """For a script "python script.py", for an installed command its name."""
     name = Path(path).name
     return ("python", name) if name.endswith(".py") else (name,)
 
 
 def _public(text: str) -> str:
-    """Without the folders of this machine."""
+    """The text without this machine's folders."""
     return text.replace(f"{REPOSITORY}/", "").replace(str(Path.home()), "~")
 
 
 @cache
 def commit() -> str | None:
-    """The commit of the code, with "+" behind it where tracked files were changed since; outside a
-    checkout what COMMIT in the environment says, or None."""
-    if not (REPOSITORY / ".git").exists():  # git would look for one further up
+    """The commit of the code, with "+" appended if tracked files have changed; outside a checkout
+    the environment's COMMIT, or None."""
+    if not (REPOSITORY / ".git").exists():  # git would search the folders above
         return os.environ.get("COMMIT")
-    git = ["git", "-C", str(REPOSITORY)]
+    commands = ("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")
+    pipes: Any = {"capture_output": True, "text": True, "check": True}
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            check=True,
+        head, changes = (
+            subprocess.run(["git", "-C", str(REPOSITORY), *command], **pipes).stdout.strip()
+            for command in commands
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    return head + ("+" if changes else "")
 
 
 def device_name() -> str:
@@ -73,8 +67,5 @@ def device_name() -> str:
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

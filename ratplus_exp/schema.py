@@ -1,7 +1,6 @@
 """Every field of the configuration, with its type, bounds and default (`settings.build`).
 
-The defaults of the root are Hydra's; a stage's stand in conf/stage, and its class says what they
-may be.
+Hydra uses the defaults of the root; those of a stage are in conf/stage.
 """
 
 from __future__ import annotations
@@ -79,13 +78,13 @@ def _not_empty(cells: dict[str, Grid]) -> dict[str, Grid]:
     return cells
 
 
-def _nothing() -> Any:
-    """The defaults of a class stay out of the configuration."""
+def _empty() -> Any:
+    """No fields in the configuration: the class has the defaults."""
     return {}
 
 
 def _no_files() -> Any:
-    """Of questions; so that the command line may name them."""
+    """Fields of question files, so that the command line can set them."""
     return {"squad": None, "hotpotqa": None}
 
 
@@ -128,18 +127,18 @@ class Architecture(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Settings):
-    """A backbone. `path` is a folder in Hugging Face's format; `training` says which training
-    of the model it holds, for instance as `path: models/attention/${.training}`."""
+    """A backbone. `path` is a folder in Hugging Face's format and may depend on `training`, as in
+    `models/attention/${.training}`."""
 
     name: Name = MISSING
     tier: Name = MISSING
     backbone: Literal["attention", "ratplus"] = MISSING
     path: Text = MISSING
-    training: Seed = 0  # the seed that it was trained with, which both backbones of a pair share
-    # Of model.safetensors, or one a training: {0: …, 1: …}; checked where given.
+    training: Seed = 0  # its seed, the same for both backbones of a pair
+    # of model.safetensors, or one a training: {0: …, 1: …}
     sha256: Digest | dict[Annotated[Seed, Field(strict=False)], Digest] | None = None
-    architecture: Architecture = field(default_factory=_nothing)  # for training and converting
-    tokenizer: Text | None = None  # a folder, for training from scratch; null: made of data.forms
+    architecture: Architecture = field(default_factory=_empty)  # for training and converting
+    tokenizer: Text | None = None  # a folder, for training from scratch; null: built of data.forms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +154,10 @@ class DataConfig(Settings):
     )
     examples: Examples = 100  # a task
     first_token: FirstToken = "prefill"  # what gives an answer's first token
-    forms: Forms = field(default_factory=_nothing)
-    vt: VT = field(default_factory=_nothing)
-    cwe: CWE = field(default_factory=_nothing)
-    fwe: FWE = field(default_factory=_nothing)
+    forms: Forms = field(default_factory=_empty)
+    vt: VT = field(default_factory=_empty)
+    cwe: CWE = field(default_factory=_empty)
+    fwe: FWE = field(default_factory=_empty)
     qa: QA = field(default_factory=_no_files)
     essay: Text | None = None  # a text file or RULER's PaulGrahamEssays.json; None: generated prose
     path: Text | None = None  # a folder of RULER's own <task>/validation.jsonl to use instead
@@ -166,7 +165,7 @@ class DataConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig(Settings):
-    """Text to train on: `training.shards.Source`, and the folder of its tokens."""
+    """Training text (`training.shards.Source`) and the folder of its tokens."""
 
     path: Text
     subset: Name | None = None
@@ -178,7 +177,7 @@ class CorpusConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class PairConfig(Settings):
-    """Two models that tables compare, and what the sweeps over them need."""
+    """Two models that tables compare, and settings of sweeps over them."""
 
     name: Name = "cells"  # of the folder of its report
     models: Names = field(default_factory=list)
@@ -197,13 +196,13 @@ class TrackingConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig(Settings):
-    """The GPUs that dry_run=true reckons with: one GH200 by default."""
+    """The GPUs assumed by dry_run=true: one GH200 by default."""
 
     gpus: Positive = 1
     peak_tflops: Amount = 989.0  # of one GPU, dense bf16
     memory_gb: Amount = 96.0
     bandwidth_tb: Amount = 4.0  # TB/s of its memory
-    mfu: Annotated[float, Field(gt=0, le=1)] = 0.4  # share of the peak that is reached
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.4  # share of the peak that training reaches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,13 +228,8 @@ class Measuring(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(Measuring):
-    name: Literal["eval"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HitRate(Measuring):
-    name: Literal["hit_rate"]
+class OneCell(Measuring):
+    name: Literal["eval", "hit_rate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,8 +343,7 @@ class Convert(Settings):
 
 
 Stage = (
-    Eval
-    | HitRate
+    OneCell
     | RandomSelector
     | Ablation
     | MethodsStage
@@ -363,7 +356,7 @@ Stage = (
     | Tokenize
     | Convert
 )
-METHODS: dict[str, type[Settings]] = {  # of those in ratplus_exp.methods; others bring their own
+METHOD_SETTINGS: dict[str, type[Settings]] = {  # for validation without importing the methods
     "Dense": NoSettings,
     "Dilated": DilatedSettings,
     "MoBA": BlockSettings,
@@ -374,7 +367,7 @@ METHODS: dict[str, type[Settings]] = {  # of those in ratplus_exp.methods; other
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(Settings):
-    """What all methods have; the other fields are those of their class."""
+    """The fields of all methods; the others are those of their class."""
 
     name: Name
     target: Annotated[Text, matching(r"\w+(\.\w+)+", "use a class, as in package.module.Class")]
@@ -382,7 +375,7 @@ class MethodConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Settings):
-    """The root. Only stages that read text have a corpus."""
+    """The root. Only stages that train on a corpus have one."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     method: dict[str, Any] = field(default_factory=dict)
@@ -399,9 +392,9 @@ class Config(Settings):
     seed: Seed = 0  # of the samples; in training, of the data and the initial weights
     dtype: Dtype | None = None  # of evaluation; null: float32 on a CPU, bfloat16 on a GPU
     device: Device = "auto"  # auto: a GPU if there is one
-    cuda_graphs: bool = True  # on a GPU: a decoding step is launched as one
+    cuda_graphs: bool = True  # on a GPU: replay decoding steps as CUDA graphs
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # of torch on a CPU; 0: one a core
-    dry_run: bool = False  # print what the job would cost, and do nothing
+    dry_run: bool = False  # print the estimated cost of the job, and do nothing
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     output: Text = "outputs"
     results: Text = "${output}/results"  # the store

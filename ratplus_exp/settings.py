@@ -1,11 +1,9 @@
-"""What a configuration may say: types with bounds, and one line where a value breaks them.
+"""Validation of settings: types with bounds, and one-line errors.
 
-A settings class is a frozen dataclass whose annotations give each field's type and bounds. `build`
-makes one of a plain mapping, as Hydra composes it. Nothing here imports torch or transformers, so
-that a mistyped word is refused at once.
+A settings class is a frozen dataclass whose annotations give each field's type and bounds; `build`
+makes one from a plain mapping. This module imports neither torch nor transformers, so that errors
+appear without delay.
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -27,8 +25,7 @@ T = TypeVar("T")
 
 
 class Settings:
-    """Base of what `build` makes: no value is converted, and a field that is not declared is
-    refused."""
+    """Base of all settings: values are not converted, and unknown fields are errors."""
 
     __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -38,13 +35,13 @@ class Settings:
         known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         for name in values if isinstance(values, Mapping) else ():
             if name not in known:
-                uses = f"use one of {', '.join(known)}" if known else "it has none"
-                raise ValueError(f"there is no field {name!r}: {uses}")
+                remedy = f"use one of {', '.join(known)}" if known else "it has none"
+                raise ValueError(f"there is no field {name!r}: {remedy}")
         return values
 
 
 def matching(pattern: str, hint: str) -> AfterValidator:
-    """Text that this pattern describes as a whole; the hint says what to use."""
+    """Text that fully matches a pattern; hint: the remedy in the error."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -79,22 +76,22 @@ Rate = Annotated[float, Field(ge=0, le=1e3)]
 Odd = Annotated[int, Field(ge=1, lt=10**6), AfterValidator(_odd)]
 Name = Annotated[
     str,
-    # It stands in tables, CSV files, folders and pages as it is: nothing there may mean anything.
+    # Names appear unescaped in tables, CSV files, folders and pages.
     matching(r"[^\W_][\w./-]{0,99}", "use letters, digits and ._/- behind a first letter or digit"),
 ]
 Text = Annotated[str, matching(r"(?!\s)[^\0-\x1f\x7f]{1,4096}", "use some text in one line")]
 Distinct = AfterValidator(_distinct)
-OF_LIST = Field(strict=False)  # a tuple that a list is taken for
+OF_LIST = Field(strict=False)  # a tuple, given as a list
 
 
 @dataclass(frozen=True)
 class NoSettings(Settings):
-    """Of a method without sizes: dense attention."""
+    """Dense attention: no sizes."""
 
 
 @dataclass(frozen=True)
 class BlockSettings(Settings):
-    """Of methods that select blocks: top_k blocks of block_size tokens; 0: as the budget says."""
+    """Methods that select blocks: top_k blocks of block_size tokens; 0: by the budget."""
 
     block_size: Positive = 64
     top_k: Whole = 16
@@ -102,8 +99,8 @@ class BlockSettings(Settings):
 
 @dataclass(frozen=True)
 class SnapKVSettings(Settings):
-    """top_k tokens are kept, 0: as the budget says, among them the last `window`; masses are pooled
-    over `kernel` positions."""
+    """top_k tokens are kept (0: by the budget), including the last `window`; masses are pooled over
+    `kernel` positions."""
 
     top_k: Whole = 1024
     window: Positive = 64
@@ -113,9 +110,9 @@ class SnapKVSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DilatedSettings(Settings):
-    """dilation: D; 0 leaves only the local window and the initial positions, which is how P2 trains
-        the attention twin of a jointly trained RAT+.
-    local: W, how far back the local window reaches.
+    """dilation: D; 0 for the local window and the initial positions alone, as in P2's attention
+        baseline of joint training.
+    local: W, the length of the local window before the query.
     initial: I, the number of initial positions that every query sees.
     """
 
@@ -125,12 +122,12 @@ class DilatedSettings(Settings):
 
 
 def build(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:
-    """A settings class from a mapping that the configuration calls `where`; ValueError, in one line
-    with the remedy, for the first field that breaks a type or a bound."""
+    """A settings class from the mapping at `where` in the configuration; ValueError, in one line
+    with the remedy, for the first field of a wrong type or out of bounds."""
     try:
-        # As JSON, where a mapping may be a settings class.
-        made: T = _adapter(cast(Any, cls)).validate_json(json.dumps(settings))
-        return made
+        # As JSON: in strict mode pydantic builds dataclasses from JSON objects, not from dicts.
+        built: T = _adapter(cast(Any, cls)).validate_json(json.dumps(settings))
+        return built
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     raise ValueError(_line(first, settings, where))
@@ -141,7 +138,7 @@ def _adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
-_REMEDIES = {  # by kind of error, filled with its context
+_REMEDIES = {  # by pydantic's type of error, formatted with its context
     "model_attributes_type": "use fields, as in {{name: value}}",
     "missing": "write what is missing at its end",
     "bool_type": "use true or false",
@@ -167,9 +164,9 @@ _REMEDIES = {  # by kind of error, filled with its context
 
 
 def _line(error: Any, value: Any, where: str) -> str:
-    """One of pydantic's errors: the field, its value, and what to use instead."""
+    """One of pydantic's errors in one line: the field, its value, and what to use instead."""
     path = where
-    for part in error["loc"]:  # the names of alternatives stand among the fields
+    for part in error["loc"]:  # fields, and names of a union's alternatives
         if isinstance(value, Mapping) and part in value:
             path, value = f"{path}.{part}" if path else str(part), value[part]
         elif isinstance(value, list | tuple) and isinstance(part, int) and part < len(value):

@@ -1,6 +1,4 @@
-"""W&B: one run a job, offline unless asked otherwise. None of its failures is one of the job."""
-
-from __future__ import annotations
+"""W&B: one run a job, offline by default. Its failures do not affect the job."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -21,14 +19,12 @@ from ratplus_exp.store import warn
 from ratplus_exp.training.parallel import rank
 
 T = TypeVar("T")
-PATIENCE = 20  # seconds for a server to answer; a run that it misses is whole in the folder
+PATIENCE = 20  # seconds to wait for the server; the folder has the complete run in any case
 
 
 class Tracker:
-    """A W&B run, or none; what fails in it costs a warning.
-
-    start: makes the run in a mode; where online fails, it is offline.
-    """
+    """A W&B run, or none; its errors become warnings. start: begins a run in a mode; if "online"
+    fails, in "offline"."""
 
     def __init__(self, start: Callable[..., Any], mode: str) -> None:
         self._run: Any = None
@@ -49,11 +45,8 @@ class Tracker:
 
 @contextmanager
 def tracked(cfg: DictConfig, folder: Path) -> Iterator[Tracker]:
-    """A tracker that holds the whole configuration; its files go to folder/wandb. Of several
-    processes only the first has a run.
-
-    Runs of one multirun or experiment are one group, if tracking.group doesn't name another.
-    """
+    """A tracker with the whole configuration and its files in folder/wandb, on rank 0 alone. Runs
+    of one multirun or experiment are one group, unless tracking.group names another."""
     job = HydraConfig.get()
     multirun = Path(job.sweep.dir).name if job.mode == RunMode.MULTIRUN else None
     experiment = job.runtime.choices.get("experiment")  # one, or a list of them
@@ -85,7 +78,7 @@ def _guarded(action: Callable[[], T], then: str = "the job goes on") -> T | None
         return action()
     except Exception as error:  # W&B's own, the network's and the disk's, of many kinds
         text = " ".join(str(error).split())[:160]
-        warn(f"W&B: {type(error).__name__}: {text}; {then}, and its results are not concerned")
+        warn(f"W&B: {type(error).__name__}: {text}; {then}, and its results are not affected")
         return None
 
 

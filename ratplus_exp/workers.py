@@ -1,6 +1,4 @@
-"""Worker processes for sweeps, prompts and shards; none outlives the process that started it."""
-
-from __future__ import annotations
+"""Worker processes for sweeps, prompts and shards, which end with the process that started them."""
 
 import os
 import signal
@@ -11,26 +9,24 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
-SPAWN = get_context("spawn")  # a fork would take threads and the GPU's state along
-
-
-def _nothing() -> None:
-    pass
+SPAWN = get_context("spawn")  # a fork would copy locked threads and the GPU's state
 
 
 class Workers(ProcessPoolExecutor):
     """A pool of processes whose `with` block waits for its tasks, but ends at once on an error.
 
-    begin(*args): called first in each process.
+    initialize(*args): called first in each process.
     """
 
-    def __init__(self, count: int, begin: Callable[..., None] = _nothing, *args: Any) -> None:
-        # Its end closes with `stop` or with this process, whatever killed it.
-        theirs, self._lifeline = SPAWN.Pipe(duplex=False)
-        super().__init__(count, SPAWN, _begin, (theirs, begin, args))
+    def __init__(
+        self, count: int, initialize: Callable[..., None] | None = None, *args: Any
+    ) -> None:
+        # The pipe closes with `stop`, or when this process ends for any reason.
+        lifeline, self._lifeline = SPAWN.Pipe(duplex=False)
+        super().__init__(count, SPAWN, _start, (lifeline, initialize, args))
 
     def submit(self, *args: Any, **settings: Any) -> Future[Any]:
-        # A process inherits the mask: Ctrl-C is for this one, which then stops the others.
+        # New processes inherit the mask: this process handles Ctrl-C and stops them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return super().submit(*args, **settings)
@@ -38,7 +34,7 @@ class Workers(ProcessPoolExecutor):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def stop(self) -> None:
-        """End the processes now, whatever they do."""
+        """End the processes immediately."""
         self.shutdown(wait=False, cancel_futures=True)
         self._lifeline.close()
 
@@ -48,12 +44,15 @@ class Workers(ProcessPoolExecutor):
         super().__exit__(kind, *rest)
 
 
-def _begin(lifeline: Connection, begin: Callable[..., None], args: tuple[Any, ...]) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would fight over the cores
+def _start(
+    lifeline: Connection, initialize: Callable[..., None] | None, args: tuple[Any, ...]
+) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
 
     def watch() -> None:
         lifeline.poll(None)  # nothing is ever sent
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    begin(*args)
+    if initialize is not None:
+        initialize(*args)

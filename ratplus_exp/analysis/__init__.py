@@ -1,6 +1,6 @@
 """Analysis: frames of the store's cells in, frames and estimates out; one bootstrap."""
 
-from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, spread
+from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate
 from ratplus_exp.analysis.frame import BACKBONES, SCORERS, TASKS, accuracies, sample_scores, tidy
 
 __all__ = [
@@ -11,6 +11,5 @@ __all__ = [
     "Estimate",
     "accuracies",
     "sample_scores",
-    "spread",
     "tidy",
 ]

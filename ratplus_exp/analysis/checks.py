@@ -1,6 +1,4 @@
-"""What should make a reader doubt a result: checks that published tables rarely come with."""
-
-from __future__ import annotations
+"""Checks of results: implausible differences, and prompts that were cut."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,18 +10,16 @@ from ratplus_exp.analysis.frame import TASKS
 from ratplus_exp.budget import Budget
 
 LEVEL = 0.999
-"""Of the one-sided bootstrap bound beyond which a difference is not noise: a report makes some two
-hundred comparisons."""
+"""Of the one-sided bootstrap bound; high, since a report makes some two hundred comparisons."""
 FEWEST = 20
 """Samples of a task below which it is not checked."""
 
 
 class Doubt(NamedTuple):
-    """A group (of `GROUP`) that is better, beyond noise, than one that attends to more.
+    """A group (of `GROUP`) that is significantly better than one that attends to more.
 
-    than: the other group's budget, "dense" for dense attention.
-    task: None for the mean over the tasks.
-    gain, bound: points, and their one-sided lower bound.
+    than: the other group's budget, or "dense"; task: None for the mean over the tasks; gain, bound:
+    points, and their one-sided lower bound.
     """
 
     group: Group
@@ -45,18 +41,18 @@ def doubts(draws: Bootstrap) -> list[Doubt]:
         same = [group for group in groups if (*group[:2], *group[3:]) == start]
         same.sort(key=lambda group: Budget.parse(group[2]).fraction)
         compared += [(small, large, large[2], None) for small, large in pairwise(same)]
-    found = []
+    result = []
     for group, other, than, task in compared:
-        every = TASKS if task is None else (task,)
-        tasks = [t for t in every if draws.count(t, (group, other)) >= FEWEST]
+        candidates = TASKS if task is None else (task,)
+        tasks = [t for t in candidates if draws.count(t, (group, other)) >= FEWEST]
         difference = draws.mean(group, tasks, (other,)) - draws.mean(other, tasks, (group,))
         x = Estimate.of(100 * difference, level=2 * LEVEL - 1)
         if x.low > 0:
-            found.append(Doubt(group, than, task, x.value, x.low))
-    return found
+            result.append(Doubt(group, than, task, x.value, x.low))
+    return result
 
 
 def cut_prompts(samples: pd.DataFrame) -> dict[str, int]:
-    """How many prompts of a cell leave no room for their answer: they were cut, or will be."""
+    """By cell, how many prompts leave too little room for their answer."""
     counts = samples.groupby("cell")["cut"].sum()
     return {str(cell): int(count) for cell, count in counts[counts > 0].items()}

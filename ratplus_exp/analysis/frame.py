@@ -1,6 +1,4 @@
-"""The store as tidy frames: one row a finished cell, or one row a sample of the finished cells."""
-
-from __future__ import annotations
+"""The store as tidy frames: one row a finished cell, or one row a sample of finished cells."""
 
 import hashlib
 import json
@@ -17,14 +15,12 @@ TASKS = ("S-1", "S-2", "S-3", "MK-1", "MK-2", "MK-3", "MV", "MQ")
 ALL_TASKS = (*TASKS, "vt", "cwe", "fwe", "qa_1", "qa_2")
 """RULER's."""
 SCORERS = ("exact", "substring")
-"""How an answer is scored, in samples (0 to 1), metrics and frames (percent): gold values among the
-comma-separated parts of the answer (the RAT+ paper's), or found anywhere in it (RULER's)."""
-LABELS = {"attention": "Attention", "ratplus": "RAT+"}
-"""The paper's names of the backbones, for those who configure them in lower case."""
+"""Shares of gold values, in samples (0 to 1), metrics and frames (percent): among the
+comma-separated parts of the answer (the RAT+ paper's), or anywhere in it (RULER's)."""
+LABELS = {"attention": "Attention", "ratplus": "RAT+"}  # the paper's names of the backbones
 SETTING = ["method", "block_size", "budget"]
-"""Columns that say how a method was run."""
 GROUP = [*SETTING, "selector", "backbone"]
-"""Columns that say which cells differ in task, training and seeds alone."""
+"""Cells that are equal in these columns differ in task, training and seeds alone."""
 COLUMNS = (
     *("backbone", "training", "method", "block_size", "budget", "budget_measured", "selector"),
     *("task", "seed", "n", *SCORERS),
@@ -40,56 +36,50 @@ _ORDER = (
     *("variant", "selector", "selector_seed", "task", "seed"),
 )
 
-Source = Store | Sequence[Cell]
-"""A store, or the cells of one that were listed before."""
+Cells = Store | Sequence[Cell]
 
 
-def finished(source: Source, stage: str) -> list[Cell]:
+def finished(cells: Cells, stage: str) -> list[Cell]:
     """The finished cells of a stage."""
-    if isinstance(source, Store):
-        source = list(source.cells(stage))
-    return [cell for cell in source if cell.key["stage"] == stage and cell.done()]
+    listed = cells.cells(stage) if isinstance(cells, Store) else cells
+    return [cell for cell in listed if cell.key["stage"] == stage and cell.done()]
 
 
-def tidy(source: Source, stage: str = "eval") -> pd.DataFrame:
+def tidy(cells: Cells, stage: str = "eval") -> pd.DataFrame:
     """One row a finished cell of a stage, sorted by setting.
 
-    Each value comes from the cell's metrics or, failing that, from its key; what neither has is
-    missing. Accuracies are percent (0-100); training is which training of the model it was; budget
-    is the nominal fraction as a string, "1" on dense rows, whose method is "dense"; budget_measured
-    is the fraction that was attended or stored; effective_memory_length is in tokens; cell is the
-    cell's id. variant is what else a method was set to (pooling, kernel, …) and what samples it
-    saw, as text. A cell whose numbers are none, of another version, is left out with a warning.
+    Values are those of the cell's metrics or else of its key. Accuracies are percent; budget is the
+    nominal fraction as a string ("1" for method "dense"), budget_measured the fraction attended or
+    stored; effective_memory_length is in tokens; variant is a text of a method's other settings and
+    of the data. A cell whose key no job can have is left out with a warning.
 
     Returns:
         COLUMNS then EXTRA, with one dtype a column (Int64, float64 or object), also when empty.
     """
-    rows = [row for cell in finished(source, stage) if _fits(row := _row(cell), cell)]
+    rows = [row for cell in finished(cells, stage) if _fits(row := _row(cell), cell)]
     frame = pd.DataFrame(rows, columns=[*COLUMNS, *EXTRA], dtype=object)
     frame = frame.astype(dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys(_FLOATS, "float64"))
     return frame.sort_values(list(_ORDER), kind="stable", ignore_index=True)
 
 
-def sample_scores(source: Source, stage: str = "eval", **where: Any) -> pd.DataFrame:
+def sample_scores(cells: Cells, stage: str = "eval", **where: Any) -> pd.DataFrame:
     """One row a sample of the finished cells, for statistics that pair samples.
 
-    Args:
-        where: keep cells whose column of `tidy` has this value, or one of a list of values:
-            `sample_scores(store, tier="pocket", task=["MK-1", "MK-2"])`.
+    where: for `select`, as in `sample_scores(store, tier="pocket", task=["MK-1", "MK-2"])`.
 
     Returns:
-        Columns cell, id, the scorers (0 to 1), cut (whether the prompt left too little room for its
-        answer), and all setting columns of `tidy`; of stage "hit_rate", in the place of scorers,
-        hits (gold values hit, an array over layers and heads) and values (how many there were).
+        Columns cell, id, the scorers (0 to 1), cut (whether the prompt leaves too little room for
+        its answer), and the setting columns of `tidy`; of stage "hit_rate", instead of scorers,
+        hits (gold values hit, an array over layers and heads) and values (their number).
     """
-    cells = {cell.id: cell for cell in finished(source, stage)}
-    settings = select(tidy(list(cells.values()), stage), where).drop(columns=[*_FLOATS, "n"])
+    by_id = {cell.id: cell for cell in finished(cells, stage)}
+    settings = select(tidy(list(by_id.values()), stage), where).drop(columns=[*_FLOATS, "n"])
     fields = SCORERS if stage == "eval" else ("hits", "values")
     rows = [
         (name, i, *(record[field] for field in fields), record.get("prompt_tokens", 0) > room)
         for name in settings["cell"]
-        for room in [_room(cells[name].key)]
-        for i, record in cells[name].records().items()
+        for room in [_room(by_id[name].key)]
+        for i, record in by_id[name].records().items()
     ]
     frame = pd.DataFrame(rows, columns=["cell", "id", *fields, "cut"])
     return frame.merge(settings, on="cell", validate="many_to_one")
@@ -97,23 +87,23 @@ def sample_scores(source: Source, stage: str = "eval", **where: Any) -> pd.DataF
 
 def select(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
     """Rows whose columns have the given value, or one of a list of values."""
-    for column, wanted in where.items():
+    for column, value in where.items():
         if column not in frame:
             raise ValueError(f"no column {column!r} to select by; choose from {list(frame)}")
-        values = wanted if isinstance(wanted, list | tuple | set) else [wanted]
+        values = value if isinstance(value, list | tuple | set) else [value]
         frame = frame[frame[column].isin(list(values))]
     return frame
 
 
 def accuracies(records: Mapping[Any, Mapping[str, Any]]) -> dict[str, float]:
-    """The means of `Cell.records()` that metrics.json must have: every scorer's, in percent."""
+    """The mean of every scorer over `Cell.records()`, in percent, for metrics.json."""
     count = len(records)
     return {name: 100 * sum(r[name] for r in records.values()) / count for name in SCORERS}
 
 
 def grouped(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with a value in every column of GROUP: block size 1 where single tokens are
-    selected, and for dense attention, whose selector is "dense"."""
+    """The frame with a value in every column of GROUP: block size 1 for methods that select tokens
+    and for dense attention, whose selector is "dense"."""
     dense = frame["method"] == "dense"
     return frame.assign(
         block_size=frame["block_size"].fillna(1).mask(dense, 1).astype(int),
@@ -122,7 +112,7 @@ def grouped(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def cost(cells: Iterable[Cell]) -> pd.DataFrame:
-    """What cells cost: stage, device, model, cells, samples, seconds (of all processes)."""
+    """Cost by stage, device and model: cells, samples, seconds (of all processes)."""
     rows = [
         (key["stage"], device, key["model"], 1, metrics["n"], metrics.get("seconds", 0.0))
         for cell in cells
@@ -135,8 +125,8 @@ def cost(cells: Iterable[Cell]) -> pd.DataFrame:
 
 
 def _row(cell: Cell) -> dict[str, Any]:
-    found = {**cell.key, **cell.metrics(), "cell": cell.id, "variant": _variant(cell.key)}
-    row: dict[str, Any] = {column: found.get(column) for column in (*COLUMNS, *EXTRA)}
+    values = {**cell.key, **cell.metrics(), "cell": cell.id, "variant": _variant(cell.key)}
+    row: dict[str, Any] = {column: values.get(column) for column in (*COLUMNS, *EXTRA)}
     return row | {
         "training": row["training"] or 0,
         "selector_seed": row["selector_seed"] or 0,
@@ -156,7 +146,7 @@ def _fits(row: Mapping[str, Any], cell: Cell) -> bool:
 
 
 def _variant(key: Mapping[str, Any]) -> str:
-    """Settings that have no column of their own, so that unlike cells never pass for one."""
+    """Settings without a column, to tell different cells apart."""
     settings = key.get("settings", {})
     parts = [f"{k}={v}" for k, v in sorted(settings.items()) if k not in ("block_size", "top_k")]
     parts += [f"dtype={key['dtype']}"] if "dtype" in key else []
@@ -167,7 +157,7 @@ def _variant(key: Mapping[str, Any]) -> str:
 
 
 def _room(key: Mapping[str, Any]) -> float:
-    """Tokens that a prompt may have, so that its answer fits too."""
+    """The most tokens of a prompt that leave room for its answer."""
     data = key.get("data", {})
     reserve = data.get("forms", data).get("reserve", 0)  # RULER's files have no forms
     return key.get("context_length", float("inf")) - reserve

@@ -1,11 +1,9 @@
-"""H1: hit rates by head, heads ranked, and the top heads of both backbones compared.
+"""H1: hit rates by head, and the top heads of both backbones compared.
 
 A head's hit rate is the share of gold values whose golden position was among the head's selected
-candidates at every step; tasks weigh alike in its mean. Trainings have heads of their own, so heads
-are ranked within each training, and a rank is then the mean over trainings.
+candidates at every step; tasks have equal weight in its mean. Heads are ranked within each
+training, and each rank is averaged over trainings.
 """
-
-from __future__ import annotations
 
 from fractions import Fraction
 from typing import Any
@@ -14,30 +12,22 @@ import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import RESAMPLES, over_trainings, sample_counts
-from ratplus_exp.analysis.frame import BACKBONES, SETTING, Source, finished, select, tidy
+from ratplus_exp.analysis.frame import BACKBONES, SETTING, Cells, finished, select, tidy
 
 STAGE = "hit_rate"
-MEAN = "mean"
-"""Stands in the task column for the mean over tasks."""
+MEAN = "mean"  # in the task column: the mean over tasks
 
 
-def hit_rates(source: Source, **where: Any) -> pd.DataFrame:
-    """One row a layer, head and finished cell.
-
-    Args:
-        where: choices by column of `tidy`, a value or a list.
-
-    Returns:
-        layer, head (from 0), hit_rate (percent), values (gold values counted), and the columns of
-        `tidy` but for the accuracies.
-    """
-    cells = {cell.id: cell for cell in finished(source, STAGE)}
+def hit_rates(cells: Cells, **where: Any) -> pd.DataFrame:
+    """One row a layer, head and finished cell: layer, head (from 0), hit_rate (percent), values
+    (gold values counted), and the columns of `tidy` except accuracies. where: for `select`."""
+    by_id = {cell.id: cell for cell in finished(cells, STAGE)}
     rows = []
-    for row in select(tidy(list(cells.values()), STAGE), where).to_dict("records"):
-        metrics = cells[row["cell"]].metrics()
+    for row in select(tidy(list(by_id.values()), STAGE), where).to_dict("records"):
+        metrics = by_id[row["cell"]].metrics()
         for (layer, head), rate in np.ndenumerate(metrics["hit_rate"]):
-            own = {"layer": layer, "head": head, "hit_rate": rate, "values": metrics["values"]}
-            rows.append(row | own)
+            of_head = {"layer": layer, "head": head, "hit_rate": rate, "values": metrics["values"]}
+            rows.append(row | of_head)
     columns = [
         *("layer", "head", "task", "backbone", "training", "method", "block_size", "budget"),
         *("budget_measured", "hit_rate", "n", "values", "selector", "selector_seed", "first_token"),
@@ -49,8 +39,7 @@ def hit_rates(source: Source, **where: Any) -> pd.DataFrame:
 def ranked_heads(rates: pd.DataFrame) -> pd.DataFrame:
     """Heads by their mean hit rate over tasks, best first, within each setting and training.
 
-    rates: rows of `hit_rates`. Returns SETTING, backbone, training, rank (from 1), layer, head,
-    hit_rate.
+    From rows of `hit_rates`: SETTING, backbone, training, rank (from 1), layer, head, hit_rate.
     """
     place = [*SETTING, "backbone", "training"]
     means = rates.groupby([*place, "layer", "head"], as_index=False)["hit_rate"].mean()
@@ -60,39 +49,38 @@ def ranked_heads(rates: pd.DataFrame) -> pd.DataFrame:
 
 
 def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
-    """Hit rate by rank, with 95 % bootstrap intervals; heads are ranked anew in every resample.
+    """Hit rate by rank, with 95 % bootstrap intervals; heads are ranked again in every resample.
 
-    The best of many heads looks better than it is, and so does the top of every curve, alike for
-    both backbones if they have as many heads.
+    The maximum over heads is biased upwards, equally for backbones with as many heads.
 
-    Args:
-        samples: rows of `sample_scores` of stage hit_rate, one model a backbone.
+    samples: rows of `sample_scores` of stage hit_rate, one model a backbone.
 
     Returns:
-        SETTING, task (a task, or MEAN of all that both backbones have), rank, and for Attention,
+        SETTING, task (or MEAN, over the tasks that both backbones have), rank, and for Attention,
         RAT+ and difference (RAT+ minus Attention at the same rank) the value, and "… low" and
         "… high"; n is the number of samples of a task.
     """
     bounds = [f"{x}{end}" for x in (*BACKBONES, "difference") for end in ("", " low", " high")]
     frames = [pd.DataFrame(columns=[*SETTING, "task", "rank", *bounds, "n"])]
-    for setting, here in sorted(samples.groupby(SETTING), key=lambda x: _order(*x[0])):
-        if here.duplicated(["task", "backbone", "training", "id"]).any():
+    settings = samples.groupby(SETTING)
+    for setting, rows in sorted(settings, key=lambda x: (*x[0][:2], -Fraction(x[0][2]))):
+        if rows.duplicated(["task", "backbone", "training", "id"]).any():
             raise ValueError(
                 f"several models or seeds share {' '.join(map(str, setting))}: choose one of each "
                 "backbone with stage.where"
             )
-        pairs = here[["backbone", "training"]].drop_duplicates()
+        pairs = rows[["backbone", "training"]].drop_duplicates()
         trainings = [sorted(pairs.loc[pairs["backbone"] == b, "training"]) for b in BACKBONES]
         rates = {}
-        for task, of_task in here.groupby("task"):
-            found, shared = _rates(str(task), of_task, n_boot)
-            if len(found) == len(pairs) and all(trainings):
-                rates[str(task)], n = found, shared
+        for task, of_task in rows.groupby("task"):
+            by_training, shared = _rates(str(task), of_task, n_boot)
+            if len(by_training) == len(pairs) and all(trainings):
+                rates[str(task)], n = by_training, shared
         for task in [*rates, *([MEAN] if rates else [])]:
-            chosen = list(rates) if task == MEAN else [task]
+            tasks = list(rates) if task == MEAN else [task]
             sides = []
             for backbone, numbers in zip(BACKBONES, trainings, strict=True):
-                means = [np.mean([rates[t][backbone, i] for t in chosen], 0) for i in numbers]
+                means = [np.mean([rates[t][backbone, i] for t in tasks], 0) for i in numbers]
                 ranked = -np.sort(-np.stack(means, 1), axis=-1)  # (n_boot + 1, trainings, heads)
                 sides.append(over_trainings(ranked, numbers, numbers))
             place = dict(zip(SETTING, setting, strict=True)) | {"task": task, "n": n}
@@ -100,15 +88,11 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
     return pd.concat(frames[1:] or frames, ignore_index=True)[list(frames[0].columns)]
 
 
-def _order(method: str, block: int, budget: str) -> tuple[str, int, Fraction]:
-    return method, block, -Fraction(budget)
-
-
 def _rates(
     task: str, samples: pd.DataFrame, n_boot: int
 ) -> tuple[dict[tuple[str, int], np.ndarray], int]:
-    """Of each backbone and training the percent (n_boot + 1, layers · heads), over the samples that
-    all of them have, and the number of those."""
+    """Hit rates in percent (n_boot + 1, layers · heads) by backbone and training, over the samples
+    that all of them have, and the number of those."""
     sides = {g: side.set_index("id") for g, side in samples.groupby(["backbone", "training"])}
     ids = sorted(set.intersection(*(set(side.index) for side in sides.values())))
     if not ids:
@@ -117,9 +101,8 @@ def _rates(
     rates = {}
     for group, side in sides.items():
         hits = np.array([np.ravel(hit) for hit in side["hits"][ids]], float)
-        rates[group] = (
-            100 * (counts @ hits) / (counts @ side["values"][ids].to_numpy(float))[:, None]
-        )
+        values = counts @ side["values"][ids].to_numpy(float)
+        rates[group] = 100 * (counts @ hits) / values[:, None]
     return rates, len(ids)
 
 
@@ -128,8 +111,8 @@ def _curve(attention: np.ndarray, ratplus: np.ndarray) -> pd.DataFrame:
     heads = min(attention.shape[-1], ratplus.shape[-1])
     attention, ratplus = attention[:, :heads], ratplus[:, :heads]
     columns: dict[str, Any] = {"rank": np.arange(1, heads + 1)}
-    three = (attention, ratplus, ratplus - attention)
-    for name, values in zip((*BACKBONES, "difference"), three, strict=True):
+    curves = (attention, ratplus, ratplus - attention)
+    for name, values in zip((*BACKBONES, "difference"), curves, strict=True):
         low, high = np.quantile(values[1:], (0.025, 0.975), axis=0)
         columns |= {name: values[0], f"{name} low": low, f"{name} high": high}
     return pd.DataFrame(columns)

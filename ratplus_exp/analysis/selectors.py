@@ -1,12 +1,9 @@
-"""H2: random selection beside top-k, oracle and dense; what a lost point is due to.
+"""H2: random selection beside top-k, oracle and dense attention.
 
-The oracle always selects what holds the gold values. What it wins over the method's own choice is
-the share of the loss that is due to selection; what it lacks to dense attention is due to all else
-that is not attended. It takes as many candidates as the method, so what holds the values displaces
-others, and where those mattered it can lose.
+The oracle selects the candidates with gold values first, and as many as the method. Its gain over
+top-k is the loss due to selection; its loss to dense attention is due to other tokens that are not
+attended to. It can be worse than top-k, since the gold candidates displace others.
 """
-
-from __future__ import annotations
 
 import numpy as np
 import pandas as pd
@@ -19,12 +16,12 @@ GAP = "RAT+ − Attention"
 
 
 def selector_means(draws: Bootstrap) -> pd.DataFrame:
-    """Mean accuracies by selector of every setting that was run at random, too.
+    """Mean accuracies by selector of every setting with random selection.
 
     Returns:
         SETTING, side (a backbone, or GAP), selector (or "selection": oracle minus topk), estimate
-        (percent or points), over the tasks that all of a setting's groups have and the samples that
-        all of them answered; n is the smallest number of those of a task.
+        (percent or points), over the tasks and samples that all of a setting's groups have; n is
+        the smallest number of samples of a task.
     """
     settings = sorted({group[:3] for group in draws.trainings if group[3] == "random"})
     rows = []

@@ -1,6 +1,4 @@
-"""What a memory is: keys and values go through it before attention."""
-
-from __future__ import annotations
+"""The interface of memories, which transform keys and values before attention."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
@@ -12,18 +10,17 @@ T = TypeVar("T")
 
 
 class Memory(nn.Module):
-    """k̃ and ṽ for k and v: the interface of all kinds.
+    """k̃ and ṽ from k and v.
 
-    A leaf module with parameters of its own, so that Hugging Face's weight initialisation reaches
-    it and an optimizer can give it its own learning rate: P1 trains memory parameters and the rest
-    at two rates.
+    A leaf module, so that Hugging Face's initialisation reaches it and its parameters can have
+    another learning rate, as in P1.
 
     Args:
         d_model: width of x.
         num_heads, head_dim: of the keys and values (under GQA, the KV heads).
-        memory_on: "kv" as in the papers; for ablations "k" or "v", which leaves the other as it
-            is; "select": methods choose by k̃, and attention sees k and v.
-        shared_gate: False gives K and V gates of their own: K's are the first half of the rows.
+        memory_on: "kv" as in the papers; for ablations "k" or "v" alone; "select": methods select
+            by k̃, attention sees k and v.
+        shared_gate: False for separate gates of K and V: K's are the first half of the rows.
     """
 
     gated: ClassVar[bool] = True  # by Eq. 1
@@ -57,21 +54,20 @@ class Memory(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """k̃, ṽ (B, T, heads, head_dim) and the final state (·, B, ..., heads, head_dim) in fp32.
 
-        x is (B, T, d_model); k (before RoPE) and v are (B, T, heads, head_dim); state is the final
-        state of the tokens before, or None at the start of a sequence. Where rows have fewer than
-        T real tokens, lengths (B,) says how many, and the final state is the one at each row's
-        last token.
+        x is (B, T, d_model), k (before RoPE) and v as the result, state that of earlier
+        tokens (None: the sequence starts), lengths (B,) real tokens a row (None: all T). The final
+        state is that at each row's last real token.
         """
         raise NotImplementedError
 
     def initialize(self, std: float, bias: float | tuple[float, float]) -> None:
-        """Where the memory starts: std of random weights, 0 for a memory that is added to a trained
-        model, and the config's gate_bias, which says nothing to kinds without gates."""
+        """Initial parameters. std: of random weights, 0 if the memory is added to a trained model;
+        bias: the config's gate_bias, for kinds with gates."""
         raise NotImplementedError
 
     def statistics(self, x: Tensor, real: Tensor) -> dict[str, Tensor]:
-        """The effective "length" in tokens of each channel or head, and with gates their mean
-        "gate", at x (B, T, d_model) where real (B, T) is true."""
+        """The effective "length" in tokens of each channel or head, and the mean "gate" if it has
+        gates, over x (B, T, d_model) where real (B, T) is true."""
         raise NotImplementedError
 
 

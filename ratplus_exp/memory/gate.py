@@ -1,6 +1,4 @@
-"""The exponentially decaying memory of Eq. 1: by a gate of the input, or by rates alone."""
-
-from __future__ import annotations
+"""The exponentially decaying memory of Eq. 1, with a gate of the input or constant rates."""
 
 import math
 from typing import Any, ClassVar
@@ -43,8 +41,8 @@ class Gate(Memory):
         return self.memory_on == "kv" and self.shared_gate
 
     def gate_logits(self, x: Tensor) -> Tensor:
-        """W_g x + b for x (B, T, d_model): (B, T, heads, head_dim), with gates apart twice as many
-        heads."""
+        """W_g x + b for x (B, T, d_model): (B, T, heads, head_dim), twice the heads if the gates
+        are separate."""
         if self.weight is None:
             z = self.bias.expand(*x.shape[:2], -1)
         else:
@@ -61,9 +59,9 @@ class Gate(Memory):
     ) -> tuple[Tensor, Tensor, Tensor]:
         z = self._gate_logits_of_rows(x, lengths)
         if self.shared_gate:
-            new_k, new_v, state = _remembered(z, k, v, state)
+            new_k, new_v, state = _recur(z, k, v, state)
         else:
-            by_k, by_v = (_remembered(part, k, v, state) for part in z.chunk(2, dim=2))
+            by_k, by_v = (_recur(part, k, v, state) for part in z.chunk(2, dim=2))
             new_k, new_v, state = by_k[0], by_v[1], torch.stack((by_k[2][0], by_v[2][1]))
         return new_k if "k" in self.memory_on else k, new_v if "v" in self.memory_on else v, state
 
@@ -76,28 +74,26 @@ class Gate(Memory):
         block_size: int,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, ratplus_kernels.Blocks]:
-        """`forward` of a whole prompt, RoPE on k̃, and its blocks, in one pass: see
-        `ratplus_kernels.memory_prefill`. For inference."""
+        """For inference: k̃ with RoPE, ṽ, state and blocks of a prompt by one kernel, see
+        `ratplus_kernels.memory_prefill`."""
         assert self.in_one_pass
         z = self._gate_logits_of_rows(x, lengths)
         return ratplus_kernels.memory_prefill(z, k, v, rope, block_size)
 
     def _gate_logits_of_rows(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """Gates are shut behind a row's last token (g = 1), so that its state stays."""
+        """Gate logits, infinite (g = 1) after a row's last token, so that its state stays."""
         z = self.gate_logits(x)
         if lengths is None:
             return z
-        behind = torch.arange(z.shape[1], device=z.device) >= lengths[:, None]
-        return z.masked_fill(behind[..., None, None], torch.inf)
+        padding = torch.arange(z.shape[1], device=z.device) >= lengths[:, None]
+        return z.masked_fill(padding[..., None, None], torch.inf)
 
     @torch.no_grad()
     def initialize(self, std: float, bias: float | tuple[float, float]) -> None:
-        """Small random W_g, and a bias that sets where the gates start.
-
-        bias is either one logit for all channels, or a pair of effective lengths in tokens
-        (shortest, longest) over which the channels of every head are spread evenly in the
-        logarithm. A constant gate g has effective length 1 / (1 − g), so length L needs the logit
-        log(L − 1). One token, g = 0, is for fixed rates alone: no gradient would leave it.
+        """Random W_g, and as bias one logit for all channels, or a pair of effective lengths in
+        tokens (shortest, longest) over which the channels of every head are spread evenly in the
+        logarithm. A constant gate g has effective length 1 / (1 − g), so length L is the logit
+        log(L − 1). Length 1 (g = 0) has no gradient, so only fixed rates may have it.
         """
         if self.weight is not None:
             nn.init.normal_(self.weight, std=std)
@@ -123,15 +119,13 @@ class Ema(Gate):
 
 
 class FixedEma(Ema):
-    """Control: rates that stay where they start."""
+    """Control: fixed rates."""
 
     learned = False
 
 
-def _remembered(
-    z: Tensor, k: Tensor, v: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """k̃, ṽ and the final state by one gate, token by token where there is one after others."""
+def _recur(z: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """k̃, ṽ and the final state by one gate: a step for a single token with a state, else a scan."""
     if z.shape[1] == 1 and state is not None:
         k, v, state = ratplus_kernels.memory_step(z[:, 0], k[:, 0], v[:, 0], state)
         return k[:, None], v[:, None], state
@@ -140,16 +134,15 @@ def _remembered(
 
 @torch.no_grad()
 def effective_length(z: Tensor, mask: Tensor | None = None) -> Tensor:
-    """How many tokens the memory of each channel reaches back, from gate logits z (B, T, H, D).
+    """Effective length in tokens of each channel's memory, (H, D), from gate logits z (B, T, H, D).
 
-    The memory at t weighs token s by w_{t,s} = (1 − g_s) Π_{r=s+1..t} g_r, and what is left goes to
-    the zero initial state, which counts as the token before the first. The mean lag
-    m_t = Σ_s w_{t,s} (t − s) then obeys m_t = g_t (m_{t-1} + 1), and 1 + m_t is the effective
-    length: in the long run 1 / (1 − g) for a constant gate. Returned is its mean over all positions
-    (those where mask (B, T) is true), one number a channel: (H, D).
+    The memory at t weights token s by w_{t,s} = (1 − g_s) Π_{r=s+1..t} g_r, and the zero initial
+    state, as token −1, by the rest. The mean lag m_t = Σ_s w_{t,s} (t − s) then follows
+    m_t = g_t (m_{t-1} + 1), and 1 + m_t is the effective length, 1 / (1 − g) in the limit for a
+    constant gate. The result is its mean over positions (where mask (B, T) is true).
     """
     gate = torch.sigmoid(z.float())
-    # m_t = g_t m_{t-1} + g_t: the scan of Eq. 1 with input g / (1 − g), kept finite by the clamp.
+    # m_t = g_t m_{t-1} + g_t is the scan of Eq. 1 with input g / (1 − g), clamped to be finite.
     lag, _, _ = ratplus_kernels.memory_scan(
         z, (gate / (1 - gate).clamp_min(1e-6)), torch.zeros_like(gate)
     )

@@ -1,6 +1,4 @@
-"""The kinds of memory that a model's config may ask for."""
-
-from __future__ import annotations
+"""The kinds of memory, by their names in a model's config."""
 
 from typing import Any
 
@@ -15,11 +13,11 @@ KINDS: dict[str, type[Memory]] = {
     "conv": Convolution,
     "shift": Shift,
 }
-"""What `memory_kind` may be: the papers' gate, and what else could explain its gains."""
+"""Values of `memory_kind`: the papers' gate, and controls."""
 
 
 def memory_of(config: Any, head_dim: int) -> Memory | None:
-    """The memory that a model's config asks for."""
+    """The memory of a model's config."""
     if not config.memory:
         return None
     settings = {"memory_on": config.memory_on, "shared_gate": config.shared_gate}

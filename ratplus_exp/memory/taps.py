@@ -1,6 +1,4 @@
-"""Controls that mix a few neighbouring tokens, without decay and without a gate."""
-
-from __future__ import annotations
+"""Controls that mix a few neighbouring tokens, without decay or gate."""
 
 from typing import Any, ClassVar
 
@@ -11,18 +9,18 @@ from ratplus_exp.memory.base import Memory
 
 
 class Taps(Memory):
-    """A causal filter: k̃_t = Σ_i w_i ⊙ k_{t-i} over a few taps i, and ṽ by weights of its own.
+    """A causal filter: k̃_t = Σ_i w_i ⊙ k_{t-i} over a few taps i; ṽ has separate weights.
 
     The state is the inputs of the last taps − 1 tokens, (1 or 2, B, taps − 1, heads, head_dim).
     """
 
     gated = False
     taps: ClassVar[int]
-    of_a_head: ClassVar[bool]  # one weight a head, or one a channel
+    per_head: ClassVar[bool]  # one weight a head, or one a channel
 
     def __init__(self, d_model: int, num_heads: int, head_dim: int, **settings: Any) -> None:
         super().__init__(d_model, num_heads, head_dim, **settings)
-        width = 1 if self.of_a_head else head_dim
+        width = 1 if self.per_head else head_dim
         self.filter = nn.Parameter(torch.empty(len(self.memory_on), self.taps, num_heads, width))
 
     @property
@@ -39,8 +37,8 @@ class Taps(Memory):
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide, length = torch.promote_types(k.dtype, torch.float32), k.shape[1]
         before = self.taps - 1
-        plain = {"k": k, "v": v}
-        inputs = torch.stack([plain[name] for name in self.memory_on]).to(wide)
+        states = {"k": k, "v": v}
+        inputs = torch.stack([states[name] for name in self.memory_on]).to(wide)
         if state is None:
             state = inputs.new_zeros(*inputs.shape[:2], before, *inputs.shape[3:])
         inputs = torch.cat((state, inputs), dim=2)  # (·, B, taps − 1 + T, heads, head_dim)
@@ -48,15 +46,15 @@ class Taps(Memory):
         out = weights[0] * inputs[:, :, before:]
         for lag in range(1, self.taps):
             out = out.addcmul(weights[lag], inputs[:, :, before - lag :][:, :, :length])
-        # A copy in either case, since a view would keep all inputs alive in a cache.
+        # A copy in both cases, since a view would keep all inputs alive in a cache.
         if lengths is None:
             state = inputs[:, :, length:].clone()
         else:
             last = lengths[:, None] + torch.arange(before, device=k.device)
             index = last[None, ..., None, None].expand(len(inputs), -1, -1, *inputs.shape[3:])
             state = inputs.gather(2, index)
-        new = plain | dict(zip(self.memory_on, out.to(k.dtype), strict=True))
-        return new["k"], new["v"], state
+        states |= dict(zip(self.memory_on, out.to(k.dtype), strict=True))
+        return states["k"], states["v"], state
 
     @torch.no_grad()
     def initialize(self, std: float, bias: float | tuple[float, float]) -> None:
@@ -65,28 +63,28 @@ class Taps(Memory):
         self.filter[:, 0] = 1
 
     def statistics(self, x: Tensor, real: Tensor) -> dict[str, Tensor]:
-        """A tap's share of the effective length is the size of its weight."""
+        """The effective length is the mean lag by absolute weights, plus 1."""
         size = self.filter.detach().float().abs()
         lag = torch.arange(self.taps, device=size.device)[:, None, None]
         return {"length": 1 + (size * lag).sum(1) / size.sum(1)}
 
 
 class Convolution(Taps):
-    """Control: FlashMoBA's explanation of why smoothed keys route better, a short depthwise
-    convolution (here without its SiLU and residual path: the filter starts as the identity)."""
+    """Control: FlashMoBA's short depthwise convolution of keys, without its SiLU and residual path
+    (the filter starts as the identity)."""
 
-    taps, of_a_head = 4, False
+    taps, per_head = 4, False
 
 
 class Shift(Taps):
     """Control: KV shifting attention (Xu et al., 2024), token t mixed with t − 1, by α for keys and
     β for values, one pair a KV head."""
 
-    taps, of_a_head = 2, True
+    taps, per_head = 2, True
 
     @torch.no_grad()
     def initialize(self, std: float, bias: float | tuple[float, float]) -> None:
-        """α_1 and β_1 from U(0, 1), the others 1 − α_1 and 1 − β_1, as in the paper; the identity
+        """α_1 and β_1 from U(0, 1), α_2 = 1 − α_1 and β_2 = 1 − β_1, as in the paper; the identity
         for std 0."""
         super().initialize(std, bias)
         if std:

@@ -1,6 +1,4 @@
-"""`python -m ratplus_exp.methods` prints docs/methods.md, made from the classes of conf/method."""
-
-from __future__ import annotations
+"""`python -m ratplus_exp.methods` prints docs/methods.md from the classes of conf/method."""
 
 import inspect
 from pathlib import Path
@@ -37,7 +35,7 @@ cache allocates, where heads that keep fewer tokens have as many slots as the he
 
 
 def page() -> str:
-    """The table of methods, and how each differs from its original."""
+    """The table of methods, and notes on where each differs from its original."""
     names = ("Name", "Rule", "Unit", "Phase", "Budget", "Choosing reads", "Paper")
     rows, notes = [names, ("---",) * len(names)], []
     files: Any = (OmegaConf.load(file) for file in CONF.glob("*.yaml"))

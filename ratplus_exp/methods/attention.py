@@ -1,14 +1,11 @@
-"""Softmax attention: the one call of PyTorch's that all methods go through."""
-
-from __future__ import annotations
+"""Softmax attention: the one PyTorch call that all methods use."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# On Hopper PyTorch prefers cuDNN, which plans anew for every length of the keys: tens of
-# milliseconds at each decoding step. A process-wide switch costs nothing a call and needs nothing
-# of torch.compile.
+# On Hopper PyTorch prefers cuDNN, which compiles a plan for every key length: tens of milliseconds
+# at each decoding step. A process-wide switch has no cost per call and works with torch.compile.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -28,8 +25,8 @@ def attend(
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=heads != kv_heads
         )
-    # A group's heads become further queries: with a mask CUDA's fused kernels know no groups, and a
-    # CPU would read keys and values once a head.
+    # A group's heads become further queries: with a mask, CUDA's fused kernels don't support GQA,
+    # and a CPU would read keys and values once for each head.
     queries = q.unflatten(1, (kv_heads, -1)).flatten(2, 3)
     if seen is not None:
         seen = seen.expand(-1, heads, -1, -1).unflatten(1, (kv_heads, -1)).flatten(2, 3)

@@ -1,10 +1,8 @@
 """P2's dilated attention: a fixed pattern, used for joint training and dilated inference."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +12,8 @@ from ratplus_exp.methods.attention import attend
 from ratplus_exp.methods.base import Method
 from ratplus_exp.settings import DilatedSettings
 
-CHUNK = 64  # queries of a chunk, which share their keys
-AT_ONCE = 64  # chunks that attend in one call
+CHUNK = 64  # queries that share their keys
+AT_ONCE = 64  # chunks in one call of attention
 
 Position = TypeVar("Position", int, Tensor)
 
@@ -24,14 +22,14 @@ Position = TypeVar("Position", int, Tensor)
 class Dilated(DilatedSettings, Method):
     """Query t sees position j <= t when (j + 1) mod D = 0, or t − j <= W, or j < I.
 
-    By default a query sees itself and every D-th position, as in the joint training of all of P2's
-    RAT+ models: what lies between must come through the memory.
+    By default a query sees itself and every D-th position, as in P2's joint training: the memory
+    must provide the tokens between.
     """
 
-    paper: ClassVar[str] = "Wei and Gulcehre, 2026, arXiv 2602.18196"
+    paper = "Wei and Gulcehre, 2026, arXiv 2602.18196"
 
     def fraction(self, length: int) -> Fraction:
-        """1/D, as P2 counts, which leaves the local window and the initial positions out."""
+        """1/D, as in P2, without the local window and the initial positions."""
         return Fraction(1, self.dilation) if self.dilation else Fraction(self.local, length)
 
     def pattern(self, query: Tensor, key: Tensor) -> Tensor:
@@ -43,25 +41,25 @@ class Dilated(DilatedSettings, Method):
     def attend_prefill(
         self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor | None = None
     ) -> Tensor:
-        """`pattern`, chunk by chunk: its queries see the band of keys that their windows reach
-        and, of what lies before the band, the few keys that everybody sees."""
+        """`pattern` by chunks: a chunk's queries attend to a band, the keys within their windows,
+        and to the keys before it that all later queries see."""
         length = q.shape[2]
         chunk = min(max(CHUNK, self.local), length)
-        window = min(self.local, chunk)  # so a band ends in a chunk and begins in the one before
-        far_k, far_v = (self._seen_from_afar(x) for x in (k, v))
+        window = min(self.local, chunk)  # so a band spans at most two chunks
+        far_k, far_v = (self._seen_by_all(x) for x in (k, v))
         q, k, v = (_in_chunks(x, chunk) for x in (q, k, v))
         near_k, near_v = (_ends_of_chunks_before(x, window) for x in (k, v))
-        # Splits, since each slice of these would have a gradient of full size.
+        # split, since every slice of these would have a gradient of full size
         parts = zip(*(x.split(AT_ONCE, 1) for x in (q, k, near_k, v, near_v)), strict=True)
         out = []
-        for i, (queries, own_k, before_k, own_v, before_v) in enumerate(parts):
+        for i, (queries, chunk_k, before_k, chunk_v, before_v) in enumerate(parts):
             first = torch.arange(queries.shape[1], device=q.device) + i * AT_ONCE
             first = first[:, None, None] * chunk  # (n, 1, 1), each chunk's first position
             last_band = (i * AT_ONCE + queries.shape[1] - 1) * chunk - window
             far = self._count_before(max(0, last_band))
             keys, values = (
                 torch.cat((x[:, None, :, :far].expand(-1, len(first), -1, -1, -1), *band), dim=3)
-                for x, *band in ((far_k, before_k, own_k), (far_v, before_v, own_v))
+                for x, *band in ((far_k, before_k, chunk_k), (far_v, before_v, chunk_v))
             )
             seen = self._seen_in_bands(first, chunk, window, far)
             seen = seen.repeat(len(q), 1, 1)[:, None]  # (B n, 1, C, far + W + C)
@@ -82,7 +80,7 @@ class Dilated(DilatedSettings, Method):
             return None
         band = max(0, k.shape[2] - 1 - self.local)
         k, v = (
-            torch.cat((self._seen_from_afar(x[:, :, :band]), x[:, :, band:]), dim=2) for x in (k, v)
+            torch.cat((self._seen_by_all(x[:, :, :band]), x[:, :, band:]), dim=2) for x in (k, v)
         )
         return attend(q, k, v)
 
@@ -91,17 +89,17 @@ class Dilated(DilatedSettings, Method):
         return self._count_before(band) + positions - band + 1
 
     def _seen_in_bands(self, first: Tensor, chunk: int, window: int, far: int) -> Tensor:
-        """Which of its `far` keys and of its band each query sees, (n, C, far + W + C), for chunks
+        """Which far keys and which of its band each query sees, (n, C, far + W + C), for chunks
         that begin at first (n, 1, 1)."""
         query = first + torch.arange(chunk, device=first.device)[:, None]
         key = first - window + torch.arange(window + chunk, device=first.device)
         near = self.pattern(query, key) & (key <= query) & (key >= 0)
         # Not clamp, on whose integer quotients the code generator of torch 2.13 fails.
         before = self._count_before((first - window).relu())
-        afar = torch.arange(far, device=first.device) < before
-        return torch.cat((afar.expand(-1, chunk, -1), near), dim=2)
+        far_seen = torch.arange(far, device=first.device) < before
+        return torch.cat((far_seen.expand(-1, chunk, -1), near), dim=2)
 
-    def _seen_from_afar(self, states: Tensor) -> Tensor:
+    def _seen_by_all(self, states: Tensor) -> Tensor:
         """Of states (B, K, T, D) those that all later queries see, in order."""
         if not self.dilation:
             return states[:, :, : self.initial]
@@ -109,8 +107,8 @@ class Dilated(DilatedSettings, Method):
         return torch.cat((states[:, :, : self.initial], states[:, :, first :: self.dilation]), 2)
 
     def _count_before(self, position: Position) -> Position:
-        """How many positions before each of these all later queries see."""
-        # The smaller of the two, of ints as of tensors.
+        """How many positions before this one all later queries see."""
+        # min(position, initial), for ints and tensors
         initial = position - (position - self.initial) * (position > self.initial)
         if not self.dilation:
             return initial
@@ -119,7 +117,7 @@ class Dilated(DilatedSettings, Method):
 
 def _in_chunks(states: Tensor, chunk: int) -> Tensor:
     """(B, ·, T, D) -> (B, n, ·, chunk, D), zeros at the end."""
-    if missing := -states.shape[2] % chunk:  # padding by nothing would copy
+    if missing := -states.shape[2] % chunk:  # padding by 0 would copy
         states = F.pad(states, (0, 0, 0, missing))
     return states.unflatten(2, (-1, chunk)).transpose(1, 2)
 

@@ -1,11 +1,9 @@
-"""One engine for every method: attention (Eq. 4) over what was selected (`Selection`, Eq. 3).
+"""One engine for every method: attention (Eq. 4) over the selection of Eq. 3.
 
-Rows of a batch are aligned at their first token (the model turns left padding into right padding),
-so block i of every row is its own tokens [i · block_size, (i + 1) · block_size), and padding lies
-behind every row's last token, out of every real query's causal sight.
+Rows of a batch start at their first token (the model turns left padding into right padding), so
+block i of each row is its tokens [i · block_size, (i + 1) · block_size), and causality hides the
+padding from all real queries.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,20 +18,18 @@ from ratplus_exp.methods.selection import Selection, grouped
 from ratplus_exp.methods.selectors import TopK
 from ratplus_exp.methods.usage import Usage
 
-QUERY_CHUNK = 128  # prompt queries whose selection is in memory at a time
+QUERY_CHUNK = 128  # prompt queries whose selection is held in memory together
 
 
 @dataclass
 class Engine(Selection):
-    """A method with its selector, as it runs over one batch."""
+    """A method and its selector for one batch."""
 
     usage: Usage = field(default_factory=Usage)
 
     def _fast(self, path: Callable[..., Tensor | None], *states: Any) -> Tensor | None:
-        """What a fast path of the method gives; None where the engine must select.
-
-        A recorder needs the selection itself, and a fast path has the method's own top-k in it.
-        """
+        """The result of a fast path; None where the engine must select: fast paths contain the
+        method's top-k and expose no selection to a recorder."""
         if self.recorder is not None or type(self.selector) is not TopK:
             return None
         return path(*states)
@@ -48,12 +44,11 @@ class Engine(Selection):
         representatives: Tensor | None = None,
         select_by: Tensor | None = None,
     ) -> Tensor:
-        """Attention of a whole prompt to itself.
+        """Attention of a whole prompt: (B, H, T, D), meaningless beyond a row's length.
 
         q (B, H, T, D), k and v (B, K, T, D), lengths (B,) real tokens of each row (None: all T),
-        representatives (B, K, N, *) of the blocks (None: found here where needed), select_by
-        (B, K, T, D) the keys to select by (None: k).
-        Returns (B, H, T, D); what it holds behind a row's length is meaningless.
+        representatives (B, K, N, *) of the blocks if already computed, select_by (B, K, T, D) the
+        keys to select by (None: k).
         """
         length = q.shape[2]
         position = torch.arange(length, device=q.device)
@@ -75,7 +70,7 @@ class Engine(Selection):
         return attend(q, k, v, seen[None, None])
 
     def _pattern(self, phase: str | None, query: Tensor, key: Tensor) -> Tensor | None:
-        """The method's pattern where it holds: throughout, or in the phase of its selection."""
+        """The method's pattern in the phases it applies to."""
         return self.method.pattern(query, key) if self.method.phase in (None, phase) else None
 
     def _count(
@@ -86,7 +81,7 @@ class Engine(Selection):
         layer: int,
         lengths: Tensor | None = None,
     ) -> None:
-        """Usage of queries q: attended (B, Q), positions (B or 1, Q), real up to lengths."""
+        """Add to the usage: attended (B, Q), positions (B or 1, Q), real up to lengths."""
         positions = positions.expand(attended.shape)
         if lengths is not None:
             positions = positions.masked_fill(positions >= lengths[:, None], -1)
@@ -104,10 +99,10 @@ class Engine(Selection):
     ) -> Tensor:
         method, size, length = self.method, self.method.block_size, q.shape[2]
         key, chunk = torch.arange(length, device=q.device), -(-QUERY_CHUNK // size) * size
-        choosing, lines = q, None
-        if method.by_query_block and lengths is not None:  # padding may not choose for others
+        selecting, lines = q, None
+        if method.by_query_block and lengths is not None:  # padding must not affect a selection
             real = (key < lengths[:, None])[:, None, :, None]
-            choosing, by = q * real, by * real
+            selecting, by = q * real, by * real
         if method.unit == "token":
             lines = self.select_lines(q, by, lengths, layer)
         elif representatives is None:
@@ -119,13 +114,13 @@ class Engine(Selection):
             seen = key[:end] <= position[:, None]
             if lines is None:
                 assert representatives is not None
-                blocks = choosing[:, :, start:end], representatives, position[None], layer
-                chosen = self.select_blocks(*blocks).repeat_interleave(size, dim=-1)[..., :end]
+                blocks = selecting[:, :, start:end], representatives, position[None], layer
+                selected = self.select_blocks(*blocks).repeat_interleave(size, dim=-1)[..., :end]
             else:
-                back = (position[:, None] - key[:end]).clamp(min=0)
-                chosen = lines[..., :1, :end] | lines[..., 1, :][..., back]
+                distance = (position[:, None] - key[:end]).clamp(min=0)
+                selected = lines[..., :1, :end] | lines[..., 1, :][..., distance]
             pattern = self._pattern("prefill", position[:, None], key[:end])
-            seen = seen & (chosen if pattern is None else chosen | pattern).flatten(1, 2)
+            seen = seen & (selected if pattern is None else selected | pattern).flatten(1, 2)
             out.append(attend(queries, k[:, :, :end], v[:, :, :end], seen))
             self._count(seen.sum(-1).float().mean(1), position, q, layer, lengths)
         return torch.cat(out, dim=2)
@@ -142,13 +137,12 @@ class Engine(Selection):
         select_by: Tensor | None = None,
         all_seen: bool = False,
     ) -> Tensor:
-        """Attention of new tokens to a cache that already holds them.
+        """Attention of new tokens to a cache that already includes them: (B, H, Q, D).
 
-        q (B, H, Q, D); k, v (B, K, T, D); positions (B, Q), which token of its row each query is;
-        representatives (B, K, N, *) of the blocks, for methods that select blocks while decoding;
-        held (B, K, T), the token in each slot (None: slot i holds token i); select_by
-        (B, K, T, D), the keys to select by (None: k); all_seen, whether every query comes after
-        all T slots, so that no mask is needed.
+        q (B, H, Q, D); k, v (B, K, T, D); positions (B, Q) of the queries; representatives
+        (B, K, N, *) of the blocks, for block methods of phase "decode"; held (B, K, T), the token
+        in each slot (None: slot i holds token i); select_by (B, K, T, D), the keys to select by
+        (None: k); all_seen: whether every query follows all T slots, so that no mask is needed.
         """
         method = self.method
         out = self._fast(method.attend_decode, q, k, v, representatives, positions, all_seen)
@@ -166,12 +160,12 @@ class Engine(Selection):
         if method.phase == "decode":
             if representatives is None:
                 representatives = self.represent(k if select_by is None else select_by, v)
-            chosen = self.select_blocks(q, representatives, positions, layer)
-            chosen = chosen.repeat_interleave(method.block_size, dim=-1)[..., : k.shape[2]]
-            seen = past & (chosen if pattern is None else chosen | pattern)
+            selected = self.select_blocks(q, representatives, positions, layer)
+            selected = selected.repeat_interleave(method.block_size, dim=-1)[..., : k.shape[2]]
+            seen = past & (selected if pattern is None else selected | pattern)
         elif pattern is not None:
             seen = past & pattern
-        if seen.shape[1] > 1:  # heads of a group share what is held
+        if seen.shape[1] > 1:  # the heads of a group share slots
             seen = seen.expand(-1, -1, q.shape[1] // k.shape[1], -1, -1)
         by_head = seen.flatten(1, 2)
         if method.phase in ("decode", *EVICTING) or pattern is not None:
@@ -185,7 +179,7 @@ class Engine(Selection):
 
 
 def _with_mean(out: Tensor, v: Tensor, scores: Tensor, past: Tensor, seen: Tensor) -> Tensor:
-    """out (B, H, Q, D) by the seen tokens' share of the scores, the mean value by the others'."""
+    """out (B, H, Q, D) and the mean value, weighted by the score mass of seen and other tokens."""
     share = (scores.masked_fill(~past, -torch.inf).softmax(-1) * seen).sum(-1, keepdim=True)
     mean = past.to(v.dtype) @ v.unsqueeze(2) / past.sum(-1, keepdim=True)  # (B, K, 1, Q, D)
     mean = mean.expand(-1, -1, seen.shape[2], -1, -1).flatten(1, 2)

@@ -1,47 +1,42 @@
-"""TOVA and H2O: as many tokens as the budget has, one leaving at every decoding step."""
-
-from __future__ import annotations
+"""TOVA and H2O: a cache of constant size; every decoding step evicts one token."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor
 
 import ratplus_kernels
 from ratplus_exp.budget import Budget
-from ratplus_exp.methods.base import EVERY, Method, Phase
+from ratplus_exp.methods.base import EVERY, Method
 from ratplus_exp.settings import Whole
 
-CHUNK = 64  # queries whose attention is in memory at a time
+CHUNK = 64  # queries whose attention is held in memory together
 
 
 @dataclass(frozen=True)
 class TOVA(Method):
     """Keeps the tokens that the newest query attends to most.
 
-    A step attends to top_k tokens and its own. The original averages attention over all heads of a
-    layer, here over those of a KV head.
+    A step attends to top_k tokens and its new one. The original averages attention over all heads
+    of a layer; here it is averaged over those of a KV head.
     """
 
-    phase: ClassVar[Phase | None] = "step"
-    paper: ClassVar[str] = "Oren et al., 2024, arXiv 2401.06104"
-    reads: ClassVar[str] = "the step's own attention"
+    phase = "step"
+    paper = "Oren et al., 2024, arXiv 2401.06104"
+    reads = "the step's own attention"
 
     @property
     def observed(self) -> int:
         return 1
 
-    def represent(self, keys: Tensor) -> Tensor:
-        return keys
-
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         """The attention of the prompt's last queries (B, K, G, Q, D), summed: (B, K, 1, 1, N)."""
         length, count, parts = representatives.shape[2], queries.shape[3], []
         for start in range(0, count, CHUNK):
-            some = queries[:, :, :, start : start + CHUNK].flatten(1, 2)
-            seen = length - count + start + some.shape[2]
-            mass = ratplus_kernels.attention_mass(some, representatives[:, :, :seen])
+            chunk = queries[:, :, :, start : start + CHUNK].flatten(1, 2)
+            seen = length - count + start + chunk.shape[2]
+            mass = ratplus_kernels.attention_mass(chunk, representatives[:, :, :seen])
             parts.append(F.pad(mass, (0, length - seen)))
         return sum(parts[1:], parts[0])[:, :, None, None]
 
@@ -53,11 +48,11 @@ class TOVA(Method):
 class H2O(TOVA):
     """Keeps the tokens that all queries so far attend to most, and the `window` newest.
 
-    window: 0, half of the budget, as in the original.
+    window: 0 for half of the budget, as in the original.
     """
 
-    paper: ClassVar[str] = "Zhang et al., 2023, arXiv 2306.14048"
-    reads: ClassVar[str] = "the attention of every step, accumulated"
+    paper = "Zhang et al., 2023, arXiv 2306.14048"
+    reads = "the attention of every step, accumulated"
     window: Whole = 0
 
     @property
@@ -72,5 +67,5 @@ class H2O(TOVA):
         return mass + new
 
     def within(self, budget: Budget, length: int) -> Self:
-        made = super().within(budget, length)
-        return replace(made, window=self.window or made.top_k // 2)
+        method = super().within(budget, length)
+        return replace(method, window=self.window or method.top_k // 2)

@@ -1,31 +1,25 @@
-"""The ceiling of every selector: the candidates that attention itself puts most of its mass on."""
-
-from __future__ import annotations
+"""Upper bounds of all methods: the candidates with the highest exact attention."""
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from ratplus_exp.methods.base import BlockMethod, Method, Phase
+from ratplus_exp.methods.base import BlockMethod, Method
 from ratplus_kernels.selection import inner_products
 
 
 @dataclass(frozen=True)
 class TopKTokens(Method):
-    """The tokens with the highest q · k; the first one and the query's own are among them."""
+    """The tokens with the highest q · k; the first and the query's token are forced."""
 
-    phase: ClassVar[Phase | None] = "decode"
-    paper: ClassVar[str] = "none: the ceiling of selectors of tokens"
-    reads: ClassVar[str] = "all keys"
+    phase = "decode"
+    paper = "none: the upper bound of token selection"
+    reads = "all keys"
 
     @property
     def forced(self) -> int:
         return 2
-
-    def represent(self, keys: Tensor) -> Tensor:
-        return keys
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         logits = inner_products(queries, representatives.unsqueeze(2))
@@ -36,12 +30,12 @@ class TopKTokens(Method):
 class TopKBlocks(BlockMethod):
     """The blocks with the highest attention mass, log Σ exp(q · k / √D) over a block's keys."""
 
-    phase: ClassVar[Phase | None] = "decode"
-    paper: ClassVar[str] = "none: the ceiling of selectors of blocks"
-    reads: ClassVar[str] = "all keys"
+    phase = "decode"
+    paper = "none: the upper bound of block selection"
+    reads = "all keys"
 
     def represent(self, keys: Tensor) -> Tensor:
-        """(B, K, N, block_size, D) -> (B, K, N, block_size D): all of them."""
+        """(B, K, N, block_size, D) -> (B, K, N, block_size D): all keys."""
         return keys.flatten(3)
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:

@@ -1,35 +1,28 @@
-"""Expected Attention: keep the tokens that queries like the prompt's would attend to."""
-
-from __future__ import annotations
+"""Expected Attention: keep the tokens that queries distributed as the prompt's attend to."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, float32, promote_types
 
-from ratplus_exp.methods.base import EVERY, Method, Phase
+from ratplus_exp.methods.base import EVERY, Method
 
 
 @dataclass(frozen=True)
 class ExpectedAttention(Method):
     """softmax(μᵀk / √D + kᵀΣk / 2D) · ‖v‖, with mean μ and covariance Σ of the prompt's queries.
 
-    The weights of a group's query heads are averaged. The original takes the statistics before
-    RoPE and rotates them to the 512 positions that follow; here they are of the queries as
-    attention sees them.
+    The weights of a group's query heads are averaged. The original computes the statistics before
+    RoPE and rotates them to the next 512 positions; here they are those of the rotated queries.
     """
 
-    phase: ClassVar[Phase | None] = "once"
-    paper: ClassVar[str] = "Devoto et al., 2025, arXiv 2510.00636"
-    reads: ClassVar[str] = "all queries, keys and values, once"
-    reads_values: ClassVar[bool] = True
+    phase = "once"
+    paper = "Devoto et al., 2025, arXiv 2510.00636"
+    reads = "all queries, keys and values, once"
+    reads_values = True
 
     @property
     def observed(self) -> int:
         return EVERY
-
-    def represent(self, keys: Tensor) -> Tensor:
-        return keys
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         """(B, K, G, Q, D) and (B, K, N, 2 D) -> (B, K, 1, 1, N)."""

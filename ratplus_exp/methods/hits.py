@@ -1,6 +1,4 @@
-"""H1's count: does what a head selected contain the golden answer position at every step?"""
-
-from __future__ import annotations
+"""Hits of H1: whether a head's selection contains the golden answer position at every step."""
 
 from collections.abc import Sequence
 
@@ -12,15 +10,15 @@ from ratplus_exp.methods.base import Method
 
 
 class HitCounter:
-    """An `Engine.recorder` that notes, for every answer token, layer and head, whether the
-    candidates selected for it hold one of its golden positions.
+    """An `Engine.recorder` of whether the candidates selected for each answer token, layer and
+    head contain one of the token's golden positions.
 
     Args:
-        method: whose selections are recorded; phase "decode", "once" or "step".
+        method: of phase "decode", "once" or "step".
         golden: (B, A, T) bool, true where token t of the prompt is a golden position of answer
             token a; a token without any does not count.
-        lengths: (B,) tokens of each prompt, so that the query at position lengths + a − 1 is the
-            one that predicts answer token a.
+        lengths: (B,) tokens of each prompt: the query at position lengths + a − 1 predicts answer
+            token a.
         layers: of the model.
     """
 
@@ -29,21 +27,19 @@ class HitCounter:
         self.hits: Tensor | None = None  # (B, A, layers, heads) bool
 
     def __call__(self, layer: int, rows: Tensor, positions: Tensor, selected: Tensor) -> None:
-        """See `Engine.recorder`. Under GQA a token method has one choice a KV head."""
-        chosen = selected.flatten(1, 2)  # (R, H, Q, N)
-        golden = self._candidates(chosen.shape[-1])[rows]  # (R, A, N)
-        rows, answers = rows.cpu(), golden.shape[1]
+        """See `Engine.recorder`. Under GQA an evicting method has one selection a KV head."""
+        selected = selected.flatten(1, 2)  # (R, H, Q, N)
+        golden = self._candidates(selected.shape[-1])[rows]  # (R, A, N)
+        answers = golden.shape[1]
         if self.hits is None:
-            shape = (len(self.golden), answers, self.layers, chosen.shape[1])
+            shape = (len(self.golden), answers, self.layers, selected.shape[1])
             self.hits = torch.zeros(shape, dtype=torch.bool)
-        # What was selected once serves every answer token; else each query serves its own.
-        hit = torch.einsum("rhqn,ran->raqh", chosen.float(), golden.float()) > 0
-        if self.method.phase in ("decode", "step"):
+        hit = torch.einsum("rhqn,ran->raqh", selected.float(), golden.float()) > 0
+        if self.method.phase in ("decode", "step"):  # each query selects for one answer token
             token = torch.arange(answers, device=hit.device)
-            wanted = self.lengths.to(hit.device)[rows.to(hit.device)][:, None] + token - 1
-            own = positions[:, None] == wanted[..., None]  # (R, A, Q)
-            hit = hit & own[..., None]
-        self.hits[rows, :, layer] |= hit.any(2).cpu()
+            predicting = self.lengths.to(hit.device)[rows.to(hit.device)][:, None] + token - 1
+            hit = hit & (positions[:, None] == predicting[..., None])[..., None]  # (R, A, Q, 1)
+        self.hits[rows.cpu(), :, layer] |= hit.any(2).cpu()
 
     def _candidates(self, count: int) -> Tensor:
         """(B, A, T) golden tokens as (B, A, count) golden candidates."""
@@ -52,21 +48,18 @@ class HitCounter:
         return F.pad(self.golden, (0, room)).unflatten(-1, (count, size)).any(-1)
 
     def values(self, owners: Sequence[Sequence[int]]) -> tuple[list[int], list[list[list[int]]]]:
-        """Of each sample: gold values with a step, and how many of them each head hits throughout.
+        """Counts (B) of the gold values of each sample, and the number of them that each head hits
+        at every step, (B, layers, heads), as nested lists.
 
-        owners: for each sample and answer token the value that the token belongs to, −1 for none.
-        Returns counts (B), and hit values (B, layers, heads) as nested lists.
+        owners: for each sample and answer token the gold value that it is part of, or −1.
         """
         assert self.hits is not None, "nothing was selected"
         counts, hits = [], []
-        for row, tokens in enumerate(owners):
+        for hit, tokens in zip(self.hits, owners, strict=True):
+            owner = torch.tensor(tokens)
             steps = [
-                torch.tensor([i for i, owner in enumerate(tokens) if owner == value])
-                for value in sorted(set(tokens) - {-1})
+                hit[: len(owner)][owner == value].all(0) for value in sorted(set(tokens) - {-1})
             ]
             counts.append(len(steps))
-            found = torch.zeros(self.hits.shape[2:], dtype=torch.long)
-            for step in steps:
-                found += self.hits[row, step].all(0)
-            hits.append(found.tolist())
+            hits.append(sum(steps, torch.zeros(hit.shape[1:], dtype=torch.long)).tolist())
         return counts, hits

@@ -1,9 +1,6 @@
-"""Layers that share a selection: some choose the exact top-k, those between take it over."""
-
-from __future__ import annotations
+"""Layers that share a selection: anchor layers select the exact top-k, the others reuse it."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ratplus_exp.methods.exact import TopKTokens
 from ratplus_exp.settings import Positive
@@ -11,15 +8,15 @@ from ratplus_exp.settings import Positive
 
 @dataclass(frozen=True)
 class Shared(TopKTokens):
-    """Every `every`-th layer from the first on takes its exact top-k tokens, and the layers up to
-    the next one take the same, head by head.
+    """Every `every`-th layer, from the first on, selects its exact top-k tokens; the layers up to
+    the next anchor reuse the selection, head by head.
 
-    Kascade finds its anchor layers and a mapping of heads on a development set, has a dense first
-    layer and shares a selection between queries of a tile while it reads the prompt.
+    Kascade fits anchor layers and a mapping of heads on a development set, has a dense first layer
+    and shares a selection between the queries of a tile during the prefill.
     """
 
-    paper: ClassVar[str] = "Deshmukh et al., 2025, arXiv 2512.16391 (Kascade)"
-    reads: ClassVar[str] = "all keys in anchor layers, indices in the others"
+    paper = "Deshmukh et al., 2025, arXiv 2512.16391 (Kascade)"
+    reads = "all keys in anchor layers, indices in the others"
     every: Positive = 2
 
     def anchor(self, layer: int) -> int:

@@ -1,29 +1,23 @@
 """KeyDiff: after the prompt, keep the tokens whose keys differ most from the others."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, float32, promote_types
 
-from ratplus_exp.methods.base import Method, Phase
+from ratplus_exp.methods.base import Method
 
 
 @dataclass(frozen=True)
 class KeyDiff(Method):
-    """Minus the cosine of a key with the mean of all keys' directions.
+    """Minus the cosine of a key with the mean of all normalised keys.
 
-    The original evicts block by block while it reads the prompt, here once after it.
+    The original evicts block by block during the prefill, this one once after it.
     """
 
-    phase: ClassVar[Phase | None] = "once"
-    paper: ClassVar[str] = "Park et al., 2025, arXiv 2504.15364"
-    reads: ClassVar[str] = "all keys, once"
-
-    def represent(self, keys: Tensor) -> Tensor:
-        return keys
+    phase = "once"
+    paper = "Park et al., 2025, arXiv 2504.15364"
+    reads = "all keys, once"
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         """(B, K, 1, 1, N), whatever the queries."""

@@ -1,14 +1,11 @@
-"""MoBA (Lu et al., 2025), training-free: every prompt token attends to the blocks of its choice."""
-
-from __future__ import annotations
+"""MoBA (Lu et al., 2025), training-free: every prompt token attends to the blocks it selects."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 import ratplus_kernels
-from ratplus_exp.methods.base import BlockMethod, Phase
+from ratplus_exp.methods.base import BlockMethod
 from ratplus_kernels.selection import inner_products
 
 
@@ -16,12 +13,11 @@ from ratplus_kernels.selection import inner_products
 class MoBA(BlockMethod):
     """r_i: the mean of the block's keys; s(q, r_i) = q · r_i. Sparse prefill, dense decoding."""
 
-    phase: ClassVar[Phase | None] = "prefill"
-    paper: ClassVar[str] = "Lu et al., 2025, arXiv 2502.13189"
-    reads: ClassVar[str] = "means of all blocks"
+    phase = "prefill"
+    paper = "Lu et al., 2025, arXiv 2502.13189"
+    reads = "means of all blocks"
 
     def represent(self, keys: Tensor) -> Tensor:
-        """(B, K, N, block_size, D) -> (B, K, N, D)."""
         return keys.mean(3)
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:

@@ -1,15 +1,12 @@
-"""Quest (Tang et al., 2024): at every decoding step, the blocks whose keys could score highest."""
-
-from __future__ import annotations
+"""Quest (Tang et al., 2024): at every decoding step, the blocks with the highest score bound."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 import ratplus_kernels
-from ratplus_exp.methods.base import BlockMethod, Phase
+from ratplus_exp.methods.base import BlockMethod
 from ratplus_kernels.selection import inner_products
 
 
@@ -20,16 +17,16 @@ class Quest(BlockMethod):
     s(q, r_i) = Σ_d max(q_d · min_d, q_d · max_d), an upper bound of q · k over the block.
     """
 
-    phase: ClassVar[Phase | None] = "decode"
-    paper: ClassVar[str] = "Tang et al., 2024, arXiv 2406.10774"
-    reads: ClassVar[str] = "minima and maxima of all blocks"
+    phase = "decode"
+    paper = "Tang et al., 2024, arXiv 2406.10774"
+    reads = "minima and maxima of all blocks"
 
     def represent(self, keys: Tensor) -> Tensor:
         """(B, K, N, block_size, D) -> (B, K, N, 2 D): minima, then maxima."""
         return torch.cat((keys.amin(3), keys.amax(3)), dim=-1)
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
-        """max(q·min, q·max) is q·max where q > 0 and q·min elsewhere, so two matmuls suffice."""
+        """max(q·min, q·max) is q·max where q > 0 and q·min elsewhere: one matmul of both halves."""
         halves = torch.cat((queries.clamp(max=0), queries.clamp(min=0)), dim=-1)
         return inner_products(halves, representatives.unsqueeze(2))
 

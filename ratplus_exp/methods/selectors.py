@@ -1,34 +1,36 @@
-"""Who picks the top-k of Eq. 3. H2 swaps the selector and nothing else.
+"""Selectors: the ranking behind the top-k of Eq. 3. H2 swaps the selector and nothing else.
 
-A selector turns a method's scores (B, K, G, Q, N) into the scores that the engine ranks. The engine
-then forces the first and the local candidates and takes the k best, so every selector selects
-equally many.
+A selector maps a method's scores (B, K, G, Q, N) to the scores that the engine ranks. The engine
+forces the first and the local candidates and takes the k best, so that all selectors select equally
+many.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-class Selector(Protocol):
-    def __call__(
-        self,
-        scores: Tensor,
-        *,
-        layer: int,
-        positions: Tensor,
-        block_size: int,
-        tokens: Tensor | None = None,
-    ) -> Tensor:
-        """Scores to rank by, of the same shape.
+class Candidates(NamedTuple):
+    """What the scores belong to.
 
-        positions (B, Q) are the queries' token positions; candidate i covers the tokens
-        [i · block_size, (i + 1) · block_size), or is the token tokens[:, :, i] (B, K, N).
-        """
+    positions: (B or 1, Q) of the queries. Candidate i is the tokens [i · block_size,
+        (i + 1) · block_size), or the token tokens[:, :, i] (B, K, N).
+    """
+
+    layer: int
+    positions: Tensor
+    block_size: int
+    tokens: Tensor | None = None
+
+
+class Selector(Protocol):
+    def __call__(self, scores: Tensor, candidates: Candidates) -> Tensor:
+        """Scores to rank by, of the same shape."""
         ...
 
     def rows(self, index: Tensor) -> Selector:
@@ -38,17 +40,9 @@ class Selector(Protocol):
 
 @dataclass(frozen=True)
 class TopK:
-    """The method's own choice."""
+    """The method's choice."""
 
-    def __call__(
-        self,
-        scores: Tensor,
-        *,
-        layer: int,
-        positions: Tensor,
-        block_size: int,
-        tokens: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, scores: Tensor, candidates: Candidates) -> Tensor:
         return scores
 
     def rows(self, index: Tensor) -> TopK:
@@ -60,29 +54,19 @@ class Random:
     """Uniformly random candidates (H2), drawn anew for every layer, head and query.
 
     seeds: (B,) int64, one a sample. The draw is a hash of (seed, layer, head, query position,
-    candidate), so it depends neither on the batch a sample happens to be in nor on what was drawn
-    before: a resumed run draws the same.
+        candidate), so that it depends neither on the batch nor on earlier draws.
     """
 
     seeds: Tensor
 
-    def __call__(
-        self,
-        scores: Tensor,
-        *,
-        layer: int,
-        positions: Tensor,
-        block_size: int,
-        tokens: Tensor | None = None,
-    ) -> Tensor:
-        batch, kv_heads, group, queries, candidates = scores.shape
+    def __call__(self, scores: Tensor, candidates: Candidates) -> Tensor:
+        batch, kv_heads, group, queries, count = scores.shape
+        layer, positions, _, tokens = candidates
         device = scores.device
         head = torch.arange(kv_heads * group, device=device).view(1, kv_heads, group, 1, 1)
-        candidate = torch.arange(candidates, device=device)
-        if tokens is not None:
-            candidate = tokens[:, :, None, None]
+        index = torch.arange(count, device=device) if tokens is None else tokens[:, :, None, None]
         noise = _mix(self.seeds.to(device).view(batch, 1, 1, 1, 1) & _MASK)
-        for part in (layer, head, positions.view(-1, 1, 1, queries, 1), candidate):
+        for part in (layer, head, positions.view(-1, 1, 1, queries, 1), index):
             noise = _mix(noise ^ _mix(part + 0x9E3779B9))
         return noise.to(torch.float64)
 
@@ -92,42 +76,34 @@ class Random:
 
 @dataclass(frozen=True, eq=False)
 class Oracle:
-    """Candidates that hold gold positions first, then the method's own choice.
+    """Candidates that hold gold positions first, then the method's choice.
 
     gold: (B, T) bool, true at every token of every gold value.
-    heads: the (layer, head) that are told; empty: all. Heads are those that select: KV heads where
-        a group of query heads shares what is kept.
+    heads: the (layer, head) that use it; empty: all. Heads are those that select: KV heads where a
+        group of query heads shares the selection.
     """
 
     gold: Tensor
     heads: tuple[tuple[int, int], ...] = ()
 
-    def __call__(
-        self,
-        scores: Tensor,
-        *,
-        layer: int,
-        positions: Tensor,
-        block_size: int,
-        tokens: Tensor | None = None,
-    ) -> Tensor:
-        candidates = scores.shape[-1]
-        gold = self.gold[:, : candidates * block_size]
-        gold = torch.nn.functional.pad(gold, (0, candidates * block_size - gold.shape[1]))
-        holds_gold = gold.view(len(gold), candidates, block_size).any(-1)
-        told = holds_gold.to(scores.device)[:, None, None, None]
-        if tokens is not None:
-            gold = torch.nn.functional.pad(self.gold, (0, 1)).to(scores.device)  # of later tokens
-            there = tokens.clamp(max=gold.shape[1] - 1)
-            told = gold[:, None].expand(-1, tokens.shape[1], -1).gather(2, there)[:, :, None, None]
+    def __call__(self, scores: Tensor, candidates: Candidates) -> Tensor:
+        layer, _, size, tokens = candidates
+        if tokens is None:
+            missing = scores.shape[-1] * size - self.gold.shape[1]
+            blocks = F.pad(self.gold, (0, missing)).unflatten(1, (-1, size))
+            gold = blocks.any(-1).to(scores.device)[:, None, None, None]
+        else:
+            padded = F.pad(self.gold, (0, 1)).to(scores.device)  # answer tokens are not gold
+            index = tokens.clamp(max=padded.shape[1] - 1)
+            by_head = padded[:, None].expand(-1, tokens.shape[1], -1)
+            gold = by_head.gather(2, index)[:, :, None, None]
         if self.heads:
-            head = torch.arange(scores.shape[1] * scores.shape[2], device=scores.device)
-            knows = torch.zeros_like(head, dtype=torch.bool)
-            for place, number in self.heads:
-                if place == layer:
-                    knows |= head == number
-            told = told & knows.view(1, *scores.shape[1:3], 1, 1)
-        return scores.masked_fill(told, torch.finfo(scores.dtype).max)
+            head = torch.arange(scores.shape[1:3].numel(), device=scores.device)
+            uses = torch.zeros_like(head, dtype=torch.bool)
+            for _, number in (pair for pair in self.heads if pair[0] == layer):
+                uses |= head == number
+            gold = gold & uses.view(1, *scores.shape[1:3], 1, 1)
+        return scores.masked_fill(gold, torch.finfo(scores.dtype).max)
 
     def rows(self, index: Tensor) -> Oracle:
         return Oracle(self.gold[index.to(self.gold.device)], self.heads)

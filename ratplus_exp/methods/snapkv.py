@@ -1,17 +1,15 @@
-"""SnapKV (Li et al., 2024): after the prompt, keep the tokens that its end attends to; and two ways
-to share a budget between heads or layers."""
-
-from __future__ import annotations
+"""SnapKV (Li et al., 2024): after the prompt, keep the tokens that its last queries attend to; and
+variants that share a budget between heads (AdaKV) or layers (PyramidKV)."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 import ratplus_kernels
-from ratplus_exp.methods.base import Method, Phase
+from ratplus_exp.methods.base import Method
 from ratplus_exp.settings import Share, SnapKVSettings
 
 
@@ -19,34 +17,28 @@ from ratplus_exp.settings import Share, SnapKVSettings
 class SnapKV(SnapKVSettings, Method):
     """Scores tokens by the attention mass that the last `window` prompt queries give them.
 
-    The mass is smoothed over neighbouring positions ("avg" with kernel 5 or "max" with kernel 7 in
-    the original). The window itself is always kept and counts within top_k. Under GQA the masses
-    of a group's query heads are added up, since they share what is kept.
+    The mass is pooled over neighbouring positions (in the original "avg" with kernel 5 or "max"
+    with kernel 7). The window is always kept and counts within top_k. Under GQA the masses of a
+    group's query heads are summed, since the heads share the cache.
     """
 
-    phase: ClassVar[Phase | None] = "once"
-    paper: ClassVar[str] = "Li et al., 2024, arXiv 2404.14469"
-    reads: ClassVar[str] = "the last queries and all keys, once"
+    phase = "once"
+    paper = "Li et al., 2024, arXiv 2404.14469"
+    reads = "the last queries and all keys, once"
 
     @property
     def forced(self) -> int:
         return self.window
 
-    def represent(self, keys: Tensor) -> Tensor:
-        return keys
-
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
-        """Queries of the window (B, K, G, window, D) and keys (B, K, N, D), which end with it.
-
-        Returns (B, K, 1, 1, N).
-        """
+        """Queries of the window (B, K, G, window, D), keys (B, K, N, D) -> (B, K, 1, 1, N)."""
         before = representatives.shape[2] - queries.shape[3]
         mass = ratplus_kernels.attention_mass(queries.flatten(1, 2), representatives)  # (B, K, N)
         mass[..., :before] = self._smooth(mass[..., :before])
         return mass[:, :, None, None]
 
     def _smooth(self, mass: Tensor) -> Tensor:
-        """Pools over positions, zeros beyond the ends; the window is not part of `mass`."""
+        """Pools mass, without the window, over positions, with zeros beyond the ends."""
         if self.pooling == "none" or not mass.shape[-1]:
             return mass
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
@@ -55,14 +47,14 @@ class SnapKV(SnapKVSettings, Method):
 
 @dataclass(frozen=True)
 class AdaKV(SnapKV):
-    """SnapKV's scores, ranked over all KV heads of a layer together, which keep top_k on average.
+    """SnapKV's scores, ranked over all KV heads of a layer, which keep top_k on average.
 
-    floor_share: of top_k, what each head keeps at least by its own ranking. The original shares out
-    the rest of the budget and adds the floor to what a head gets of it.
+    floor_share: each head keeps at least this share of top_k by its own ranking. The original
+    distributes the rest of the budget and adds the floor to each head's part.
     """
 
-    paper: ClassVar[str] = "Feng et al., 2024, arXiv 2407.11550"
-    pooled: ClassVar[bool] = True
+    paper = "Feng et al., 2024, arXiv 2407.11550"
+    pooled = True
     floor_share: Share = 0.2
 
     @property
@@ -74,10 +66,10 @@ class AdaKV(SnapKV):
 class PyramidKV(SnapKV):
     """SnapKV with a number of tokens that falls linearly over the layers, top_k on average.
 
-    beta: the last layer keeps the window and 1/beta of the rest. The window counts within top_k.
+    beta: the last layer keeps the window, which counts within top_k, and 1/beta of the rest.
     """
 
-    paper: ClassVar[str] = "Cai et al., 2024, arXiv 2406.02069"
+    paper = "Cai et al., 2024, arXiv 2406.02069"
     beta: Annotated[float, Field(ge=1, le=1e6)] = 20.0
 
     def k(self, layer: int, layers: int) -> int:

@@ -1,9 +1,7 @@
-"""SparQ: at every decoding step, tokens by the channels in which the query is largest."""
-
-from __future__ import annotations
+"""SparQ: at every decoding step, tokens scored by the query's largest channels."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -16,13 +14,13 @@ from ratplus_exp.methods.exact import TopKTokens
 class SparQ(TopKTokens):
     """q · k over the r largest channels of |q|, r = channels · D, scaled to a softmax's logits.
 
-    mean_value: the mean value of all tokens stands for those left out, by their share of that
-    softmax: what passes the selector without a memory. The original adds up |q| over a group and
-    forces a local window; here each query head chooses, and its own token is forced.
+    mean_value: the mean value of all tokens replaces those left out, by their share of that
+    softmax. The original sums |q| over a group and forces a local window; here each query head
+    selects, and the query's token is forced.
     """
 
-    paper: ClassVar[str] = "Ribar et al., 2023, arXiv 2312.04985"
-    reads: ClassVar[str] = "r channels of all keys"
+    paper = "Ribar et al., 2023, arXiv 2312.04985"
+    reads = "r channels of all keys"
     channels: Annotated[float, Field(gt=0, le=1)] = 0.25
     mean_value: bool = True
 

@@ -1,10 +1,8 @@
-"""StreamingLLM: the first tokens and the last ones, whatever is asked for."""
-
-from __future__ import annotations
+"""StreamingLLM: the first and the last tokens."""
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import ClassVar, Self
+from typing import Self
 
 from ratplus_exp.budget import Budget
 from ratplus_exp.methods.dilated import Dilated
@@ -15,11 +13,11 @@ from ratplus_exp.settings import Whole
 class StreamingLLM(Dilated):
     """Query t sees position j <= t when j < I or t − j <= W, with I + W + 1 tokens in all.
 
-    It holds for prompt and answer. The original counts RoPE's positions within the cache; here
-    they are those of the text.
+    This applies to prompt and answer. RoPE's positions are those of the text; the original counts
+    them within the cache.
     """
 
-    paper: ClassVar[str] = "Xiao et al., 2023, arXiv 2309.17453"
+    paper = "Xiao et al., 2023, arXiv 2309.17453"
     dilation: Whole = 0
     initial: Whole = 4
 

@@ -1,10 +1,8 @@
-"""A selection beside a dilated pattern: a query sees what either of them allows."""
-
-from __future__ import annotations
+"""The union of a selection and a dilated pattern."""
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import ClassVar, Self
+from typing import Self
 
 from torch import Tensor
 
@@ -17,12 +15,12 @@ from ratplus_exp.settings import Positive
 
 @dataclass(frozen=True)
 class WithDilation(BlockMethod):
-    """Every D-th token beside the selected blocks; both are within the budget.
+    """Every D-th token and the selected blocks; both count within the budget.
 
     P2's setting is D = 64 and 8 blocks of 64 tokens: 1/8 + 1/64 of 4096.
     """
 
-    paper: ClassVar[str] = "Wei and Gulcehre, 2026, arXiv 2602.18196"
+    paper = "Wei and Gulcehre, 2026, arXiv 2602.18196"
     dilation: Positive = 64
 
     def pattern(self, query: Tensor, key: Tensor) -> Tensor:
@@ -42,11 +40,11 @@ class WithDilation(BlockMethod):
 class QuestDilated(WithDilation, Quest):
     """Quest's blocks and every D-th token, at every decoding step."""
 
-    reads: ClassVar[str] = Quest.reads
+    reads = Quest.reads
 
 
 @dataclass(frozen=True)
 class MoBADilated(WithDilation, MoBA):
     """MoBA's blocks and every D-th token, for every prompt token."""
 
-    reads: ClassVar[str] = MoBA.reads
+    reads = MoBA.reads

@@ -1,4 +1,4 @@
-"""What a method really read: tokens that were attended to, and what choosing them read beside."""
+"""Measured budgets: tokens that were attended to, and what the selection read in addition."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from torch import Tensor
 
 @dataclass
 class Usage:
-    """How many tokens the queries of the sparse phase really attended to.
+    """How many tokens the queries of the sparse phase attended to: one (B, Q) a layer and forward.
 
-    The lists of tensors have one (B, Q) a layer and forward.
-    slots: of methods that evict, how many each layer's cache has after the prompt: as many as the
-        head that keeps most.
+    slots: of methods that evict, the slots of each layer's cache after the prompt: as many as the
+        head that keeps most tokens.
     """
 
     attended: list[Tensor] = field(default_factory=list)
@@ -24,52 +23,46 @@ class Usage:
     slots: list[int] = field(default_factory=list)
 
     def add(self, attended: Tensor, positions: Tensor, choosing: Tensor | None = None) -> None:
-        """attended (B, Q): tokens, mean over heads; positions (B or 1, Q) of the queries;
-        choosing: as `Method.choosing` counts it, None for nothing.
-
-        A dense query at position p attends to p + 1 tokens. Padding has position −1.
-        """
+        """attended (B, Q): tokens, mean over heads (p + 1 for dense attention at position p);
+        positions (B or 1, Q) of the queries, −1 for padding; choosing: of `Method.choosing`."""
         self.attended.append(attended)
         self.positions.append(positions.expand(attended.shape))
         choosing = torch.zeros_like(attended) if choosing is None else choosing
         self.choosing.append(choosing.expand(attended.shape))
 
     def join(self, parts: Sequence[Usage]) -> None:
-        """Add what the queries of parts of the batch attended to."""
+        """Add the usage of parts of the batch."""
         for name in ("attended", "positions", "choosing"):
-            those = zip(*(getattr(part, name) for part in parts), strict=True)
-            getattr(self, name).extend(torch.cat(x) for x in those)
+            of_layers = zip(*(getattr(part, name) for part in parts), strict=True)
+            getattr(self, name).extend(torch.cat(x) for x in of_layers)
         self.slots.extend(map(max, zip(*(part.slots for part in parts), strict=True)))
 
     def fractions(self, rows: int, last: Tensor | None = None) -> Tensor:
         """The measured budget of each row (rows,), over all layers; 1 when nothing was sparse.
 
-        last (B,): the position of each row's last query that counts; a batch goes on until its
-        longest answer is complete, and what the other rows do meanwhile is no part of theirs.
+        last (B,): the position of each row's last query that counts; the batch continues until its
+        longest answer is complete.
         """
         return self._share(self.attended, rows, last, 1.0)
 
     def choosing_fractions(self, rows: int, last: Tensor | None = None) -> Tensor:
-        """Like `fractions`, what choosing read: its bytes over those of all keys and values."""
+        """As `fractions`, of the bytes that the selection read over those of all K and V."""
         return self._share(self.choosing, rows, last, 0.0)
 
-    def _share(
-        self, what: list[Tensor], rows: int, last: Tensor | None, of_nothing: float
-    ) -> Tensor:
-        if not what:
-            return torch.full((rows,), of_nothing)
-        read, positions = torch.cat(what, 1), torch.cat(self.positions, 1)
+    def _share(self, counts: list[Tensor], rows: int, last: Tensor | None, empty: float) -> Tensor:
+        if not counts:
+            return torch.full((rows,), empty)
+        read, positions = torch.cat(counts, 1), torch.cat(self.positions, 1)
         real = positions >= 0
         if last is not None:
             real &= positions <= last.to(positions.device)[:, None]
         available = ((positions + 1) * real).sum(1)
         fractions = (read.double() * real).sum(1) / available.clamp(min=1)
-        return fractions.masked_fill(available == 0, of_nothing).cpu()
+        return fractions.masked_fill(available == 0, empty).cpu()
 
 
 class Uncounted(Usage):
-    """For training, which has no use for it. Compiled layers would be compiled anew for every
-    length of the lists."""
+    """No usage, for training: compiled layers would be recompiled for every length of the lists."""
 
     def add(self, attended: Tensor, positions: Tensor, choosing: Tensor | None = None) -> None:
         pass

@@ -1,15 +1,12 @@
 """MInference's vertical-slash pattern: columns and diagonals of a prompt's attention."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ratplus_exp.methods.base import Method, Phase
+from ratplus_exp.methods.base import Method
 from ratplus_exp.settings import Positive
 from ratplus_kernels.selection import inner_products
 
@@ -18,14 +15,14 @@ from ratplus_kernels.selection import inner_products
 class VerticalSlash(Method):
     """top_k / 2 keys that all queries see, and as many distances at which they see one.
 
-    Both by the attention of the prompt's last `window` queries, summed over columns and over
-    diagonals; the first column and the distance 0 are among them. The original searches the shares
-    of columns and diagonals for each head offline, and always keeps 30 and 100 of them.
+    Both are selected by the attention of the prompt's last `window` queries, summed over columns
+    and diagonals; the first column and the distance 0 are forced. The original tunes the numbers of
+    columns and diagonals for each head offline, at least 30 and 100.
     """
 
-    phase: ClassVar[Phase | None] = "prefill"
-    paper: ClassVar[str] = "Jiang et al., 2024, arXiv 2407.02490"
-    reads: ClassVar[str] = "the last queries and all keys, once"
+    phase = "prefill"
+    paper = "Jiang et al., 2024, arXiv 2407.02490"
+    reads = "the last queries and all keys, once"
     window: Positive = 64
 
     @property
@@ -39,19 +36,15 @@ class VerticalSlash(Method):
     def k(self, layer: int, layers: int) -> int:
         return self.top_k // 2
 
-    def represent(self, keys: Tensor) -> Tensor:
-        return keys
-
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         """(B, K, G, W, D) and (B, K, N, D) -> (B, K, G, 2, N): of columns, and of distances."""
         window, length = queries.shape[3], representatives.shape[2]
-        logits = inner_products(queries, representatives.unsqueeze(2)) / math.sqrt(
-            queries.shape[-1]
-        )
+        logits = inner_products(queries, representatives.unsqueeze(2))
+        logits = logits / math.sqrt(queries.shape[-1])
         token = torch.arange(length, device=queries.device)
-        back = token[-window:, None] - token  # (W, N), how far each key lies behind each query
-        share = logits.masked_fill(back < 0, -torch.inf).softmax(-1)
-        diagonals = share.gather(-1, back.clamp(min=0).expand(share.shape)) * (back >= 0)
+        distance = token[-window:, None] - token  # (W, N), from each key to each query
+        share = logits.masked_fill(distance < 0, -torch.inf).softmax(-1)
+        diagonals = share.gather(-1, distance.clamp(min=0).expand(share.shape)) * (distance >= 0)
         return torch.stack((share.sum(3), diagonals.sum(3)), dim=3)
 
     def choosing(self, positions: Tensor, dim: int, layer: int = 0) -> None:

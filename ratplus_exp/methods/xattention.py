@@ -1,16 +1,13 @@
-"""XAttention: blocks of queries choose blocks of keys by sums over antidiagonals."""
-
-from __future__ import annotations
+"""XAttention: blocks of queries select blocks of keys by sums over antidiagonals."""
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ratplus_exp.methods.base import BlockMethod, Phase
+from ratplus_exp.methods.base import BlockMethod
 from ratplus_exp.settings import Positive
 from ratplus_kernels.selection import inner_products
 
@@ -19,19 +16,20 @@ from ratplus_kernels.selection import inner_products
 class XAttention(BlockMethod):
     """The blocks with the highest attention mass, estimated from every stride-th antidiagonal.
 
-    Groups of `stride` queries and keys have as logit the sum of q · k over their antidiagonal,
-    divided by stride · √D. A block of queries adds up its softmaxes over the blocks before it and
-    takes the top-k; its own block is forced. The original takes what has a share of the mass.
+    The logit of a group of `stride` queries and one of keys is the sum of q · k over their
+    antidiagonal, divided by stride · √D. A block of queries sums its softmaxes over the blocks
+    before it and selects the top-k; the local block is forced. The original selects by a threshold
+    of mass.
     """
 
-    phase: ClassVar[Phase | None] = "prefill"
-    paper: ClassVar[str] = "Xu et al., 2025, arXiv 2503.16428"
-    reads: ClassVar[str] = "all keys, once a block of queries"
-    by_query_block: ClassVar[bool] = True
+    phase = "prefill"
+    paper = "Xu et al., 2025, arXiv 2503.16428"
+    reads = "all keys, once a block of queries"
+    by_query_block = True
     stride: Positive = 8
 
     def represent(self, keys: Tensor) -> Tensor:
-        """(B, K, N, block_size, D) -> (B, K, N, block_size D): all of them."""
+        """(B, K, N, block_size, D) -> (B, K, N, block_size D): all keys."""
         return keys.flatten(3)
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
@@ -46,11 +44,11 @@ class XAttention(BlockMethod):
     def rank(
         self, scores: Tensor, queries: Tensor, representatives: Tensor, allowed: Tensor
     ) -> Tensor:
-        """Of each query the sum of its block's softmaxes over the blocks before it."""
+        """For each query the sum of its block's softmaxes over the blocks before it."""
         size, count = self.block_size, scores.shape[3]
         groups = scores[:, :, :, :: self.stride]
         before = F.pad(allowed[..., ::size, 1:], (0, 1))  # (1, 1, 1, blocks of queries, N)
-        # What is missing at the end is as padding is in a batch: zeros, alike to all blocks.
+        # The end of a last, partial block of queries equals a batch's padding: zeros.
         missing = before.shape[3] * size // self.stride - groups.shape[3]
         level = math.log(size // self.stride)
         groups = F.pad(groups, (0, 0, 0, missing), value=level)

@@ -4,7 +4,7 @@ from ratplus_exp.models.building import add_memory, config_for, new_model
 from ratplus_exp.models.cache import SparseCache
 from ratplus_exp.models.configuration import RatPlusConfig
 from ratplus_exp.models.families import FAMILIES
-from ratplus_exp.models.hf import carry
+from ratplus_exp.models.hf import attach_engine
 from ratplus_exp.models.modeling import RatPlusForCausalLM, RatPlusModel
 
 __all__ = [
@@ -13,13 +13,13 @@ __all__ = [
     "RatPlusModel",
     "SparseCache",
     "add_memory",
-    "carry",
+    "attach_engine",
     "config_for",
     "new_model",
     "FAMILIES",
 ]
 
-# Saved models import their classes from here, by name: Olmo2RatPlusConfig and so on.
+# Saved models import their classes by name, such as Olmo2RatPlusConfig, from this module.
 for _causal in FAMILIES.values():
     for _class in (_causal, _causal.decoder_class, _causal.config_class):
         globals()[_class.__name__] = _class

@@ -1,9 +1,8 @@
-"""Models that no folder holds: with fresh weights, or trained attention with fresh gates."""
-
-from __future__ import annotations
+"""New models: with random weights, or trained attention with new gates."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,27 +11,18 @@ from transformers.utils import logging
 
 from ratplus_exp.memory import Memory
 from ratplus_exp.models.configuration import RatPlusConfig
-from ratplus_exp.models.families import FAMILIES
-from ratplus_exp.models.hf import carry
+from ratplus_exp.models.families import FAMILIES, MemoryFields
+from ratplus_exp.models.hf import attach_engine
 from ratplus_exp.models.modeling import RatPlusForCausalLM
 
-MEMORY_SETTINGS = (
-    "memory_kind",
-    "gate_bias",
-    "memory_on",
-    "shared_gate",
-    "memory_position",
-    "output_gate",
-)
-"""The settings of an architecture that adding the memory takes."""
+MEMORY_SETTINGS = tuple(x.name for x in fields(MemoryFields) if x.name != "memory")
+"""The settings of an architecture that the memory adds."""
 
 
 def config_for(architecture: dict[str, Any], memory: bool) -> PretrainedConfig:
-    """The Hugging Face config of a `model.architecture`.
-
-    Its `model_type` is a family of docs/models.md, or left out for P2's own backbone; the rest are
-    that config's fields. ValueError where the family can't have what is asked for.
-    """
+    """The Hugging Face config of a `model.architecture`: its `model_type` is a family of
+    docs/models.md (default: P2's backbone), the rest are that config's fields. ValueError for an
+    unknown family, or for one without the memory."""
     settings = dict(architecture)
     family = settings.pop("model_type", "ratplus")
     if family == "ratplus":
@@ -52,23 +42,22 @@ def config_for(architecture: dict[str, Any], memory: bool) -> PretrainedConfig:
 
 
 def new_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    """A model with fresh weights, ready for any method. Under `torch.device("meta")` it has its
-    shapes alone."""
+    """A model with random weights, for any method; under `torch.device("meta")` without storage."""
     with _seeded(seed):
-        return carry(AutoModelForCausalLM.from_config(config))
+        return attach_engine(AutoModelForCausalLM.from_config(config))
 
 
 def add_memory(model: PreTrainedModel, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A RAT+ model that starts from a trained attention model: the same weights and fresh gates,
-    which see nothing of x at first (W_g = 0): their bias says where they start.
+    """A RAT+ model with the weights and dtype of a trained attention model, and with new gates that
+    depend on their bias alone (W_g = 0).
 
-    Takes P2's backbone and the families of docs/models.md; the dtype stays. settings are fields of
-    the new config, above all those of MEMORY_SETTINGS.
+    model: P2's backbone or a family of docs/models.md; settings: fields of the new config, such as
+    MEMORY_SETTINGS.
     """
     config = memory_config(model.config, **settings)
     causal: Any = FAMILIES.get(config.model_type.removesuffix("_ratplus"), RatPlusForCausalLM)
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # that gates are missing is no news here
+    logging.set_verbosity_error()  # the gates are missing as intended
     with _seeded(seed):
         ratplus, report = causal.from_pretrained(
             None,
@@ -78,8 +67,7 @@ def add_memory(model: PreTrainedModel, seed: int = 0, **settings: Any) -> PreTra
             output_loading_info=True,
         )
     logging.set_verbosity(level)
-    new = (".memory.", ".output_gate.")
-    assert all(any(part in name for part in new) for name in report["missing_keys"])
+    assert all(".memory." in x or ".output_gate." in x for x in report["missing_keys"])
     for module in ratplus.modules():
         if isinstance(module, Memory):
             module.initialize(0.0, config.gate_bias)
@@ -87,18 +75,18 @@ def add_memory(model: PreTrainedModel, seed: int = 0, **settings: Any) -> PreTra
 
 
 def memory_config(config: PretrainedConfig, **settings: Any) -> PretrainedConfig:
-    """The config of a model like this one, with the memory."""
-    fields = config.to_dict() | settings
+    """The config with the memory added."""
+    architecture = config.to_dict() | settings
     for name in ("architectures", "auto_map", "transformers_version", "memory"):
-        fields.pop(name, None)
-    fields["model_type"] = fields["model_type"].removesuffix("_ratplus")
-    return config_for(fields, memory=True)
+        architecture.pop(name, None)
+    architecture["model_type"] = architecture["model_type"].removesuffix("_ratplus")
+    return config_for(architecture, memory=True)
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Initial weights from a seed: transformers draws them from the CPU's global generator, which
-    is put back afterwards; those of GPUs are left alone."""
+    """Seed the CPU's global generator, from which transformers draws initial weights, and restore
+    its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

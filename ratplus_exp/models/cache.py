@@ -1,7 +1,7 @@
-"""The state that decoding carries: keys and values, the memory's last state, block representatives.
+"""The cache: keys and values, the memory's last state, block representatives.
 
-Rows are aligned at their first token. A token's slot is its position until a method evicts; RoPE
-and block arithmetic always use the position.
+Rows start at their first token. A token's slot is its position until a method evicts; RoPE and
+block arithmetic always use the position.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from ratplus_exp.models.layer import ROOM, SparseLayer, Step, append, last_queri
 class SparseCache(Cache):
     """Cache of a RAT+ or attention model that decodes with one engine (method and selector).
 
-    room: how many tokens may follow the prompt. Then every step of as many tokens has the same
-        shapes and works in the same memory, as a CUDA graph of it must; queries attend to all
-        slots, with a mask over those not in use. None: as many as come, each step over the slots in
-        use, which is cheaper.
+    room: how many tokens may follow the prompt. All steps then have the same shapes and storage, as
+        CUDA graphs require; queries attend to all slots, unused ones masked. None: the cache grows,
+        and a step attends to the used slots, which is cheaper.
     """
 
     layers: list[SparseLayer]
@@ -40,11 +39,11 @@ class SparseCache(Cache):
         self.engine = engine or Engine()
         self.engine.layers = num_layers
         self.room = room
-        self.seen = 0  # tokens processed, padding included: what `generate` slices by
         self.processed: Tensor | None = None  # (B,) real tokens processed
         self.prompt: Tensor | None = None  # (B,) those of the prompt
-        # What the device would have to be asked for, and waited for, is counted along here.
-        self.first = 0  # of `seen`, those of the prompt
+        # Counted on the host, to avoid waiting for the device:
+        self.seen = 0  # tokens processed, padding included, as `generate` needs them
+        self.first = 0  # those of the prompt
         self.ragged = False  # whether rows may differ in length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -57,8 +56,8 @@ class SparseCache(Cache):
     def update(
         self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stock attention layers call this; what is stored depends on the query, so `attend` does
-        it."""
+        """Called by stock attention layers; `attend` stores the states, since that depends on the
+        query."""
         return k, v
 
     def attend(
@@ -70,7 +69,7 @@ class SparseCache(Cache):
         step: Step,
         select_by: Tensor | None = None,
     ) -> Tensor:
-        """Attention of the step's tokens, which are stored on the way: (B, H, T, D)."""
+        """Store the step's tokens and return their attention, (B, H, T, D)."""
         store, engine = self.layers[layer], self.engine
         if self.is_empty:
             out = engine.prefill(q, k, v, step.lengths, layer, store.representatives, select_by)
@@ -113,14 +112,10 @@ class SparseCache(Cache):
         )
 
     def advance(self, step: Step, batch: int) -> None:
-        """Count the step's tokens, once all layers have stored them."""
-        length = step.positions.shape[1]
-        device = step.positions.device
-        new = (
-            step.lengths
-            if step.lengths is not None
-            else torch.full((batch,), length, device=device)
-        )
+        """Count the step's tokens after all layers have stored them."""
+        length, new = step.positions.shape[1], step.lengths
+        if new is None:
+            new = torch.full((batch,), length, device=step.positions.device)
         self.seen += length
         if self.processed is None:
             self.processed, self.prompt = new.clone(), new.clone()
@@ -131,10 +126,8 @@ class SparseCache(Cache):
     def store_prompt(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step, select_by: Tensor | None
     ) -> None:
-        """Store what stays after the prompt: keys, values, representatives.
-
-        q (B, H, at least the last `observed`, D).
-        """
+        """Store keys, values and representatives after the prompt; q: at least the last `observed`
+        queries."""
         store, method = self.layers[layer], self.engine.method
         room = ROOM if self.room is None else self.room
         if method.phase in EVICTING:
@@ -151,7 +144,7 @@ class SparseCache(Cache):
             store.select_by = with_room(select_by, select_by.shape[2] + room)
 
     def _update_representatives(self, store: SparseLayer, positions: Tensor, used: int) -> None:
-        """Recompute the blocks that the new tokens fell into (no eviction: slot is position)."""
+        """Recompute the representatives of the new tokens' blocks; slots are positions."""
         if store.representatives is None:
             return
         size = self.engine.method.block_size
@@ -160,15 +153,14 @@ class SparseCache(Cache):
         assert keys is not None
         if missing := max(0, -(-used // size) - old.shape[2]):
             old = F.pad(old, (0, 0, 0, missing))
-        own = positions // size  # (B, Q)
-        touched = torch.arange((positions.shape[1] + size - 2) // size + 1, device=keys.device)
-        block = torch.minimum(own[:, :1] + touched, own[:, -1:])  # (B, blocks)
-        # A block that is not yet full in some row is that row's own: forced, so never scored.
-        # What stands in for its missing tokens doesn't matter.
+        local = positions // size  # (B, Q)
+        changed = torch.arange((positions.shape[1] + size - 2) // size + 1, device=keys.device)
+        block = torch.minimum(local[:, :1] + changed, local[:, -1:])  # (B, blocks)
+        # Missing tokens of a partial block may have any key: it is forced, so its score is unused.
         token = block[..., None] * size + torch.arange(size, device=keys.device)
         token = token.clamp(max=keys.shape[2] - 1).flatten(1)[:, None, :, None]
-        there = keys.gather(2, token.expand(-1, keys.shape[1], -1, keys.shape[3]))
-        new = self.engine.method.represent(there.unflatten(2, (-1, size)))
+        tokens = keys.gather(2, token.expand(-1, keys.shape[1], -1, keys.shape[3]))
+        new = self.engine.method.represent(tokens.unflatten(2, (-1, size)))
         block = block[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
         store.representatives = old.scatter_(2, block, new)
 
@@ -181,10 +173,10 @@ class SparseCache(Cache):
         return part
 
     def join(self, parts: Sequence[SparseCache]) -> None:
-        """Hold what the caches of parts of the batch hold: prompts of one padded length."""
+        """Concatenate the caches of parts of the batch, whose padded prompts are equally long."""
         assert self.is_empty and len({part.seen for part in parts}) == 1
-        for store, *those in zip(self.layers, *(part.layers for part in parts), strict=True):
-            store.join(those)
+        for store, *layers in zip(self.layers, *(part.layers for part in parts), strict=True):
+            store.join(layers)
         self.engine.usage.join([part.engine.usage for part in parts])
         self.seen, self.first = parts[0].seen, parts[0].first
         self.ragged = any(part.ragged for part in parts)
@@ -192,7 +184,7 @@ class SparseCache(Cache):
             torch.cat([getattr(part, name) for part in parts]) for name in ("processed", "prompt")
         )
 
-    # What generate, beam search and the like ask of a cache.
+    # transformers' interface of a cache
 
     def reset(self) -> None:
         self.layers = [SparseLayer() for _ in self.layers]
@@ -215,6 +207,6 @@ class SparseCache(Cache):
 
     def crop(self, max_length: int) -> None:
         raise ValueError(
-            "a SparseCache cannot be cropped: the memory's earlier states and evicted tokens are "
-            "gone; run the shorter prompt again"
+            "a SparseCache cannot be cropped, since it has no earlier memory states or evicted "
+            "tokens: run the shorter prompt again"
         )

@@ -1,10 +1,8 @@
 """Greedy decoding of a batch in steps of one shape, which a GPU replays as a CUDA graph.
 
-A step of a small model is some hundred kernels of a few microseconds each, which take far longer to
-launch one by one than to run. `model.generate` works as well, without graphs.
+A step of a small model is some hundred kernels of a few microseconds each, far less than the time
+to launch them one by one. `model.generate` works without graphs.
 """
-
-from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,16 +16,16 @@ from ratplus_exp.methods import Engine
 from ratplus_exp.models.cache import SparseCache
 from ratplus_exp.models.prefill import PromptBatch
 
-Run = Callable[[], None]
-Capture = Callable[[Run], Run | None]
+Action = Callable[[], None]
+Capture = Callable[[Action], Action | None]
 
 
 class CudaGraphs:
-    """A `capture` for `greedy`: steps of the current GPU, as one launch each.
+    """A `capture` for `greedy` on the current GPU: each step is one launch.
 
-    The last graph stays until the next one has taken over its memory: the memory of a graph that is
-    gone is of no use to anything else until PyTorch runs out of memory or empties its cache. That
-    is what `torch.cuda.graph` does before each graph, and takes longer than the steps of an answer.
+    The last graph lives until the next one has reused its memory pool. Otherwise PyTorch would free
+    that memory only by emptying its cache, as `torch.cuda.graph` does before each graph, which
+    takes longer than decoding an answer.
     """
 
     def __init__(self) -> None:
@@ -36,12 +34,12 @@ class CudaGraphs:
 
     @cached_property
     def stream(self) -> torch.cuda.Stream:
-        """One for all graphs, since matrix products keep a workspace for every stream they saw."""
+        """Shared by all graphs, since matrix products keep a workspace for each stream."""
         return torch.cuda.Stream()
 
-    def __call__(self, step: Run) -> Run | None:
-        """Records what `step` launches, without running it. None, and a warning, if that fails:
-        after a failed capture PyTorch may be unfit for another."""
+    def __call__(self, step: Action) -> Action | None:
+        """A function that replays the launches of `step`, which is captured without running. None,
+        with a warning, if capture fails or failed before: PyTorch may not recover from that."""
         if not self.usable:
             return None
         graph = torch.cuda.CUDAGraph()
@@ -62,8 +60,7 @@ class CudaGraphs:
         return graph.replay
 
 
-cuda_graphs = CudaGraphs()
-"""Those of this process."""
+cuda_graphs = CudaGraphs()  # one a process
 
 
 @torch.inference_mode()
@@ -76,13 +73,12 @@ def greedy(
     pad: int,
     capture: Capture | None = None,
 ) -> Tensor:
-    """Answers (B, at most max_new_tokens) to prompts, `pad` behind each one's first of `eos`.
+    """Answers (B, at most max_new_tokens) to prompts, filled with `pad` after the first of `eos`.
 
-    Args:
-        capture: turns a step into a function that takes it again and again in the same memory:
-            `cuda_graphs` on a GPU. None, or None in return: every step is run as the first one.
+    capture: turns a step into a function that repeats it in the same memory, such as `cuda_graphs`.
+        If it is or returns None, all steps run in eager mode.
     """
-    assert capture is None or engine.recorder is None, "a replayed step records nothing"
+    assert capture is None or engine.recorder is None, "a replayed step calls no recorder"
     cache = prompts.model.new_cache(engine, room=max_new_tokens + prompts.fed)
     step = _Step(prompts.model, cache, prompts.ids[:, -1:], eos, pad)
     logits = prompts.prefill(cache)
@@ -92,16 +88,16 @@ def greedy(
     step.choose(logits)
     tokens = [step.token.clone()]
     while len(tokens) < max_new_tokens and not bool(step.ended.all()):
-        # Once a step has been run, all kernels are compiled and loaded, and all memory is there.
+        # The first step compiles and loads all kernels and allocates all memory.
         if len(tokens) == 2 and capture is not None:
-            step.record(capture)
-        step.take()
+            step.capture(capture)
+        step()
         tokens.append(step.token.clone())
     return torch.cat(tokens, dim=1)
 
 
 class _Step:
-    """A decoding step of a batch: it feeds `token` (B, 1) and puts the next one in its place."""
+    """A decoding step of a batch: it replaces `token` (B, 1) by the next one."""
 
     def __init__(
         self, model: Any, cache: SparseCache, token: Tensor, eos: Sequence[int], pad: int
@@ -109,30 +105,28 @@ class _Step:
         self.model, self.cache, self.pad = model, cache, pad
         self.token, self.eos = token.clone(), token.new_tensor(eos)
         self.ended = torch.zeros(len(token), dtype=torch.bool, device=token.device)
-        self.replay: Run | None = None
-        self.used: list[Tensor] = []  # what a replay adds to the engine's usage
+        self.replay: Action | None = None
+        self.used: list[Tensor] = []  # the usage of a replay
 
     def run(self) -> None:
         self.choose(self.model(self.token, past_key_values=self.cache).logits)
 
     def choose(self, logits: Tensor) -> None:
-        """The likeliest token by the last of logits (B, ·, V)."""
+        """The most likely token by the last of logits (B, ·, V)."""
         new = logits[:, -1].argmax(-1).masked_fill(self.ended, self.pad)
         self.ended |= (new[:, None] == self.eos).any(1)
         self.token.copy_(new[:, None])
 
-    def take(self) -> None:
-        """`run`, or its replay."""
+    def __call__(self) -> None:
         if self.replay is None:
-            self.run()
-            return
+            return self.run()
         self.replay()
         self.cache.seen += 1
         if self.used:
             self.cache.engine.usage.add(*(x.clone() for x in self.used))
 
-    def record(self, capture: Capture) -> None:
-        """From now on `take` replays, if this step can be captured."""
+    def capture(self, capture: Capture) -> None:
+        """Replay all later steps, if this one can be captured."""
         cache, usage = self.cache, self.cache.engine.usage
         seen, lists = cache.seen, (usage.attended, usage.positions, usage.choosing)
         counted = len(usage.attended)
@@ -143,7 +137,6 @@ class _Step:
                 self.used = [torch.cat(each[counted:], 1) for each in lists]
 
         self.replay = capture(run)
-        # What was counted has yet to happen.
-        cache.seen = seen
+        cache.seen = seen  # capturing counted a step that has not run
         for each in lists:
             del each[counted:]

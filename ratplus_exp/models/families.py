@@ -1,12 +1,9 @@
-"""The memory for OLMo2, Llama, Mistral and Qwen: their own decoders with Eq. 1 in every layer.
+"""The memory for OLMo2, Llama, Mistral and Qwen: their stock decoders with Eq. 1 in every layer.
 
-P1 continues OLMo2-7B with the memory added. Only `self_attn` differs from the stock layer; the
-names of all stock weights stay, so stock checkpoints load. The memory runs over k and v between
-the projections and RoPE; the config says on which side of the k-norm, and whether the attention
-output is gated as in P2's own models.
+P1 continues OLMo2-7B with the memory added. Only `self_attn` differs from the stock layer, and all
+stock weights keep their names, so stock checkpoints load. The memory runs over k and v between the
+projections and RoPE, before or after the k-norm.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,21 +22,21 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from ratplus_exp.memory import Memory, check_memory, memory_of
 from ratplus_exp.models.forward_pass import ForwardPass
 from ratplus_exp.models.generation import SavedWithCode
-from ratplus_exp.models.hf import ATTENTION, CarriedDecoder, attention
+from ratplus_exp.models.hf import ATTENTION, EngineDecoder, attention
 
 POSITIONS = ("after_norm", "before_norm")
 
 
 @dataclass(repr=False, kw_only=True)
 class MemoryFields:
-    """What a family's config has beside the stock one's fields.
+    """Fields that a family's config adds to the stock one's.
 
-    memory: False gives the attention baseline in the very same class.
-    gate_bias: where the gates start, as in RatPlusConfig; −4 lets each token keep 98 % of itself,
-        so that training starts near the stock model. The bias alone says it, for W_g = 0 at first:
-        in OLMo2 x is the residual stream without a norm, and a random W_g would swamp any bias.
+    memory: False gives the attention baseline in the same class.
+    gate_bias: as in RatPlusConfig; −4 lets each token keep 98 % of itself, so that training starts
+        near the stock model. W_g starts at 0: in OLMo2 x is the residual stream without a norm, and
+        a random W_g would outweigh any bias.
     memory_kind, memory_on, shared_gate: for ablations and controls, see `KINDS` and `Memory`.
-    memory_position: whether the memory sees keys "after_norm" or "before_norm", where the family
+    memory_position: whether the memory runs over keys "after_norm" or "before_norm", if the family
         has a k-norm (OLMo2, Qwen3); P1 leaves it open.
     output_gate: whether the attention output is multiplied by a gate of x, as in P2's models; P1
         leaves it open for OLMo2.
@@ -63,14 +60,14 @@ class MemoryFields:
 
 
 class OutputGate(nn.Linear):
-    """2 σ(W_o x): P2's output gate, doubled so that W_o = 0 leaves a trained model as it was."""
+    """2 σ(W_o x): P2's output gate, doubled so that W_o = 0 does not change a trained model."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * torch.sigmoid(super().forward(x))
 
 
 class MemoryAttention(nn.Module):
-    """Mixin before a stock attention layer. Shapes: (B, T, ·, D) up to RoPE, (B, ·, T, D) after."""
+    """Mixin for stock attention layers. Shapes: (B, T, ·, D) up to RoPE, (B, ·, T, D) after."""
 
     rotate: ClassVar[Callable[..., tuple[Tensor, Tensor]]]  # the family's apply_rotary_pos_emb
     config: Any
@@ -85,7 +82,7 @@ class MemoryAttention(nn.Module):
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.memory = memory_of(config, self.head_dim)
-        # Qwen's layers have windows of their own, and Mistral's all have the config's.
+        # Qwen has a window per layer, Mistral one in its config.
         window = getattr(config, "sliding_window", None)
         self.sliding_window: int | None = getattr(self, "sliding_window", window)
         width = config.num_attention_heads * self.head_dim
@@ -117,24 +114,15 @@ class MemoryAttention(nn.Module):
         if select_by is not None:
             select_by = self.rotate(q, select_by.transpose(1, 2), *position_embeddings)[1]
         q, k = self.rotate(q, k, *position_embeddings)
-        out = attention(
-            self,
-            q,
-            k,
-            v,
-            None,
-            forward_pass=forward_pass,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            select_by=select_by,
-        )[0]
-        out = out.flatten(2)
+        settings: Any = {"scaling": self.scaling, "sliding_window": self.sliding_window}
+        settings |= {"forward_pass": forward_pass, "select_by": select_by}
+        out = attention(self, q, k, v, None, **settings)[0].flatten(2)
         if self.output_gate is not None:
             out = self.output_gate(x) * out
         return self.o_proj(out), None
 
     def _norm(self, name: str, states: Tensor) -> Tensor:
-        """The family's q-norm or k-norm, over each head (Qwen3) or all heads together (OLMo2)."""
+        """The family's q-norm or k-norm, over each head (Qwen3) or over all heads (OLMo2)."""
         norm = getattr(self, name, None)
         if norm is None:
             return states
@@ -144,7 +132,7 @@ class MemoryAttention(nn.Module):
 
 
 class _Gated:
-    """Mixin before any stock model class: where gates start."""
+    """Mixin for stock model classes: initialises gates."""
 
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config  # type: ignore[attr-defined]
@@ -156,8 +144,8 @@ class _Gated:
             super()._init_weights(module)  # type: ignore[misc]
 
 
-class MemoryDecoder(_Gated, CarriedDecoder):
-    """Mixin before a stock decoder: `attention_class` in place of its attention layers."""
+class MemoryDecoder(_Gated, EngineDecoder):
+    """Mixin for stock decoders: replaces their attention layers by `attention_class`."""
 
     attention_class: ClassVar[type[MemoryAttention]]
 
@@ -170,7 +158,7 @@ class MemoryDecoder(_Gated, CarriedDecoder):
 
 
 class MemoryCausalLM(_Gated, SavedWithCode):
-    """Mixin before a stock causal model: `decoder_class` under its head."""
+    """Mixin for stock causal models: replaces their decoder by `decoder_class`."""
 
     config_class: ClassVar[type[Any]]
     decoder_class: ClassVar[type[Any]]
@@ -185,10 +173,10 @@ class MemoryCausalLM(_Gated, SavedWithCode):
 
 
 def _family(prefix: str, stock: ModuleType) -> type[MemoryCausalLM]:
-    """A family's causal model with the memory, and the classes below it, from transformers' own.
+    """A family's causal model with the memory, derived with its parts from transformers' classes.
 
-    prefix: what the names of transformers' classes in `stock`, the family's modeling module, start
-    with. Saved models and pickles find the new ones by name, here and in `ratplus_exp.models`.
+    prefix: of the names of the classes in `stock`, the family's modeling module. The new classes
+    are importable by name, for saved models and pickles.
     """
 
     def derive(name: str, mixin: type, base: str, **attributes: Any) -> Any:

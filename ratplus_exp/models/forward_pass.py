@@ -1,8 +1,8 @@
-"""One forward pass as the attention layers of any model class see it, and the door in and out.
+"""One forward pass: the interface between the attention layers of any model, cache and engine.
 
-Left padding becomes right padding at the door and is put back at the end, so that everything in
-between sees rows that start at their first token: the memory starts from nothing, block 0 is a
-row's own first block, and a batch gives the same answers as its rows alone.
+`open` turns left padding into right padding and `close` restores it, so that in between each row
+starts at its first token: the memory starts from zero, block 0 is the row's first block, and a
+batch gives the same answers as its rows alone.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ from ratplus_kernels.dispatch import use_triton
 
 @dataclass
 class ForwardPass:
-    """What a pass runs with (its cache, or an engine alone) and where its tokens stand.
-
-    pads: (B,) how many pads each row started with, or None where no row has any.
-    """
+    """A pass's cache (or its engine alone) and positions; pads: (B,) left pads, or None."""
 
     step: Step
     engine: Engine
@@ -42,10 +39,10 @@ class ForwardPass:
         use_cache: bool | None,
         engine: Engine | None,
     ) -> tuple[Tensor, ForwardPass]:
-        """The ids (B, T), each row from its first token on, and the pass over them.
+        """The ids (B, T), with each row's first token first, and the pass over them.
 
-        attention_mask (B, tokens so far) may be zero at the left of a prompt. `engine` is the
-        method for a pass without a cache, or for a new cache; a cache brings its own.
+        attention_mask (B, tokens so far) may be zero at the left of a prompt. `engine`: for a pass
+        without a cache, or for a new cache.
         """
         if cache is not None and not isinstance(cache, SparseCache):
             raise TypeError(
@@ -69,8 +66,8 @@ class ForwardPass:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest row, those of this pass included, and of a prompt those that may
-        follow where their number is known: what replays a step checks nothing."""
+        """Tokens of the longest row after this pass, plus the room for an answer at a prompt, since
+        replayed steps check nothing."""
         length, cache = self.step.positions.shape[1], self.cache
         if cache is None:
             return length
@@ -79,11 +76,8 @@ class ForwardPass:
     def memorise(
         self, memory: Memory, layer: int, x: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What queries attend to, (B, T, K, D): k̃ and ṽ, going on from the layer's last state in
-        the cache. Where the memory only selects: k, v, and k̃ as the keys to select by.
-
-        x (B, T, C), k before RoPE and v (B, T, K, D).
-        """
+        """k̃, ṽ (B, T, K, D) and None, from the layer's last state in the cache; k, v and k̃ as the
+        keys to select by if the memory only selects. x (B, T, C), k before RoPE, v (B, T, K, D)."""
         state = self.cache.layers[layer].memory_state if self.cache is not None else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not memory.selects):
             new_k, new_v, state = memory(x, k, v, state, self.step.lengths)
@@ -100,10 +94,7 @@ class ForwardPass:
         v: Tensor,
         rope: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`memorise`, with RoPE on keys; k and v where there is no memory.
-
-        x (B, T, C), k before RoPE and v (B, T, K, D), rope as in `rotate`.
-        """
+        """`memorise`, with RoPE on the keys; k and v without a memory; rope as in `rotate`."""
         cache = self.cache
         if cache is not None and isinstance(memory, Gate) and self._takes_one_pass(memory, k, v):
             method, store = cache.engine.method, cache.layers[layer]
@@ -116,33 +107,27 @@ class ForwardPass:
         select_by = None
         if memory is not None:
             k, v, select_by = self.memorise(memory, layer, x, k, v)
-        if select_by is not None:
-            select_by = rotate(select_by, rope)
-        return rotate(k, rope), v, select_by
+        return rotate(k, rope), v, None if select_by is None else rotate(select_by, rope)
 
     def _takes_one_pass(self, memory: Gate, k: Tensor, v: Tensor) -> bool:
-        """Whether memory, RoPE and blocks of this prompt are left to one kernel."""
+        """Whether one kernel computes the memory, RoPE and blocks of this prompt."""
         if self.cache is None or not self.cache.is_empty or torch.is_grad_enabled():
             return False
-        if not memory.in_one_pass:
-            return False
         method = self.cache.engine.method
-        power_of_2 = method.block_size & (method.block_size - 1) == 0
-        return method.unit == "block" and power_of_2 and use_triton(k, v)
+        blocks = method.unit == "block" and method.block_size & (method.block_size - 1) == 0
+        return memory.in_one_pass and blocks and use_triton(k, v)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, select_by: Tensor | None = None
     ) -> Tensor:
-        """Attention of the pass's tokens: q (B, H, T, D), k and v (B, K, T, D); (B, H, T, D).
-
-        select_by (B, K, T, D): the keys that methods select by, where they are others than k.
-        """
+        """Attention of the pass's tokens: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D);
+        select_by (B, K, T, D): the keys that methods select by (None: k)."""
         if self.cache is None:
             return self.engine.prefill(q, k, v, self.step.lengths, layer, select_by=select_by)
         return self.cache.attend(layer, q, k, v, self.step, select_by)
 
     def close(self, x: Tensor) -> Tensor:
-        """Count the tokens in the cache, and put x (B, T, ·) back to where they came in."""
+        """Count the tokens in the cache, and restore the padding of x (B, T, ·)."""
         if self.cache is not None:
             self.cache.advance(self.step, len(x))
         if self.pads is None:
@@ -159,7 +144,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _left_padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """How many pads each row starts with, (B,), or None where there are none."""
+    """How many pads each row starts with, (B,); None without any."""
     if attention_mask is None or bool(attention_mask.all()):
         return None
     pads = (attention_mask == 0).sum(1)

@@ -1,6 +1,4 @@
-"""What every causal model of this project adds to `generate` and `save_pretrained`."""
-
-from __future__ import annotations
+"""Extensions of `generate` and `save_pretrained` for all causal models."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ HUB_CODE = "ratplus_hub"
 
 
 class SparseGeneration:
-    """Mixin before a causal model: `generate` decodes with a SparseCache."""
+    """Mixin for causal models: `generate` decodes with a SparseCache."""
 
     def new_cache(self, engine: Engine | None = None, room: int | None = None) -> SparseCache:
         """An empty cache that decodes with `engine`: `generate(past_key_values=new_cache(e))`."""
@@ -30,21 +28,16 @@ class SparseGeneration:
 
 
 class SavedWithCode(SparseGeneration):
-    """Mixin before a causal model of our own type.
-
-    A file of one line beside the weights names its classes, so that tools which know nothing of
-    this project load it by `trust_remote_code=True` wherever the project is installed.
-    """
+    """Mixin for this project's model types: saves a file that imports their classes, so that other
+    tools load them by `trust_remote_code=True` where this package is installed."""
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         config, causal = type(self.config), type(self)  # type: ignore[attr-defined]
         decoder = type(self.model)  # type: ignore[attr-defined]
-        self.config.auto_map = {  # type: ignore[attr-defined]
-            "AutoConfig": f"{HUB_CODE}.{config.__name__}",
-            "AutoModel": f"{HUB_CODE}.{decoder.__name__}",
-            "AutoModelForCausalLM": f"{HUB_CODE}.{causal.__name__}",
-        }
+        names = {"AutoConfig": config, "AutoModelForCausalLM": causal, "AutoModel": decoder}
+        auto_map = {auto: f"{HUB_CODE}.{cls.__name__}" for auto, cls in names.items()}
+        self.config.auto_map = auto_map  # type: ignore[attr-defined]
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        names = ", ".join(cls.__name__ for cls in (config, causal, decoder))
-        code = f'"""Needs the package ratplus_exp."""\n\nfrom ratplus_exp.models import {names}\n'
+        classes = ", ".join(cls.__name__ for cls in names.values())
+        code = f'"""Needs the package ratplus_exp."""\n\nfrom ratplus_exp.models import {classes}\n'
         (Path(save_directory) / f"{HUB_CODE}.py").write_text(code, encoding="utf-8")

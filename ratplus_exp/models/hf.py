@@ -1,11 +1,8 @@
-"""Any decoder of transformers under any method: its classes and weights stay what they are.
+"""Any decoder of transformers under any method, with its stock classes and weights.
 
-A stock decoder computes its attention through a named function (transformers' attention interface)
-and hands unknown keyword arguments down to it. So the method's engine and cache travel as one
-argument, `forward_pass`, and nothing else of the model changes.
+A stock decoder computes attention by a registered function (transformers' attention interface) and
+passes it unknown keyword arguments, here `forward_pass`, which has the engine and the cache.
 """
-
-from __future__ import annotations
 
 from functools import cache
 from typing import Any
@@ -36,26 +33,22 @@ def attention(
     select_by: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Eq. 2 in a stock attention layer: query (B, H, T, D), key and value (B, K, T, D) of the
-    pass's tokens; returns (B, T, H, D). Masks and attention dropout are not used. select_by as in
-    `ForwardPass.attend`.
+    """Eq. 2 in a stock attention layer: query (B, H, T, D), key, value and select_by (B, K, T, D)
+    -> (B, T, H, D), without masks and dropout; see `ForwardPass.attend`.
 
-    Raises ValueError for kinds of attention that the methods aren't defined for.
+    Raises ValueError for kinds of attention that the methods are not defined for.
     """
     if softcap is not None or s_aux is not None:
         raise ValueError(
             f"{type(module).__name__} caps its logits or has sinks: use a model with plain "
             "softmax attention"
         )
-    if sliding_window is not None:
-        length = forward_pass.length
-        if length > sliding_window:
-            raise ValueError(
-                f"{type(module).__name__} attends to a window of {sliding_window} tokens only, and "
-                f"the context has {length}: lower data.length to the window"
-            )
-    # The engine divides by the root of D, as nearly every model does.
-    factor = scaling * query.shape[-1] ** 0.5
+    if sliding_window is not None and forward_pass.length > sliding_window:
+        raise ValueError(
+            f"{type(module).__name__} attends to a window of {sliding_window} tokens only, and the "
+            f"context has {forward_pass.length}: lower data.length to the window"
+        )
+    factor = scaling * query.shape[-1] ** 0.5  # the engine divides by √D
     if abs(factor - 1) > 1e-6:
         query = query * factor
     out = forward_pass.attend(module.layer_idx, query, key, value, select_by)  # type: ignore[arg-type]
@@ -65,8 +58,8 @@ def attention(
 AttentionInterface.register(ATTENTION, attention)
 
 
-class CarriedDecoder:
-    """Mixin before a stock decoder, the part of a causal model without its head."""
+class EngineDecoder:
+    """Mixin for stock decoders (causal models without their heads)."""
 
     def forward(
         self,
@@ -78,8 +71,8 @@ class CarriedDecoder:
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As RatPlusModel.forward. Positions count from each row's first token, so position_ids,
-        which `generate` derives from the mask, are not needed."""
+        """As RatPlusModel.forward. Positions count from each row's first token; position_ids, which
+        `generate` passes, are ignored."""
         input_ids, forward_pass = ForwardPass.open(
             self, input_ids, attention_mask, past_key_values, use_cache, engine
         )
@@ -87,7 +80,7 @@ class CarriedDecoder:
             input_ids=input_ids,
             position_ids=forward_pass.step.positions,
             past_key_values=forward_pass.cache,
-            use_cache=False,  # which would make a cache of its own kind
+            use_cache=False,  # else it would create a DynamicCache
             forward_pass=forward_pass,
             **kwargs,
         )
@@ -95,11 +88,11 @@ class CarriedDecoder:
         return out
 
 
-def carry(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, in place, with attention by an engine and `new_cache`.
+def attach_engine(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, modified in place: an engine computes attention, and it has `new_cache`.
 
-    Its weights, config and saved form stay those of the stock class. A model of this project is
-    returned as it is. ValueError for a model whose layers aren't all plain softmax attention.
+    Weights, config and saved form stay those of the stock class; models of this project are
+    returned unchanged. ValueError if some layers are no plain softmax attention.
     """
     if isinstance(model, SparseGeneration):
         return model
@@ -110,7 +103,7 @@ def carry(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} can't be carried: model=hf takes decoders like Llama, "
             "Mistral, Qwen or OLMo2, all of whose layers are softmax attention"
         )
-    for part, mixin in ((model.model, CarriedDecoder), (model, SparseGeneration)):
+    for part, mixin in ((model.model, EngineDecoder), (model, SparseGeneration)):
         stock: Any = type(part)
         part.__class__ = _with(mixin, stock)
     model.config._attn_implementation = ATTENTION

@@ -1,4 +1,4 @@
-"""One layer's share of the cache, and where the tokens of a forward pass stand."""
+"""One layer of the cache, and the positions of a forward pass."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from ratplus_exp.methods import Engine
 from ratplus_exp.methods.selection import EMPTY
 from ratplus_kernels import gather_tokens
 
-ROOM = 64  # slots allocated ahead of need
-# A layer's tensors, and the dimension of each that is the batch.
+ROOM = 64  # spare slots of each allocation
+# A layer's tensors and their batch dimensions
 BATCH = dict.fromkeys(("keys", "values", "select_by", "representatives", "held", "mass", "free"), 0)
 BATCH |= {"memory_state": 1}
 
 
 @dataclass
 class Step:
-    """Where the tokens of one forward pass stand in their rows.
+    """Positions of the tokens of one forward pass, (B or 1, T), from 0 at each row's first token.
 
-    positions: (B or 1, T) positions of the tokens, from 0 at each row's first token.
-    lengths: (B,) real tokens a row; None if all T are real. Only a prompt can have fewer.
+    lengths: (B,) real tokens a row; None if all T are real, as after the prompt.
     """
 
     positions: Tensor
@@ -34,47 +33,43 @@ class Step:
 
     @cached_property
     def rows_of_length(self) -> dict[int, Tensor]:
-        """The rows that have each of the lengths; asked of the device once for all layers."""
+        """The rows of each length; cached, since reading lengths synchronises with the device."""
         assert self.lengths is not None
         rows: dict[int, list[int]] = {}
         for row, length in enumerate(self.lengths.tolist()):
             rows.setdefault(length, []).append(row)
         device = self.lengths.device
-        return {length: torch.tensor(those, device=device) for length, those in rows.items()}
+        return {length: torch.tensor(row, device=device) for length, row in rows.items()}
 
 
 class SparseLayer(DynamicLayer):
-    """One layer's share: keys and values (B, K, slots, D), memory state (·, B, ..., K, D) in fp32,
-    and, for methods that select while decoding, block representatives (B, K, N, *) and the keys
-    to select by (B, K, slots, D) where they are others than those to attend to.
+    """One layer: keys and values (B, K, slots, D), memory state (·, B, ..., K, D) in fp32, and in
+    phase "decode" block representatives (B, K, N, *) and, if they differ from the keys, the keys to
+    select by (B, K, slots, D).
 
     width: slots in use after the prompt in the longest row.
-    held: (B, K, slots), which token is in each slot, where a method evicts. Where it does so at
-        every step: mass (B, K, slots), the tokens' scores, and free (B, K), the next token's slot.
+    held: (B, K, slots), the token in each slot, for methods that evict. In phase "step": mass
+        (B, K, slots), the tokens' scores, and free (B, K), the next token's slot.
     """
 
     is_croppable = False  # see SparseCache.crop
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.width = 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.select_by: Tensor | None = None
-        self.memory_state: Tensor | None = None
-        self.representatives: Tensor | None = None
-        self.held: Tensor | None = None
-        self.mass: Tensor | None = None
-        self.free: Tensor | None = None
+    width: int = 0
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    select_by: Tensor | None = None
+    memory_state: Tensor | None = None
+    representatives: Tensor | None = None
+    held: Tensor | None = None
+    mass: Tensor | None = None
+    free: Tensor | None = None
 
     def hold(self, keys: Tensor, values: Tensor, room: int) -> None:
-        """Store the prompt's with room for `room` tokens more, in storage of their own: they may be
-        views of far larger tensors."""
+        """Copy the prompt's, which may be views of far larger tensors, with `room` more slots."""
         self.width = keys.shape[2]
         self.keys, self.values = (with_room(x, x.shape[2] + room) for x in (keys, values))
 
     def remember(self, state: Tensor) -> None:
-        """Store the memory's state, a later one in the place of the one before."""
+        """Store the memory's state, in place if there was one."""
         if self.memory_state is None or torch.is_grad_enabled():
             self.memory_state = state
         else:
@@ -88,8 +83,7 @@ class SparseLayer(DynamicLayer):
                 setattr(self, name, function(tensor, dim))
 
     def join(self, parts: Sequence[SparseLayer]) -> None:
-        """Hold what the layers of parts of the batch hold; the part that keeps most has the slots
-        of all."""
+        """Concatenate the layers of parts of the batch, with the slots of the largest."""
         self.width = max(part.width for part in parts)
         for name, dim in BATCH.items():
             tensors = [getattr(part, name) for part in parts]
@@ -111,24 +105,24 @@ class SparseLayer(DynamicLayer):
         select_by: Tensor | None,
         room: int,
     ) -> None:
-        """Store what an engine keeps of the prompt. Rows of equal length are handled together: an
-        observation window ends with its own row. All have as many slots as the head that keeps
-        most; where one token leaves at every step, one more and no room."""
+        """Store what an engine keeps of the prompt, together for rows of equal length, since an
+        observation window ends with its row. All heads have as many slots as the largest; in phase
+        "step" one more and no room."""
         method = engine.method
         steps = method.phase == "step"
         states = {"keys": k, "values": v, "select_by": select_by if steps else None}
         parts: list[tuple[Any, dict[str, Tensor]]] = []
         groups: dict[int, Any] = {k.shape[2]: slice(None)}
         for length, rows in (groups if step.lengths is None else step.rows_of_length).items():
-            own_engine = engine if step.lengths is None else engine.for_rows(rows)
-            own = {n: x[rows][:, :, :length] for n, x in states.items() if x is not None}
-            by = own["keys"] if select_by is None else select_by[rows][:, :, :length]
-            held, mass = own_engine.keep(q[rows][:, :, -length:], by, own["values"], layer)
-            where = held.clamp(max=length - 1)
-            own["keys"], own["values"] = gather_tokens(own["keys"], own["values"], where)
-            if "select_by" in own:
-                own["select_by"], _ = gather_tokens(by, by, where)
-            parts.append((rows, own | {"held": held} | ({"mass": mass} if steps else {})))
+            part_engine = engine if step.lengths is None else engine.for_rows(rows)
+            part = {n: x[rows][:, :, :length] for n, x in states.items() if x is not None}
+            by = part["keys"] if select_by is None else select_by[rows][:, :, :length]
+            held, mass = part_engine.keep(q[rows][:, :, -length:], by, part["values"], layer)
+            index = held.clamp(max=length - 1)
+            part["keys"], part["values"] = gather_tokens(part["keys"], part["values"], index)
+            if "select_by" in part:
+                part["select_by"], _ = gather_tokens(by, by, index)
+            parts.append((rows, part | {"held": held} | ({"mass": mass} if steps else {})))
         most = max(part["held"].shape[2] for _, part in parts)
         self.width = method.k(layer, engine.layers) + 1 if steps else most
         slots = self.width + (0 if steps else room)
@@ -152,8 +146,8 @@ class SparseLayer(DynamicLayer):
         states: dict[str, Tensor | None],
         positions: Tensor,
     ) -> Tensor:
-        """Attention of one new token after the other, each in the slot that the last one freed;
-        states: the new tokens' by name."""
+        """Attention of the new tokens in order, each stored in the slot that the last one freed;
+        states: keys, values and select_by of the new tokens."""
         out = []
         assert self.free is not None and self.held is not None and self.mass is not None
         for i in range(q.shape[2]):
@@ -165,8 +159,9 @@ class SparseLayer(DynamicLayer):
             append(self.held, slot, position[:, None])
             by = self.keys if self.select_by is None else self.select_by
             assert self.keys is not None and self.values is not None and by is not None
-            kept = (self.keys, self.values, position, None, layer, self.held)
-            out.append(engine.decode(query, *kept))
+            out.append(
+                engine.decode(query, self.keys, self.values, position, None, layer, self.held)
+            )
             mass, free = engine.evict(query, by, self.held, self.mass, position, layer)
             self.mass.copy_(mass)
             self.free.copy_(free)
@@ -174,8 +169,8 @@ class SparseLayer(DynamicLayer):
 
 
 def last_queries(q: Tensor, lengths: Tensor | None, count: int) -> Tensor:
-    """The last `count` queries of each row, (B, H, count, D) of q (B, H, T, D); where a row has
-    fewer, its first one stands in for those that are missing. lengths as in `Step`."""
+    """The last `count` queries of each row, (B, H, count, D) of q (B, H, T, D); a row with fewer
+    repeats its first one. lengths as in `Step`."""
     length = q.shape[2]
     count = min(count, length)
     if lengths is None:

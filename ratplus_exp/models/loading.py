@@ -1,6 +1,4 @@
-"""Saved models: find, check, load."""
-
-from __future__ import annotations
+"""Saved models: checks and loading."""
 
 import hashlib
 import json
@@ -20,18 +18,18 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from ratplus_exp.models.hf import carry
+from ratplus_exp.models.hf import attach_engine
 from ratplus_exp.provenance import sha256
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of large models, whose weights are several files
 INTERFACE = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-LOCAL: Any = {"local_files_only": True, "trust_remote_code": False}  # a folder's code is never run
+LOCAL: Any = {"local_files_only": True, "trust_remote_code": False}  # never run a folder's code
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of a model's weights that are loaded: one, or else those that its index names."""
+    """The files of a model's weights: one, or those in its index."""
     if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
         return [path / WEIGHTS]
     try:
@@ -42,8 +40,8 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def weights_digest(path: Path) -> str:
-    """The sha256 of a model's weights. Of several files it is that of their list, as
-    `sha256sum *.safetensors | sha256sum` prints it in the model's folder."""
+    """The sha256 of a model's weights; of several files, that which
+    `sha256sum *.safetensors | sha256sum` prints in the model's folder."""
     files = weight_files(path)
     if len(files) == 1:
         return sha256(files[0])
@@ -52,10 +50,9 @@ def weights_digest(path: Path) -> str:
 
 
 def check_model(path: Path, expected_sha256: str | None, backbone: str) -> str:
-    """The digest of a model's weights, after the checks that need no loading.
+    """The digest of a model's weights, after all checks that need no loading.
 
-    Raises ValueError, with the remedy, for a missing folder or file, a digest other than expected,
-    or a model of the other backbone.
+    ValueError for a missing file, an unexpected digest, or a model of the other backbone.
     """
     for file in (*weight_files(path), path / "config.json", path / "tokenizer.json"):
         if not file.is_file():
@@ -66,7 +63,7 @@ def check_model(path: Path, expected_sha256: str | None, backbone: str) -> str:
     config = read_config(path)
     if "quantization_config" in config:
         raise ValueError(f"the model in {path} is quantised: use its weights in fp32, fp16 or bf16")
-    memory = bool(config.get("memory"))  # a stock config says nothing of it
+    memory = bool(config.get("memory"))  # stock configs have no such field
     if memory != (backbone == "ratplus"):
         raise ValueError(
             f"the model in {path} has memory={memory}, so it is no {backbone} backbone: set "
@@ -82,7 +79,7 @@ def check_model(path: Path, expected_sha256: str | None, backbone: str) -> str:
 
 
 def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
-    """A model's config.json, or another file in JSON; ValueError where it is none."""
+    """A model's config.json, or another file in JSON; ValueError if it is damaged."""
     file = path / name
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -94,12 +91,12 @@ def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def load_config(path: Path) -> PretrainedConfig:
-    """The configuration of the model in a folder, in its family's class."""
+    """The configuration of the model in a folder."""
     return AutoConfig.from_pretrained(path, **LOCAL)
 
 
 def check_length(path: Path, length: int) -> None:
-    """ValueError for contexts of more tokens than the model in a folder has positions for."""
+    """ValueError for contexts longer than the positions of the model in a folder."""
     positions = read_config(path).get("max_position_embeddings")
     if isinstance(positions, int) and length > positions:
         raise ValueError(
@@ -109,8 +106,8 @@ def check_length(path: Path, length: int) -> None:
 
 
 def end_tokens(path: Path) -> list[int]:
-    """The tokens that end an answer of the model in a folder: those that generation_config.json
-    lists, or else config.json. [] where neither lists any."""
+    """The tokens that end an answer: eos_token_id of generation_config.json, if a model's folder
+    has one, or of config.json."""
     file = path / "generation_config.json"
     return _end_tokens(read_config(path, file.name if file.exists() else "config.json"))
 
@@ -121,8 +118,8 @@ def _end_tokens(config: dict[str, Any]) -> list[int]:
 
 
 def interface_digest(path: Path) -> str:
-    """One digest of what turns text into the model's input, weights into the model and tokens into
-    an answer. Of generation_config.json it has EOS alone, where config.json says another."""
+    """One digest of configuration, tokenizer and end tokens. Of generation_config.json it includes
+    EOS alone, where that differs from config.json's."""
     files = [path / name for name in INTERFACE if (path / name).exists()]
     lines = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
     if (ends := end_tokens(path)) != _end_tokens(read_config(path)):
@@ -131,16 +128,16 @@ def interface_digest(path: Path) -> str:
 
 
 def dtype_on(device: torch.device, name: str | None = None) -> torch.dtype:
-    """What models compute in: that of this name, or else fp32 on a CPU, bf16 on a GPU."""
+    """The dtype of computation: the named one, or fp32 on a CPU and bf16 on a GPU."""
     if name:
         return getattr(torch, name)
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a model's folder; ValueError where it is broken or doesn't fit the model.
+    """The tokenizer in a model's folder; ValueError if it is broken or does not fit the model.
 
-    Its EOS is one of the model's, the first where its own is another."""
+    An EOS that is none of the model's end tokens is replaced by the first of those."""
     if not (path / "config.json").is_file():
         raise ValueError(f"there is no model in {path}: train it first, or name another folder")
     tokenizer = read_tokenizer(path, read_config(path).get("vocab_size"))
@@ -171,18 +168,16 @@ def read_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
             f"the tokenizer in {path} has {len(tokenizer)} entries and eos {tokenizer.eos_token}: "
             "restore its files"
         )
-    if tokenizer.pad_token_id is None:  # Llama's; what stands in the padding is never seen
+    if tokenizer.pad_token_id is None:  # as in Llama
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
 
 
 def load_model(path: Path, device: torch.device, dtype: str | None = None) -> PreTrainedModel:
-    """The model of a folder, in evaluation mode; dtype as in `dtype_on`.
-
-    It decodes greedily: penalties and temperatures that its folder suggests are left out.
-    """
-    disable_progress_bar()  # a file of a few seconds; the stages show their own
+    """The model of a folder, in evaluation mode; dtype as in `dtype_on`. It decodes greedily:
+    penalties and temperatures of its generation config are ignored."""
+    disable_progress_bar()
     for file in weight_files(path):
         _check_dtypes(file)
     try:
@@ -196,14 +191,12 @@ def load_model(path: Path, device: torch.device, dtype: str | None = None) -> Pr
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         text = " ".join(str(error).split())[:200]
         raise ValueError(f"the model in {path} cannot be loaded ({text}): restore it") from None
-    for kind, what in (("missing_keys", "lack"), ("unexpected_keys", "belie config.json, with")):
+    for kind, verb in (("missing_keys", "lack"), ("unexpected_keys", "have unexpected")):
         if names := ", ".join(sorted(report[kind])[:4]):
-            raise ValueError(f"the weights in {path} {what} {names}: restore its files")
-    suggested = model.generation_config
-    model.generation_config = GenerationConfig(
-        **{name: getattr(suggested, name) for name in SPECIAL_TOKENS}
-    )
-    model = carry(model).to(device).eval()
+            raise ValueError(f"the weights in {path} {verb} {names}: restore its files")
+    special = {name: getattr(model.generation_config, name) for name in SPECIAL_TOKENS}
+    model.generation_config = GenerationConfig(**special)
+    model = attach_engine(model).to(device).eval()
     for name, weight in model.named_parameters():
         if not weight.detach().sum().isfinite():
             raise ValueError(f"{name} in {path} is not finite: restore the weights")

@@ -1,9 +1,7 @@
-"""The backbone of P2 as a Hugging Face model: attention, or RAT+ where `config.memory` is on.
+"""The backbone of P2 as a Hugging Face model: RAT+, or attention if `config.memory` is off.
 
 Legend: B batch, T tokens, C hidden size, H query heads, K KV heads, D head size.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -28,10 +26,10 @@ from ratplus_exp.models.generation import SavedWithCode
 
 
 class SelfAttention(nn.Module):
-    """Gated attention of P2, over the memory's k̃ and ṽ where the memory is on (Eq. 1, 2).
+    """Gated attention of P2, over the memory's k̃ and ṽ if there is one (Eq. 1, 2).
 
-    `in_proj` stacks the rows o, q, k, v. The memory's gate is a module of its own, not a fifth
-    share, so that it can be trained at its own rate and be added to a trained attention model.
+    `in_proj` stacks the rows o, q, k, v. The memory's gate is a separate module, so that it can be
+    trained at a different rate and be added to a trained attention model.
     """
 
     def __init__(self, config: RatPlusConfig, layer: int) -> None:
@@ -40,16 +38,16 @@ class SelfAttention(nn.Module):
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.shares = (width, width, kv_width, kv_width)
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.shares), bias=False)
+        self.widths = (width, width, kv_width, kv_width)
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
         self.out_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.memory = memory_of(config, self.head_dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], forward_pass: ForwardPass) -> Tensor:
-        o, q, k, v = self.in_proj(x).split(self.shares, dim=-1)
-        q, k, v = (share.unflatten(-1, (-1, self.head_dim)) for share in (q, k, v))  # (B, T, ·, D)
+        o, q, k, v = self.in_proj(x).split(self.widths, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (B, T, ·, D)
         k, v, select_by = forward_pass.keys_and_values(self.memory, self.layer, x, k, v, rope)
-        q, k, v = (share.transpose(1, 2) for share in (rotate(q, rope), k, v))
+        q, k, v = (part.transpose(1, 2) for part in (rotate(q, rope), k, v))
         if select_by is not None:
             select_by = select_by.transpose(1, 2)
         out = forward_pass.attend(self.layer, q, k, v, select_by).transpose(1, 2).flatten(2)
@@ -119,7 +117,7 @@ class RatPlusModel(RatPlusPreTrainedModel):
         """Last hidden states (B, T, C).
 
         attention_mask (B, tokens so far) may be zero at the left of a prompt: padding. `engine` is
-        the method for a pass without a cache; a cache brings its own.
+        for passes without a cache.
         """
         input_ids, forward_pass = ForwardPass.open(
             self, input_ids, attention_mask, past_key_values, use_cache, engine

@@ -1,11 +1,9 @@
-"""P2's published checkpoints (code wimh966/rat-plus, weights barpitf/ratplus), both ways.
+"""Conversion from and to P2's published checkpoints (wimh966/rat-plus, weights barpitf/ratplus).
 
-A `.pth` holds the model's state dict under the key `task`, beside the training's own state. Names
-may carry `_orig_mod.` of torch.compile. Each layer's `seq_layer.in_proj` stacks the rows o, q, k,
-v and, with the memory, g; older files keep g in `seq_layer.fgate_proj`.
+A `.pth` contains the model's state dict under the key `task`, beside the state of the training.
+Names may have `_orig_mod.` of torch.compile. Each layer's `seq_layer.in_proj` stacks the rows o, q,
+k, v and, with the memory, g; older files have g in `seq_layer.fgate_proj`.
 """
-
-from __future__ import annotations
 
 import pickle
 from collections import OrderedDict
@@ -35,17 +33,17 @@ IN_PROJ, GATE = "seq_layer.in_proj.weight", "seq_layer.fgate_proj.weight"
 
 
 class _EasyDict:
-    """Stands for easydict's class, in which P2 saves a run's settings beside the weights. It makes
-    an OrderedDict, which torch's safe unpickler knows how to fill."""
+    """Replaces easydict's class, in which P2 saves a run's settings, by OrderedDict, which torch's
+    safe unpickler supports."""
 
     def __new__(cls) -> OrderedDict[str, Any]:  # type: ignore[misc]
         return OrderedDict()
 
 
 def read_p2(path: Path) -> dict[str, Tensor]:
-    """The state dict in a `.pth`, with P2's names, mapped from the disk; no code in it is run.
+    """The state dict in a `.pth`, with P2's names, memory-mapped, without running code in it.
 
-    Raises ValueError where the file is missing, damaged or not such a checkpoint.
+    ValueError if the file is missing, damaged or no such checkpoint.
     """
     if not path.is_file():
         raise ValueError(f"there is no {path}: set checkpoint to one of P2's .pth files")
@@ -55,8 +53,8 @@ def read_p2(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().split(". ")[0]
         raise ValueError(
-            f"{path} holds more than tensors and settings ({reason}): save its 'task' alone "
-            "again where you trust it"
+            f"{path} holds more than tensors and settings ({reason}): if you trust it, save its "
+            "'task' alone"
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
         reason = str(error).strip().split("\n")[0][:160]
@@ -68,7 +66,7 @@ def read_p2(path: Path) -> dict[str, Tensor]:
 
 
 def p2_shapes(config: RatPlusConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this architecture must hold."""
+    """Name and shape of every tensor in a checkpoint of this architecture."""
     width, ffn = config.hidden_size, config.intermediate_size
     if (config.memory_kind, config.memory_on, config.shared_gate) != ("gate", "kv", True):
         raise ValueError(
@@ -77,27 +75,28 @@ def p2_shapes(config: RatPlusConfig) -> dict[str, tuple[int, ...]]:
         )
     if config.num_key_value_heads * config.head_dim != width:
         raise ValueError("P2's layout has no grouped-query attention: every head has its own K, V")
+    layer: dict[str, tuple[int, ...]] = {
+        "seq_layer.input_norm.weight": (width,),
+        IN_PROJ: ((5 if config.memory else 4) * width, width),
+        "seq_layer.out_proj.weight": (width, width),
+        "hidden_layer.ln.weight": (width,),
+        "hidden_layer.fc1.weight": (ffn, width),
+        "hidden_layer.fc2.weight": (width, ffn),
+    }
     shapes: dict[str, tuple[int, ...]] = {
         "embedding.wte.weight": (config.vocab_size, width),
         "backbone.ln.weight": (width,),
         "head.lm_head.weight": (config.vocab_size, width),
     }
     for i in range(config.num_hidden_layers):
-        shapes |= {
-            f"backbone.layers.{i}.seq_layer.input_norm.weight": (width,),
-            f"backbone.layers.{i}.{IN_PROJ}": ((5 if config.memory else 4) * width, width),
-            f"backbone.layers.{i}.seq_layer.out_proj.weight": (width, width),
-            f"backbone.layers.{i}.hidden_layer.ln.weight": (width,),
-            f"backbone.layers.{i}.hidden_layer.fc1.weight": (ffn, width),
-            f"backbone.layers.{i}.hidden_layer.fc2.weight": (width, ffn),
-        }
+        shapes |= {f"backbone.layers.{i}.{name}": shape for name, shape in layer.items()}
     return shapes
 
 
 def from_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tensor]:
-    """The state dict of RatPlusForCausalLM(config) from P2's, dtypes kept.
+    """The state dict of RatPlusForCausalLM(config) from P2's, with its dtypes.
 
-    Raises ValueError that names every tensor which is missing, unexpected or of another shape.
+    ValueError that names every tensor which is missing, unexpected or of another shape.
     """
     state = _stacked({name.replace("_orig_mod.", ""): x for name, x in state.items()})
     _check(state, config)
@@ -108,42 +107,44 @@ def from_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Ten
             "head.lm_head.weight and embedding.wte.weight differ, but P2 ties them: set "
             "model.architecture.tie_word_embeddings=false"
         )
-    ours = {name: state[theirs] for theirs, name in OUTSIDE.items()}
+    result = {name: state[p2_name] for p2_name, name in _names(config).items()}
     rows = 4 * config.hidden_size
     for i in range(config.num_hidden_layers):
-        for theirs, name in LAYER.items():
-            ours[f"model.layers.{i}.{name}"] = state[f"backbone.layers.{i}.{theirs}"]
-        stacked = state[f"backbone.layers.{i}.{IN_PROJ}"]
         attention = f"model.layers.{i}.attention"
-        ours[f"{attention}.in_proj.weight"] = stacked[:rows].clone()
+        stacked = result[f"{attention}.in_proj.weight"]
+        result[f"{attention}.in_proj.weight"] = stacked[:rows].clone()
         if config.memory:
-            ours[f"{attention}.memory.weight"] = stacked[rows:].clone()
-            ours[f"{attention}.memory.bias"] = stacked.new_zeros(config.hidden_size)
-    return ours
+            result[f"{attention}.memory.weight"] = stacked[rows:].clone()
+            result[f"{attention}.memory.bias"] = stacked.new_zeros(config.hidden_size)
+    return result
 
 
 def to_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tensor]:
     """P2's state dict, for the key `task`, from that of RatPlusForCausalLM(config).
 
-    Raises ValueError where the gates have a bias, for which P2's layout has no place.
+    ValueError for what P2's layout does not support, such as a bias of the gates.
     """
-    p2_shapes(config)  # refuses what the layout has no place for
-    theirs = {name: state[ours] for name, ours in OUTSIDE.items()}
+    p2_shapes(config)  # checks the config
+    result = {p2_name: state[name] for p2_name, name in _names(config).items()}
+    for i in range(config.num_hidden_layers if config.memory else 0):
+        memory, in_proj = f"model.layers.{i}.attention.memory", f"backbone.layers.{i}.{IN_PROJ}"
+        if state[f"{memory}.bias"].any():
+            raise ValueError(f"{memory}.bias is not zero: P2's gates have no bias")
+        result[in_proj] = torch.cat((result[in_proj], state[f"{memory}.weight"]))
+    _check(result, config)
+    return result
+
+
+def _names(config: RatPlusConfig) -> dict[str, str]:
+    """This project's name of each tensor of P2's."""
+    names = dict(OUTSIDE)
     for i in range(config.num_hidden_layers):
-        for name, ours in LAYER.items():
-            theirs[f"backbone.layers.{i}.{name}"] = state[f"model.layers.{i}.{ours}"]
-        if config.memory:
-            memory = f"model.layers.{i}.attention.memory"
-            if state[f"{memory}.bias"].any():
-                raise ValueError(f"{memory}.bias is not zero: P2's gates have no bias")
-            stacked = (theirs[f"backbone.layers.{i}.{IN_PROJ}"], state[f"{memory}.weight"])
-            theirs[f"backbone.layers.{i}.{IN_PROJ}"] = torch.cat(stacked)
-    _check(theirs, config)
-    return theirs
+        names |= {f"backbone.layers.{i}.{p2}": f"model.layers.{i}.{x}" for p2, x in LAYER.items()}
+    return names
 
 
 def _stacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Older files' gate rows put under in_proj, where newer files have them."""
+    """Move the gate rows of older files to in_proj, as in newer ones."""
     for gate in [name for name in state if name.endswith(GATE)]:
         in_proj = gate.replace(GATE, IN_PROJ)
         if in_proj in state:
@@ -152,18 +153,18 @@ def _stacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check(state: Mapping[str, Tensor], config: RatPlusConfig) -> None:
-    wanted = p2_shapes(config)
+    shapes = p2_shapes(config)
     first = state.get(f"backbone.layers.0.{IN_PROJ}")
     if first is not None and len(first) == (4 if config.memory else 5) * config.hidden_size:
         kind, backbone = ("no ", "attention") if config.memory else ("", "ratplus")
         raise ValueError(
             f"the checkpoint has {kind}gate rows: choose a model with backbone={backbone}"
         )
-    problems = [f"{name} is missing" for name in wanted if name not in state]
-    problems += [f"{name} is unexpected" for name in state if name not in wanted]
+    problems = [f"{name} is missing" for name in shapes if name not in state]
+    problems += [f"{name} is unexpected" for name in state if name not in shapes]
     problems += [
         f"{name} has shape {tuple(state[name].shape)}, not {shape}"
-        for name, shape in wanted.items()
+        for name, shape in shapes.items()
         if name in state and tuple(state[name].shape) != shape
     ]
     if problems:

@@ -1,7 +1,7 @@
-"""One prefill, many methods: what a batch of prompts leaves behind, as a value.
+"""One prefill for many methods: the state after a batch of prompts, as a value.
 
-Dense attention, Quest and SnapKV, whatever their budgets, selectors and seeds, begin an answer with
-the same dense prefill. It is made once; each of them goes on from a copy of its own.
+Dense attention, Quest and SnapKV, whatever their budgets, selectors and seeds, share the same dense
+prefill. It is computed once, and each of them continues from a copy.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ratplus_exp.memory import gate_statistics
 from ratplus_exp.models.cache import SparseCache
 from ratplus_exp.models.layer import Step, last_queries
 
-PIECE = 4 << 20  # bytes: rows go through a CPU together up to this size of a layer's activations
+PIECE = 4 << 20  # bytes of a layer's activations, up to which a CPU processes rows together
 
 
 class Prefilled(SparseCache):
     """Keys, values, memory states and last queries of prompts after a dense prefill.
 
-    window: how many of each prompt's last queries to keep, for methods that select by them.
+    window: how many of each prompt's last queries to keep, for SnapKV and its variants.
     room: how many tokens may follow at most.
     """
 
@@ -34,7 +34,7 @@ class Prefilled(SparseCache):
 
     @cached_property
     def step(self) -> Step:
-        """Where the prompts' tokens stood, once they are here."""
+        """The prompts' positions, after the prefill."""
         assert self.processed is not None
         positions = torch.arange(self.seen, device=self.processed.device)[None]
         return Step(positions, self.processed if self.ragged else None)
@@ -51,8 +51,8 @@ class Prefilled(SparseCache):
         assert self.is_empty, "only a prompt is prefilled"
         store = self.layers[layer]
         self.queries.append(last_queries(q, step.lengths, self.window).clone())
-        store.keys, store.values = _alone(k), _alone(v)
-        store.select_by = None if select_by is None else _alone(select_by)
+        store.keys, store.values = _compact(k), _compact(v)
+        store.select_by = None if select_by is None else _compact(select_by)
         return self.engine.prefill(q, k, v, step.lengths, layer)
 
     def reset(self) -> None:
@@ -64,7 +64,7 @@ class Prefilled(SparseCache):
         self.queries = [torch.cat(x) for x in zip(*(part.queries for part in parts), strict=True)]
 
     def copy_to(self, cache: SparseCache) -> None:
-        """Leave an empty cache as its own prefill of these prompts would."""
+        """Bring an empty cache into the state after these prompts."""
         assert cache.is_empty and cache.engine.method.dense_prefill
         for i, (store, queries) in enumerate(zip(self.layers, self.queries, strict=True)):
             assert store.keys is not None and store.values is not None
@@ -75,17 +75,15 @@ class Prefilled(SparseCache):
 
 
 class PromptBatch:
-    """A batch of left-padded prompts before a model.
+    """A batch of left-padded prompts for a model.
 
     Args:
         model: a causal model with `new_cache`.
         ids, mask: (B, T).
-        fed: how many of each prompt's last tokens are fed behind the prefill, under the method: 0,
-            so that the prefill gives an answer's first token (as in the papers' own code); 1, so
-            that a decoding step does; all of the question, so that the prefill, and what is
-            selected behind it, is of the context alone.
-        shared: (window, room) of a `Prefilled` that dense prefills share; None: each is made anew,
-            which needs no memory for it.
+        fed: how many of each prompt's last tokens run after the prefill, under the method: 0, the
+            prefill gives an answer's first token (as in the papers' code); 1, a decoding step does;
+            all of the question: prefill and selection see the context alone.
+        shared: (window, room) of a `Prefilled` that dense prefills share; None: none is stored.
     """
 
     def __init__(
@@ -107,8 +105,8 @@ class PromptBatch:
 
     @torch.inference_mode()
     def prefill(self, cache: SparseCache) -> Tensor:
-        """Logits (B, 1, V) behind the prompts without their `fed` last tokens; `cache`, empty until
-        then, holds those."""
+        """Logits (B, 1, V) after the prompts without their `fed` last tokens, which fill the empty
+        `cache`."""
         if self.shared is None or not cache.engine.method.dense_prefill:
             return self._run(cache)
         if self._prefilled is None:
@@ -122,7 +120,7 @@ class PromptBatch:
     def _run(self, cache: SparseCache) -> Tensor:
         length = self.ids.shape[1] - self.fed
         ids, mask = self.ids[:, :length], self.mask[:, :length]
-        # On a CPU a few rows at a time, so that what a layer passes on stays in the core's caches.
+        # On a CPU a few rows at a time, so that a layer's output stays in the core's caches.
         row = 4 * self.model.config.hidden_size * self.model.dtype.itemsize * length
         pieces = torch.arange(len(ids)).split(max(1, PIECE // max(1, row)))
         if ids.device.type != "cpu" or len(pieces) == 1:
@@ -136,7 +134,6 @@ class PromptBatch:
         return self.model(ids, mask, past_key_values=cache, logits_to_keep=1).logits
 
 
-def _alone(states: Tensor) -> Tensor:
-    """The states, copied where they are a view of a far larger tensor."""
-    whole = states.untyped_storage().nbytes()
-    return states if whole == states.numel() * states.element_size() else states.clone()
+def _compact(states: Tensor) -> Tensor:
+    """The states, copied if they are a view of a larger tensor."""
+    return states if states.untyped_storage().nbytes() == states.nbytes else states.clone()

@@ -1,4 +1,4 @@
-"""Reports: tables, figures and the page, their words in templates, the paper's numbers as data."""
+"""Reports: tables, figures and the page; texts are templates, the paper's numbers data."""
 
 from ratplus_exp.report.paper import paper_tables
 from ratplus_exp.report.prose import MISSING

@@ -1,8 +1,7 @@
 """The paper's Tables 2-5 with measured numbers."""
 
-from __future__ import annotations
-
 from fractions import Fraction
+from typing import Any
 
 import pandas as pd
 
@@ -18,17 +17,13 @@ COUNTS = ("n", "trainings", "seeds")
 
 
 def accuracy_table(results: Results, name: str) -> Table:
-    """The paper's layout, settings × backbones × tasks, with measured numbers; dense rows first.
+    """The paper's layout, settings × backbones × tasks, with measured numbers: dense rows, then the
+    paper's settings, then other measured ones.
 
-    All the paper's settings appear, and after them the measured settings that the paper lacks. Only
-    cells with the paper table's selector (top-k or random) count. A mean over tasks appears once
-    all of the paper table's are there.
+    Only cells with the paper table's selector (top-k or random) count. A mean needs all tasks of
+    the paper's table.
 
-    Args:
-        name: "table2" to "table5".
-
-    Raises:
-        ValueError: no finished cell fits, or several would share one place in the table.
+    name: "table2" to "table5". ValueError if no finished cell fits, or several fit one place.
     """
     paper = results.paper(name)
     tasks, selector = list(paper["task"].unique()), paper["selector"].iloc[0]
@@ -48,72 +43,52 @@ def accuracy_table(results: Results, name: str) -> Table:
         method, block, budget = setting
         if block < 0:  # the paper's block size has no counterpart in this context
             continue
-        here = cells[(cells[SETTING] == list(setting)).all(axis=1)]
-        stored = here["top_k"].dropna()
+        of_setting = cells[(cells[SETTING] == list(setting)).all(axis=1)]
+        stored = of_setting["top_k"].dropna()
         top_k = stored.iloc[0] if len(stored) else Fraction(budget) * results.context / block
-        label = (
-            ("dense", "", "", "1") if setting == DENSE else (method, str(block), str(top_k), budget)
-        )
-        theirs = printed.loc[setting] if setting in printed.index else dict.fromkeys(BACKBONES)
+        sizes = ("", "") if setting == DENSE else (str(block), str(top_k))
+        values = printed.loc[setting] if setting in printed.index else dict.fromkeys(BACKBONES)
         groups = [(*setting, "dense" if setting == DENSE else selector, b) for b in BACKBONES]
         gain = results.draws.gain(groups[1], groups[0], tasks)
-        paper_gain = theirs["RAT+"] - theirs["Attention"] if theirs["RAT+"] is not None else None
+        paper_gain = values["RAT+"] - values["Attention"] if values["RAT+"] is not None else None
         gains = (number(gain.value, sign="+"), bounds(gain), number(paper_gain, sign="+"))
         for backbone in BACKBONES:
-            side = here[here["backbone"] == backbone]
+            side = of_setting[of_setting["backbone"] == backbone]
             draws = side.drop_duplicates(["training", "seed", "selector_seed"])
-            of_training = draws.groupby("training").size()
-            rows.append(
-                (
-                    *label,
-                    number(side["budget_measured"].mean(), digits=3),
-                    backbone,
-                    *_means(side, tasks, results.scorer),
-                    number(theirs[backbone]),
-                    *(gains if backbone == "RAT+" else ("", "", "")),
-                    span(side["n"]),
-                    *(
-                        str(x) if len(side) else MISSING
-                        for x in (len(of_training), of_training.max())
-                    ),
-                )
-            )
+            seeds = draws.groupby("training").size()
+            counts = (str(len(seeds)), str(seeds.max())) if len(side) else (MISSING, MISSING)
+            kept = number(side["budget_measured"].mean(), digits=3)
+            means = (*_means(side, tasks, results.scorer), number(values[backbone]))
+            shown = gains if backbone == "RAT+" else ("", "", "")
+            place = (method, *sizes, budget, kept, backbone)
+            rows.append((*place, *means, *shown, span(side["n"]), *counts))
     columns = ("Method", "Block", "k", "Budget", "Kept", "Backbone", *tasks, "Mean", "Paper")
     columns = (*columns, "Δ", "Δ 95 %", "Paper Δ", *COUNTS)
-    values = [{row[i] for row in rows} - {MISSING} for i in range(-len(COUNTS), 0)]
-    uniform = [name for name, x in zip(COUNTS, values, strict=True) if len(x) == 1]
-    hide = ("Paper", *uniform)  # the caption says what all rows share
+    distinct = [{row[i] for row in rows} - {MISSING} for i in range(-len(COUNTS), 0)]
+    uniform = [name for name, x in zip(COUNTS, distinct, strict=True) if len(x) == 1]
     models = cells.groupby(["backbone", "model", "checkpoint"])["effective_memory_length"].mean()
-    return Table.described(
-        "accuracy",
-        columns,
-        rows,
-        hide=hide,
-        r=results,
-        table=name[-1],
-        of=PAPER_TABLES[name],
-        cells=cells,
-        n=span(cells["n"]),
-        models=[(*model, number(memory)) for model, memory in models.items()],
-    )
+    caption: dict[str, Any] = {
+        "table": name[-1],
+        "of": PAPER_TABLES[name],
+        "cells": cells,
+        "n": span(cells["n"]),
+        "models": [(*model, number(memory)) for model, memory in models.items()],
+    }
+    hide = ("Paper", *uniform)  # the caption has what all rows share
+    return Table.described("accuracy", columns, rows, hide=hide, r=results, **caption)
 
 
 def tasks_table(results: Results) -> Table:
-    """All tasks measured under top-k, of both protocols; dense rows first.
-
-    A method that selects nothing after the prompt has one protocol ("either").
-
-    Raises:
-        ValueError: as `accuracy_table`.
-    """
+    """All tasks measured under top-k, of both protocols; dense rows first. The protocol of methods
+    that do not select after the prompt is "either". ValueError as in `accuracy_table`."""
     frames = [part.cells.assign(protocol=name) for name, part in results.protocols.items()]
     cells = grouped(pd.concat(frames).drop_duplicates("cell"))
     cells = cells[cells["backbone"].isin(BACKBONES) & cells["selector"].isin(["topk", "dense"])]
     if cells.empty:
         raise ValueError("no finished cells for tasks: run make ruler13 or make protocols")
     cells["protocol"] = cells["protocol"].mask(cells["first_token"].isna(), "either")
-    for _, here in cells.groupby("protocol"):
-        _check_unmixed(here)
+    for _, of_protocol in cells.groupby("protocol"):
+        _check_unmixed(of_protocol)
     tasks = [task for task in ALL_TASKS if task in set(cells["task"])]
     place = [*SETTING, "selector", "protocol"]
     rows: list[tuple[str, ...]] = []
@@ -122,45 +97,29 @@ def tasks_table(results: Results) -> Table:
         key=lambda g: (g[:3] != DENSE, *g[:2], -Fraction(g[2]), g[4] == "split"),
     ):
         method, block, budget, _, protocol = group
-        here = cells[(cells[place] == list(group)).all(axis=1)]
+        of_group = cells[(cells[place] == list(group)).all(axis=1)]
         draws = results.protocols["split" if protocol == "split" else "whole"].draws
         gain = draws.gain((*group[:4], "RAT+"), (*group[:4], "Attention"), tasks)
+        label = (method, "" if group[:3] == DENSE else str(block), budget, protocol)
         for backbone in BACKBONES:
-            side = here[here["backbone"] == backbone]
-            rows.append(
-                (
-                    *(method, "" if group[:3] == DENSE else str(block), budget, protocol),
-                    number(side["budget_measured"].mean(), digits=3),
-                    backbone,
-                    *_means(side, tasks, results.scorer),
-                    interval(gain) if backbone == "RAT+" else "",
-                    span(side["n"]),
-                )
-            )
-    columns = (
-        "Method",
-        "Block",
-        "Budget",
-        "Protocol",
-        "Kept",
-        "Backbone",
-        *tasks,
-        "Mean",
-        "Δ",
-        "n",
-    )
-    return Table.described("tasks", columns, rows, group=4, r=results)
+            side = of_group[of_group["backbone"] == backbone]
+            kept = number(side["budget_measured"].mean(), digits=3)
+            shown = interval(gain) if backbone == "RAT+" else ""
+            means = _means(side, tasks, results.scorer)
+            rows.append((*label, kept, backbone, *means, shown, span(side["n"])))
+    columns = ("Method", "Block", "Budget", "Protocol", "Kept", "Backbone", *tasks)
+    return Table.described("tasks", (*columns, "Mean", "Δ", "n"), rows, group=4, r=results)
 
 
 def _means(side: pd.DataFrame, tasks: list[str], scorer: str) -> list[str]:
-    """Of each task, and of all once they are there."""
+    """The mean of each task, and over all tasks if none is missing."""
     of_task = dict(iter(side.groupby("task")))
     parts = [*map(of_task.get, tasks), side if len(of_task) == len(tasks) else None]
     return [MISSING if x is None else plus_minus(*spread(x, scorer)[:2]) for x in parts]
 
 
 def _check_unmixed(cells: pd.DataFrame) -> None:
-    """ValueError if cells of unlike origin would share a row or a place."""
+    """ValueError if cells of different models or data would share a row or a place."""
     origin = ["backbone", "training", "seed", "selector_seed"]
     scopes = {
         "context_length": ["tier"],

@@ -1,9 +1,5 @@
-"""Figures of finished cells, in one clean style and with the paper's names.
-
-Each function writes NAME.png and NAME.pdf and returns the PNG, or None where nothing was measured.
-"""
-
-from __future__ import annotations
+"""Figures of finished cells, in one style. Each function writes NAME.png and NAME.pdf and returns
+the PNG, or None if nothing was measured."""
 
 from collections.abc import Iterable, Sequence
 from io import BytesIO
@@ -18,26 +14,23 @@ import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Estimate
-from ratplus_exp.analysis.frame import BACKBONES, TASKS, grouped
+from ratplus_exp.analysis.frame import BACKBONES, TASKS, grouped, select
 from ratplus_exp.analysis.hits import MEAN
 from ratplus_exp.analysis.pattern import DECISIVE
 from ratplus_exp.budget import Budget
-from ratplus_exp.report.prose import METHODS, SELECTORS, say
+from ratplus_exp.report.prose import METHODS, SELECTORS, sentence
 from ratplus_exp.report.results import Results
 from ratplus_exp.store import write_atomically
 
 COLORS = {"Attention": "#8a8a8a", "RAT+": "#c23b22"}
 METHOD_COLORS = {"quest": "#1f77b4", "moba": "#2a9d5c", "snapkv": "#c98a1b"}
-DASHES = {"Attention": (0, (4, 4)), "RAT+": (4, (4, 4))}
-"""Of the dense lines: each fills the other's gaps, so that equal accuracies show both."""
+DASHES = {"Attention": (0, (4, 4)), "RAT+": (4, (4, 4))}  # alternate, so that both stay visible
 
 
 def accuracy_by_budget(results: Results, folder: Path, name: str) -> Path | None:
-    """Mean accuracy over the tasks against the budget: a panel a method, a line a backbone.
-
-    Only a method's most frequent block size is drawn, and only points with every task. Bars are
-    95 % bootstrap intervals; a dashed line is the backbone's dense accuracy.
-    """
+    """Mean accuracy over the tasks against the budget: a panel a method, a line a backbone. Bars
+    are 95 % bootstrap intervals, dashed lines dense accuracies. Only a method's most frequent block
+    size is drawn, and only points with every task."""
     cells = grouped(results.cells)
     cells = cells[(cells["selector"] == "topk") & (cells["method"] != "dilated")]
     tasks = [task for task in TASKS if task in results.draws.tasks]
@@ -48,9 +41,9 @@ def accuracy_by_budget(results: Results, folder: Path, name: str) -> Path | None
         results, "fig1_title", [METHODS.get(m, m) for m in methods], "mean accuracy, %"
     )
     for panel, method in zip(panels, methods, strict=True):
-        here = cells[cells["method"] == method]
-        block = here["block_size"].mode()[0]
-        budgets = by_size(here.loc[here["block_size"] == block, "budget"])
+        of_method = cells[cells["method"] == method]
+        block = of_method["block_size"].mode()[0]
+        budgets = by_size(of_method.loc[of_method["block_size"] == block, "budget"])
         for backbone in BACKBONES:
             style: dict[str, Any] = {"color": COLORS[backbone]}
             mean = results.draws.mean(("dense", 1, "1", "dense", backbone), tasks)
@@ -67,19 +60,17 @@ def accuracy_by_budget(results: Results, folder: Path, name: str) -> Path | None
 
 
 def ranked_heads(results: Results, method: str, folder: Path, name: str) -> Path | None:
-    """Hit rate by rank of the head, on the mean of the tasks: a panel a budget, a line a backbone.
-
-    Bands are 95 % bootstrap intervals. At most 32 heads are drawn.
-    """
-    curves = results.curves
-    here = curves[(curves["method"] == method) & (curves["task"] == MEAN) & (curves["rank"] <= 32)]
-    budgets = by_size(here["budget"])
+    """Hit rate by rank of the head, mean of the tasks, at most 32 heads: a panel a budget, a line a
+    backbone. Bands are 95 % bootstrap intervals."""
+    curves = select(results.curves, {"method": method, "task": MEAN})
+    curves = curves[curves["rank"] <= 32]
+    budgets = by_size(curves["budget"])
     if not budgets:
         return None
     names = [f"budget {budget}" for budget in budgets]
     panels = _panels(results, "ranked_title", names, "hit rate, %", method=METHODS[method])
     for panel, budget in zip(panels, budgets, strict=True):
-        line = here[here["budget"] == budget].sort_values("rank").astype({"rank": float})
+        line = curves[curves["budget"] == budget].sort_values("rank").astype({"rank": float})
         for backbone in BACKBONES:
             low, high = line[f"{backbone} low"], line[f"{backbone} high"]
             style = {"color": COLORS[backbone]}
@@ -94,19 +85,18 @@ def heads_by_task(results: Results, folder: Path, name: str) -> Path | None:
     """Hit rate of the best head at the smallest budget, task by task: a panel a method, a bar a
     backbone."""
     budgets = by_size(results.curves["budget"])
-    here = results.curves[results.curves["rank"] == 1]
-    here = here[here["budget"].isin(budgets[-1:])]
-    methods = _methods(here["method"])
+    best = select(results.curves, {"rank": 1, "budget": budgets[-1:]})
+    methods = _methods(best["method"])
     if not methods:
         return None
     names = [METHODS.get(method, method) for method in methods]
     label = "hit rate of the best head, %"
     panels = _panels(results, "fig4_title", names, label, 5.0, budget=budgets[-1])
     for panel, method in zip(panels, methods, strict=True):
-        mine = here[here["method"] == method].set_index("task")
-        tasks = [task for task in (*TASKS, MEAN) if task in mine.index]
+        rates = best[best["method"] == method].set_index("task")
+        tasks = [task for task in (*TASKS, MEAN) if task in rates.index]
         ends = ("", " low", " high")
-        _bars(panel, tasks, {b: [mine.loc[tasks, f"{b}{end}"] for end in ends] for b in BACKBONES})
+        _bars(panel, tasks, {b: [rates.loc[tasks, f"{b}{end}"] for end in ends] for b in BACKBONES})
     return _save(panels, folder, name)
 
 
@@ -115,47 +105,45 @@ def selectors(results: Results, folder: Path, name: str) -> Path | None:
     means = results.selector_means
     sides = means.groupby(["method", "selector"])["side"].agg(set)
     methods = _methods(sides[sides >= set(BACKBONES)].index.get_level_values("method"))
-    if not methods:  # nothing, or one backbone alone
+    if not methods:  # no cells, or a single backbone
         return None
     first = means.drop_duplicates(["method", "side", "selector"])
     frames = [first[first["method"] == m].set_index(["selector", "side"]) for m in methods]
     names = [
-        f"{METHODS.get(method, method)}, budget {here['budget'].iloc[0]}"
-        for method, here in zip(methods, frames, strict=True)
+        f"{METHODS.get(method, method)}, budget {frame['budget'].iloc[0]}"
+        for method, frame in zip(methods, frames, strict=True)
     ]
     panels = _panels(results, "selectors_title", names, "mean accuracy, %", 3.6)
-    for panel, here in zip(panels, frames, strict=True):
-        kinds = [k for k in SELECTORS if all((k, b) in here.index for b in BACKBONES)]
+    for panel, frame in zip(panels, frames, strict=True):
+        kinds = [k for k in SELECTORS if all((k, b) in frame.index for b in BACKBONES)]
         sides = {}
         for b in BACKBONES:
-            points = [here.loc[(kind, b), "estimate"] for kind in kinds]
+            points = [frame.loc[(kind, b), "estimate"] for kind in kinds]
             sides[b] = [pd.Series([getattr(x, end) for x in points]) for end in vars(points[0])]
         _bars(panel, [SELECTORS[kind] for kind in kinds], sides)
     return _save(panels, folder, name)
 
 
 def gains(results: Results, table: str, folder: Path, name: str) -> Path | None:
-    """RAT+ minus Attention, paper (x) against measured (y): a point a setting and task.
-
-    Filled points are the paper's decisive cells.
-    """
+    """RAT+ minus Attention, paper (x) against measured (y): a point a setting and task, filled in
+    the paper's decisive cells."""
     place = ["method", "paper_block", "budget", "task"]
     compared = results.compared(table)
     wide = compared.pivot_table(["accuracy", "measured"], place, "backbone")
     if "measured" not in wide or set(wide["measured"]) != set(BACKBONES):
         return None
-    paper, ours = (wide[x]["RAT+"] - wide[x]["Attention"] for x in ("accuracy", "measured"))
+    paper, measured = (wide[x]["RAT+"] - wide[x]["Attention"] for x in ("accuracy", "measured"))
     label = "measured: RAT+ − Attention, points"
     (panel,) = _panels(results, "gains_title", [""], label, 4.6, 4.0, table=table[-1])
     for method in _methods(wide.index.get_level_values("method")):
-        mine = wide.index.get_level_values("method") == method
+        of_method = wide.index.get_level_values("method") == method
         for decisive in (True, False):
-            chosen = mine & ((paper.abs() >= DECISIVE) == decisive).to_numpy()
+            rows = of_method & ((paper.abs() >= DECISIVE) == decisive).to_numpy()
             color = METHOD_COLORS.get(method, "#555555")
             style: dict[str, Any] = {"edgecolors": color}
             style["facecolors"] = color if decisive else "none"
             style["label"] = METHODS.get(method, method) if decisive else None
-            panel.scatter(paper[chosen], ours[chosen], s=22, lw=0.8, alpha=0.8, **style)
+            panel.scatter(paper[rows], measured[rows], s=22, lw=0.8, alpha=0.8, **style)
     panel.axhline(0, color="black", lw=0.8)
     panel.axvline(0, color="black", lw=0.8)
     panel.autoscale()
@@ -164,7 +152,7 @@ def gains(results: Results, table: str, folder: Path, name: str) -> Path | None:
 
 
 def by_size(budgets: Iterable[str]) -> list[str]:
-    """Budgets, each once, the largest first."""
+    """Distinct budgets, the largest first."""
     return sorted(set(budgets), key=lambda b: -Budget.parse(b).fraction)
 
 
@@ -193,12 +181,12 @@ def _panels(
         panel.set_ylim(0, 103)
         panel.set_title(name, fontsize=11)
     grid[0][0].set_ylabel(label)
-    figure.suptitle(say(title, r=results, **values), fontsize=10)
+    figure.suptitle(sentence(title, r=results, **values), fontsize=10)
     return list(grid[0])
 
 
 def _line(panel: Any, points: Sequence[Estimate], style: dict[str, Any]) -> None:
-    """Points with their intervals; those that were not measured are left out."""
+    """The measured points with their intervals."""
     places = [i for i, x in enumerate(points) if np.isfinite(x.value)]
     if places:
         y, low, high = np.array([tuple(vars(points[i]).values()) for i in places]).T
@@ -207,7 +195,7 @@ def _line(panel: Any, points: Sequence[Estimate], style: dict[str, Any]) -> None
 
 
 def _bars(panel: Any, labels: Sequence[str], sides: dict[str, list[Any]]) -> None:
-    """Bars of both backbones; a side is its values and their lower and upper bounds."""
+    """Bars of both backbones; sides: values, lower and upper bounds of each."""
     for shift, (backbone, (value, low, high)) in zip((-0.2, 0.2), sides.items(), strict=True):
         errors = [(value - low).clip(lower=0), (high - value).clip(lower=0)]
         places = [i + shift for i in range(len(labels))]
@@ -218,7 +206,7 @@ def _bars(panel: Any, labels: Sequence[str], sides: dict[str, list[Any]]) -> Non
 
 
 def _save(panels: Sequence[Any], folder: Path, name: str) -> Path:
-    """PNG and PDF, with the last panel's legend beside the panels, where it hides nothing."""
+    """PNG and PDF, with the last panel's legend beside the panels."""
     figure = panels[-1].figure
     handles, labels = panels[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)

@@ -1,6 +1,4 @@
-"""What the paper's tables and figures have and the finished cells lack."""
-
-from __future__ import annotations
+"""Cells that the paper's tables and figures need and that are not finished."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -12,8 +10,7 @@ from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import METHODS, setting_name
 from ratplus_exp.report.results import Results
 
-SEEDS = 5
-"""Of random selection, in the paper."""
+SEEDS = 5  # of random selection, in the paper
 BUDGETS = ("1/4", "1/8", "1/16")
 HITS = {"fig2": (["quest"], BUDGETS), "fig3": (["snapkv"], BUDGETS)} | {
     "fig4": (["quest", "snapkv"], BUDGETS[-1:])
@@ -21,7 +18,7 @@ HITS = {"fig2": (["quest"], BUDGETS), "fig3": (["snapkv"], BUDGETS)} | {
 
 
 class Need(NamedTuple):
-    """Cells that a table or figure has of each backbone."""
+    """Cells that a table or figure needs of each backbone."""
 
     method: str
     block_size: int
@@ -31,10 +28,8 @@ class Need(NamedTuple):
 
 
 def missing(results: Results, outputs: Iterable[str]) -> list[str]:
-    """One sentence for each setting that some of the outputs need and that lacks tasks or seeds.
-
-    outputs: names as in stage.outputs.
-    """
+    """One sentence for each setting of the outputs (as in stage.outputs) without all its tasks or
+    seeds."""
     labels: dict[str, list[str]] = {}
     for output in sorted(outputs, key=lambda name: (name not in PAPER_TABLES, name)):
         label = f"{'Table' if output in PAPER_TABLES else 'Figure'} {output[-1]}"
@@ -46,7 +41,7 @@ def missing(results: Results, outputs: Iterable[str]) -> list[str]:
 
 
 def _needs(output: str, results: Results) -> Iterator[tuple[Need, tuple[str, ...]]]:
-    """What an output has, with its tasks."""
+    """The needs of an output, with their tasks."""
     table3 = results.paper("table3")
     blocks = table3[table3["paper_block"].isin([1, 64])].groupby("method")["block_size"].first()
     if output in ("table3", "table4", "table5", "fig1"):
@@ -69,14 +64,14 @@ def _needs(output: str, results: Results) -> Iterator[tuple[Need, tuple[str, ...
 
 
 def _lacking(frame: pd.DataFrame, need: Need, tasks: tuple[str, ...]) -> Iterator[str]:
-    """A sentence for each backbone that lacks some of the tasks, or seeds of random selection."""
-    here = frame[(frame[[*SETTING, "selector"]] == list(need[:4])).all(axis=1)]
+    """A sentence for each backbone without some of the tasks, or seeds of random selection."""
+    cells = frame[(frame[[*SETTING, "selector"]] == list(need[:4])).all(axis=1)]
     for backbone in BACKBONES:
-        seeds = here[here["backbone"] == backbone].groupby("task")["selector_seed"].nunique()
-        wanted = SEEDS if need.selector == "random" else 1
+        seeds = cells[cells["backbone"] == backbone].groupby("task")["selector_seed"].nunique()
+        needed = SEEDS if need.selector == "random" else 1
         name = f"{backbone}, {'hit rates of ' if need.hits else ''}{setting_name(*need[:4])}"
         absent = [task for task in tasks if task not in seeds]
-        few = [task for task in tasks if 0 < seeds.get(task, 0) < wanted]
+        few = [task for task in tasks if 0 < seeds.get(task, 0) < needed]
         if absent:
             yield name + _on(absent, tasks)
         if few:

@@ -1,6 +1,4 @@
-"""One page of everything, as self-contained HTML and as Markdown."""
-
-from __future__ import annotations
+"""One page with all sections, as self-contained HTML and as Markdown."""
 
 import base64
 import re
@@ -14,13 +12,9 @@ from ratplus_exp.store import write_atomically
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page.
+    """A part of the page, in the order of its fields.
 
-    Attributes:
-        words: paragraphs before the rest.
-        points: a list of sentences after the words.
-        picture: a PNG file; caption: what stands under it.
-        code: text to show as it is, folded away.
+    words: paragraphs; points: items of a list; picture: a PNG file; code: collapsed text.
     """
 
     title: str
@@ -38,8 +32,7 @@ class Section:
 
 
 def write_page(title: str, sections: list[Section], folder: Path, name: str) -> list[Path]:
-    """Write name.html, which needs no other file, and name.md, with links to the pictures beside
-    it."""
+    """Write name.html, which includes its pictures, and name.md, which links them."""
     html = render("page.html.j2", title=title, sections=sections)
     markdown = render("page.md.j2", title=title, sections=sections)
     markdown = re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n"

@@ -1,6 +1,4 @@
-"""The accuracies that the paper prints, as data: Tables 2-5 (arXiv 2605.28640)."""
-
-from __future__ import annotations
+"""The accuracies in the paper's Tables 2-5 (arXiv 2605.28640)."""
 
 from importlib.resources import files
 
@@ -17,11 +15,10 @@ PAPER_TABLES = {  # what a table is of
 def paper_tables(table: str | None = None) -> pd.DataFrame:
     """Every accuracy of the paper's Tables 2-5, or of one, one row a cell, in the paper's order.
 
-    Returns:
-        Columns table ("table2" … "table5"), model, backbone, method, block_size and top_k
-        (tokens or blocks), budget (a string such as "1/16"), selector, task, accuracy and std
-        (percent; std is NaN where it gives none), and inferred: True where the text at hand lost
-        the row's model or budget, so that it was inferred (a trailing "?" in the file).
+    Columns: table ("table2" … "table5"), model, backbone, method, block_size and top_k (tokens or
+    blocks), budget (a string such as "1/16"), selector, task, accuracy and std (percent; std may be
+    NaN), and inferred: whether model or budget of the row are inferred (a trailing "?" in the
+    file), since the text of the paper lacks them.
     """
     source = files("ratplus_exp.report").joinpath("paper_tables.csv")
     with source.open(encoding="utf-8") as file:
@@ -31,7 +28,7 @@ def paper_tables(table: str | None = None) -> pd.DataFrame:
     if table is not None:
         if table not in PAPER_TABLES:
             raise ValueError(
-                f"the paper has no {table!r} here: choose one of {', '.join(PAPER_TABLES)}"
+                f"there is no table {table!r} of the paper: choose one of {', '.join(PAPER_TABLES)}"
             )
         frame = frame[frame["table"] == table].reset_index(drop=True)
     return frame.astype({"block_size": int, "top_k": int, "accuracy": float}).assign(

@@ -1,6 +1,4 @@
-"""Words: the papers' names, numbers as people read them, and the templates of all prose."""
-
-from __future__ import annotations
+"""Text: the papers' names, formatted numbers, and the templates of all prose."""
 
 from functools import cache
 from typing import Any
@@ -17,7 +15,7 @@ SELECTORS = {"random": "random", "topk": "top-k", "oracle": "oracle", "dense": "
 
 
 def number(value: float | None, digits: int = 1, sign: str = "-") -> str:
-    """A number as tables print it; sign "+" shows that of positive ones, too."""
+    """A number as tables print it; sign "+" also marks positive ones."""
     return MISSING if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
 
 
@@ -32,12 +30,12 @@ def interval(x: Estimate, digits: int = 1, sign: str = "+") -> str:
 
 
 def plus_minus(mean: float, std: float) -> str:
-    """A mean with its deviation, where there is one."""
+    """A mean with its deviation, if there is one."""
     return number(mean) + ("" if pd.isna(std) else f"±{number(std)}")
 
 
 def span(values: pd.Series) -> str:
-    """The one value of a column, or its smallest and largest."""
+    """The smallest and largest value of a column."""
     low, high = (MISSING, MISSING) if values.empty else (values.min(), values.max())
     return str(low) if low == high else f"{low}–{high}"
 
@@ -51,13 +49,13 @@ def setting_name(method: str, block: int, budget: str, selector: str = "topk") -
     return f"{METHODS.get(method, method)} at {budget}{blocks}{chosen}"
 
 
-def say(macro: str, /, *args: Any, **values: Any) -> str:
+def sentence(macro: str, /, *args: Any, **values: Any) -> str:
     """The text of a macro of prose.j2 in one line."""
     return " ".join(paragraphs(macro, *args, **values))
 
 
 def paragraphs(macro: str, /, *args: Any, **values: Any) -> tuple[str, ...]:
-    """The same by paragraphs, which empty lines part."""
+    """The paragraphs of a macro of prose.j2, which empty lines separate."""
     text = str(getattr(_environment().get_template("prose.j2").module, macro)(*args, **values))
     lines = (" ".join(part.split()) for part in text.split("\n\n"))
     return tuple(line for line in lines if line)
@@ -70,7 +68,7 @@ def render(template: str, **values: Any) -> str:
 
 @cache
 def _environment() -> Environment:
-    """Where all templates are; those of HTML escape what is put into them."""
+    """All templates; HTML templates escape their values."""
     environment = Environment(
         loader=PackageLoader("ratplus_exp.report"),
         autoescape=lambda name: name is not None and ".html" in name,

@@ -1,4 +1,4 @@
-"""What a report is made of: the finished cells of one pair of models, read once."""
+"""The data of a report: the finished cells of one pair of models, read once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ratplus_exp.store import Cell, Store
 
 @dataclass(frozen=True)
 class Results:
-    """Finished cells of one pair, at one tier and context length, and what is computed from them.
+    """Finished cells of one pair, at one tier and context length, and statistics of them.
 
     cells, rates: rows of `tidy` and `hit_rates`; samples, hit_samples: of `sample_scores`; stored:
     all cells of the store by id; protocols: the results of each protocol, this one's among them.
@@ -43,12 +43,8 @@ class Results:
         first_token: str = "prefill",
         protocol: str = "whole",
     ) -> Results:
-        """where: choices by column of `tidy`; first_token: of whole prompts; both only of the
-        methods to which they matter.
-
-        Raises:
-            ValueError: no finished cell fits.
-        """
+        """where: for `select` on `tidy`; first_token: for methods that it affects.
+        ValueError if no finished cell fits."""
         stored = list(store.cells())
         frames = [
             frame.select(frame.tidy(stored), where),
@@ -62,11 +58,11 @@ class Results:
             cells, samples, rates, hit_samples = (
                 x[x["first_token"].isna() | (x["first_token"] == token)] for x in frames
             )
-            own = (cells, samples, rates, hit_samples, by_id)
-            protocols[name] = cls(*own, scorer, first_token, name, protocols)
+            frames_of = (cells, samples, rates, hit_samples, by_id)
+            protocols[name] = cls(*frames_of, scorer, first_token, name, protocols)
         if protocols[protocol].every.empty:
-            asked = ", ".join(f"{name}={value}" for name, value in where.items())
-            raise ValueError(f"no finished cells with {asked} in {store.root}: evaluate first")
+            choice = ", ".join(f"{name}={value}" for name, value in where.items())
+            raise ValueError(f"no finished cells with {choice} in {store.root}: evaluate first")
         return protocols[protocol]
 
     @cached_property
@@ -86,7 +82,7 @@ class Results:
 
     @property
     def context(self) -> int:
-        """Tokens."""
+        """In tokens."""
         return int(self.every["context_length"].iloc[0])
 
     @cached_property
@@ -95,7 +91,7 @@ class Results:
 
     @cached_property
     def draws(self) -> Bootstrap:
-        """All accuracies, resampled by `GROUP`; every table and figure reads these."""
+        """All accuracies, resampled by `GROUP`."""
         return Bootstrap(frame.grouped(self.samples), self.scorer, frame.GROUP)
 
     @cached_property
@@ -110,7 +106,7 @@ class Results:
     def patterns(self) -> list[Pattern]:
         """Of every table of the paper that has a measured cell."""
         by_table = (patterns(self.paper(table), self.draws) for table in PAPER_TABLES)
-        return [pattern for found in by_table if found[0].measured for pattern in found]
+        return [pattern for table in by_table if table[0].measured for pattern in table]
 
     def paper(self, table: str) -> pd.DataFrame:
         """One of the paper's tables, its block sizes scaled to this context."""

@@ -1,6 +1,4 @@
-"""The parts of a report: each table and figure of the paper from the results of one pair."""
-
-from __future__ import annotations
+"""The sections of a report: each table and figure of the paper, from the results of one pair."""
 
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from ratplus_exp.report.accuracy import accuracy_table, tasks_table
 from ratplus_exp.report.missing import missing
 from ratplus_exp.report.page import Section
 from ratplus_exp.report.paper import PAPER_TABLES
-from ratplus_exp.report.prose import paragraphs, say
+from ratplus_exp.report.prose import paragraphs, sentence
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
 
@@ -22,13 +20,8 @@ PAGE = "report"
 
 
 def section(results: Results, output: str, folder: Path, brief: bool = False) -> Section:
-    """A table (table2 … table5, tasks) or figure (fig1 … fig4), its files written to the folder.
-
-    brief: a table without its columns of tasks.
-
-    Raises:
-        ValueError: nothing of it was measured, or the output is unknown.
-    """
+    """A table (table2 … table5, tasks; without columns of tasks if brief) or figure (fig1 … fig4),
+    with its files in the folder. ValueError if nothing of it was measured, or it is unknown."""
     if output in PAPER_TABLES:
         return _table(results, output, folder, brief)
     if output in FIGURES:
@@ -42,23 +35,23 @@ def section(results: Results, output: str, folder: Path, brief: bool = False) ->
 
 def pattern_section(results: Results, folder: Path) -> Section:
     """Paper against measured."""
-    words = (say("pattern_words"),)
+    words = (sentence("pattern_words"),)
     table = _written(tables.pattern_table(results), folder, "pattern")
     return Section("Paper against measured", words, tables=(table,))
 
 
 def rank_section(results: Results, folder: Path) -> Section:
-    """Of a model without its twin: its order of settings and tasks beside the paper's Table 4."""
+    """For a single model: its order of settings and tasks beside the paper's Table 4."""
     table = _written(tables.rank_table(results), folder, "ranks")
     return Section("Paper against measured, by rank", tables=(table,))
 
 
 def warning_section(results: Results) -> Section:
-    """What should make a reader doubt the numbers, a point each."""
-    points = [say("doubt", x) for x in checks.doubts(results.draws)]
+    """The results of all checks."""
+    points = [sentence("doubt", x) for x in checks.doubts(results.draws)]
     for name, count in checks.cut_prompts(results.samples).items():
-        points.append(say("cut", results.stored[name].path.name, count))
-    return Section("Warnings", (say("checks"),), tuple(points) or ("None.",))
+        points.append(sentence("cut", results.stored[name].path.name, count))
+    return Section("Warnings", (sentence("checks"),), tuple(points) or ("None.",))
 
 
 def page(
@@ -70,28 +63,25 @@ def page(
     settings: str,
     folder: Path,
 ) -> list[Section]:
-    """All sections: what is seen at a glance first, the long tables last.
-
-    parts: tables, figures and the pattern; absent: why some of them are not there; settings: the
-    configuration to show.
-    """
+    """All sections, the long tables last. parts: tables, figures and the pattern; absent: why some
+    of them are missing; settings: the configuration to show."""
     findings = _written(tables.findings_table(results), folder, "findings")
     order = ("Figure", "Paper", "Table")
     parts = sorted(parts, key=lambda part: (order.index(part.title.split()[0]), part.title))
     lacking = (*missing(results, outputs), *absent)
     place = ["backbone", "training", "model", "checkpoint"]
     memory = results.every.groupby(place)["effective_memory_length"].mean()
-    points = [say("model", *model, tokens) for model, tokens in memory.items()]
-    points.append(say("samples", r=results))
+    points = [sentence("model", *model, tokens) for model, tokens in memory.items()]
+    points.append(sentence("samples", r=results))
     return [
-        Section("What this is", paragraphs("introduction", r=results), paragraphs("glossary")),
-        Section("What was found", tables=(findings,)),
+        Section("Introduction", paragraphs("introduction", r=results), paragraphs("glossary")),
+        Section("Findings", tables=(findings,)),
         *parts[:1],
-        Section("What is missing", points=lacking or ("Nothing.",)),
+        Section("Missing results", points=lacking or ("Nothing.",)),
         warnings,
         *parts[1:],
-        Section("Models, seeds, configuration", (say("files"),), tuple(points), code=settings),
-        Section("What it cost", tables=(tables.cost_table(cost(results.used)),)),
+        Section("Models, seeds, configuration", (sentence("files"),), tuple(points), code=settings),
+        Section("Cost", tables=(tables.cost_table(cost(results.used)),)),
     ]
 
 
@@ -101,12 +91,12 @@ def _table(results: Results, name: str, folder: Path, brief: bool) -> Section:
     shown, picture, caption = [table.without(TASKS) if brief else table], None, ""
     if name in ("table3", "table4"):
         picture = figures.gains(results, name, folder, f"{name}_gains")
-        caption = say("gains_caption", r=results)
+        caption = sentence("gains_caption", r=results)
     if name == "table5" and len(results.selector_means):
         shown.append(_written(tables.selector_table(results), folder, "selectors"))
         picture = figures.selectors(results, folder, "selectors")
-        caption = say("selectors_caption", r=results)
-    words = (say(name), *paragraphs("table_files", name, brief))
+        caption = sentence("selectors_caption", r=results)
+    words = (sentence(name), *paragraphs("table_files", name, brief))
     return Section(f"Table {name[-1]}", words, (), tuple(shown), picture, caption)
 
 
@@ -131,8 +121,8 @@ def _figure(results: Results, name: str, folder: Path) -> Section:
         curves = select(results.curves, {"method": method})
         curves.to_csv(folder / f"{name}_ranks.csv", index=False)
         ranked_heads(cells).to_csv(folder / f"{name}_ranked_heads.csv", index=False)
-    words = (say("ranked", method) if method else say(name),)
-    caption = say("figure_caption", r=results, cells=cells)
+    words = (sentence("ranked", method) if method else sentence(name),)
+    caption = sentence("figure_caption", r=results, cells=cells)
     return Section(f"Figure {name[-1]}", words, (), shown, picture, caption)
 
 

@@ -1,4 +1,4 @@
-"""How any table is written: terminal text, Markdown, CSV and LaTeX."""
+"""Tables as terminal text, Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ _LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     | {"—": "---", "–": "--", "−": "$-$", "±": r"$\pm$", "Δ": r"$\Delta$", "ρ": r"$\rho$"}
-    | {"[": "{[}"}  # else an option of the \\ before it
+    | {"[": "{[}"}  # otherwise an option of the preceding \\
 )
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of strings, ready to be read.
+    """A table of strings.
 
-    Attributes:
-        rows: one string a column each; MISSING where there is no number, "" where none belongs.
-        breaks: indices of the rows that start a new group.
-        text_hides: columns that `to_text` leaves out to stay narrow.
+    rows: one string a column each; MISSING for a missing number, "" where none is expected.
+    breaks: indices of the rows that start a new group.
+    text_hides: columns that `to_text` leaves out.
     """
 
     title: str
@@ -53,10 +52,8 @@ class Table:
         hide: Container[str] = (),
         **values: Any,
     ) -> Table:
-        """A table whose title and caption are a macro of prose.j2, filled with `values`.
-
-        group: how many of the first columns make a group of rows, 0 for no groups.
-        """
+        """A table with title and caption from a macro of prose.j2, formatted with `values`; group:
+        rows with the same first columns, of this number, are one group (0: no groups)."""
         pairs = enumerate(pairwise(rows), start=1)
         breaks = frozenset(i for i, (above, row) in pairs if above[:group] != row[:group])
         title, caption = paragraphs(macro, **values)
@@ -64,7 +61,7 @@ class Table:
         return cls(title, caption, tuple(columns), tuple(rows), breaks, hides)
 
     def lines(self) -> list[tuple[str, ...]]:
-        """The columns' names, then the rows as people read them: with the methods' proper names."""
+        """The columns' names, then the rows, with the methods' proper names."""
         named = [name in ("Method", "Methods") for name in self.columns]
         rows = (
             tuple(METHODS.get(c, c) if method else c for c, method in zip(row, named, strict=True))
@@ -79,12 +76,12 @@ class Table:
         return replace(self, columns=tuple(self.columns[i] for i in kept), rows=rows)
 
     def align(self) -> str:
-        """ "r" for each column of numbers, "l" for each other one."""
+        """For each column "r" if it has numbers, else "l"."""
         columns = ([row[i] for row in self.rows] for i in range(len(self.columns)))
         return "".join("r" if _numbers(column) else "l" for column in columns)
 
     def to_text(self, width: int = 120) -> str:
-        """For a terminal; tighter where it would not fit in `width` characters."""
+        """For a terminal, with less space between columns if wider than `width` characters."""
         shown = self.without(self.text_hides)
         lines, align = shown.lines(), shown.align()
         sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]

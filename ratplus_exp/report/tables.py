@@ -1,6 +1,4 @@
-"""All other tables: findings, the paper cell by cell, the pattern, heads, selectors, cost."""
-
-from __future__ import annotations
+"""The other tables: findings, the paper cell by cell, the pattern, heads, selectors, cost."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -26,16 +24,13 @@ from ratplus_exp.report.prose import (
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
 
-TOP = 4
-"""Heads of each backbone that are compared one by one."""
+TOP = 4  # heads of each backbone in the table of top heads
 _PLACE = ("Method", "Block", "Budget", "Backbone")
 
 
 def findings_table(results: Results) -> Table:
-    """The paper's two questions and its main table, a row a method and budget, each with a verdict.
-
-    Block sizes other than the paper's main one are left out. A single task is shown where it goes
-    against the paper under random selection.
+    """The paper's two questions and its main table at its main block size, a row a method and
+    budget, each with a verdict; and single tasks that contradict the paper under random selection.
     """
     rows: list[tuple[str, ...]] = []
 
@@ -43,20 +38,19 @@ def findings_table(results: Results) -> Table:
         paper = results.paper(name)
         paper = paper[paper["paper_block"].isin([1, 64]) & paper["task"].isin(tasks)]
         for group, printed in paper.groupby([*SETTING, "selector"], sort=False):
-            theirs = printed.groupby("backbone")["accuracy"].mean()
+            means = printed.groupby("backbone")["accuracy"].mean()
             attention, ratplus = sides = [(*group, b) for b in BACKBONES]
             gain = results.draws.gain(ratplus, attention, tasks)
-            paper_gain = theirs["RAT+"] - theirs["Attention"]
-            found = verdict(gain, paper_gain)
-            if found and (not single or found == OPPOSITE):
-                means = (results.draws.mean(side, tasks, sides) for side in sides)
-                both = (number(100 * float(mean[0])) for mean in means)
+            paper_gain = means["RAT+"] - means["Attention"]
+            result = verdict(gain, paper_gain)
+            if result and (not single or result == OPPOSITE):
+                values = (results.draws.mean(side, tasks, sides) for side in sides)
+                both = (number(100 * float(value[0])) for value in values)
                 place = (question, group[0], group[2], *both, interval(gain))
-                rows.append((*place, number(paper_gain, sign="+"), found))
+                rows.append((*place, number(paper_gain, sign="+"), result))
 
     add("accuracy (Table 3)", "table3", TASKS)
-    curves = results.curves
-    for row in curves[(curves["task"] == MEAN) & (curves["rank"] == 1)].to_dict("records"):
+    for row in select(results.curves, {"task": MEAN, "rank": 1}).to_dict("records"):
         gain = _difference(row)
         both = (number(row[b]) for b in BACKBONES)
         place = ("hit rate of the best head (H1)", row["method"], row["budget"], *both)
@@ -74,8 +68,8 @@ OPPOSITE = "against the paper"
 
 
 def verdict(gain: Estimate, paper: float) -> str:
-    """Whether a difference has the sign of the paper's, once its interval excludes zero; "" where
-    it was not measured."""
+    """Whether a difference, if its interval excludes zero, has the sign of the paper's; "" if it
+    was not measured."""
     if np.isnan(gain.value):
         return ""
     if paper == 0 or gain.low <= 0 <= gain.high:
@@ -105,7 +99,7 @@ def pattern_table(results: Results) -> Table:
 
 
 def against_table(results: Results, name: str) -> Table:
-    """`compare` as a table to read."""
+    """The table of `compare`."""
     texts = ("method", "paper_block", "top_k", "budget", "selector", "backbone", "task")
     numbers = {"accuracy": 1, "std": 2, "measured": 1, "measured_std": 2, "difference": 1}
     rows = [
@@ -128,39 +122,32 @@ def heads_table(results: Results, method: str) -> Table:
     """The best head, and the mean of all heads, of both backbones: setting × (tasks and mean)."""
     curves = select(results.curves, {"method": method, "rank": 1})
     ranked, rows = ranked_heads(results.rates), []
-    for setting, here in curves.groupby(SETTING, sort=False):
-        by_task = here.set_index("task").reindex([*TASKS, MEAN])
+    for setting, group in curves.groupby(SETTING, sort=False):
+        by_task = group.set_index("task").reindex([*TASKS, MEAN])
         mean = by_task.loc[MEAN]
         gap = _difference(mean)
         for backbone in BACKBONES:
-            mine = ranked[(ranked[[*SETTING, "backbone"]] == [*setting, backbone]).all(axis=1)]
-            best = mine[mine["rank"] == 1].sort_values("training")
+            heads = ranked[(ranked[[*SETTING, "backbone"]] == [*setting, backbone]).all(axis=1)]
+            best = heads[heads["rank"] == 1].sort_values("training")
+            rates = (number(x) for x in by_task.loc[list(TASKS), backbone])
+            best_mean = plus_minus(mean[backbone], best["hit_rate"].std())
             gains = (number(gap.value, sign="+"), bounds(gap)) if backbone == "RAT+" else ("", "")
-            rows.append(
-                (
-                    *map(str, setting),
-                    backbone,
-                    *(number(x) for x in by_task.loc[list(TASKS), backbone]),
-                    plus_minus(mean[backbone], best["hit_rate"].std()),
-                    *gains,
-                    ", ".join(f"{head.layer}.{head.head}" for head in best.itertuples()),
-                    number(mine["hit_rate"].mean()),
-                    f"{mean['n']:.0f}",
-                )
-            )
+            names = ", ".join(f"{head.layer}.{head.head}" for head in best.itertuples())
+            tail = (names, number(heads["hit_rate"].mean()), f"{mean['n']:.0f}")
+            rows.append((*map(str, setting), backbone, *rates, best_mean, *gains, *tail))
     columns = (*_PLACE, *TASKS, "Best of mean", "Δ", "Δ 95 %", "Head", "All heads", "n")
     return Table.described("heads", columns, rows, r=results)
 
 
 def top_heads_table(results: Results, method: str) -> Table:
-    """The heads of the first ranks on the mean of the tasks, and their difference, by setting."""
+    """The best heads on the mean of the tasks, and their difference, by setting."""
     curves = select(results.curves, {"method": method, "task": MEAN})
     top = curves[curves["rank"] <= TOP].sort_values("rank")
     rows: list[tuple[str, ...]] = []
-    for setting, here in top.groupby(SETTING, sort=False):
-        texts = {backbone: [number(x) for x in here[backbone]] for backbone in BACKBONES}
-        texts[GAP] = [interval(_difference(row)) for row in here.to_dict("records")]
-        n = str(here["n"].min())
+    for setting, group in top.groupby(SETTING, sort=False):
+        texts = {backbone: [number(x) for x in group[backbone]] for backbone in BACKBONES}
+        texts[GAP] = [interval(_difference(row)) for row in group.to_dict("records")]
+        n = str(group["n"].min())
         rows += [(*map(str, setting), side, *text, n) for side, text in texts.items()]
     ranks = sorted(top["rank"].unique())
     columns = (*_PLACE, *(f"rank {rank}" for rank in ranks), "n")
@@ -168,11 +155,11 @@ def top_heads_table(results: Results, method: str) -> Table:
 
 
 def selector_table(results: Results) -> Table:
-    """`selector_means` to read: one row a setting and backbone, and one for their gap."""
+    """The table of `selector_means`: a row a setting and backbone, and one for their gap."""
     random = results.cells[results.cells["selector"] == "random"]
     rows: list[tuple[str, ...]] = []
-    for setting, here in results.selector_means.groupby(SETTING, sort=False):
-        estimates = here.set_index(["side", "selector"])["estimate"].to_dict()
+    for setting, group in results.selector_means.groupby(SETTING, sort=False):
+        estimates = group.set_index(["side", "selector"])["estimate"].to_dict()
         for side in (*BACKBONES, GAP):
             texts = []
             for kind in (*SELECTORS, "selection"):
@@ -182,10 +169,10 @@ def selector_table(results: Results) -> Table:
                 elif side == GAP or kind == "selection":
                     texts.append(interval(x))
                 else:
-                    mine = random[(random[[*SETTING, "backbone"]] == [*setting, side]).all(axis=1)]
-                    std = spread(mine, results.scorer).std if kind == "random" else np.nan
+                    cells = random[(random[[*SETTING, "backbone"]] == [*setting, side]).all(axis=1)]
+                    std = spread(cells, results.scorer).std if kind == "random" else np.nan
                     texts.append(plus_minus(x.value, std))
-            rows.append((*map(str, setting), side, *texts, str(here["n"].min())))
+            rows.append((*map(str, setting), side, *texts, str(group["n"].min())))
     columns = (*_PLACE, *SELECTORS.values(), "Selection", "n")
     return Table.described("selectors", columns, rows, len(SETTING), r=results)
 
@@ -194,10 +181,9 @@ def model_table(
     samples: pd.DataFrame, models: Sequence[str], methods: Sequence[str], **setting: Any
 ) -> Table:
     """Models side by side: the mean over the tasks under each method, over the samples that all
-    models answered, and how far each model is from the first.
+    models answered, and each model's difference to the first.
 
-    samples: rows of `sample_scores`; setting: their tier, budget, seed, first_token and
-    protocol.
+    samples: rows of `sample_scores`; setting: their tier, budget, seed, first_token, protocol.
     """
     draws = Bootstrap(samples, SCORERS[0], ["method", "model"])
     rows = []
@@ -205,10 +191,10 @@ def model_table(
         row = [model]
         for method in methods:
             groups = [(method, name) for name in models]
-            own: np.ndarray = 100 * draws.mean((method, model), among=groups)
+            mean: np.ndarray = 100 * draws.mean((method, model), among=groups)
             first: np.ndarray = 100 * draws.mean((method, models[0]), among=groups)
-            gain = "" if model == models[0] else interval(Estimate.of(own - first))
-            row += [number(float(own[0])), gain]
+            gain = "" if model == models[0] else interval(Estimate.of(mean - first))
+            row += [number(float(mean[0])), gain]
         rows.append(tuple(row))
     names = [METHODS.get(method, method) for method in methods]
     columns = ("Model", *(column for name in names for column in (name, f"Δ {name}")))
@@ -220,7 +206,7 @@ def model_table(
 def random_table(cells: pd.DataFrame, tasks: Iterable[str], **values: Any) -> Table:
     """One model and setting: a row a selector, a column a task, mean ± std over selector seeds.
 
-    cells: rows of `tidy`; values: what the title says of the setting.
+    cells: rows of `tidy`; values: the setting, for the title.
     """
     rows = []
     for name in ("random", "topk", "oracle"):
@@ -233,15 +219,12 @@ def random_table(cells: pd.DataFrame, tasks: Iterable[str], **values: Any) -> Ta
 
 
 def cost_table(cost: pd.DataFrame) -> Table:
-    """What cells cost, by stage and device: `analysis.frame.cost`."""
-    rows = [
-        (
-            *(row.stage, row.device, row.model, str(row.cells), str(row.samples)),
-            number(row.seconds, 0),
-            number(row.samples / row.seconds) if row.seconds else "",
-        )
-        for row in cost.itertuples()
-    ]
+    """The table of `analysis.frame.cost`."""
+    rows = []
+    for row in cost.itertuples():
+        rate = number(row.samples / row.seconds) if row.seconds else ""
+        counts = (str(row.cells), str(row.samples), number(row.seconds, 0), rate)
+        rows.append((row.stage, row.device, row.model, *counts))
     columns = ("Stage", "Device", "Model", "Cells", "Samples", "Seconds", "Samples/s")
     return Table.described("cost", columns, rows, group=0)
 
@@ -252,18 +235,11 @@ def _difference(row: Any) -> Estimate:
 
 
 def rank_table(results: Results) -> Table:
-    """Attention alone beside the paper's Table 4: `analysis.ranks.rank_agreement`."""
+    """The table of `analysis.ranks.rank_agreement`: attention beside the paper's Table 4."""
     agreement = rank_agreement(results.paper("table4"), results.draws)
     rows = tuple(
         (over, str(count), interval(Estimate(*rho), 2, "-"), ", ".join(tasks))
         for over, tasks, count, *rho in agreement.itertuples(index=False, name=None)
     )
-    caption = (
-        "Spearman's correlation of accuracies with those that the paper prints for OLMo2-7B "
-        "without the memory: over settings, of the means over tasks; over tasks, of the means over "
-        "settings, less dense. The last rows leave out the tasks in which dense is below "
-        f"{SOLVED:.0f} %, where there is little to lose. In brackets: 95 % bootstrap intervals "
-        "over samples."
-    )
-    title = f"Rank correlation with the attention rows of the paper's Table 4; tier {results.tier}"
-    return Table(title, caption, ("Over", "Count", "ρ", "Tasks"), rows)
+    columns = ("Over", "Count", "ρ", "Tasks")
+    return Table.described("ranks", columns, rows, group=0, r=results, solved=f"{SOLVED:.0f}")

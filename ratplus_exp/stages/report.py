@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from ratplus_exp.analysis.frame import BACKBONES
 from ratplus_exp.config import plain
 from ratplus_exp.report.page import write_page
-from ratplus_exp.report.prose import say
+from ratplus_exp.report.prose import sentence
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.sections import (
     PAGE,
@@ -67,7 +67,7 @@ def run(cfg: DictConfig) -> None:
     for point in warnings.points:
         print("No warnings." if point == "None." else f"Warning: {point}")
     if PAGE in outputs:
-        title = f"Decaying memory and query-aware KV sparsity: {say('at', results)}"
+        title = f"Decaying memory and query-aware KV sparsity: {sentence('at', results)}"
         sections = page(results, parts, warnings, outputs, absent, _settings(cfg), folder)
         pages = write_page(title, sections, folder, PAGE)
         print(f"The whole report: {pages[0]} and {pages[1].name}.")

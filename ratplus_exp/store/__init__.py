@@ -1,14 +1,7 @@
-"""The append-only store: one folder a cell, which a kill at any moment leaves whole."""
+"""The append-only store of results: one folder a cell."""
 
 from ratplus_exp.store.cells import FORMAT, Cell, Store
-from ratplus_exp.store.files import (
-    StoreBusy,
-    locked,
-    naming,
-    remove_drafts,
-    warn,
-    write_atomically,
-)
+from ratplus_exp.store.files import StoreBusy, locked, naming, remove_drafts, warn, write_atomically
 
 __all__ = [
     "FORMAT",

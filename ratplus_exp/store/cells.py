@@ -1,20 +1,19 @@
-"""Append-only results: one folder a cell, written so that a kill at any moment costs no example.
+"""Append-only results: one folder a cell, safe against a kill at any moment.
 
     <root>/<stage>/<readable name>-<hash of the key>/
         config.json     the key, and one provenance entry for each time the cell was opened
         samples.jsonl   one line a sample, on disk before `append` returns
         samples.3.jsonl the same, from rank 3 of several processes; rank 0 writes samples.jsonl
-        metrics.json    what was computed from all of these lines
+        metrics.json    computed from all of these lines
         done            {"n": number of lines that metrics.json covers}
-        lock            names the one process, or rank 0 of the processes, that may write
+        lock            names the writing process (rank 0 of several)
 
-They are written in this order. Whoever sees `done` may trust the rest. The number of samples is not
-part of the key: a later run that wants more extends the same cell. Samples are told apart by id
-alone, so it does not matter which file one is in, nor how many processes wrote them.
+Files are written in this order, so `done` implies the rest. The number of samples is not part of
+the key: a later run can extend the cell. Samples are identified by id, in whichever file.
 
-What no kill can leave, as an empty file, is damage. Such a cell counts as missing, with a warning
-that names the file. Its next run keeps the folder as <folder>.damaged and begins anew; where only
-metrics.json or done is damaged, it computes them again.
+A file that no kill can explain, such as an empty one, is damaged. Its cell counts as missing, with
+a warning. The next run renames the folder to <folder>.damaged and starts again, or recomputes
+metrics.json and done if the other files are intact.
 """
 
 from __future__ import annotations
@@ -34,25 +33,23 @@ from typing import Any
 from ratplus_exp.store.files import locked, naming, sync, warn, write_atomically
 
 FORMAT = 2
-"""Part of every hash. Raise it when the same key comes to mean other numbers."""
-DAMAGED = ".damaged"  # in the name of a folder that is not read any more
+"""Part of every hash. Increase it when a key stands for different numbers than before."""
+DAMAGED = ".damaged"  # in the name of folders that are ignored
 
 
 class Store:
-    """All cells under one folder. Making a Store writes nothing."""
+    """All cells under one folder. The constructor writes nothing."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
     def cell(self, key: dict[str, Any]) -> Cell:
-        """The cell of a key, which may not exist yet; writes nothing."""
+        """The cell of a key, whether it exists or not; writes nothing."""
         return Cell(self.root, key)
 
     def cells(self, stage: str = "*") -> Iterator[Cell]:
-        """All cells that were ever opened, finished or not, in the order of their names.
-
-        A config.json that is damaged, or belies its folder's name, is left out with a warning.
-        """
+        """All cells, finished or not, sorted by name; without those, with a warning, whose
+        config.json is damaged or does not match the folder."""
         for path in sorted(self.root.glob(f"{stage}/*/config.json")):
             if DAMAGED in path.parent.name:
                 continue
@@ -72,16 +69,12 @@ class Store:
 class Cell:
     """One measurement: its key, its folder, its samples and metrics.
 
-    Args:
-        root: the store's folder.
-        key: everything that affects the numbers, and nothing else (no n, no paths, no dates), as
-            plain JSON. "stage" is required; model, method, budget, task, training and seed name the
-            folder. Values are compared as written: 1, 1.0 and true are three keys.
-
-    Attributes:
-        key: as it reads back from JSON (tuples have become lists).
-        id: 16 hex digits, the hash of FORMAT and key.
-        path: the cell's folder.
+    root: the store's folder.
+    key: everything that affects the numbers, and nothing else (no n, no paths, no dates), as plain
+        JSON. "stage" is required; model, method, budget, task, training and seed name the folder.
+        1, 1.0 and true are different values. The attribute has lists in place of tuples.
+    id: 16 hex digits, the hash of FORMAT and key.
+    path: the cell's folder.
     """
 
     def __init__(self, root: Path, key: dict[str, Any]) -> None:
@@ -97,15 +90,13 @@ class Cell:
 
     @contextmanager
     def open(self, provenance: dict[str, Any]) -> Iterator[Cell]:
-        """Take the cell for writing: lock it, record who writes it, repair what a kill left.
+        """Open the cell for writing: lock it, add provenance, repair an interrupted write.
 
-        Args:
-            provenance: plain JSON: config, commit, versions, command, date. It is kept with
-                "from_sample", the number of samples that were there before.
+        provenance: plain JSON: config, commit, versions, command, date; it is stored with
+        "from_sample", the number of earlier samples.
 
-        Raises:
-            StoreBusy: another process holds the cell.
-            OSError: the folder can't be written or locked.
+        Raises StoreBusy if another process has locked the cell, OSError if the folder can't be
+        written or locked.
         """
         assert self._file is None, "the cell is open already"
         with ExitStack() as stack:
@@ -116,15 +107,15 @@ class Cell:
                 self._set_aside()
                 stack.enter_context(locked(self.path))
                 before = 0
-            past = [*self._past(), {**provenance, "from_sample": before}]
-            config = {"format": FORMAT, "key": self.key, "provenance": past}
+            entries = [*self.provenance(), {**provenance, "from_sample": before}]
+            config = {"format": FORMAT, "key": self.key, "provenance": entries}
             self._write_json("config.json", config)
             stack.enter_context(self._appending(self.path / "samples.jsonl"))
             yield self
 
     @contextmanager
     def open_share(self, rank: int) -> Iterator[Cell]:
-        """Write samples beside rank 0, which has the cell open and will finish it."""
+        """Open the cell for the samples of another rank than 0, which opens and finishes it."""
         assert self._file is None and rank > 0, "rank 0 opens the cell itself"
         with self._appending(self.path / f"samples.{rank}.jsonl"):
             yield self
@@ -135,17 +126,15 @@ class Cell:
         size = _read_samples(path)[1]
         try:
             with FileIO(path, "ab") as self._file:
-                self._file.truncate(size)  # what a killed writer left of a line
+                self._file.truncate(size)  # remove an incomplete last line
                 sync(self.path)
                 yield
         finally:
             self._file = None
 
     def append(self, records: list[dict[str, Any]]) -> None:
-        """Add samples, each a plain JSON dict with a new "id" (str or int); on disk on return.
-
-        A cell that was done is not done any more until `finish`.
-        """
+        """Add samples, each a plain JSON dict with a new "id" (str or int); on disk on return. The
+        cell is not done until `finish`."""
         assert self._file is not None, "append needs an open cell"
         ids = {record["id"] for record in records}
         assert len(ids) == len(records) and not ids & self._ids, "a sample was appended twice"
@@ -163,7 +152,7 @@ class Cell:
         self._ids |= ids
 
     def finish(self, metrics: dict[str, Any]) -> None:
-        """Write the metrics of all samples, then the marker. "n" is filled in; NaN becomes null."""
+        """Write the metrics of all samples and "n", NaN as null, then the marker `done`."""
         assert self._file is not None, "finish needs an open cell"
         n = len(self.records())
         assert metrics.get("n", n) == n, f"metrics of {metrics['n']} samples, but {n} are stored"
@@ -175,8 +164,8 @@ class Cell:
         self._write_json("done", {"n": n})
 
     def records(self) -> dict[Any, dict[str, Any]]:
-        """Whole samples by id, a file after the other in the order of writing; needs no lock. None,
-        with a warning, of a damaged cell."""
+        """Complete samples by id, in the order of writing; needs no lock. Empty, with a warning, if
+        the cell is damaged."""
         try:
             return self._samples()
         except ValueError as error:
@@ -184,19 +173,24 @@ class Cell:
             return {}
 
     def metrics(self) -> dict[str, Any]:
-        """What `finish` was given, with n; empty if there is none."""
+        """The metrics of `finish`, with n; empty before that."""
         return _read_json(self.path / "metrics.json")
 
     def provenance(self) -> list[dict[str, Any]]:
-        """One entry for each time the cell was opened, oldest first."""
-        return self._past()
+        """One entry for each opening of the cell, oldest first; ValueError if config.json is
+        damaged."""
+        config = _read_json(self.path / "config.json")
+        past = config.get("provenance", [])
+        if config and not (past and _text(config.get("key")) == _text(self.key)):
+            raise ValueError(f"{self.path / 'config.json'} is no configuration of this cell")
+        return past
 
     def done(self) -> int:
         """Number of samples that the metrics cover; 0 if the cell isn't done or is damaged."""
         try:
             n = _read_json(self.path / "done").get("n", 0)
             if n and not n == self.metrics().get("n") == len(self._samples()):
-                raise ValueError(f"{self.path / 'done'} belies the samples or metrics.json")
+                raise ValueError(f"{self.path / 'done'} contradicts the samples or metrics.json")
         except ValueError as error:
             _warn_of(str(error))
             return 0
@@ -206,21 +200,13 @@ class Cell:
         """Whether the cell was finished with at least n samples."""
         return self.done() >= n
 
-    def _past(self) -> list[dict[str, Any]]:
-        """Provenance; ValueError if config.json is damaged."""
-        config = _read_json(self.path / "config.json")
-        past = config.get("provenance", [])
-        if config and not (past and _text(config.get("key")) == _text(self.key)):
-            raise ValueError(f"{self.path / 'config.json'} is no configuration of this cell")
-        return past
-
     def _samples(self) -> dict[Any, dict[str, Any]]:
         """`records`; ValueError, naming the file, if the cell is damaged."""
-        self._past()
-        found: dict[Any, dict[str, Any]] = {}
+        self.provenance()
+        samples: dict[Any, dict[str, Any]] = {}
         for path in sorted(self.path.glob("samples*.jsonl")):
-            found = _read_samples(path)[0] | found
-        return found
+            samples = _read_samples(path)[0] | samples
+        return samples
 
     def _set_aside(self) -> None:
         aside = (self.path.with_name(f"{self.path.name}{DAMAGED}{i}") for i in count(1))
@@ -232,7 +218,7 @@ class Cell:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A file's fields, none where there is no file; ValueError if it is damaged."""
+    """A file's fields, {} if there is no file; ValueError if it is damaged."""
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -240,7 +226,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError:  # also UnicodeDecodeError
         content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not whole")
+        raise ValueError(f"{path} is damaged")
     return content
 
 
@@ -249,19 +235,19 @@ def _warn_of(problem: str) -> None:
 
 
 def _read_samples(path: Path) -> tuple[dict[Any, dict[str, Any]], int]:
-    """Whole records of one file by id, and the number of bytes that they take; ValueError for what
-    a kill can't do: a line that is no sample before one that is, or a sample twice."""
+    """Complete records of one file by id, and their number of bytes; ValueError for an incomplete
+    line before a complete one, or a sample twice, which no kill can explain."""
     records: dict[Any, dict[str, Any]] = {}
-    size, torn = 0, 0
+    size, broken = 0, 0
     if not path.exists():
         return records, size
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             record = _parse(line)
             if record is None:
-                torn = torn or number
-            elif torn or record["id"] in records:
-                problem = f"line {torn} is no sample" if torn else f"{record['id']} stands twice"
+                broken = broken or number
+            elif broken or record["id"] in records:
+                problem = f"line {broken} is no sample" if broken else f"{record['id']} is doubled"
                 raise ValueError(f"{path} is damaged: {problem}")
             else:
                 records[record["id"]] = record
@@ -270,7 +256,7 @@ def _read_samples(path: Path) -> tuple[dict[Any, dict[str, Any]], int]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """One line of samples.jsonl, or None if it was not written whole."""
+    """One line of samples.jsonl, or None if it is incomplete."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -281,7 +267,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _canonical(key: dict[str, Any]) -> str:
-    """The one JSON text of a key, whatever the order of its entries."""
+    """The JSON text of a key, independent of the order of its entries."""
     if "stage" not in key:
         raise ValueError(f"a cell's key needs a 'stage'; got {sorted(key)}")
     try:
@@ -298,12 +284,12 @@ def _text(key: Any) -> str:
 
 
 def _readable(key: dict[str, Any]) -> str:
-    """What a person looks for in a folder listing; identity is the hash's work."""
+    """The readable part of a folder's name."""
     names = [_plain(key[name]) for name in ("model", "method", "budget", "task") if key.get(name)]
     names += [f"{name}{key[name]}" for name in ("training", "seed") if name in key]
     return "".join(f"{name}-" for name in names)
 
 
 def _plain(value: Any) -> str:
-    """A short string that is safe as part of a file name."""
+    """A short string that is valid in a file name."""
     return re.sub(r"[^A-Za-z0-9+-]+", "_", str(value))[:40]

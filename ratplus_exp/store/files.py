@@ -1,6 +1,4 @@
-"""Files that a kill or a power cut leaves whole, and folders that one process writes at a time."""
-
-from __future__ import annotations
+"""Files that survive a kill or power cut, and folders that one process writes at a time."""
 
 import fcntl
 import os
@@ -20,12 +18,8 @@ class StoreBusy(OSError):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold folder/lock, which names this process; the folder is made where there is none.
-
-    Raises:
-        StoreBusy: another process holds it.
-        OSError: the folder can't be written or locked.
-    """
+    """Lock folder/lock, which names this process; the folder is created if missing. StoreBusy if
+    another process has locked it, OSError if the folder can't be written or locked."""
 
     def unwritable(error: OSError) -> OSError:
         return OSError(
@@ -40,7 +34,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise unwritable(error) from error
     with lock:
         try:
-            # The kernel drops the lock with its process, so a kill leaves no stale one.
+            # The kernel releases the lock with its process, so a kill leaves no stale one.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
@@ -57,12 +51,12 @@ def locked(folder: Path) -> Iterator[None]:
         remove_drafts(folder)
         try:
             yield
-        finally:  # closing would not do while a forked child (a data worker) has it too
+        finally:  # closing is not enough while a forked child (a data worker) has the file open
             fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file (text in UTF-8) such that readers and crashes see the old one or the new one."""
+    """Replace a file (text in UTF-8) atomically, even if the process or the machine stops."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path), draft.open("wb") as file:
@@ -76,14 +70,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Remove what killed processes left of `write_atomically`, where no other one writes."""
+    """Remove drafts that killed processes left in a folder where no other process writes."""
     for draft in folder.glob(".*.tmp"):
         draft.unlink(missing_ok=True)
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError inside names the path; a full disk's does not by itself."""
+    """Add the path to an OSError without one, as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -93,12 +87,12 @@ def naming(path: Path) -> Iterator[None]:
 
 @cache
 def warn(text: str) -> None:
-    """One line on stderr, once a process."""
+    """Print one line to stderr, once a process."""
     tqdm.write(f"warning: {' '.join(text.split())}", file=sys.stderr)
 
 
 def sync(folder: Path) -> None:
-    """Make the folder's entries (a new, renamed or deleted file) survive a power cut."""
+    """Write a folder's entries (new, renamed or deleted files) to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

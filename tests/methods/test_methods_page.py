@@ -20,4 +20,4 @@ def test_every_method_is_tested_and_names_a_paper():
     classes = {get_class(OmegaConf.load(file).target) for file in CONF.glob("*.yaml")}
     assert classes == {type(method) for method in METHODS}
     for cls in classes:
-        assert re.search(r", 20\d\d, arXiv \d{4}\.\d{5}|none: the ceiling", cls.paper), cls
+        assert re.search(r", 20\d\d, arXiv \d{4}\.\d{5}|none: the upper bound", cls.paper), cls

@@ -10,6 +10,7 @@ import torch
 from brute_force import attend, attention, rows_of, states
 
 from ratplus_exp.methods import Engine, MoBA, Oracle, Quest, Random, SnapKV, TopK
+from ratplus_exp.methods.selectors import Candidates
 from ratplus_kernels.selection import select
 
 QUEST = Quest(block_size=4, top_k=6)
@@ -82,9 +83,9 @@ def test_random_draws_anew_for_another(what):
 
 def test_random_ignores_scores():
     scores = torch.randn(2, 2, 2, 3, 9)
-    where = {"layer": 1, "positions": torch.tensor([[3, 4, 5]]), "block_size": 4}
+    where = Candidates(1, torch.tensor([[3, 4, 5]]), 4)
     selector = Random(torch.tensor([1, 2]))
-    assert torch.equal(selector(scores, **where), selector(-scores, **where))
+    assert torch.equal(selector(scores, where), selector(-scores, where))
 
 
 @pytest.mark.parametrize("method", [QUEST, MoBA(4, 3), SnapKV(top_k=12, window=4)], ids=str)
@@ -160,7 +161,7 @@ def test_oracle_always_keeps_the_gold_tokens():
 def test_oracle_fills_up_with_the_methods_own_choice():
     scores = torch.tensor([5.0, 1, 4, 2, 3, 0]).view(1, 1, 1, 1, 6)
     gold = gold_at((0, 3), rows=1, length=5)  # shorter than six blocks of two: generated tokens
-    ranked = Oracle(gold)(scores, layer=0, positions=torch.tensor([[11]]), block_size=2)
+    ranked = Oracle(gold)(scores, Candidates(0, torch.tensor([[11]]), 2))
     chosen = select(ranked, 3, allowed=torch.ones(6, dtype=torch.bool), forced=torch.arange(6) == 5)
     assert chosen.flatten().nonzero()[:, 0].tolist() == [0, 1, 5]  # best, gold, forced
 
@@ -239,11 +240,11 @@ def test_an_oracle_tells_only_the_heads_it_names(method):
     gold = torch.zeros(2, 8 * size, dtype=torch.bool)
     gold[0, 3 * size], gold[1, 5 * size] = True, True
     positions = torch.full((2, 3), 8 * size - 1)
-    given = {"positions": positions, "block_size": size}
-    everyone = Oracle(gold)(scores, layer=1, **given)
+    first, second = (Candidates(layer, positions, size) for layer in (1, 2))
+    everyone = Oracle(gold)(scores, first)
     named = Oracle(gold, ((0, 0), (1, 1)))
-    assert torch.equal(named(scores, layer=2, **given), scores)
-    told = named.rows(torch.tensor([1]))(scores[1:], layer=1, **given).flatten(1, 2)
+    assert torch.equal(named(scores, second), scores)
+    told = named.rows(torch.tensor([1]))(scores[1:], first).flatten(1, 2)
     assert torch.equal(told[:, 1], everyone[1:].flatten(1, 2)[:, 1])
     assert torch.equal(told[:, 0], scores[1:].flatten(1, 2)[:, 0])
     assert not torch.equal(everyone, scores)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Quest, Random, SnapKV, TopK
-from ratplus_exp.models import add_memory, carry
+from ratplus_exp.models import add_memory, attach_engine
 
 METHODS = [
     Dense(),
@@ -46,7 +46,7 @@ def twins(make_model):
                 pad_token_id=0,
             )
         )
-        llama = carry((add_memory(llama) if memory else llama).double().eval())
+        llama = attach_engine((add_memory(llama) if memory else llama).double().eval())
         with torch.no_grad():
             for ours, theirs in zip(model.model.layers, llama.model.layers, strict=True):
                 copy(ours, theirs, memory)

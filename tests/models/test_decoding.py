@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tape import tape
-from test_families import FAMILIES, TINY, add_memory, carry, stock_model
+from test_families import FAMILIES, TINY, add_memory, attach_engine, stock_model
 from transformers import MistralConfig, MistralForCausalLM
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Oracle, Quest, Random, SnapKV
@@ -156,7 +156,7 @@ def test_steps_through_kernels_can_be_replayed(decode, triton_device):
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "change"),
-    [(family, carry) for family in (*sorted(FAMILIES), "phi3")]
+    [(family, attach_engine) for family in (*sorted(FAMILIES), "phi3")]
     + [(family, add_memory) for family in sorted(FAMILIES)],
     ids=lambda x: x if isinstance(x, str) else x.__name__,
 )
@@ -241,7 +241,7 @@ def test_a_tape_refuses_what_a_graph_cannot_hold(decode, what):
 @torch.no_grad()
 @pytest.mark.parametrize("capture", [None, tape], ids=["as it is", "replayed"])
 def test_an_answer_that_may_outgrow_a_sliding_window_is_refused(make_ids, capture):
-    model = carry(MistralForCausalLM(MistralConfig(**TINY, sliding_window=24)).eval())
+    model = attach_engine(MistralForCausalLM(MistralConfig(**TINY, sliding_window=24)).eval())
     ids, how = make_ids(1, 20), {"eos": [], "pad": 0, "capture": capture}
     prompts = PromptBatch(model, ids, torch.ones_like(ids))
     assert greedy(prompts, Engine(), 4, **how).shape == (1, 4)

@@ -1,4 +1,4 @@
-"""The memory in OLMo2, Llama, Mistral and Qwen, and stock decoders carried as they are."""
+"""The memory in OLMo2, Llama, Mistral and Qwen, and stock decoders with an engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import (
 
 from ratplus_exp.memory import Memory
 from ratplus_exp.methods import Engine, Quest
-from ratplus_exp.models import FAMILIES, add_memory, carry, config_for, new_model
+from ratplus_exp.models import FAMILIES, add_memory, attach_engine, config_for, new_model
 
 TINY = {
     "vocab_size": 29,
@@ -64,33 +64,33 @@ def shut(model):
     return model
 
 
-# Any decoder, carried.
+# Any stock decoder.
 
 
 @stock_families
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_carried_model_is_the_stock_model_bitwise(make_ids, family, dtype):
+def test_a_stock_model_with_an_engine_is_the_stock_model_bitwise(make_ids, family, dtype):
     model, ids = stock_model(family, dtype), make_ids(2, 20)
     wanted = model(ids).logits
-    assert torch.equal(carry(model)(ids).logits, wanted)
+    assert torch.equal(attach_engine(model)(ids).logits, wanted)
     assert torch.equal(model(ids, use_cache=False).logits, wanted)
 
 
 @stock_families
-def test_a_carried_model_generates_what_the_stock_model_does(make_ids, left_pad, family):
+def test_a_stock_model_with_an_engine_generates_as_without(make_ids, left_pad, family):
     model = stock_model(family, torch.float64)
     ids, mask = left_pad([make_ids(1, 12)[0], make_ids(1, 5)[0]])
     settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
     wanted = model.generate(ids, **settings)
-    assert torch.equal(carry(model).generate(ids, **settings), wanted)
+    assert torch.equal(attach_engine(model).generate(ids, **settings), wanted)
     beams = {"num_beams": 2, "max_new_tokens": 4}
     other = stock_model(family, torch.float64).generate(ids, **settings | beams)
     assert torch.equal(model.generate(ids, **settings | beams), other)
 
 
 @stock_families
-def test_a_carried_model_is_saved_as_the_stock_model(make_ids, tmp_path, family):
-    model, ids = carry(stock_model(family)), make_ids(1, 9)
+def test_a_stock_model_with_an_engine_is_saved_as_the_stock_model(make_ids, tmp_path, family):
+    model, ids = attach_engine(stock_model(family)), make_ids(1, 9)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(stock_model(family)) and loaded.config.model_type == family
@@ -98,14 +98,14 @@ def test_a_carried_model_is_saved_as_the_stock_model(make_ids, tmp_path, family)
 
 
 def test_carrying_twice_changes_nothing(make_model):
-    model = carry(stock_model("llama"))
-    assert carry(model) is model
+    model = attach_engine(stock_model("llama"))
+    assert attach_engine(model) is model
     ours = make_model()
-    assert carry(ours) is ours and type(ours).__name__ == "RatPlusForCausalLM"
+    assert attach_engine(ours) is ours and type(ours).__name__ == "RatPlusForCausalLM"
 
 
-def test_a_sparse_method_works_on_a_carried_model(make_ids):
-    model, ids = carry(stock_model("qwen2")), make_ids(1, 30)
+def test_a_sparse_method_works_on_a_stock_model_with_an_engine(make_ids):
+    model, ids = attach_engine(stock_model("qwen2")), make_ids(1, 30)
     cache = model.new_cache(Engine(Quest(4, 2)))
     model(ids[:, :29], past_key_values=cache)
     sparse = model(ids[:, 29:], past_key_values=cache).logits
@@ -114,14 +114,14 @@ def test_a_sparse_method_works_on_a_carried_model(make_ids):
 
 
 def test_models_without_the_interface_are_refused():
-    with pytest.raises(ValueError, match="GPT2LMHeadModel can't be carried: model=hf takes"):
-        carry(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=29)))
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is not supported: model=hf takes"):
+        attach_engine(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=29)))
 
 
 def test_a_context_longer_than_a_sliding_window_is_refused(make_ids):
     config = MistralConfig(**TINY, sliding_window=16)
     for model in (
-        carry(MistralForCausalLM(config).eval()),
+        attach_engine(MistralForCausalLM(config).eval()),
         add_memory(MistralForCausalLM(config)).eval(),
     ):
         model(make_ids(1, 16))
@@ -135,7 +135,7 @@ def test_a_context_longer_than_a_sliding_window_is_refused(make_ids):
 
 
 def test_logit_caps_are_refused(make_ids):
-    model = carry(stock_model("gemma2", head_dim=8, query_pre_attn_scalar=8))
+    model = attach_engine(stock_model("gemma2", head_dim=8, query_pre_attn_scalar=8))
     with pytest.raises(ValueError, match="caps its logits or has sinks"):
         model(make_ids(1, 5))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_families import carry, stock_model
+from test_families import attach_engine, stock_model
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Oracle, Quest, Random, SnapKV
 from ratplus_exp.methods.evicting import H2O, TOVA
@@ -87,7 +87,7 @@ def answers(prompts, method, chooser):
 )
 def test_a_shared_prefill_changes_nothing(make_model, make_ids, left_pad, lengths, fed, fields):
     if fields == "llama":
-        model = carry(stock_model("llama", torch.float32)).eval()
+        model = attach_engine(stock_model("llama", torch.float32)).eval()
     else:
         model = make_model(**fields)
     ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])

@@ -93,8 +93,8 @@ stage.batch_size=100000000000 -> use at most
 stage.first_token=guess -> use one of prefill, decode
 stage.first_token=null -> use one of prefill, decode
 stage.protocol=both -> use one of whole, split
-stage=hit_rate data.tasks=[S-1,cwe] -> has no place of its own
-selector=oracle data.tasks=[qa_1] -> has no place of its own
+stage=hit_rate data.tasks=[S-1,cwe] -> has no position in the prompt
+selector=oracle data.tasks=[qa_1] -> has no position in the prompt
 +data.vt.hops=0 -> use at least 1
 data.cwe.repeats=[3] -> use a list of at least 2
 data.fwe.template=x -> lacks {context}: add it to the text

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ratplus_exp.config import check
-from ratplus_exp.schema import METHODS, Config
+from ratplus_exp.schema import METHOD_SETTINGS, Config
 
 CONF = Path(__file__).parents[2] / "conf"
 STAGES = {
@@ -170,11 +170,14 @@ def test_no_field_takes_what_it_cannot_mean(stage):
     assert check_refused(settings, parts) > (500 if stage == "eval" else 10)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHOD_SETTINGS)
 def test_no_size_of_a_method_takes_what_it_cannot_mean(name):
     settings = base("eval", name.lower())
     check(settings)
-    places = ((("method", *path), hint) for path, hint in leaves(METHODS[name], settings["method"]))
+    places = (
+        (("method", *path), hint)
+        for path, hint in leaves(METHOD_SETTINGS[name], settings["method"])
+    )
     assert check_refused(settings, places) > 10 or name == "Dense"
 
 

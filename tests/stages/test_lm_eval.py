@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ratplus_exp.models import add_memory, carry
+from ratplus_exp.models import add_memory, attach_engine
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.stages.train import save_model
 
@@ -39,7 +39,7 @@ def folders(tiny_models, tmp_path_factory):
     )
     stock = Olmo2ForCausalLM(config)
     save_model(add_memory(stock, gate_bias=1.0), tokenizer, root / "olmo2_ratplus")
-    save_model(carry(stock), tokenizer, root / "olmo2")
+    save_model(attach_engine(stock), tokenizer, root / "olmo2")
     ratplus = AutoModelForCausalLM.from_pretrained(tiny_models["ratplus"])
     save_model(ratplus, tokenizer, root / "ratplus")
     return {path.name: path for path in root.iterdir()}

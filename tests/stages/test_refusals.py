@@ -107,7 +107,7 @@ def test_weights_that_give_no_numbers_are_refused(job, tiny_models, tmp_path, ch
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": 1}, "belie config.json"),
+        ({"num_hidden_layers": 1}, "have unexpected"),
         ({"num_hidden_layers": 3}, "the weights in .* lack"),
         ({"quantization_config": {"bits": 4}}, "is quantised"),
         (None, "no configuration in JSON"),

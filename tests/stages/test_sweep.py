@@ -68,7 +68,7 @@ def test_a_sweep_runs_what_is_missing_and_writes_the_report(job, pair, capsys):
     for name in ("fig1", "fig2", "fig3", "fig4", "selectors", "table3_gains"):
         assert (folder / f"{name}.png").stat().st_size and (folder / f"{name}.pdf").stat().st_size
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 6 and "What is missing" in page
+    assert page.count("data:image/png;base64,") >= 6 and "Missing results" in page
     assert "The paper's Table 5, measured at tier pocket" in out
     cells = tidy(Store(job.folder / "results"))
     assert len(cells) == 2 * (13 + 5 * 3 + 3)  # Table 3 and dense, random, oracle
@@ -203,7 +203,7 @@ def test_a_sweep_ends_in_time(pair, tmp_path, how):
             os.killpg(process.pid, signal.SIGKILL)
     said = (tmp_path / "log").read_text()
     wanted = {"worker killed": "stage.workers=1", "failures": "16 cells failed"}
-    assert wanted.get(how, "the same command goes on from here") in said
+    assert wanted.get(how, "the same command resumes") in said
     assert process.returncode == (130 if how == "ctrl-c" else 1)
 
 

@@ -22,7 +22,7 @@ from ratplus_bench.timing import Machine, Row
 from ratplus_exp.cost import Shape
 from ratplus_exp.methods import Dense, Engine, Method, MoBA, Quest
 from ratplus_exp.models.cache import Step
-from ratplus_exp.models.hf import carry
+from ratplus_exp.models.hf import attach_engine
 from ratplus_exp.models.loading import load_model
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.provenance import REPOSITORY
@@ -51,9 +51,9 @@ def rows(machine: Machine) -> Iterator[Row]:
         _Case(model, f"Llama 135M T={n}", 1, n, 64, *rates, machine.dry, layers)
         for n, layers in lengths.items()
     ]
-    # transformers' own first: `carry` changes the model in place.
+    # transformers' own first: `attach_engine` changes the model in place.
     stock = [[*case.stock_prefill(), *case.stock_decode()] for case in cases]
-    carry(model)
+    attach_engine(model)
     for case, others in zip(cases, stock, strict=True):
         yield from [*case.prefill(), *case.decode(), *others]
 
