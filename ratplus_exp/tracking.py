@@ -16,9 +16,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ratplus_exp.config import plain
+from ratplus_exp.distributed import rank
 from ratplus_exp.report import Table
 from ratplus_exp.store import warn
-from ratplus_exp.training.parallel import rank
 
 T = TypeVar("T")
 PATIENCE = 20  # seconds for a server to answer; a run that it misses is whole in the folder

@@ -174,12 +174,7 @@ def test_pocket_prompts_are_short_and_lower_case(small):
     question = r" what are the numbers of (\w+), (\w+), (\w+), (\w+)\?"
     keys = re.search(question, sample.prompt).groups()
     needles = dict(re.findall(r"([a-z]+) (\d{8})\.", sample.prompt))
-    assert {needles[key] for key in keys} == set(sample.answers)
-    for task in ("MQ", "MV"):  # the answers in the order of the document
-        for index in range(5):
-            sample = small.sample(task, 0, index)
-            positions = [sample.prompt.index(value) for value in sample.answers]
-            assert positions == sorted(positions)
+    assert [needles[key] for key in keys] == list(sample.answers)
 
 
 def test_multivalue_asks_one_key_for_four_values(small):
