@@ -165,7 +165,7 @@ class DataConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig(Settings):
-    """Training text (`training.shards.Source`) and the folder of its tokens."""
+    """Text to train on: `text.shards.Source`, and the folder of its tokens."""
 
     path: Text
     subset: Name | None = None

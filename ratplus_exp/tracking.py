@@ -14,9 +14,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ratplus_exp.config import plain
+from ratplus_exp.distributed import rank
 from ratplus_exp.report import Table
 from ratplus_exp.store import warn
-from ratplus_exp.training.parallel import rank
 
 T = TypeVar("T")
 PATIENCE = 20  # seconds to wait for the server; the folder has the complete run in any case

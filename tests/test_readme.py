@@ -27,6 +27,10 @@ RUNS = {x for x in LINES | HELP if x.startswith("python") and not re.search("cen
 MAKES = {line for line in LINES if line.startswith("make ")}
 
 
+def test_commands_are_found_in_the_pages():
+    assert len(RUNS) > 40 and len(MAKES) > 10 and len(HELP) > 5
+
+
 @pytest.mark.parametrize("line", sorted(RUNS))
 def test_run_commands_compose_and_validate(line):
     check(line)
@@ -51,7 +55,7 @@ def check(line: str) -> None:
 
 @pytest.mark.parametrize("line", sorted(MAKES))
 def test_what_make_would_run_works(line):
-    """Its recipe, as `make -n` prints it: commands of run.py compose, files of others are there."""
+    """Its recipe, as `make -n` prints it: commands of run.py compose, tools and scripts exist."""
     command = [*shlex.split(line.replace(" -j2", "")), "-n", "BIN=/venv/bin"]
     made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
@@ -60,6 +64,8 @@ def test_what_make_would_run_works(line):
         check(each)
     tools = re.findall(r"/venv/bin/(?:python -m )?(\w+)", made.stdout)
     assert all(tool == "python" or importlib.util.find_spec(tool) for tool in tools)
+    scripts = re.findall(r"(?<=\s)[\w./-]+\.(?:py|sh)(?=\s)", made.stdout)
+    assert all((REPOSITORY / script).is_file() for script in scripts), scripts
 
 
 def test_help_has_all_groups():

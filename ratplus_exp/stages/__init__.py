@@ -1,4 +1,4 @@
-"""What `run.py` can do: one file a stage, each a function of the composed configuration."""
+"""The stages of `run.py`: each a function of the composed configuration."""
 
 from ratplus_exp.stages.common import run
 

@@ -1,4 +1,4 @@
-"""What measuring stages share: the cells of a configuration, and what is measured in them."""
+"""The cells of a configuration, and the protocol of the stages that fill them."""
 
 from __future__ import annotations
 
@@ -38,39 +38,40 @@ from ratplus_exp.stages.common import device_of, first_token_of, resolve, store_
 from ratplus_exp.stages.samples import ruler_files
 from ratplus_exp.store import Cell
 from ratplus_exp.tasks import TASKS, Sample
-from ratplus_exp.tasks.source import QA_FILES, no_file
+from ratplus_exp.tasks.qa import QA_FILES, no_file
 
 Records = Mapping[Any, Mapping[str, Any]]
 DECODING = ("decode", *EVICTING)  # phases of methods that select after the prompt
 PROMPTS = ("checkpoint", "interface", "dtype", "task", "seed", "data", "context_length")
-"""What of a cell's key its prompts and a dense prefill of them depend on."""
+"""The part of a cell's key that determines its prompts and their dense prefill."""
 
 
 class MeasuringStage(Protocol):
-    """What is measured of a model under a method, sample by sample."""
+    """Measures a model under a method, sample by sample."""
 
     def check(self, method: Method, name: str) -> None:
-        """ValueError, with the remedy, for a method (and its name) that it can't measure."""
+        """ValueError, with the remedy, for a method (of this name) that it can't measure."""
 
     def measure(
         self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
     ) -> list[dict[str, Any]]:
-        """One record a sample of a batch, plain JSON with "id"; prompts: those of the samples."""
+        """A record for each sample of a batch, plain JSON with "id"; prompts: of the samples."""
         ...
 
     def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
-        """What is computed from all records of a cell, by id; first: some of its prompts."""
+        """Aggregates of all records of a cell, by id; first: some of its prompts."""
         ...
 
 
 class Job:
     """One configuration of a measuring stage and its cells, one a task.
 
-    Making it checks what can be wrong, and loads and writes nothing.
+    The constructor checks all settings, and neither loads a model nor writes.
     """
 
     def __init__(self, cfg: DictConfig, stage: MeasuringStage) -> None:
         self.cfg, self.stage = cfg, stage
+        self.examples: int = cfg.data.examples  # of each task
         self.method = validate_method(cfg)
         stage.check(self.method, cfg.method.name)
         self.store = store_of(cfg)
@@ -81,27 +82,23 @@ class Job:
 
     @property
     def first_token(self) -> str:
-        """What is fed under the method before an answer's first token: see `first_token_of`.
-
-        A sparse prefill selects for every token by that token alone, so never by a question behind
-        it, and dense attention selects nothing: neither has two protocols.
-        """
+        """See `first_token_of`. Methods that select in the prefill select for every token by that
+        token alone, and dense attention does not select, so their answers don't depend on it."""
         return first_token_of(self.cfg) if self.method.phase in DECODING else "prefill"
 
     def missing(self) -> dict[str, Cell]:
         """Cells that lack samples, by task."""
-        n = self.cfg.data.examples
-        return {task: cell for task, cell in self.cells.items() if not cell.is_done(n)}
+        return {task: x for task, x in self.cells.items() if not x.is_done(self.examples)}
 
     def prefill(self, task: str) -> str:
-        """Equal for cells that begin with the same prefill of the same prompts."""
+        """A key of the prefill that a cell begins with; cells with an equal key share it."""
         cell = self.cells[task]
         if not self.method.dense_prefill:
             return cell.id
         return json.dumps([self.first_token, *(cell.key[name] for name in PROMPTS)])
 
     def _setting(self) -> dict[str, Any]:
-        """Everything that affects the numbers of all cells, and nothing else."""
+        """The part of the keys that all cells share: exactly what affects their numbers."""
         cfg, method = self.cfg, self.method
         files = [file for file in weight_files(self.path) if file.exists()]
         stamp = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
@@ -122,13 +119,13 @@ class Job:
             "top_k": method.top_k,
             "budget": budget_name(cfg, method),
             "first_token": self.first_token if method.phase in DECODING else None,
-            "selector": cfg.selector + self._told(),
+            "selector": cfg.selector + self._oracle_heads(),
             "selector_seed": cfg.selector_seed if cfg.selector == "random" else 0,
             "context_length": cfg.data.length,
         }
 
-    def _told(self) -> str:
-        """Which heads an oracle tells, as in ":1-0,1-3"; ValueError for one that isn't there."""
+    def _oracle_heads(self) -> str:
+        """The heads with an oracle, as in ":1-0,1-3"; ValueError for one that doesn't exist."""
         heads = oracle_heads(self.cfg)
         if not heads:
             return ""
@@ -152,7 +149,7 @@ class Job:
             digest = essay and _file_digest(resolve(essay), "data.essay")
             data = {"forms": asdict(forms), "essay": digest}
             if essay or forms.answer_order == "creation":
-                data["sampler"] = 2  # its prompts were others before
+                data["sampler"] = 2  # an earlier version made other prompts
         else:
             texts = asdict(others_of(self.cfg).of(task))
             files = {name: texts.pop(name) for name in QA_FILES.values() if name in texts}
@@ -174,12 +171,12 @@ def _file_digest(path: Path, field: str) -> str:
 
 @cache
 def _digest(path: Path, sha256: str | None, backbone: str, stamp: Any) -> str:
-    """check_model, once for the many jobs of a sweep; stamp changes when the file does."""
+    """check_model, once for all jobs of a sweep; stamp: changes with the file."""
     return check_model(path, sha256, backbone)
 
 
 def selector_of(cfg: DictConfig, samples: list[Sample], device: torch.device) -> Selector:
-    """The selector over a batch; a random draw depends on selector_seed and the sample alone."""
+    """The selector of a batch; a random one depends on selector_seed and the sample alone."""
     if cfg.selector == "random":
         names = (f"{cfg.selector_seed}/{sample.id}".encode() for sample in samples)
         seeds = [int.from_bytes(hashlib.sha256(name).digest()[:4]) for name in names]

@@ -1,4 +1,4 @@
-"""What every stage needs: dispatch, folders, device, provenance."""
+"""What all stages share: dispatch, paths, models, device, output."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from omegaconf import DictConfig, open_dict
 
 from ratplus_exp import provenance
 from ratplus_exp.config import expected_sha256, forms_of, others_of, validate
+from ratplus_exp.distributed import local_rank, world_size
 from ratplus_exp.models.loading import check_model
+from ratplus_exp.report import Table
 from ratplus_exp.store import Store
 from ratplus_exp.tasks import Ruler
-from ratplus_exp.training.parallel import local_rank, world_size
 
 STAGES = {
     "eval": "evaluate.run",
@@ -36,15 +37,14 @@ STAGES = {
     "tokenize": "tokenize.run",
     "convert": "convert.run",
 }
-"""Each stage's function in this package, imported only when it runs."""
+"""The function of each stage in this package, imported when it runs."""
 
 SHARED = ("pretrain", "continued_pretrain", "sft", "eval", "hit_rate")
-"""The stages that several processes share; the others run in one."""
+"""The stages that several processes can share; the others run in one."""
 
 
 def run(cfg: DictConfig) -> None:
-    """Validate, then hand the configuration to its stage, or to the estimate of what that would
-    cost."""
+    """Validate the configuration and run its stage, or estimate the cost with dry_run."""
     validate(cfg)
     if cfg.stage.name not in STAGES:
         raise ValueError(f"stage={cfg.stage.name} is unknown: use one of {', '.join(STAGES)}")
@@ -62,14 +62,13 @@ def run(cfg: DictConfig) -> None:
 
 @cache
 def option(group: str, name: str) -> DictConfig:
-    """One option of a configuration group, its interpolations left open."""
-    where = [x for x in HydraConfig.get().overrides.hydra if x.startswith("hydra.searchpath")]
-    return compose("config", [*where, f"{group}={name}"])[group]
+    """One option of a configuration group, with unresolved interpolations."""
+    paths = [x for x in HydraConfig.get().overrides.hydra if x.startswith("hydra.searchpath")]
+    return compose("config", [*paths, f"{group}={name}"])[group]
 
 
 def model_option(cfg: DictConfig, name: str, training: int) -> DictConfig:
-    """One training of an option of the group model, in this configuration: its folder may lie in
-    `output`."""
+    """One training of an option of the group model, resolved against this configuration."""
     job = cfg.copy()
     with open_dict(job):
         job.model = option("model", name)
@@ -78,7 +77,7 @@ def model_option(cfg: DictConfig, name: str, training: int) -> DictConfig:
 
 
 def model_name(cfg: DictConfig) -> str:
-    """The model for titles, with its training where it isn't the first."""
+    """The model for titles, with its training unless that is the first."""
     return cfg.model.name + (f", training {cfg.model.training}" if cfg.model.training else "")
 
 
@@ -88,17 +87,16 @@ def checkpoint_of(model: DictConfig) -> str:
 
 
 def first_token_of(cfg: DictConfig) -> str:
-    """How answers begin, as cells and captions say: behind the "prefill" of a whole prompt, with
-    a "decode" step of its last token, or, "split", with the question, all under the method."""
+    """Which tokens of a prompt are fed under the method, as cells and captions name it: none after
+    the "prefill", the last one ("decode"), or the question ("split")."""
     return "split" if cfg.stage.protocol == "split" else str(cfg.stage.first_token)
 
 
 def resolve(path: str) -> Path:
-    """A path of the configuration: absolute, or relative to where the command was typed, or else
-    to the repository, so that shipped weights are found from anywhere."""
-    if (found := Path(path).expanduser()).exists() or found.is_absolute():
-        return found
-    return provenance.REPOSITORY / path
+    """A path of the configuration: absolute, relative to the working directory, or else to the
+    repository, where shipped weights are."""
+    local = Path(path).expanduser()
+    return local if local.exists() or local.is_absolute() else provenance.REPOSITORY / path
 
 
 def source_of(cfg: DictConfig, tokenizer: Any, length: int) -> Ruler:
@@ -111,7 +109,7 @@ def source_of(cfg: DictConfig, tokenizer: Any, length: int) -> Ruler:
 
 
 def model_folder(cfg: DictConfig) -> Path:
-    """The trained model that a stage starts from."""
+    """The folder of the trained model that a stage starts from."""
     if not cfg.stage.init:
         raise ValueError(
             f"stage={cfg.stage.name} starts from a trained model: set stage.init=FOLDER"
@@ -120,18 +118,17 @@ def model_folder(cfg: DictConfig) -> Path:
 
 
 def tokenizer_name(folder: Path) -> str:
-    """What tells a model's tokenizer from others."""
+    """A digest that identifies a model's tokenizer."""
     return provenance.sha256(folder / "tokenizer.json")
 
 
 def corpus_folder(cfg: DictConfig, init: Path) -> Path:
-    """Where the tokens of the corpus lie: below corpus.folder, one folder a tokenizer, so that
-    models with the same tokenizer share them."""
+    """The tokens of the corpus: a folder below corpus.folder for each tokenizer."""
     return Path(cfg.corpus.folder) / tokenizer_name(init)[:12]
 
 
 def store_of(cfg: DictConfig) -> Store:
-    """The results store; OSError, before any work, where its folder can't be written."""
+    """The results store; OSError, before any work, if its folder can't be written."""
     root = Path(cfg.results)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -149,24 +146,25 @@ def job_folder() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
+def show(table: Table, name: str, also: str = "") -> None:
+    """Print a table and write it to the job's folder; also: another file written there."""
+    table.write(job_folder(), name)
+    print(table.to_text())
+    print(f"Written to {job_folder()}/{also}{name}.md, .csv and .tex.")
+
+
 def device_of(cfg: DictConfig) -> torch.device:
-    """cfg.device; among several processes on GPUs, each one's own. A GPU with a number becomes the
-    current one, which is where kernels run that are told of none."""
-    if cfg.device == "auto":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    else:
-        device = _named_device(cfg.device)
+    """cfg.device; of several processes on GPUs, each has the one of its local rank. A GPU with a
+    number becomes the current device, on which kernels run by default."""
+    device = torch.device(cfg.device if cfg.device != "auto" else "cpu")
+    if cfg.device == "auto" and torch.cuda.is_available():
+        device = torch.device("cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: there is no GPU that torch can use; use device=cpu")
+    if (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise ValueError(f"device={device}: there is no such GPU; use device=cuda")
     if device.type == "cuda" and world_size() > 1:
         device = torch.device("cuda", local_rank())
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-    return device
-
-
-def _named_device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name}: there is no GPU that torch can use; use device=cpu")
-    if (device.index or 0) >= max(1, torch.cuda.device_count()):
-        raise ValueError(f"device={name}: there is no such GPU; use device=cuda")
     return device

@@ -1,4 +1,4 @@
-"""stage=convert: P2's checkpoints and GGUF files, as folders in Hugging Face's format."""
+"""stage=convert: P2's checkpoints and GGUF files to folders in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ratplus_exp.config import plain
 from ratplus_exp.models import RatPlusConfig, config_for
-from ratplus_exp.models.loading import (
-    LOCAL,
-    SPECIAL_TOKENS,
-    read_tokenizer,
-    weights_digest,
-)
+from ratplus_exp.models.loading import LOCAL, SPECIAL_TOKENS, read_tokenizer, weights_digest
 from ratplus_exp.models.p2_checkpoint import from_p2, read_p2
 from ratplus_exp.stages.common import resolve
 from ratplus_exp.stages.train import refuse_target, save_model
@@ -27,7 +22,7 @@ Parts = tuple[PretrainedConfig, dict[str, torch.Tensor], Tokenizer | None]
 
 
 def run(cfg: DictConfig) -> None:
-    """Read `checkpoint`, write model.path: weights, config and tokenizer."""
+    """Read `checkpoint`; write weights, config and tokenizer to model.path."""
     if not cfg.checkpoint:
         raise ValueError(
             "stage=convert reads one of P2's .pth files or a .gguf file: set checkpoint=FILE"
@@ -47,13 +42,13 @@ def run(cfg: DictConfig) -> None:
     print(f"Saved {target}: {count:,} parameters, sha256 {weights_digest(target)}")
     if tokenizer is None:
         print(
-            f"It has no tokenizer yet: copy the files of the model's own (Llama-2's, for P2's "
+            f"It has no tokenizer yet: copy the model's tokenizer files (Llama-2's, for P2's "
             f"models) into {target}."
         )
 
 
 def _read_p2(cfg: DictConfig, file: Path) -> Parts:
-    """One of P2's files, as model.architecture says, and stage.tokenizer where it is set."""
+    """One of P2's files with model.architecture, and stage.tokenizer if set."""
     config = config_for(plain(cfg.model.architecture), cfg.model.backbone == "ratplus")
     if not isinstance(config, RatPlusConfig):
         raise ValueError(
@@ -69,7 +64,7 @@ def _read_p2(cfg: DictConfig, file: Path) -> Parts:
 
 
 def _read_gguf(cfg: DictConfig, file: Path) -> Parts:
-    """All of a GGUF file, dequantised. transformers would not save the model that it reads."""
+    """A GGUF file, dequantised; transformers can read such a model but not save it."""
     disable_progress_bar()
     source: dict[str, Any] = {"gguf_file": file.name, **LOCAL}
     try:
@@ -82,5 +77,5 @@ def _read_gguf(cfg: DictConfig, file: Path) -> Parts:
             "the models of docs/real-model.md"
         ) from None
     del model.config.quantization_config
-    tokenizer.clean_up_tokenization_spaces = False  # which would change the text of byte-level BPE
+    tokenizer.clean_up_tokenization_spaces = False  # it would change text of byte-level BPE
     return model.config, model.state_dict(), tokenizer

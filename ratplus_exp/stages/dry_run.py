@@ -1,4 +1,4 @@
-"""dry_run=true: what the configured job would cost, from a model on the meta device."""
+"""dry_run=true: the estimated cost of the configured job, from a model on the meta device."""
 
 from __future__ import annotations
 
@@ -25,9 +25,14 @@ BUDGETS = {"1": 1.0, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16, "1/64": 1 / 64}
 
 
 def run(cfg: DictConfig) -> None:
-    """Print the estimate; ValueError for settings that the job itself would refuse."""
+    """Print the estimate; ValueError for settings that the job refuses."""
     shape = shape_of(cfg)
-    groups = [_model(shape)]
+    model = [
+        ("Parameters", f"{shape.parameters / 1e6:,.1f} M"),
+        ("of them the memory's", f"{shape.memory_parameters / 1e6:,.1f} M"),
+        ("FLOPs of a token's products, forward", f"{2 * shape.multiplied:.3g}"),
+    ]
+    groups = [model]
     if "joint" in cfg.stage:
         groups += training(cfg, shape)
     elif "batch_size" in cfg.stage:
@@ -40,16 +45,15 @@ def run(cfg: DictConfig) -> None:
         f"{gpus.peak_tflops:g} TFLOP/s, of which {gpus.mfu:.0%} are reached (cluster.*). "
         "1 GB is 10⁹ bytes. docs/cluster.md shows the arithmetic."
     )
-    whole = "models" not in cfg.stage  # else one method on one model of many
-    title = f"{'' if whole else 'one setting of '}stage={cfg.stage.name} model={cfg.model.name}"
-    title += ": what it would cost"
+    part = "one setting of " if "models" in cfg.stage else ""
+    title = f"{part}stage={cfg.stage.name} model={cfg.model.name}: estimated cost"
     rows = tuple(row for group in groups for row in group)
     print(Table(title, caption, ("What", "How much"), rows, breaks).to_text())
 
 
 def shape_of(cfg: DictConfig) -> Shape:
-    """The shape of cfg.model: of the folder it names where that is there, else as configured, or
-    where nothing is (model=hf_ratplus), of the model it starts from with the memory added."""
+    """The shape of cfg.model: of its folder if that exists, else of the configured architecture, or
+    without one (model=hf_ratplus), of the model it starts from with the memory added."""
     memory, architecture = cfg.model.backbone == "ratplus", plain(cfg.model.architecture)
     folder = resolve(cfg.model.path)
     if (folder / "config.json").is_file():
@@ -64,7 +68,7 @@ def shape_of(cfg: DictConfig) -> Shape:
 
 
 def training_flops(cfg: DictConfig, shape: Shape) -> float:
-    """FLOPs of a stage's whole schedule, both passes of joint training counted."""
+    """FLOPs of a stage's whole schedule, with both passes of joint training."""
     joint: Any = build(Dilated, plain(cfg.stage.joint), "stage.joint") if cfg.stage.joint else None
     sparse_only = cfg.stage.sparse_only_tokens if joint else 0
     flops = 0.0
@@ -78,7 +82,7 @@ def training_flops(cfg: DictConfig, shape: Shape) -> float:
 
 
 def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
-    """Rows for a training stage: work, memory of a GPU, disk."""
+    """Rows of a training stage: work, memory of a GPU, disk."""
     schedule = schedule_of(cfg)
     settings = build(TrainSettings, plain(cfg.stage.optimizer), "stage.optimizer")
     gpus = cfg.cluster
@@ -97,9 +101,13 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
         bf16=settings.precision != "fp32",
     )
     seconds = cost.hours(flops, gpus.gpus, gpus.peak_tflops, gpus.mfu) * 3600
+    passes = "1: dense"
+    if cfg.stage.joint:
+        sparse_only = cfg.stage.sparse_only_tokens >= tokens
+        passes = "1: dilated" if sparse_only else "2: dilated and dense"
     work = [
         ("Tokens", f"{tokens:.3g} in {schedule.steps} steps of {schedule.tokens_per_step}"),
-        ("Passes a batch", _passes(cfg, tokens)),
+        ("Passes a batch", passes),
         ("FLOPs", f"{flops:.3g}"),
         ("Hours", f"{seconds / 3600:.3g}"),
         ("Tokens/s", f"{tokens / seconds:.3g}"),
@@ -113,35 +121,23 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
     return [work, _memory(memory, cfg), _gigabytes("Disk", disk)]
 
 
-def _passes(cfg: DictConfig, tokens: int) -> str:
-    if not cfg.stage.joint:
-        return "1: dense"
-    return "1: dilated" if cfg.stage.sparse_only_tokens >= tokens else "2: dilated and dense"
-
-
 def evaluation(cfg: DictConfig, shape: Shape) -> list[Rows]:
-    """Rows for a stage that runs prompts: work and memory of a GPU."""
+    """Rows of a stage that runs prompts: work and memory of a GPU."""
     method, gpus, length = validate_method(cfg), cfg.cluster, cfg.data.length
     new, batch = forms_of(cfg).reserve, cfg.stage.batch_size
     examples = cfg.data.examples * len(cfg.data.tasks)
     prefill = examples * length * shape.forward_flops((length + 1) / 2)
     fraction = float(method.fraction(length)) if method.phase in ("decode", *EVICTING) else 1.0
     read = shape.kv_bytes(length) * fraction
-    if method.phase == "decode":  # and its blocks' representatives: min and max of the keys
+    if method.phase == "decode":  # also the blocks' representatives: min and max of the keys
         read += shape.kv_bytes(length) / method.block_size
-    decode = cost.decode_hours(
-        shape,
-        examples=examples,
-        batch=batch,
-        new_tokens=new,
-        read=read,
-        bandwidth=gpus.bandwidth_tb,
-    )
-    first = cost.hours(prefill, 1, gpus.peak_tflops, gpus.mfu)
+    sizes = {"examples": examples, "batch": batch, "new_tokens": new}
+    decode = cost.decode_hours(shape, **sizes, read=read, bandwidth=gpus.bandwidth_tb)
+    first = cost.hours(prefill, gpus.gpus, gpus.peak_tflops, gpus.mfu)
     work = [
         ("Examples", f"{examples} of {length} tokens, up to {new} of them answered"),
         ("FLOPs of the prompts", f"{prefill:.3g}"),
-        ("Hours for the prompts", f"{first / gpus.gpus:.3g}"),
+        ("Hours for the prompts", f"{first:.3g}"),
         ("Hours for the answers", f"{decode / gpus.gpus:.3g} at most"),
     ]
     memory = {
@@ -152,25 +148,17 @@ def evaluation(cfg: DictConfig, shape: Shape) -> list[Rows]:
     return [work, _memory(memory, cfg)]
 
 
-def _model(shape: Shape) -> Rows:
-    return [
-        ("Parameters", f"{shape.parameters / 1e6:,.1f} M"),
-        ("of them the memory's", f"{shape.memory_parameters / 1e6:,.1f} M"),
-        ("FLOPs of a token's products, forward", f"{2 * shape.multiplied:.3g}"),
-    ]
-
-
 def _memory(parts: dict[str, float], cfg: DictConfig) -> Rows:
-    whole = sum(parts.values())
-    fits = "fits" if whole < 0.9e9 * cfg.cluster.memory_gb else "too much: more GPUs or less a pass"
+    total = sum(parts.values())
+    fits = "fits" if total < 0.9e9 * cfg.cluster.memory_gb else "too much: more GPUs or less a pass"
     return [
         *_gigabytes("GPU memory", parts),
-        ("GPU memory in all", f"{whole / 1e9:.2f} GB of {cfg.cluster.memory_gb:g} ({fits})"),
+        ("GPU memory in all", f"{total / 1e9:.2f} GB of {cfg.cluster.memory_gb:g} ({fits})"),
     ]
 
 
 def _cache(cfg: DictConfig, shape: Shape) -> Rows:
-    """One sequence of data.length: what a token method keeps, what a block method reads a step."""
+    """The KV cache of a sequence of data.length: what token methods keep and block methods read."""
     length, size = cfg.data.length, cfg.data.block_size
     whole = shape.kv_bytes(length)
     rows = [("Memory state of a sequence", f"{shape.memory_state_bytes() / 1e6:.3g} MB")]

@@ -1,4 +1,4 @@
-"""stage=eval: accuracy on RULER's tasks under one method and budget. One cell a task."""
+"""stage=eval: accuracy on RULER's tasks under one method and budget; one cell a task."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch import Tensor
 
 from ratplus_exp.analysis.frame import COLUMNS, EXTRA, SCORERS, accuracies, tidy
 from ratplus_exp.config import reserve_of
+from ratplus_exp.distributed import rank
 from ratplus_exp.methods import Engine, Method, Usage
 from ratplus_exp.models.decoding import cuda_graphs, greedy
 from ratplus_exp.models.loading import end_tokens
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import MISSING, Table
 from ratplus_exp.stages.cells import Job, Records, selector_of
-from ratplus_exp.stages.common import job_folder, model_name
+from ratplus_exp.stages.common import model_name, show
 from ratplus_exp.stages.runner import fill_missing
 from ratplus_exp.store import Cell, Store
 from ratplus_exp.tasks import Sample, exact, substring
-from ratplus_exp.training.parallel import rank
 
 MEASURED = ("budget_measured", "choosing_measured", "slots_measured")
-"""Of each sample, fractions of the context: what was read or stored; what choosing read beside it,
-in bytes of all keys and values; slots of the cache that hold what was kept."""
+"""Fractions of the context, for each sample: read or stored; read in addition by selection, in
+bytes of all keys and values; slots of the cache for what is kept."""
 
 
 def run(cfg: DictConfig) -> None:
-    """Run the cells that are missing, log them, and print and write the table of this job."""
+    """Fill the missing cells, log them, and print and write the table of this job."""
     job = Job(cfg, Accuracy())
     fill_missing(job, lambda tracker: _log(tracker, _frame(job.store, job.cells)))
     if rank() == 0:
@@ -42,7 +42,7 @@ class Accuracy:
     """The measuring stage: answers and their scores."""
 
     def check(self, method: Method, name: str) -> None:
-        """Any method has answers."""
+        """All methods can answer."""
 
     def measure(
         self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
@@ -69,11 +69,11 @@ class Accuracy:
         ]
 
     def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
-        """Accuracies, what was measured of the budget, and the gates' statistics."""
+        """Accuracies, measured fractions, and the gates' statistics."""
         measured = {
             name: round(sum(r[name] for r in records.values()) / len(records), 5)
             for name in MEASURED
-            if all(name in r for r in records.values())  # a cell may have been begun without it
+            if all(name in r for r in records.values())  # older records lack some
         }
         return accuracies(records) | measured | first.gates
 
@@ -102,7 +102,7 @@ def answers(
         pad=tokenizer.pad_token_id,
         capture=cuda_graphs if graphs and prompts.ids.is_cuda else None,
     )
-    # The last generated token is never fed back, nor is anything behind a row's EOS.
+    # Neither the last generated token nor anything behind a row's EOS is fed back.
     ended = torch.isin(out, out.new_tensor(eos)).cumsum(1) > 0
     fed = (~ended).sum(1).clamp(max=out.shape[1] - 1)
     return out.masked_fill(ended, tokenizer.pad_token_id), prompts.mask.sum(1) - 1 + fed
@@ -110,12 +110,12 @@ def answers(
 
 def _frame(store: Store, cells: dict[str, Cell]) -> pd.DataFrame:
     """The job's cells as a tidy frame, in the order of its tasks, with the other backbone's
-    accuracy beside them where that has been measured in the very same setting."""
+    accuracy if the store has it for the same setting."""
     every = tidy(store, "eval").set_index("cell")
     frame = every.loc[[cell.id for cell in cells.values()]].reset_index()
     settings = [_setting(cell) for cell in cells.values()]
-    twins = [cell for cell in store.cells("eval") if cell.done() and _setting(cell) in settings]
-    other = every.loc[[cell.id for cell in twins]]
+    done = (cell for cell in store.cells("eval") if cell.done())
+    other = every.loc[[cell.id for cell in done if _setting(cell) in settings]]
     other = other[other["backbone"] != frame.loc[0, "backbone"]]
     if other["checkpoint"].nunique() != 1:
         return frame
@@ -124,8 +124,8 @@ def _frame(store: Store, cells: dict[str, Cell]) -> pd.DataFrame:
 
 
 def _setting(cell: Cell) -> dict[str, Any]:
-    own = ("model", "backbone", "checkpoint", "interface")
-    return {name: value for name, value in cell.key.items() if name not in own}
+    of_model = ("model", "backbone", "checkpoint", "interface")
+    return {name: value for name, value in cell.key.items() if name not in of_model}
 
 
 def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
@@ -141,8 +141,8 @@ def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
     ]
     caption = (
         f"Accuracy in %, exact and substring match; tier {first.tier}, {first.context_length} "
-        f"tokens, seed {first.seed}; budget {first.budget}, really attended or stored: "
-        f"{frame['budget_measured'].mean():.3f}."
+        f"tokens, seed {first.seed}; budget {first.budget}, measured fraction "
+        f"attended to or stored {frame['budget_measured'].mean():.3f}."
     )
     if frame["effective_memory_length"].notna().all():
         memory = frame["effective_memory_length"].mean()
@@ -153,10 +153,7 @@ def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
         f"{model_name(cfg)}, {cfg.method.name} at budget {first.budget}, selector {first.selector}"
     )
     columns = ("Task", *SCORERS, *others, "n")
-    table = Table(title, caption, columns, tuple(rows), frozenset({len(rows) - 1}))
-    table.write(job_folder(), "table")
-    print(table.to_text())
-    print(f"Written to {job_folder()}/table.md, .csv and .tex.")
+    show(Table(title, caption, columns, tuple(rows), frozenset({len(rows) - 1})), "table")
 
 
 def _log(tracker: Any, frame: pd.DataFrame) -> None:

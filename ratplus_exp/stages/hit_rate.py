@@ -1,10 +1,9 @@
-"""stage=hit_rate: H1, per layer and head. One cell a task.
+"""stage=hit_rate: H1, per layer and head; one cell a task.
 
-Gold values are teacher-forced: the model is fed the right answer, so that every decoding step has a
-golden position, the one where the token to be said next stands in the prompt. A head hits a gold
-value if what it selected holds that position at every step of the value; a value that stands in the
-prompt several times is held by any of its occurrences. MV and MQ count each of their values. As in
-generation, the answer's first token comes from the prefill (stage.first_token), and is no step.
+The model is fed the gold answer, so every decoding step has a golden position: the place in the
+prompt of the token to predict. A head hits a gold value if its selection includes this position at
+every step of the value, where any occurrence of the value counts. MV and MQ count each of their
+values. As in generation, with stage.first_token=prefill the first token of an answer has no step.
 """
 
 from __future__ import annotations
@@ -17,44 +16,40 @@ import torch
 from omegaconf import DictConfig
 
 from ratplus_exp.analysis.hits import hit_rates
+from ratplus_exp.distributed import rank
 from ratplus_exp.methods import Engine, Method
 from ratplus_exp.methods.hits import HitCounter
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
 from ratplus_exp.report.prose import number
 from ratplus_exp.stages.cells import Job, Records, selector_of
-from ratplus_exp.stages.common import job_folder, model_name
+from ratplus_exp.stages.common import job_folder, model_name, show
 from ratplus_exp.stages.runner import fill_missing
 from ratplus_exp.store import write_atomically
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.golden import golden_answer
-from ratplus_exp.training.parallel import rank
 
 
 def run(cfg: DictConfig) -> None:
-    """Run the cells that are missing, and print and write the heads' hit rates."""
+    """Fill the missing cells, and print and write the heads' hit rates."""
     job = Job(cfg, HitRate())
     fill_missing(job, lambda tracker: tracker.log({"hit_rate": _frame(job)}))
     if rank() > 0:
         return
     frame = _frame(job)
-    table = _table(cfg, frame)
-    table.write(job_folder(), "heads")
     write_atomically(job_folder() / "hit_rate.csv", frame.to_csv(index=False))
-    print(table.to_text())
-    print(f"Written to {job_folder()}/hit_rate.csv and heads.md, .csv and .tex.")
+    show(_table(cfg, frame), "heads", also="hit_rate.csv and ")
 
 
 class HitRate:
     """The measuring stage: gold values hit, by layer and head."""
 
     def check(self, method: Method, name: str) -> None:
-        """Methods must select where H1 looks."""
+        """The method must select for decoding steps."""
         if method.phase == "prefill":
             raise ValueError(
-                f"stage=hit_rate knows no {name}: it selects for prompt tokens and decodes "
-                "densely, so no decoding step has a selection that could hold the answer; use "
-                "quest or snapkv"
+                f"stage=hit_rate can't measure {name}: it selects for prompt tokens and decodes "
+                "densely, so decoding steps have no selection; use quest or snapkv"
             )
         if method.phase is None:
             raise ValueError(f"stage=hit_rate needs a method that selects, not {name}: use quest")
@@ -67,7 +62,7 @@ class HitRate:
         model, ids, mask = prompts.model, prompts.ids, prompts.mask
         answers = [golden_answer(sample, tokenizer) for sample in samples]
         lengths = mask.sum(1)
-        width = max(len(answer.ids) for answer in answers) - 1  # nothing follows EOS
+        width = max(len(answer.ids) for answer in answers) - 1  # EOS is not fed
         golden = torch.zeros(len(samples), width, job.cfg.data.length, dtype=torch.bool)
         forced = torch.full((len(samples), width), tokenizer.pad_token_id)
         owners = [list(answer.values[:width]) for answer in answers]
@@ -136,8 +131,8 @@ def _table(cfg: DictConfig, frame: pd.DataFrame) -> Table:
     return Table(
         title=f"{model_name(cfg)}, {cfg.method.name} at budget {first['budget']}: hit rate by head",
         caption=(
-            "Share of gold values, in %, whose golden position the head's selected candidates hold "
-            f"at every decoding step, gold values teacher-forced; selector {cfg.selector}, "
+            "Share of gold values, in %, whose golden position is in the head's selection at every "
+            f"decoding step, with the gold answer fed; selector {cfg.selector}, "
             f"n = {first['n']} samples a task; heads are layer.number, best first"
             + (f"; {len(wide) - 32} more in hit_rate.csv." if len(wide) > 32 else ".")
         ),

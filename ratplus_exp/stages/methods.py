@@ -1,9 +1,8 @@
-"""stage=methods: every method on both backbones at the same budgets; a sweep with a table and a
-figure of its own.
+"""stage=methods: every method on both backbones at the same budgets; a sweep with its own table and
+figure.
 
-The table is sorted by accuracy within each budget, and says beside it what was really read or
-stored and what choosing read. Random selection of equal size (H2) stands beside each selector. The
-cells are those of stage=eval.
+The table is sorted by accuracy within each budget, with the measured fractions that attention and
+selection read, and random selection of equal size (H2). The cells are those of stage=eval.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ratplus_exp.report import Table
 from ratplus_exp.report.figures import by_size
 from ratplus_exp.report.prose import METHODS, interval, number
 from ratplus_exp.stages.common import job_folder, option
-from ratplus_exp.stages.sweep import filled, show
+from ratplus_exp.stages.sweep import filled, show_tracked
 from ratplus_exp.store import Cell
 
 SETTING = ["method", "budget"]
@@ -32,39 +31,39 @@ LINES = {"decode": "-", "prefill": "--", "once": ":", "step": "-.", None: "--"} 
 
 
 def run(cfg: DictConfig) -> None:
-    """Run the cells that are missing, and print and write table and figure."""
+    """Fill the missing cells, and print and write table and figure."""
     frame = means(filled(cfg))
     path = job_folder() / "methods.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(frame, {m: phase_of(cfg, m) for m in frame["method"].unique()}).savefig(path, dpi=160)
     plt.close()
     print(f"Figure: {path}.")
-    show(cfg, table(frame))
+    show_tracked(cfg, table(frame))
 
 
 def means(cells: list[Cell]) -> pd.DataFrame:
-    """One row a method and budget: the accuracies of each backbone in percent, their difference
-    with its interval, those under random selection, and the measured fractions."""
+    """A row for each method and budget: accuracies of each backbone in percent, their difference
+    with its interval, accuracies under random selection, and the measured fractions."""
     samples, by_cell = sample_scores(cells), tidy(cells)
     choosing = {cell.id: cell.metrics().get("choosing_measured", 0.0) for cell in cells}
     by_cell = by_cell.assign(choosing=by_cell["cell"].map(choosing))
     groups = [*SETTING, "selector", "backbone"]
-    found = Bootstrap(samples, SCORERS[0], groups)
+    bootstrap = Bootstrap(samples, SCORERS[0], groups)
     rows: list[dict[str, Any]] = []
-    for (method, budget), here in by_cell.groupby(SETTING, sort=False):
+    by_cell = by_cell[by_cell["selector"] == "topk"]
+    for (method, budget), setting in by_cell.groupby(SETTING, sort=False):
         sides = [(method, budget, "topk", b) for b in BACKBONES]
         random = [(method, budget, "random", b) for b in BACKBONES]
-        own = here[here["selector"] == "topk"]
         rows.append(
             {
                 "method": method,
                 "budget": budget,
-                "read": own["budget_measured"].mean(),
-                "choosing": own["choosing"].mean(),
-                **{side[-1]: 100 * found.mean(side)[0] for side in sides},
-                "gain": found.gain(sides[1], sides[0]),
-                **{f"{side[-1]} random": 100 * found.mean(side)[0] for side in random},
-                "n": own["n"].min(),
+                "read": setting["budget_measured"].mean(),
+                "choosing": setting["choosing"].mean(),
+                **{side[-1]: 100 * bootstrap.mean(side)[0] for side in sides},
+                "gain": bootstrap.gain(sides[1], sides[0]),
+                **{f"{side[-1]} random": 100 * bootstrap.mean(side)[0] for side in random},
+                "n": setting["n"].min(),
             }
         )
     frame = pd.DataFrame(rows)
@@ -74,7 +73,7 @@ def means(cells: list[Cell]) -> pd.DataFrame:
 
 
 def table(frame: pd.DataFrame) -> Table:
-    """The frame of `means` as a table, a group of rows a budget."""
+    """The frame of `means` as a table, its rows grouped by budget."""
     rows = [
         (
             row["budget"],
@@ -93,9 +92,10 @@ def table(frame: pd.DataFrame) -> Table:
         title="All methods at equal budgets, by the accuracy on RAT+",
         caption=(
             "Mean accuracy in % over the tasks by exact match; Δ: RAT+ minus Attention with a 95 % "
-            "bootstrap interval, paired by sample. Read: the fraction of the context that was "
-            "attended to or stored, measured; choosing: what choosing read beside it, in bytes of "
-            "all keys and values. Random: as many candidates, drawn uniformly. n: samples a task."
+            "bootstrap interval, paired by sample. Read: the measured fraction of the context that "
+            "was attended to or stored; choosing: what selection read in addition, relative to the "
+            "bytes of all keys and values. Random: as many candidates, drawn uniformly. n: samples "
+            "a task."
         ),
         columns=(
             *("Budget", "Method", "Read", "Choosing", *BACKBONES, "Δ 95 %"),
@@ -108,21 +108,27 @@ def table(frame: pd.DataFrame) -> Table:
 
 
 def draw(frame: pd.DataFrame, phases: dict[str, str | None]) -> Any:
-    """Accuracy against the measured fraction: a panel a backbone, a line a method."""
+    """Accuracy against the measured fraction: a panel for each backbone, a line for each method."""
     size: dict[str, Any] = {"figsize": (11, 5.5), "sharey": True, "layout": "constrained"}
     figure, panels = plt.subplots(1, len(BACKBONES), **size)
     methods = sorted(phases, key=lambda m: (str(phases[m]), m))
     colors = plt.get_cmap("tab20")
     for panel, backbone in zip(panels, BACKBONES, strict=True):
         for i, method in enumerate(methods):
-            here = frame[frame["method"] == method].sort_values("read")
-            style = {"label": METHODS.get(method, method), "color": colors(i % 20)}
+            rows = frame[frame["method"] == method].sort_values("read")
             if method == "dense":
-                panel.axhline(here[backbone].iloc[0], color="black", lw=0.8, label="dense")
+                panel.axhline(rows[backbone].iloc[0], color="black", lw=0.8, label="dense")
                 continue
-            marker = "osv^D"[i // 5 % 5]
-            line = {"ls": LINES[phases[method]], "marker": marker, "ms": 4, "lw": 1.4}
-            panel.plot(here["read"], here[backbone], **style, **line)
+            panel.plot(
+                rows["read"],
+                rows[backbone],
+                label=METHODS.get(method, method),
+                color=colors(i % 20),
+                ls=LINES[phases[method]],
+                marker="osv^D"[i // 5 % 5],
+                ms=4,
+                lw=1.4,
+            )
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(lambda x, _: str(Fraction(x).limit_denominator(1024)))
         panel.set_title(backbone, fontsize=11)
@@ -137,7 +143,7 @@ def draw(frame: pd.DataFrame, phases: dict[str, str | None]) -> Any:
 
 
 def phase_of(cfg: DictConfig, method: str) -> str | None:
-    """When a method of conf/method selects."""
+    """The phase in which a method of conf/method selects."""
     job = cfg.copy()
     job.method = option("method", method)
     return method_of(job).phase

@@ -1,10 +1,10 @@
-"""Many jobs: their missing cells are dealt out, by groups, to this process or several."""
+"""Fills the missing cells of many jobs, in groups, in this process or in several."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, wait
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -14,46 +14,46 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from ratplus_exp.config import plain
+from ratplus_exp.distributed import cores
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.stages.cells import Job, MeasuringStage
 from ratplus_exp.stages.common import device_of
 from ratplus_exp.stages.runner import Group, Session, fill
 from ratplus_exp.stages.samples import Samples
 from ratplus_exp.store import StoreBusy
-from ratplus_exp.training.parallel import cores
 from ratplus_exp.workers import SPAWN, Workers
 
-MOST_WORKERS = 8  # on a CPU; more would read the same memory
-MOST_FAILURES = 16  # cells that may fail before one succeeds
+MAX_WORKERS = 8  # on a CPU; more would compete for memory bandwidth
+MAX_FAILURES = 16  # cells that may fail before one succeeds
 
-Outcome = tuple[str, str]  # done, busy, failed or again; and what went wrong
+Progress = Callable[[int, int], None]  # called with new samples and newly finished cells
 
 
 def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
-    """Run the jobs' missing cells, in this process or several, under one progress bar.
+    """Fill the jobs' missing cells, in this process or several, under one progress bar.
 
-    Of several processes a cell that fails does not stop the others; returns what went wrong.
+    Of several processes a failing cell does not stop the others; returns the errors.
     """
     cells: dict[str, tuple[Job, str]] = {}
     for job in jobs:
         for task, cell in job.cells.items():
-            other = cells.setdefault(cell.id, (job, task))[0]
-            if job.cfg.data.examples > other.cfg.data.examples:
+            other, _ = cells.setdefault(cell.id, (job, task))
+            if job.examples > other.examples:
                 cells[cell.id] = (job, task)
-    items = [(j, t) for j, t in cells.values() if not j.cells[t].is_done(j.cfg.data.examples)]
-    if not items:
+    missing = [(j, t) for j, t in cells.values() if not j.cells[t].is_done(j.examples)]
+    if not missing:
         print(f"All {len(cells)} cells are there already; nothing to run.")
         return []
     groups: dict[str, Group] = {}
-    for job, task in items:
-        groups.setdefault(job.prefill(task), ([], task))[0].append(job)
-    for job in {job.path: job for job, _ in items}.values():
+    for job, task in missing:
+        groups.setdefault(job.prefill(task), Group([], task)).jobs.append(job)
+    for job in {job.path: job for job, _ in missing}.values():
         source = Samples(job.cfg, load_tokenizer(job.path))
         for task in job.cells:
-            source(task, 0)  # prompts that cannot be made are refused before anything is written
-    examples = sum(job.cfg.data.examples for job, _ in items)
-    have = sum(min(len(job.cells[t].records()), job.cfg.data.examples) for job, t in items)
-    done = len(cells) - len(items)
+            source(task, 0)  # invalid prompts are refused before anything is written
+    examples = sum(job.examples for job, _ in missing)
+    have = sum(min(len(job.cells[task].records()), job.examples) for job, task in missing)
+    done = len(cells) - len(missing)
     with tqdm(total=examples, initial=have, unit="example", smoothing=0.02) as bar:
 
         def progress(samples: int, finished: int) -> None:
@@ -63,7 +63,7 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
             bar.update(samples)
 
         workers = min(_workers(cfg), len(groups))
-        fill_all = _fill_here if workers == 1 else partial(_fill_in, workers)
+        fill_all = _fill_in_process if workers == 1 else partial(_fill_in_workers, workers)
         busy, failed = fill_all(list(groups.values()), progress)
     if busy:
         print(f"{busy} cells are being written by another process: run this again after it.")
@@ -80,94 +80,84 @@ def refuse(failed: list[str]) -> None:
 
 
 def _workers(cfg: DictConfig) -> int:
-    """Processes: as asked, or one a core on a CPU, where two single threads beat one of two."""
+    """Processes: as configured, or one on a GPU and one a core on a CPU."""
     if cfg.stage.workers:
         return int(cfg.stage.workers)
-    if device_of(cfg).type != "cpu":
-        return 1
-    return min(cores(), MOST_WORKERS)
+    return min(cores(), MAX_WORKERS) if device_of(cfg).type == "cpu" else 1
 
 
-def _halves(group: Group) -> list[Group]:
-    """A group that cannot be filled as a whole, so that only one cell of it has to wait or fail."""
-    jobs, task = group
-    return [(jobs[: len(jobs) // 2], task), (jobs[len(jobs) // 2 :], task)]
+def _fill_in_process(groups: list[Group], progress: Progress) -> tuple[int, list[str]]:
+    """Fill the groups' cells; returns how many are busy, and no failures: it raises them.
 
-
-def _fill_here(groups: list[Group], progress: Callable[[int, int], None]) -> tuple[int, list[str]]:
-    """Fills the groups' cells; returns how many another process holds, and no failures: it raises
-    them."""
+    A group with a busy cell is halved, so that only this cell is left out.
+    """
     busy, left = 0, deque(groups)
     with closing(Session()) as session:
         while left:
             group = left.popleft()
             try:
                 fill(group, session, lambda n: progress(n, 0))
-                progress(0, len(group[0]))
+                progress(0, len(group.jobs))
             except StoreBusy:
-                if len(group[0]) > 1:
-                    left.extendleft(reversed(_halves(group)))
+                if len(group.jobs) > 1:
+                    left.extendleft(reversed(group.halves()))
                 else:
                     busy += 1
     return busy, []
 
 
-def _fill_in(
-    workers: int, groups: list[Group], progress: Callable[[int, int], None]
+def _fill_in_workers(
+    workers: int, groups: list[Group], progress: Progress
 ) -> tuple[int, list[str]]:
-    """`_fill_here` in several processes of one thread each, which take group by group; returns what
-    went wrong as well."""
-    busy, finished = 0, 0
+    """`_fill_in_process` in several processes of one thread each; returns failures as well."""
+    busy, finished, shown = 0, 0, 0
     failed: list[str] = []
     samples = SPAWN.Value("q")
-    shown = 0
     while groups:
+        again: list[Group] = []
         with Workers(workers, _begin, samples, workers) as pool:
             running = {
-                pool.submit(_fill, [(plain(job.cfg), job.stage) for job in jobs], task): (
-                    jobs,
-                    task,
+                pool.submit(_fill, [(plain(job.cfg), job.stage) for job in jobs], task): Group(
+                    jobs, task
                 )
                 for jobs, task in groups
             }
-            again: list[Group] = []
             while running:
                 over, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-                outcomes = [(running.pop(future), *_outcome(future, workers)) for future in over]
-                ends = sum(len(jobs) for (jobs, _), kind, _ in outcomes if kind == "done")
-                now = samples.get_obj().value  # a killed worker may hold its lock
-                progress(now - shown, ends)
-                shown, finished = now, finished + ends
-                for group, kind, text in outcomes:
-                    if kind == "again":
+                ended = 0
+                for future in over:
+                    group = running.pop(future)
+                    try:
+                        outcome, error = future.result()
+                    except BrokenExecutor:
+                        raise ValueError(
+                            "a worker process was killed, probably for memory: run again with "
+                            f"stage.workers={workers // 2}"
+                        ) from None
+                    if outcome == "done":
+                        ended += len(group.jobs)
+                    elif outcome == "again":
                         again.append(group)
-                    elif kind != "done" and len(group[0]) > 1:
-                        again += _halves(group)
-                    elif kind == "busy":
+                    elif len(group.jobs) > 1:
+                        again += group.halves()
+                    elif outcome == "busy":
                         busy += 1
-                    elif kind == "failed":
-                        failed.append(text)
-                        tqdm.write(f"failed: {text}")
-                if len(failed) >= MOST_FAILURES and not finished:
+                    else:
+                        failed.append(error)
+                        tqdm.write(f"failed: {error}")
+                now = samples.get_obj().value  # without its lock, which a killed worker may hold
+                progress(now - shown, ended)
+                shown, finished = now, finished + ended
+                if len(failed) >= MAX_FAILURES and not finished:
                     refuse(failed)
         groups = again
     return busy, failed
 
 
-def _outcome(future: Future[Outcome], workers: int) -> Outcome:
-    try:
-        return future.result()
-    except BrokenExecutor:
-        raise ValueError(
-            "a worker process was killed, probably for memory: run again with "
-            f"stage.workers={max(workers // 2, 1)}"
-        ) from None
-
-
 # Of a worker process:
 _session: Session
 _samples: Any
-_lost = False
+_gpu_lost = False
 
 
 def _begin(samples: Any, workers: int) -> None:
@@ -176,18 +166,22 @@ def _begin(samples: Any, workers: int) -> None:
     _session, _samples = Session(workers), samples
 
 
-def _fill(configs: list[tuple[dict[str, Any], MeasuringStage]], task: str) -> Outcome:
-    """Fills a group; "again" by a process whose GPU is lost."""
-    global _lost
-    if _lost:
+def _fill(configs: list[tuple[dict[str, Any], MeasuringStage]], task: str) -> tuple[str, str]:
+    """Fill a group; "done", "busy", "failed" with the error, or, if the GPU is lost, "again"."""
+    global _gpu_lost
+    if _gpu_lost:
         return "again", ""
     jobs = [Job(OmegaConf.create(config), stage) for config, stage in configs]
     try:
-        fill((jobs, task), _session, _count)
+        fill(Group(jobs, task), _session, _count)
     except StoreBusy:
         return "busy", ""
-    except Exception as error:  # the parent says it
-        _lost = not _usable()
+    except Exception as error:
+        try:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+        except RuntimeError:  # after some errors this process can't use its GPU again
+            _gpu_lost = True
         return "failed", f"{jobs[0].cells[task].path.name}: {type(error).__name__}: {error}"
     return "done", ""
 
@@ -195,13 +189,3 @@ def _fill(configs: list[tuple[dict[str, Any], MeasuringStage]], task: str) -> Ou
 def _count(samples: int) -> None:
     with _samples.get_lock():
         _samples.value += samples
-
-
-def _usable() -> bool:
-    """Whether this process can go on after an error: after some its GPU does nothing any more."""
-    try:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True

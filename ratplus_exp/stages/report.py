@@ -1,4 +1,4 @@
-"""stage=report: tables, figures and one page from the cells that are finished."""
+"""stage=report: tables, figures and one page from the finished cells."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ratplus_exp.tracking import tracked
 def run(cfg: DictConfig) -> None:
     """Print `stage.outputs` and write them (Markdown, CSV, LaTeX, PNG, PDF) with their cells.
 
-    An output without any cell is left out with a line that says so, unless it is the only one.
+    An output without cells is left out with a message, or refused if it is the only one.
     """
     outputs = [name for name, on in cfg.stage.outputs.items() if on]
     store = Store(resolve(cfg.results))
@@ -80,8 +80,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def _where(cfg: DictConfig) -> dict[str, Any]:
-    """Choices by column of cells.csv: one tier and context length, the pair's models, and what
-    stage.where says."""
+    """Choices by column of cells.csv: tier, context length, the models, and stage.where."""
     where: dict[str, Any] = {"tier": cfg.model.tier, "context_length": cfg.data.length}
     if cfg.stage.models:
         models = [model_option(cfg, m, t) for m in cfg.stage.models for t in cfg.stage.trainings]
@@ -92,18 +91,18 @@ def _where(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _not_a_formula(value: Any) -> Any:
-    """What a spreadsheet takes for text, whoever named it."""
+    """Text that a spreadsheet does not evaluate."""
     return f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@")) else value
 
 
 def _settings(cfg: DictConfig) -> str:
-    """The configuration that the page depends on; the rest belongs to its cells."""
+    """The configuration of the page; that of its cells is in the store."""
     stage = {k: v for k, v in plain(cfg.stage).items() if k not in ("name", "folder")}
     return str(OmegaConf.to_yaml(OmegaConf.create({"stage": stage, "data": plain(cfg.data)})))
 
 
 def _write_provenance(cells: Iterable[Cell], folder: Path) -> None:
-    """provenance.json: for every setting its key, its cells by task, and who ran them."""
+    """provenance.json: for every setting its key, its cells by task, and their runs."""
     entries: dict[str, dict[str, Any]] = {}
     for cell in cells:
         key = {k: v for k, v in cell.key.items() if k not in ("data", "task")}

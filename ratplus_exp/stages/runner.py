@@ -1,7 +1,7 @@
-"""The runner of measuring stages: it fills cells, batch by batch.
+"""Fills the cells of measuring stages, batch by batch.
 
-Cells that begin with the same prefill of the same prompts are a group: a batch of prompts is
-prefilled once, and answered under the method of one cell after the other.
+Cells with the same prefill of the same prompts form a group: each batch of prompts is prefilled
+once, and then answered under the method of one cell after the other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -21,28 +21,35 @@ from tqdm import tqdm
 from ratplus_exp import provenance
 from ratplus_exp.config import plain, reserve_of
 from ratplus_exp.cost import Shape
+from ratplus_exp.distributed import barrier, from_rank_0, process_group, rank, world_size
 from ratplus_exp.models.loading import load_model, load_tokenizer
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import device_of, job_folder
 from ratplus_exp.stages.samples import Samples
-from ratplus_exp.store import warn
+from ratplus_exp.store import Cell, warn
 from ratplus_exp.tracking import tracked
-from ratplus_exp.training.parallel import (
-    barrier,
-    from_first,
-    processes,
-    rank,
-    world_size,
-)
 
-FIRST = 16  # prompts of a cell for metrics that take prompts
+FIRST = 16  # prompts of a cell that its metrics can use
 
-Group = tuple[list[Job], str]  # jobs whose cells of one task begin with the same prefill
+
+class Group(NamedTuple):
+    """Jobs whose cells of one task share a prefill."""
+
+    jobs: list[Job]
+    task: str
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [job.cells[self.task] for job in self.jobs]
+
+    def halves(self) -> list[Group]:
+        middle = len(self.jobs) // 2
+        return [Group(jobs, self.task) for jobs in (self.jobs[:middle], self.jobs[middle:])]
 
 
 class Session:
-    """What a process keeps from one group to the next: the model, and where samples come from.
+    """What a process keeps between groups: the model, and the sources of samples.
 
     workers: how many processes share this machine's memory.
     """
@@ -53,7 +60,7 @@ class Session:
         self.sources: dict[str, Samples] = {}
 
     def source(self, job: Job) -> Samples:
-        """RULER's files are read once; generated prompts are shared by all sources anyway."""
+        """One for each data configuration, since it reads RULER's files."""
         name = str((job.path, plain(job.cfg.data), job.cfg.seed))
         if name not in self.sources:
             self.sources[name] = Samples(job.cfg, load_tokenizer(job.path))
@@ -61,8 +68,7 @@ class Session:
 
     def model(self, job: Job) -> Any:
         if job.path != self.path:
-            cfg = job.cfg
-            self.loaded = load_model(job.path, device_of(cfg), cfg.dtype)
+            self.loaded = load_model(job.path, device_of(job.cfg), job.cfg.dtype)
             self.path = job.path
         return self.loaded
 
@@ -72,10 +78,10 @@ class Session:
 
 
 def fill_missing(job: Job, log: Callable[[Any], None]) -> None:
-    """Run a job's missing cells with a progress bar, in a W&B run that `log` fills in the end; of
-    several processes, each has its share of the samples."""
-    with processes(device_of(job.cfg), timedelta(hours=2)):
-        if missing := from_first(lambda: list(job.missing())):
+    """Fill a job's missing cells with a progress bar, in a W&B run that `log` completes; several
+    processes share the samples."""
+    with process_group(device_of(job.cfg), timedelta(hours=2)):
+        if missing := from_rank_0(lambda: list(job.missing())):
             _fill_all(job, missing, log)
         elif rank() == 0:
             print(f"All {len(job.cells)} cells are there already; nothing to run.")
@@ -86,16 +92,16 @@ def _fill_all(job: Job, missing: list[str], log: Callable[[Any], None]) -> None:
     with closing(Session()) as session, tracked(cfg, job_folder()) as tracker:
         source = session.source(job)
         for task in missing:
-            source(task, 0)  # prompts that cannot be made are refused before anything is written
+            source(task, 0)  # invalid prompts are refused before anything is written
         for _, indices in _lacking([job], missing[0], source)[:1]:  # while the model is loaded
-            source.ahead(missing[0], indices[rank() :: world_size()])
+            source.prefetch(missing[0], indices[rank() :: world_size()])
         session.model(job)
-        have = sum(min(len(job.cells[t].records()), cfg.data.examples) for t in missing)
-        total = cfg.data.examples * len(missing)
+        have = sum(min(len(job.cells[t].records()), job.examples) for t in missing)
+        total = job.examples * len(missing)
         with tqdm(total=total, initial=have, unit="example", disable=rank() > 0) as bar:
             for task in missing:
                 bar.set_description(f"{cfg.model.name} {cfg.method.name} {task}")
-                fill(([job], task), session, bar.update)
+                fill(Group([job], task), session, bar.update)
         if rank() == 0:
             log(tracker)
 
@@ -103,37 +109,36 @@ def _fill_all(job: Job, missing: list[str], log: Callable[[Any], None]) -> None:
 def fill(group: Group, session: Session, done: Callable[[int], None]) -> None:
     """Append the samples that a group's cells lack, batch by batch, and finish the cells.
 
-    What is missing is dealt out by rank 0's reading of the store, card by card: a share that a dead
-    process left is shared by all of the next run, whatever their number.
+    Rank 0 reads what is missing and the ranks deal it out in turn, so any number of processes can
+    complete what others left.
 
-    done: called with the number of samples that were appended, by all processes together.
+    done: called with the number of appended samples, of all ranks together.
     """
     jobs, task = group
-    largest = max(jobs, key=lambda job: job.cfg.data.examples)
+    largest = max(jobs, key=lambda job: job.examples)
     source, model = session.source(largest), session.model(largest)
     with _opened(group):
-        for lacking, indices in from_first(lambda: _lacking(jobs, task, source)):
-            those = [jobs[i] for i in lacking]
-            mine, left = indices[rank() :: world_size()], len(indices)
-            source.ahead(task, mine)
-            shared, size = _sharing(those, task, model, session.workers)
-            for start in range(0, len(mine), size):
-                samples = [source(task, index) for index in mine[start : start + size]]
+        for lacking, indices in from_rank_0(lambda: _lacking(jobs, task, source)):
+            filled = [jobs[i] for i in lacking]
+            shares, left = indices[rank() :: world_size()], len(indices)
+            source.prefetch(task, shares)
+            shared, size = _sharing(filled, task, model, session.workers)
+            for start in range(0, len(shares), size):
+                samples = [source(task, index) for index in shares[start : start + size]]
                 new = min(len(samples) * world_size(), left)
                 left -= new
-                parts = source.by_fed(samples, jobs[0].first_token)
                 batches = [
                     (part, PromptBatch(model, *source.padded(part), fed, shared))
-                    for fed, part in parts
+                    for fed, part in source.by_fed(samples, jobs[0].first_token)
                 ]
-                for job in those:
-                    began = time.perf_counter()
+                for job in filled:
+                    start_time = time.perf_counter()
                     records = [
                         record
                         for part, prompts in batches
                         for record in job.stage.measure(job, part, prompts, source.tokenizer)
                     ]
-                    seconds = round((time.perf_counter() - began) / len(samples), 5)
+                    seconds = round((time.perf_counter() - start_time) / len(samples), 5)
                     job.cells[task].append([record | {"seconds": seconds} for record in records])
                     done(new)
         barrier()
@@ -142,39 +147,35 @@ def fill(group: Group, session: Session, done: Callable[[int], None]) -> None:
 
 
 def _finish(group: Group, source: Samples, model: Any) -> None:
-    jobs, task = group
-
     @cache
     def first(count: int) -> PromptBatch:
-        return PromptBatch(model, *source.padded([source(task, index) for index in range(count)]))
+        samples = [source(group.task, index) for index in range(count)]
+        return PromptBatch(model, *source.padded(samples))
 
-    for job in jobs:
-        every = job.cells[task].records()
-        seconds = round(sum(record.get("seconds", 0.0) for record in every.values()), 3)
-        metrics = job.stage.metrics(every, first(min(FIRST, job.cfg.data.examples)))
-        job.cells[task].finish(metrics | {"seconds": seconds})
+    for job, cell in zip(group.jobs, group.cells, strict=True):
+        records = cell.records()
+        seconds = round(sum(record.get("seconds", 0.0) for record in records.values()), 3)
+        metrics = job.stage.metrics(records, first(min(FIRST, job.examples)))
+        cell.finish(metrics | {"seconds": seconds})
 
 
 def _lacking(jobs: list[Job], task: str, source: Samples) -> list[tuple[list[int], list[int]]]:
-    """Which jobs lack which samples: their numbers and the samples' indices, in order."""
+    """Which jobs lack which samples: numbers of jobs with the indices of samples, in order."""
     have = [job.cells[task].records() for job in jobs]
-    found: dict[tuple[int, ...], list[int]] = {}
-    for index in range(max(job.cfg.data.examples for job in jobs)):
+    lacking: dict[tuple[int, ...], list[int]] = {}
+    for index in range(max(job.examples for job in jobs)):
         name = source.id(task, index)
-        those = tuple(
-            i for i, job in enumerate(jobs) if index < job.cfg.data.examples and name not in have[i]
-        )
-        if those:
-            found.setdefault(those, []).append(index)
-    return [(list(those), indices) for those, indices in found.items()]
+        key = tuple(i for i, x in enumerate(jobs) if index < x.examples and name not in have[i])
+        lacking.setdefault(key, []).append(index)
+    return [(list(key), indices) for key, indices in lacking.items() if key]
 
 
 def _sharing(
     jobs: list[Job], task: str, model: Any, workers: int
 ) -> tuple[tuple[int, int] | None, int]:
-    """What a prefill must keep for the jobs, as in `PromptBatch`, and how many prompts a batch has.
+    """What a prefill must keep for the jobs, as in `PromptBatch`, and the prompts of a batch.
 
-    Keys and values, prefilled and copied by a method, may take half of the workers' memory.
+    Keys and values, and a method's copy of them, may take half of the workers' memory.
     """
     cfg = jobs[0].cfg
     size = int(cfg.stage.batch_size)
@@ -198,15 +199,13 @@ def total_memory(device: torch.device) -> int:
 
 @contextmanager
 def _opened(group: Group) -> Iterator[None]:
-    """Rank 0 takes the cells; only then do the others write beside it."""
-    jobs, task = group
+    """Rank 0 locks the cells; then the other ranks open their files beside it."""
     with ExitStack() as stack:
         if rank() == 0:
-            for job in jobs:
-                written_by = provenance.provenance(plain(job.cfg))
-                stack.enter_context(job.cells[task].open(written_by))
+            for job, cell in zip(group.jobs, group.cells, strict=True):
+                stack.enter_context(cell.open(provenance.provenance(plain(job.cfg))))
         barrier()
         if rank() > 0:
-            for job in jobs:
-                stack.enter_context(job.cells[task].open_share(rank()))
+            for cell in group.cells:
+                stack.enter_context(cell.open_share(rank()))
         yield

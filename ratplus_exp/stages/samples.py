@@ -1,4 +1,4 @@
-"""Where the samples of measuring stages come from: generated, or RULER's own files."""
+"""The samples of measuring stages: generated, or from RULER's files."""
 
 from __future__ import annotations
 
@@ -12,22 +12,18 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ratplus_exp.config import question_template, reserve_of
+from ratplus_exp.distributed import cores
 from ratplus_exp.stages.common import device_of, resolve, source_of
 from ratplus_exp.tasks import RULER_NAMES, Sample, read_jsonl
 from ratplus_exp.tasks.niah import sample_name
 from ratplus_exp.tasks.prompts import prompts_of
 from ratplus_exp.tasks.sample import question_tokens, target
-from ratplus_exp.training.parallel import cores, local_world_size
 
-MOST_MAKERS = 4  # of prompts: 15 ms each at 4096 tokens is less than a GPU takes for one
+MAX_WORKERS = 4  # a prompt of 4096 tokens takes 15 ms, less than its evaluation on a GPU
 
 
 class Samples:
-    """Samples by task and index, generated or from RULER's files.
-
-    Generated ones are kept for all settings of this process, and for a GPU, which would have to
-    wait for them, made ahead of it by other processes.
-    """
+    """Samples by task and index; all settings of a process share the generated ones (`Prompts`)."""
 
     def __init__(self, cfg: DictConfig, tokenizer: Any) -> None:
         self.seed, self.tokenizer = cfg.seed, tokenizer
@@ -35,13 +31,13 @@ class Samples:
         self.questions = {task: question_template(cfg, task) for task in RULER_NAMES}
         self.device = device_of(cfg)
         source = source_of(cfg, tokenizer, cfg.data.length)
-        self.prompts = prompts_of(source, cfg.seed, _makers(self.device))
+        self.prompts = prompts_of(source, cfg.seed, _workers(self.device))
         self.read: dict[str, list[Sample]] = {}
         for task, file in ruler_files(cfg, cfg.data.tasks).items():
             longest = cfg.data.length - self.reserve[task]
             self.read[task] = read_jsonl(file, tokenizer, longest, task)
-            if (found := len(self.read[task])) < cfg.data.examples:
-                raise ValueError(f"{file} has {found} samples: set data.examples={found}")
+            if (size := len(self.read[task])) < cfg.data.examples:
+                raise ValueError(f"{file} has {size} samples: set data.examples={size}")
 
     def __call__(self, task: str, index: int) -> Sample:
         sample = self.read[task][index] if self.read else self.prompts(task, index)
@@ -50,7 +46,7 @@ class Samples:
         return sample
 
     def _check(self, sample: Sample) -> None:
-        """ValueError for a task that the model can't solve, whatever it has learnt."""
+        """ValueError for a task that no training could make the model solve."""
         answer = len(self.tokenizer(target(sample), add_special_tokens=False).input_ids)
         if answer > (reserve := self.reserve[sample.task]):
             where = sample.task if sample.task in ("vt", "cwe", "fwe") else "forms"
@@ -66,19 +62,19 @@ class Samples:
             )
 
     def id(self, task: str, index: int) -> str:
-        """A sample's id, without making the sample."""
+        """The sample's id; does not make the sample."""
         return self.read[task][index].id if self.read else sample_name(task, self.seed, index)
 
     def by_fed(self, samples: list[Sample], first_token: str) -> list[tuple[int, list[Sample]]]:
-        """The samples by how many of their last tokens are fed under the method, since rows of a
-        batch are fed alike."""
+        """The samples grouped by the number of last prompt tokens that are fed under the method,
+        which the rows of a batch must share."""
         if first_token != "split":
             return [(int(first_token == "decode"), samples)]
-        found: dict[int, list[Sample]] = {}
+        groups: dict[int, list[Sample]] = {}
         for sample in samples:
-            asked = question_tokens(sample, self.questions[sample.task], self.tokenizer)
-            found.setdefault(asked, []).append(sample)
-        return list(found.items())
+            fed = question_tokens(sample, self.questions[sample.task], self.tokenizer)
+            groups.setdefault(fed, []).append(sample)
+        return list(groups.items())
 
     def padded(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
         """Prompts and attention mask (B, T), left-padded, on the configured device."""
@@ -86,22 +82,22 @@ class Samples:
         batch = self.tokenizer.pad(rows, return_tensors="pt").to(self.device)
         return batch["input_ids"], batch["attention_mask"]
 
-    def ahead(self, task: str, indices: list[int]) -> None:
-        """These samples are going to be asked for, in this order."""
+    def prefetch(self, task: str, indices: list[int]) -> None:
+        """See `Prompts.prefetch`."""
         if not self.read:
-            self.prompts.ahead(task, indices)
+            self.prompts.prefetch(task, indices)
 
     def close(self) -> None:
-        """Nothing more is going to be asked for: who makes prompts ahead may go."""
+        """End the processes that prefetch."""
         self.prompts.close()
 
 
-def _makers(device: torch.device) -> int:
-    """Processes that make prompts ahead. On a CPU, cores have the model to run; and a sweep's own
-    worker processes, which share a GPU, may start none and make prompts while others use it."""
+def _workers(device: torch.device) -> int:
+    """Processes that prefetch prompts. None on a CPU, whose cores run the model, and none in a
+    worker of a sweep, which makes prompts while other workers use the GPU."""
     if device.type != "cuda" or parent_process() is not None:
         return 0
-    return max(0, min(MOST_MAKERS, cores() // local_world_size() - 1))
+    return min(MAX_WORKERS, cores() - 1)
 
 
 def ruler_files(cfg: DictConfig, tasks: Iterable[str]) -> dict[str, Path]:

@@ -1,10 +1,9 @@
 """Stages that run grids of cells: sweep, ablation and random_selector.
 
-What a sweep runs is data: `stage.cells` in conf/experiment/table2.yaml and its neighbours, one
-entry a grid, its lists multiplied out and run for each of `stage.trainings` of `stage.models`, or
-for the one model of the configuration. Finished cells are skipped; a sweep that was killed goes on
-where it stood. The cells of all three are those of stage=eval and stage=hit_rate, so they share
-them.
+`stage.cells`, for instance in conf/experiment/table2.yaml, has the grids of a sweep. The lists of a
+grid are multiplied out and run for each of `stage.trainings` of `stage.models`, or for the model of
+the configuration. Finished cells are skipped, so a killed sweep resumes. The cells are those of
+stage=eval and stage=hit_rate, so all stages share them.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from ratplus_exp.report import Table
 from ratplus_exp.report.tables import model_table, random_table
 from ratplus_exp.stages import report
 from ratplus_exp.stages.cells import Job, MeasuringStage
-from ratplus_exp.stages.common import job_folder, model_name, option
+from ratplus_exp.stages.common import job_folder, model_name, option, show
 from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
 from ratplus_exp.stages.pool import fill_jobs, refuse
 from ratplus_exp.store import Cell
-from ratplus_exp.tasks.source import QA_FILES, no_file
+from ratplus_exp.tasks.qa import QA_FILES, no_file
 from ratplus_exp.tracking import tracked
 
 MEASURING: dict[str, MeasuringStage] = {"eval": Accuracy(), "hit_rate": HitRate()}
 
 
 def run(cfg: DictConfig) -> None:
-    """Run what is missing, then write `stage.outputs`."""
+    """Fill the missing cells, then write `stage.outputs`."""
     failed = fill_jobs(cfg, [job_of(job) for job in expand(cfg)])
     report.run(cfg)
     refuse(failed)
@@ -44,15 +43,15 @@ def ablation(cfg: DictConfig) -> None:
     setting = {name: cfg[name] for name in ("budget", "seed")} | {"tier": cfg.model.tier}
     setting |= {name: cfg.stage[name] for name in ("first_token", "protocol")}
     samples = sample_scores(filled(cfg))
-    show(cfg, model_table(samples, cfg.stage.models, cfg.stage.methods, **setting))
+    show_tracked(cfg, model_table(samples, cfg.stage.models, cfg.stage.methods, **setting))
 
 
 def random_selector(cfg: DictConfig) -> None:
     """stage=random_selector: H2 for one model, method and budget.
 
-    The selector is swapped for a uniformly random one of equal size and nothing else: forced
-    candidates are kept, Quest draws anew at every decoding step, layer and head, SnapKV once after
-    the prompt, MoBA for every prompt token. Beside it the method's own choice, and an oracle.
+    A uniformly random selector of equal size replaces the method's, and nothing else changes:
+    forced candidates stay; Quest draws at every decoding step, layer and head, SnapKV once after
+    the prompt, MoBA for every prompt token. The table also has the method's selector and an oracle.
     """
     if validate_method(cfg).phase is None:
         raise ValueError(
@@ -63,16 +62,16 @@ def random_selector(cfg: DictConfig) -> None:
     cfg.stage.models = []  # one model, whatever the pair
     cells = tidy(filled(cfg))
     setting = {"method": cfg.method.name, "budget": cells["budget"].iloc[0]}
-    show(cfg, random_table(cells, list(cfg.data.tasks), model=model_name(cfg), **setting))
+    show_tracked(cfg, random_table(cells, list(cfg.data.tasks), model=model_name(cfg), **setting))
 
 
 def job_of(cfg: DictConfig) -> Job:
-    """The job of a configuration of one of the measuring stages."""
+    """The job of a configuration of a measuring stage."""
     return Job(cfg, MEASURING[cfg.stage.name])
 
 
 def filled(cfg: DictConfig) -> list[Cell]:
-    """The cells of `stage.cells`, after running what was missing; ValueError if some still are."""
+    """The cells of `stage.cells`, all filled; ValueError if some can't be."""
     jobs = [job_of(job) for job in expand(cfg)]
     refuse(fill_jobs(cfg, jobs))
     if any(job.missing() for job in jobs):
@@ -80,20 +79,17 @@ def filled(cfg: DictConfig) -> list[Cell]:
     return list({cell.id: cell for job in jobs for cell in job.cells.values()}.values())
 
 
-def show(cfg: DictConfig, table: Table) -> None:
-    """Print and write the one table of a stage."""
-    name = cfg.stage.name
-    table.write(job_folder(), name)
-    print(table.to_text())
-    print(f"Written to {job_folder()}/{name}.md, .csv and .tex.")
+def show_tracked(cfg: DictConfig, table: Table) -> None:
+    """Print, write and track the one table of a stage."""
+    show(table, cfg.stage.name)
     with tracked(cfg, job_folder()) as tracker:
-        tracker.log({name: table})
+        tracker.log({cfg.stage.name: table})
 
 
 def expand(cfg: DictConfig) -> list[DictConfig]:
-    """The configurations of `stage.cells`, checked, model by model so that each is loaded once.
+    """The configurations of `stage.cells`, validated, ordered by model so that each is loaded once.
 
-    Tasks that need a file are left out where there is none.
+    Tasks without their file are left out.
     """
     absent = [task for task in cfg.data.tasks if not has_file(cfg, task)]
     if absent:
@@ -110,22 +106,21 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
 
 
 def has_file(cfg: DictConfig, task: str) -> bool:
-    """Whether a task needs no file, or has one."""
+    """Whether a task needs no file or has one."""
     return task not in QA_FILES or bool(cfg.data.path or cfg.data.qa[QA_FILES[task]])
 
 
 def _multiply(grid: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One entry for every combination of the grid's lists."""
+    """An entry for every combination of the grid's lists."""
     axes = {k: v if isinstance(v, list) and k != "tasks" else [v] for k, v in grid.items()}
     for values in product(*axes.values()):
         yield dict(zip(axes, values, strict=True))
 
 
 def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
-    """A sweep's own configuration with the fields of one entry; stage=eval if it names none.
+    """The sweep's configuration with the fields of one entry; stage=eval by default.
 
-    blocks: how many blocks a context has: the paper's block sizes, at any length.
-    examples: at most so many a task.
+    blocks: the number of blocks of a context, which sets the block size. examples: an upper bound.
     """
     job = cfg.copy()
     with open_dict(job):

@@ -1,4 +1,4 @@
-"""stage=tokenize: a corpus becomes memory-mapped token shards, once."""
+"""stage=tokenize: writes a corpus as token shards for memory-mapping, once."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from ratplus_exp.config import build, plain
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.stages.common import corpus_folder, model_folder, tokenizer_name
 from ratplus_exp.store import locked
-from ratplus_exp.training.corpus import Corpus
-from ratplus_exp.training.shards import Source, write_shards
+from ratplus_exp.text.corpus import Corpus
+from ratplus_exp.text.shards import Source, write_shards
 
 
 def run(cfg: DictConfig) -> None:
-    """Tokenise the corpus with the tokenizer of stage.init, going on where a run was killed."""
+    """Tokenise the corpus with the tokenizer of stage.init, resuming a killed run."""
     settings = plain(cfg.corpus)
     settings.pop("folder")
     source = build(Source, settings, "corpus")

@@ -1,4 +1,4 @@
-"""stage=pretrain, continued_pretrain and sft: one training loop, three kinds of data."""
+"""stage=pretrain, continued_pretrain and sft: one training loop on three kinds of data."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ratplus_exp import provenance
 from ratplus_exp.config import build, forms_of, plain, reserve_of
 from ratplus_exp.cost import Shape
+from ratplus_exp.distributed import barrier, from_rank_0, process_group, rank, world_size
 from ratplus_exp.methods import Dilated
 from ratplus_exp.models.building import MEMORY_SETTINGS, add_memory, config_for, new_model
 from ratplus_exp.models.loading import (
@@ -41,29 +42,21 @@ from ratplus_exp.stages.common import (
 from ratplus_exp.stages.samples import ruler_files
 from ratplus_exp.store import locked, write_atomically
 from ratplus_exp.tasks import TASKS, pocket_tokenizer, read_jsonl
-from ratplus_exp.tasks.answers import Answers
-from ratplus_exp.tasks.facts import Facts
-from ratplus_exp.tasks.source import QA_FILES
+from ratplus_exp.tasks.qa import QA_FILES
+from ratplus_exp.text.answers import Answers
+from ratplus_exp.text.corpus import Corpus
+from ratplus_exp.text.facts import Facts
 from ratplus_exp.tracking import tracked
 from ratplus_exp.training.batches import BatchOf
 from ratplus_exp.training.checkpoint import Checkpoints
-from ratplus_exp.training.corpus import Corpus
 from ratplus_exp.training.loop import Trainer
-from ratplus_exp.training.parallel import (
-    barrier,
-    from_first,
-    processes,
-    rank,
-    whole_state_dict,
-    world_size,
-)
+from ratplus_exp.training.parallel import whole_state_dict
 from ratplus_exp.training.precision import fastest
 from ratplus_exp.training.settings import Schedule, TrainSettings
 
-# What a training may be continued with a change of.
+# Settings of the optimizer that may change when a training resumes.
 RATES = ("lr", "memory_lr", "spike", "log_every", "checkpoint_every")
 EXECUTION = ("rows_per_pass", "activation_checkpointing", "compile", "parallel", "peak_tflops")
-OWN = ("folder", "optimizer", "workers")  # of a stage: not compared, or apart
 
 
 def pretrain(cfg: DictConfig) -> None:
@@ -97,7 +90,7 @@ def continued_pretrain(cfg: DictConfig) -> None:
 
 
 def sft(cfg: DictConfig) -> None:
-    """Answer-only training from `stage.init`, on the training split, or on RULER's files in
+    """Training on answers alone from `stage.init`: on the training split, or on RULER's files in
     data.path, whose prompts must fit the shortest context of the schedule."""
     tokenizer = load_tokenizer(model_folder(cfg))
     mixture = {task: weight for task, weight in plain(cfg.stage.mixture).items() if weight}
@@ -111,7 +104,7 @@ def sft(cfg: DictConfig) -> None:
 
 
 def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = "") -> None:
-    """Train in stage.folder, resuming there, and save the model in Hugging Face format."""
+    """Train in stage.folder, resuming there, and save the model in Hugging Face's format."""
     folder = Path(cfg.stage.folder)
     target = folder / "model"
     schedule = schedule_of(cfg)
@@ -119,21 +112,19 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
     sparse = build(Dilated, plain(cfg.stage.joint), "stage.joint") if cfg.stage.joint else None
     schedule.check(world_size())
     device = device_of(cfg)
-    dtype = getattr(torch, cfg.stage.dtype) if cfg.stage.dtype else None
-    steps = cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step
     _refuse_other_settings(cfg, folder)
     with locked(folder) if rank() == 0 else nullcontext():
         if weight_files(target)[0].exists():
             print(f"Trained already: {target}. Delete the folder to train again.")
             return
         refuse_target(target)
-        with processes(device):
+        with process_group(device):
             model = _model(cfg, tokenizer)
             if settings.precision == "auto":
-                chosen = from_first(partial(_precision, model, device, folder))
-                settings = replace(settings, precision=chosen)
+                precision = from_rank_0(partial(_precision, model, device, folder))
+                settings = replace(settings, precision=precision)
             if rank() == 0:
-                _remember(cfg, folder, settings.precision)
+                _record_start(cfg, folder, settings.precision)
             with tracked(cfg, folder) as tracker:
                 trainer = Trainer(
                     model,
@@ -142,7 +133,7 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
                     settings,
                     folder,
                     sparse=sparse,
-                    sparse_only_steps=steps,
+                    sparse_only_steps=cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step,
                     log=tracker.log,
                     device=device,
                     data=data,
@@ -151,7 +142,8 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
                 trainer.run(f"{cfg.stage.name} {cfg.model.name}")
             weights = whole_state_dict(model)
             if rank() == 0:
-                if dtype is not None:
+                if cfg.stage.dtype:  # tied weights stay one tensor
+                    dtype = getattr(torch, cfg.stage.dtype)
                     cast = {id(tensor): tensor.to(dtype) for tensor in weights.values()}
                     weights = {name: cast[id(tensor)] for name, tensor in weights.items()}
                 save_model(model, tokenizer, target, weights)
@@ -170,7 +162,7 @@ def save_model(
     target: Path,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """All of a model's files, or none. weights: where the model's own are spread over processes."""
+    """All of a model's files, or none. weights: the whole ones of a sharded model."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -185,7 +177,7 @@ def save_model(
 
 
 def refuse_target(target: Path) -> None:
-    """ValueError, before any work, for a folder that `save_model` could not replace."""
+    """ValueError, before any work, for a folder that `save_model` can't replace."""
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is there already: delete the folder or choose another one")
 
@@ -199,63 +191,55 @@ def _tokenizer(cfg: DictConfig) -> Tokenizer:
 
 
 def _model(cfg: DictConfig, tokenizer: Tokenizer) -> PreTrainedModel:
-    """Fresh, or from `stage.init`; a RAT+ model from attention weights gets fresh gates."""
+    """New, or from `stage.init`; a RAT+ model from attention weights gets new gates."""
     architecture: dict[str, Any] = plain(cfg.model.architecture)
     memory = cfg.model.backbone == "ratplus"
     if not cfg.stage.init:
         sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": cfg.data.length}
         special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
         return new_model(config_for(sizes | architecture | special, memory), cfg.seed)
-    start = resolve(cfg.stage.init)
-    has_memory = (
-        json.loads((start / "config.json").read_text()).get("memory") if start.exists() else None
-    )
+    start, settings = resolve(cfg.stage.init), architecture.keys() & MEMORY_SETTINGS
+    config = start / "config.json"
+    has_memory = config.parent.exists() and json.loads(config.read_text()).get("memory")
     check_model(start, None, "ratplus" if has_memory else "attention")
     model = load_model(start, torch.device("cpu"))
     if memory and not has_memory:
-        settings = {k: v for k, v in architecture.items() if k in MEMORY_SETTINGS}
-        return add_memory(model, cfg.seed, **settings)
+        return add_memory(model, cfg.seed, **{name: architecture[name] for name in settings})
     if has_memory and not memory:
         raise ValueError(f"{start} has the memory: set model to a ratplus backbone")
-    if has_memory:
-        _refuse_another_memory(model.config, architecture, start)
+    for name in sorted(settings) if has_memory else ():
+        value = getattr(model.config, name, None)
+        value = list(value) if isinstance(value, tuple) else value
+        if architecture[name] != value:
+            raise ValueError(
+                f"the memory in {start} was made with {name}={value}, not {architecture[name]}: set"
+                f" model.architecture.{name}={value}, or start from a model without the memory"
+            )
     return model
 
 
-def _refuse_another_memory(config: Any, architecture: dict[str, Any], start: Path) -> None:
-    """A trained memory is what it is: what the configuration says of it must be so."""
-    for name in MEMORY_SETTINGS:
-        has, asked = getattr(config, name, None), architecture.get(name)
-        has = list(has) if isinstance(has, tuple) else has
-        if name in architecture and asked != has:
-            raise ValueError(
-                f"the memory in {start} was made with {name}={has}, not {asked}: set "
-                f"model.architecture.{name}={has}, or start from a model without the memory"
-            )
-
-
 def _past(folder: Path) -> list[dict[str, Any]]:
-    """The starts of the training in the folder; none before it has a checkpoint, since a first try
-    that failed must not stand in the way of the corrected one."""
+    """Earlier starts of the training in the folder; none before its first checkpoint, so that the
+    settings of a failed start can be corrected."""
     file = folder / "provenance.json"
-    begun = Checkpoints(folder).latest() or weight_files(folder / "model")[0].exists()
+    begun = Checkpoints(folder).kept() or weight_files(folder / "model")[0].exists()
     return json.loads(file.read_text(encoding="utf-8")) if begun and file.exists() else []
 
 
 def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
-    """A training goes on only with the settings that it began with; learning rates and how it is
-    executed may change. A corpus is known by its content, which the checkpoint names."""
+    """ValueError if settings other than rates and execution differ from those of the first start.
+    The checkpoint identifies the corpus, by its content."""
 
     def fixed(config: dict[str, Any]) -> dict[str, Any]:
-        stage = {k: v for k, v in config["stage"].items() if k not in OWN}
+        free = ("folder", "optimizer", "workers")
+        stage = {k: v for k, v in config["stage"].items() if k not in free}
         data = {k: config["data"][k] for k in ("length", "forms", "essay")}
         if "mixture" in stage:
-            texts = [
-                "qa" if t in QA_FILES else t for t, weight in stage["mixture"].items() if weight
-            ]
-            data |= {k: config["data"].get(k) for k in ("path", *texts) if k not in TASKS}
-        free = (*RATES, *EXECUTION)
-        stage |= {k: v for k, v in config["stage"]["optimizer"].items() if k not in free}
+            trained = [task for task, weight in stage["mixture"].items() if weight]
+            texts = {"qa" if task in QA_FILES else task for task in trained} - TASKS.keys()
+            data |= {k: config["data"].get(k) for k in ("path", *texts)}
+        optimizer = config["stage"]["optimizer"]
+        stage |= {k: v for k, v in optimizer.items() if k not in (*RATES, *EXECUTION)}
         model = {k: config["model"][k] for k in ("backbone", "architecture")}
         return {"model": model, "data": data, "stage": stage, "seed": config["seed"]}
 
@@ -267,17 +251,17 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
 
 
 def _precision(model: PreTrainedModel, device: torch.device, folder: Path) -> Any:
-    """What the training in the folder began with, or what is fastest here."""
+    """The precision of the first start, or the fastest on this device."""
     if past := _past(folder):
         return past[0]["precision"]
     shape = Shape.of(model)
-    chosen = fastest(device, shape.hidden, shape.ffn)
-    print(f"precision=auto: {chosen}, which {device} multiplies fastest")
-    return chosen
+    precision = fastest(device, shape.hidden, shape.ffn)
+    print(f"precision=auto: {precision}, which {device} multiplies fastest")
+    return precision
 
 
-def _remember(cfg: DictConfig, folder: Path, precision: str) -> None:
-    """Provenance of every start, in stage.folder/provenance.json."""
+def _record_start(cfg: DictConfig, folder: Path, precision: str) -> None:
+    """Add this start to stage.folder/provenance.json."""
     folder.mkdir(parents=True, exist_ok=True)
     entry = provenance.provenance(plain(cfg)) | {"precision": precision}
     entries = [*_past(folder), entry]

@@ -1,4 +1,4 @@
-"""RULER's tasks: samples, haystacks, the pocket tokenizer, RULER's files, and the two scores."""
+"""RULER's tasks: samples, haystacks, tokenizers, RULER's files, and the two scores."""
 
 from ratplus_exp.tasks.forms import Forms
 from ratplus_exp.tasks.niah import NIAH, SPLITS, TASKS, TaskSpec, split_of

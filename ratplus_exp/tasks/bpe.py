@@ -1,11 +1,11 @@
-"""The small tier's own tokenizer: a byte-level BPE of the generated text and RULER's forms.
+"""The small tier's tokenizer: a byte-level BPE of the generated text and RULER's forms.
 
     python -m ratplus_exp.tasks.bpe outputs/reference/small/tokenizer
 
-writes the one that is shipped. It splits text as the tokenizers of current language models do: a
-word owns the space in front of it, digits come in groups of up to three from the left ("4815162" is
-481 516 2), and punctuation stands alone. A space in front of a number is a token, so a number of
-seven digits takes four tokens and the first of an answer says nothing.
+writes the shipped one. It splits text as the tokenizers of current language models do: a word
+includes the space in front of it, digits form groups of up to three from the left ("4815162" is
+481 516 2), and punctuation is separate. The space in front of a number is a token: seven digits
+take four tokens, and the first token of an answer carries no information.
 """
 
 import random
@@ -24,9 +24,9 @@ _PIECE = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
 
 
 def train_bpe(forms: Forms, size: int = VOCABULARY, documents: int = 3000) -> Tokenizer:
-    """Learn `size` entries from so many generated documents; the same on every machine.
+    """Learn `size` entries from generated documents; the same on every machine.
 
-    Every byte has an entry, so any text comes back as it was; ids 0 and 1 are padding and EOS.
+    Every byte has an entry, so decoding inverts encoding; ids 0 and 1 are padding and EOS.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -47,23 +47,22 @@ def train_bpe(forms: Forms, size: int = VOCABULARY, documents: int = 3000) -> To
 
 
 def _texts(forms: Forms, documents: int) -> Iterator[str]:
-    """Prompts as the tasks make them, in RULER's proportions of prose, words, numbers and uuids."""
+    """Parts of prompts, with RULER's proportions of prose, words, numbers and uuids."""
     rng = random.Random(0)
     for _ in range(documents):
         yield prose.paragraph(rng, 10)
         key = rng.choice(("word", "word", "uuid"))
         value = rng.choice(("number", "number", "uuid"))
         pairs = [(forms.draw(key, rng), forms.draw(value, rng)) for _ in range(10)]
+        yield forms.separator.join((forms.noise, *(forms.state(*pair, value) for pair in pairs)))
         fields = {"type_needle_v": f"{value}s"}
-        needles = [forms.needle.format(key=k, value=v, **fields) for k, v in pairs]
-        yield forms.separator.join((forms.noise, *needles))
         yield forms.template.format(context="", query=pairs[0][0], **fields)
         yield forms.answer_prefix.format(query=pairs[1][0], **fields)
         yield " " + ", ".join(v for _, v in pairs)
 
 
 def wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    """The tokenizer in Hugging Face's class, which adds no special token to a text."""
+    """The tokenizer in Hugging Face's class; it adds no special tokens."""
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,

@@ -1,4 +1,4 @@
-"""What needles, questions and prompts look like, so that one generator serves RULER and the pocket.
+"""What needles, questions and prompts look like: one generator serves RULER and the pocket tier.
 
 The defaults are RULER's, word for word (NVIDIA/RULER, scripts/data/synthetic/niah.py and
 constants.py). The pocket tier's forms are in conf/data/pocket.yaml.
@@ -8,6 +8,7 @@ import random
 import re
 import string
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
@@ -18,7 +19,7 @@ from pydantic import Field
 from ratplus_exp.settings import Positive, Settings, matching
 from ratplus_exp.tasks import prose
 
-_FIELDS = {
+_FIELDS = {  # of each text: those that it needs, and further ones
     "needle": ({"key", "value"}, {"type_needle_v"}),
     "template": ({"context", "query"}, {"type_needle_v"}),
     "answer_prefix": (set(), {"type_needle_v", "query"}),
@@ -29,14 +30,15 @@ Sentence = Annotated[
     Words,
     matching(r"\s*[^\0-\x1f\x7f\s][^\0-\x1f\x7f]*", "give the sentence that fills task S-1"),
 ]
+Reserve = Annotated[int, Field(ge=1, le=10**6)]  # tokens that a prompt leaves for the answer
 
 
 @dataclass(frozen=True)
 class Forms(Settings):
     """Texts and value formats of the NIAH tasks; `Forms()` is RULER.
 
-    A prompt is `template` + `answer_prefix`, filled in. Where a sample has a single answer, both
-    are put into the singular as RULER does. Raises ValueError, with the remedy, on a bad field.
+    A prompt is `template` + `answer_prefix`, filled in; both in the singular, as RULER's, where a
+    sample has one answer. Raises ValueError, with the remedy, on a bad field.
     """
 
     needle: Words = "One of the special magic {type_needle_v} for {key} is: {value}."
@@ -48,10 +50,9 @@ class Forms(Settings):
     answer_prefix: Words = (
         " The special magic {type_needle_v} for {query} mentioned in the provided text are"
     )
-    noise: Annotated[
-        Words,
-        matching(r"\s*[^\0-\x1f\x7f\s][^\0-\x1f\x7f]*", "give the sentence that fills task S-1"),
-    ] = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+    noise: Sentence = (
+        "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+    )
     separator: Words = "\n"  # between the units of a noise or needle haystack
     query_joiner: Words = ", and "  # before the last queried key; ', ' before the others
     key_words: Literal["pair", "noun"] = "pair"  # adjective-noun; or one noun of 4 to 8 letters
@@ -59,17 +60,17 @@ class Forms(Settings):
     number_digits: Annotated[int, Field(ge=2, le=18)] = 7
     uuid: Literal["uuid4", "hex"] = "uuid4"  # 'hex': its 32 digits without the dashes
     lowercase: bool = False  # the whole prompt
-    # 'creation': RULER's, with its one permutation of needles; 'document': as the values stand in
-    # the prompt; 'question': as their keys are asked for, one key's as they stand in the prompt.
+    # 'creation': RULER's, with its one permutation of needles; 'document': by their places in the
+    # prompt; 'question': by their keys in the question, then by their places in the prompt.
     answer_order: Literal["creation", "document", "question"] = "creation"
-    reserve: Annotated[int, Field(ge=1, le=10**6)] = 128  # tokens kept free for the answer
+    reserve: Reserve = 128
 
     def __post_init__(self) -> None:
         for name, (needed, optional) in _FIELDS.items():
-            found = _fields(name, getattr(self, name))
-            if missing := needed - found:
+            fields = _fields(name, getattr(self, name))
+            if missing := needed - fields:
                 raise ValueError(f"{name} lacks {{{min(missing)}}}: add it to the text")
-            if unknown := found - needed - optional:
+            if unknown := fields - needed - optional:
                 raise ValueError(
                     f"{name} has the unknown field {{{min(unknown)}}}: use only"
                     f" {', '.join(f'{{{field}}}' for field in sorted(needed | optional))}"
@@ -83,8 +84,8 @@ class Forms(Settings):
 
     @cached_property
     def words(self) -> frozenset[str]:
-        """The lower-cased words of needle, template, prefix and noise, and those that stand for a
-        kind of value ("number", "uuids")."""
+        """The lower-cased words of all texts, and the names of kinds ("number", "uuids") if a text
+        has them."""
         text = " ".join(
             (self.needle, self.template, self.answer_prefix, self.noise, self.query_joiner)
         )
@@ -94,47 +95,47 @@ class Forms(Settings):
 
     @cached_property
     def nouns(self) -> tuple[str, ...]:
-        """Nouns that serve as keys when `key_words` is 'noun', alphabetically.
+        """The keys if `key_words` is 'noun', alphabetically.
 
-        None is profane, or a word of the prose or the texts above: a key means one thing only.
+        None is profane, or a word of the prose or of the texts, so a key means one thing only.
         """
         nouns = _nouns(self.words)
         count = self.key_count or len(nouns)
         return tuple(nouns[i * len(nouns) // count] for i in range(count))  # evenly spread
 
-    def random_word(self, rng: random.Random) -> str:
-        """A key in words."""
+    def draw(self, kind: str, rng: random.Random) -> str:
+        """A random 'word', 'number' (of exactly `number_digits` digits) or 'uuid'."""
+        if kind == "number":
+            return str(rng.randrange(10 ** (self.number_digits - 1), 10**self.number_digits))
+        if kind == "uuid":
+            value = uuid.UUID(int=rng.getrandbits(128), version=4)
+            return str(value) if self.uuid == "uuid4" else value.hex
         if self.key_words == "noun":
             return rng.choice(self.nouns)
         return f"{rng.choice(wordlist('adjective'))}-{rng.choice(wordlist('noun'))}"
 
-    def random_number(self, rng: random.Random) -> str:
-        """A number of exactly `number_digits` digits."""
-        return str(rng.randrange(10 ** (self.number_digits - 1), 10**self.number_digits))
+    def state(self, key: str, value: str, kind: str) -> str:
+        """The needle of a key and a value of this kind."""
+        return self.needle.format(key=key, value=value, type_needle_v=f"{kind}s")
 
-    def random_uuid(self, rng: random.Random) -> str:
-        """A version 4 uuid, or its digits alone."""
-        random_uuid = uuid.UUID(int=rng.getrandbits(128), version=4)
-        return str(random_uuid) if self.uuid == "uuid4" else random_uuid.hex
-
-    def draw(self, kind: str, rng: random.Random) -> str:
-        """A random 'word', 'number' or 'uuid'."""
-        draws = {"word": self.random_word, "number": self.random_number, "uuid": self.random_uuid}
-        return draws[kind](rng)
+    def query(self, keys: Sequence[str]) -> str:
+        """The keys as a question lists them."""
+        *others, last = keys
+        return ", ".join(others) + self.query_joiner + last if others else last
 
 
 @cache
 def wordlist(part: str) -> tuple[str, ...]:
-    """wonderwords' 'noun', 'adjective' or 'profanity' list, sorted and without repetitions."""
+    """wonderwords' 'noun', 'adjective', 'verb' or 'profanity' list, sorted, without repetitions."""
     text = (resources.files("wonderwords") / "assets" / f"{part}list.txt").read_text("utf-8")
     return tuple(sorted({line.strip() for line in text.splitlines() if line.strip()}))
 
 
 @cache
-def _nouns(taken: frozenset[str]) -> tuple[str, ...]:
-    taken = taken.union(prose.VOCABULARY, wordlist("profanity"))
+def _nouns(excluded: frozenset[str]) -> tuple[str, ...]:
+    excluded = excluded.union(prose.VOCABULARY, wordlist("profanity"))
     short = (noun for noun in wordlist("noun") if re.fullmatch("[a-z]{4,8}", noun))
-    return tuple(noun for noun in short if noun not in taken)
+    return tuple(noun for noun in short if noun not in excluded)
 
 
 def singular(text: str) -> str:

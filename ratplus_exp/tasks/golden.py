@@ -1,4 +1,4 @@
-"""Where the answer stands in the prompt, token by token: the golden positions of H1."""
+"""The golden positions of H1: where each token of the answer stands in the prompt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ratplus_exp.tasks.sample import Sample, target, target_ids
+from ratplus_exp.tasks.sample import Sample, encode, target, target_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GoldenAnswer:
-    """The gold answer as it is forced on the model, and where each token of it stands.
+    """The gold answer, teacher-forced, and the place of each of its tokens.
 
     ids: answer tokens, EOS last.
-    positions: for each token of `ids`, the prompt positions where this part of its value stands,
-        one an occurrence of the value; empty for commas, spaces and EOS.
-    values: for each token of `ids`, the index of the gold value that it belongs to, or −1.
+    positions: for each token of `ids`, the prompt positions of this part of its value, one an
+        occurrence of the value; empty for commas, spaces and EOS.
+    values: for each token of `ids`, the index of its gold value, or −1.
     """
 
     ids: tuple[int, ...]
@@ -35,10 +35,7 @@ def golden_answer(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> GoldenA
     """
     ids = target_ids(sample, tokenizer)
     text = sample.prompt + target(sample)
-    encoded = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    ).offset_mapping
-    starts, ends = zip(*encoded, strict=True)
+    starts, ends = zip(*encode(text, tokenizer).offset_mapping, strict=True)
     positions: list[frozenset[int]] = [frozenset()] * len(ids)
     values = [-1] * len(ids)
     begin = len(sample.prompt)
@@ -50,7 +47,7 @@ def golden_answer(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> GoldenA
         for token in range(sample.length, len(starts)):
             offset = max(starts[token] - begin, 0)
             if ends[token] > begin and offset < len(value):
-                places = (bisect_right(ends, found + offset) for found in occurrences)
+                places = (bisect_right(ends, place + offset) for place in occurrences)
                 positions[token - sample.length] = frozenset(places)
                 values[token - sample.length] = number
         begin += len(value)

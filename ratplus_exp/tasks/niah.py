@@ -1,8 +1,8 @@
 """RULER's eight needle-in-a-haystack tasks, sampled one prompt at a time as a pure function.
 
-The semantics are RULER's (NVIDIA/RULER, scripts/data/synthetic/niah.py and synthetic.yaml); what
-differs is on purpose: every sample depends on its own name alone, train and validation share no
-value, and the haystack is sized for each prompt rather than once for all.
+The semantics are RULER's (NVIDIA/RULER, scripts/data/synthetic/niah.py and synthetic.yaml), with
+three intended differences: a sample depends on its name alone, train and validation share no value,
+and the haystack is sized for each prompt instead of once for all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TaskSpec:
     value: str  # 'number' or 'uuid'
     keys: int = 1
     values: int = 1  # of each key
-    queries: int = 1  # keys asked for
+    queries: int = 1  # keys in the question
 
 
 TASKS: dict[str, TaskSpec] = {
@@ -51,10 +51,10 @@ RULERS_SEED = 42  # RULER shuffles the needles of every prompt with it: a fixed 
 
 
 def split_of(value: str) -> str:
-    """The split that owns a number or uuid: 'validation' has one value in five, 'train' the rest.
+    """The split of a number or uuid: 'validation' has one value in five, 'train' the rest.
 
-    Every value of a prompt, gold or distractor, comes from the prompt's own split, so that no
-    trained answer can be a tested one.
+    Every value of a prompt, gold or distractor, belongs to the prompt's split, so no trained answer
+    is ever tested.
     """
     return "validation" if sum(map(ord, value)) % 5 == 0 else "train"
 
@@ -63,9 +63,9 @@ def split_of(value: str) -> str:
 class NIAH:
     """Samples of the NIAH tasks for one tokenizer, context length and form of prompts.
 
-    `length` counts prompt and answer, of which `forms.reserve` tokens stay free. `essay` is None
-    (generated prose, fresh for each sample), a text file, or RULER's PaulGrahamEssays.json.
-    Raises ValueError when the essay cannot be read or `length` leaves no room for a prompt.
+    `length` counts the prompt and `forms.reserve` tokens for the answer. `essay` is None (generated
+    prose, new for each sample), a text file, or RULER's PaulGrahamEssays.json. Raises ValueError if
+    the essay cannot be read or `length` leaves no room for a prompt.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -82,7 +82,7 @@ class NIAH:
                 " forms.reserve: raise length or lower reserve"
             )
         if self.essay is not None:
-            prose.essay_words(self.essay)  # fails now rather than at the first essay task
+            prose.essay_words(self.essay)  # fails now instead of at the first essay task
 
     def sample(self, task: str, seed: int, index: int, split: str = "validation") -> Sample:
         """The sample of that name: the same on every machine, in any order of calls.
@@ -93,62 +93,50 @@ class NIAH:
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
         check_split(split)
-        spec, name = TASKS[task], sample_name(task, seed, index, split)
+        spec, name, forms = TASKS[task], sample_name(task, seed, index, split), self.forms
         rng = seeded_random(name)
-        draw = Draw(self.forms, split, rng)
+        draw = Draw(forms, split, rng)
 
         keys = [draw(spec.key) for _ in range(spec.keys)]
         values = [[draw(spec.value) for _ in range(spec.values)] for _ in keys]
         needles = [
-            self._needle(spec, key, value)
-            for key, own in zip(keys, values, strict=True)
-            for value in own
+            forms.state(key, value, spec.value)
+            for key, of_key in zip(keys, values, strict=True)
+            for value in of_key
         ]
-        rulers = self.forms.answer_order == "creation"
-        (random.Random(RULERS_SEED) if rulers else rng).shuffle(needles)
-        asked = rng.sample(range(spec.keys), spec.queries)
-        answers = [value for i in asked for value in values[i]]
-        frame, prefix = self._question(spec, [keys[i] for i in asked])
+        as_ruler = forms.answer_order == "creation"
+        (random.Random(RULERS_SEED) if as_ruler else rng).shuffle(needles)
+        queried = rng.sample(range(spec.keys), spec.queries)
+        answers = [value for i in queried for value in values[i]]
+        template, prefix = forms.template, forms.answer_prefix
+        if len(answers) == 1:
+            template, prefix = singular(template), singular(prefix)
+        kind = spec.value if len(answers) == 1 else f"{spec.value}s"
+        filled = {"type_needle_v": kind, "query": forms.query([keys[i] for i in queried])}
+        template = template.format(context="{context}", **filled)
+        prefix = prefix.format(**filled)
         units = self._units(spec, draw, rng)
 
         def prompt(n: int) -> str:
             """The prompt with the haystack's first n units; needles placed anew for each n."""
             places = seeded_random(f"{name}/{n}")
             if spec.haystack == "essay":
-                context = _in_essay(units(n), needles, places, rulers)
+                context = _in_essay(units(n), needles, places, as_ruler)
             else:
-                context = in_list(units(n), needles, places, self.forms.separator)
-            text = frame.replace("{context}", context) + prefix
-            return text.lower() if self.forms.lowercase else text
+                context = in_list(units(n), needles, places, forms.separator)
+            text = template.replace("{context}", context) + prefix
+            return text.lower() if forms.lowercase else text
 
-        capacity = self.length - self.forms.reserve
-        filled = prompt(most_units(prompt, self.count, capacity, name))
-        prefix = prefix.lower() if self.forms.lowercase else prefix
-        sample = make_sample(name, task, filled, answers, self.tokenizer, prefix)
-        if self.forms.answer_order != "creation":
-            by_key = self.forms.answer_order == "question"
-            groups = [values[i] for i in asked] if by_key else [answers]
+        text = prompt(most_units(prompt, self.count, self.length - forms.reserve, name))
+        prefix = prefix.lower() if forms.lowercase else prefix
+        sample = make_sample(name, task, text, answers, self.tokenizer, prefix)
+        if not as_ruler:
+            by_key = forms.answer_order == "question"
+            groups = [values[i] for i in queried] if by_key else [answers]
             place = sample.gold_spans.__getitem__
             ordered = tuple(value for group in groups for value in sorted(group, key=place))
             sample = replace(sample, answers=ordered)
         return sample
-
-    def _needle(self, spec: TaskSpec, key: str, value: str) -> str:
-        return self.forms.needle.format(type_needle_v=f"{spec.value}s", key=key, value=value)
-
-    def _question(self, spec: TaskSpec, queries: Sequence[str]) -> tuple[str, str]:
-        """Template (its '{context}' still open) and answer prefix for the queried keys."""
-        kind = f"{spec.value}s"
-        template, prefix = self.forms.template, self.forms.answer_prefix
-        if spec.queries * spec.values == 1:
-            kind, template, prefix = spec.value, singular(template), singular(prefix)
-        query = queries[-1]
-        if len(queries) > 1:
-            query = ", ".join(queries[:-1]) + self.forms.query_joiner + query
-        return (
-            template.format(type_needle_v=kind, query=query, context="{context}"),
-            prefix.format(type_needle_v=kind, query=query),
-        )
 
     def _units(
         self, spec: TaskSpec, draw: Draw, rng: random.Random
@@ -156,12 +144,20 @@ class NIAH:
         """The haystack as a function of its size; a larger one begins with the smaller."""
         if spec.haystack == "noise":
             return lambda n: [self.forms.noise] * n
-        if spec.haystack == "needle":
-            return _growing(lambda: [self._needle(spec, draw(spec.key), draw(spec.value))])
-        if self.essay is None:
-            return _growing(lambda: prose.sentence(rng).split())
-        words = prose.essay_words(self.essay)
-        return lambda n: (words * -(-n // len(words)))[:n]  # from the beginning, repeated
+        if self.essay is not None and spec.haystack == "essay":
+            words = prose.essay_words(self.essay)
+            return lambda n: (words * -(-n // len(words)))[:n]  # from the beginning, repeated
+        units: list[str] = []
+
+        def first(n: int) -> Sequence[str]:
+            while len(units) < n:
+                if spec.haystack == "essay":
+                    units.extend(prose.sentence(rng).split())
+                else:
+                    units.append(self.forms.state(draw(spec.key), draw(spec.value), spec.value))
+            return units[:n]
+
+        return first
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
@@ -175,12 +171,12 @@ def most_units(
     name: str,
     most: int | None = None,
 ) -> int:
-    """The largest haystack whose prompt has at most `capacity` tokens; most: units that there are.
+    """The largest number of units, at most `most`, whose prompt has at most `capacity` tokens.
 
     Interpolates, and stops when less than an average unit is missing.
     """
     fits = 0
-    too_many = capacity + 1 if most is None else most + 1  # a unit is one token at least
+    too_many = capacity + 1 if most is None else most + 1  # a unit has at least one token
     empty = count(prompt(0))
     if empty > capacity:
         raise ValueError(
@@ -214,8 +210,8 @@ class Draw:
         return self.fresh(kind, lambda: self.forms.draw(kind, self.rng), kind != "word")
 
     def fresh(self, kind: str, make: Callable[[], str], of_split: bool = True) -> str:
-        """Something new that `make` makes; of_split: which belongs to the sample's split."""
-        for _ in range(10_000):  # many more than a prompt needs: then there is none left
+        """A new text from `make`; of_split: one of the sample's split."""
+        for _ in range(10_000):  # many more than a prompt needs
             text = make()
             if text not in self.used and (not of_split or split_of(text) == self.split):
                 self.used.add(text)
@@ -227,12 +223,12 @@ class Draw:
 
 
 def sample_name(task: str, seed: int, index: int, split: str = "validation") -> str:
-    """A sample's id, which is all that it depends on."""
+    """A sample's id, on which alone it depends."""
     return f"{task}/{split}/{seed}/{index}"
 
 
 def seeded_random(name: str) -> random.Random:
-    """A generator seeded by a name, alike in every process (unlike `hash`)."""
+    """A generator seeded by a name, the same in every process (unlike `hash`)."""
     return random.Random(int.from_bytes(hashlib.sha256(name.encode()).digest()))
 
 
@@ -241,24 +237,12 @@ def check_split(split: str) -> None:
         raise ValueError(f"unknown split {split!r}: use train or validation")
 
 
-def _growing(more: Callable[[], Sequence[str]]) -> Callable[[int], Sequence[str]]:
-    """`f(n)`: the first n of an endless list, made as far as it has been asked for."""
-    units: list[str] = []
-
-    def first(n: int) -> Sequence[str]:
-        while len(units) < n:
-            units.extend(more())
-        return units[:n]
-
-    return first
-
-
 def in_list(
     units: Sequence[str], needles: Sequence[str], rng: random.Random, separator: str
 ) -> str:
     """Needles in front of distinct units of a noise or needle haystack."""
     lines = list(units)
-    # With fewer units than needles, `insert` appends those that point beyond the end.
+    # With fewer units than needles, `insert` appends the needles beyond the end.
     spots = rng.sample(range(max(len(units), len(needles))), len(needles))
     for spot, needle in zip(sorted(spots, reverse=True), needles, strict=True):
         lines.insert(spot, needle)
@@ -269,17 +253,16 @@ _DEPTHS = tuple(round(100 * i / 39) for i in range(40))  # per cent of an essay'
 
 
 def _in_essay(
-    words: Sequence[str], needles: Sequence[str], rng: random.Random, rulers: bool
+    words: Sequence[str], needles: Sequence[str], rng: random.Random, as_ruler: bool
 ) -> str:
-    """Needles between the sentences of an essay, at as many of 40 depths, in their order.
+    """Needles in their order between the sentences of an essay, each at another of 40 depths.
 
-    rulers: all places are counted in the essay without needles, as RULER does; otherwise a depth is
-        one of the essay with the deeper needles. Unlike RULER, which then has two spaces, a depth
-        of 0 or two needles in one place leave one.
+    as_ruler: depths refer to the essay without needles, as in RULER; otherwise to the essay with
+        the deeper needles. A depth of 0 and two needles in one place leave one space; RULER, two.
     """
-    found = sentences(" ".join(words))
-    bare = len(found)
+    lines = sentences(" ".join(words))
+    bare = len(lines)
     depths = sorted(rng.sample(_DEPTHS, len(needles)), reverse=True)
     for depth, needle in zip(depths, reversed(needles), strict=True):
-        found.insert((bare if rulers else len(found)) * depth // 100, needle)
-    return " ".join(found)
+        lines.insert((bare if as_ruler else len(lines)) * depth // 100, needle)
+    return " ".join(lines)

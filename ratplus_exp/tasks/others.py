@@ -1,9 +1,9 @@
 """RULER's tasks beyond needles that need no files: variable tracking, common and frequent words.
 
 Rules and texts are RULER's (NVIDIA/RULER, scripts/data/synthetic: variable_tracking.py,
-common_words_extraction.py, freq_words_extraction.py, constants.py). Unlike RULER, which shuffles
-with one fixed seed, so that answers stand at the same places of all prompts of a size, every sample
-is shuffled by its own name. The pocket tiers' forms are in conf/data/pocket_words.yaml.
+common_words_extraction.py, freq_words_extraction.py, constants.py). RULER shuffles with one fixed
+seed, so answers have the same places in all prompts of a size; here the seed is the sample's name.
+The pocket tier's forms are in conf/data/pocket.yaml.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from ratplus_exp.settings import Positive, Settings
-from ratplus_exp.tasks.forms import Words, wordlist
+from ratplus_exp.tasks.forms import Reserve, Words, wordlist
 from ratplus_exp.tasks.niah import Draw, in_list, most_units, seeded_random
 
 
@@ -28,21 +28,18 @@ class Draft(NamedTuple):
     prompt: Callable[[int], str]  # with n units of the haystack
     answers: Sequence[str]
     prefix: str
-    least: int = 0  # units without which the task is none
-    most: int | None = None  # units that there are
-    one_of: bool = False  # any one of the answers will do
+    least: int = 0  # units that the task needs
+    most: int | None = None  # units available
+    one_of: bool = False  # whether any one of the answers is a full answer
 
 
 @dataclass(frozen=True)
 class Texts(Settings):
-    """What prompts of a task look like: `template` + `answer_prefix`, filled in.
-
-    reserve: tokens kept free for the answer.
-    """
+    """Texts of a task; a prompt is `template` + `answer_prefix`, filled in."""
 
     template: Words
     answer_prefix: Words
-    reserve: Annotated[int, Field(ge=1, le=10**6)]
+    reserve: Reserve
 
     def __post_init__(self) -> None:
         if "{context}" not in self.template:
@@ -61,7 +58,7 @@ class VT(Texts):
     """vt: a chain of `hops` assignments in noise; which variables have the value of the first?
 
     letters: of a variable, in capitals; 0: variables are words, as the forms' keys are.
-    example: the tokens of a worked example in front, with letters less two; 0: none.
+    example: tokens of a worked example in front, whose variables have two letters less; 0: none.
     """
 
     template: Words = (
@@ -73,7 +70,7 @@ class VT(Texts):
         " Answer: According to the chain(s) of variable assignment in the text above, {count}"
         " variables are assigned the value {query}, they are: "
     )
-    reserve: Annotated[int, Field(ge=1, le=10**6)] = 30
+    reserve: Reserve = 30
     start: Words = "VAR {name} = {value}"
     hop: Words = "VAR {name} = VAR {value} "
     hops: Annotated[int, Field(ge=1, le=1000)] = 4
@@ -95,14 +92,10 @@ class VT(Texts):
         self, draw: Draw, name: str, letters: int
     ) -> tuple[Callable[[int], str], list[str], str]:
         """The prompt by its units of noise, the variables in the order of the chain, the value."""
-
-        def variable() -> str:
-            if not self.letters:
-                return draw("word")
-            capitals = string.ascii_uppercase
-            return draw.fresh("variable", lambda: "".join(draw.rng.choices(capitals, k=letters)))
-
-        names = [variable() for _ in range(self.hops + 1)]
+        letters = letters if self.letters else 0
+        names = [
+            _code(draw, "variable", string.ascii_uppercase, letters) for _ in range(self.hops + 1)
+        ]
         low = 10 ** (self.digits - 1)
         value = draw.fresh("number", lambda: str(draw.rng.randrange(low, 10 * low)))
         chain = [self.start.format(name=names[0], value=value)]
@@ -119,11 +112,11 @@ class VT(Texts):
 
 @dataclass(frozen=True)
 class CWE(Texts):
-    """cwe: which words of a list stand in it more often than the others?
+    """cwe: which words of a list are more frequent than the others?
 
-    repeats: how often the common words and the others stand there; null: RULER's 30 and 3, and 6
-        and 1 below 4096 tokens. item: how a word of the list is written.
-    example: whether a worked example stands in front: 40 words, 10 and 3 times; 20, 3 and 1 times
+    repeats: how often the common words and the others occur; null: RULER's 30 and 3, and 6 and 1
+        below 4096 tokens. item: the format of a word of the list.
+    example: whether a worked example is in front: 40 words, 10 and 3 times; 20 words, 3 and 1 times
         below 4096 tokens.
     """
 
@@ -133,7 +126,7 @@ class CWE(Texts):
         " common words in the above list?"
     )
     answer_prefix: Words = " Answer: The top 10 words that appear most often in the list are:"
-    reserve: Annotated[int, Field(ge=1, le=10**6)] = 120
+    reserve: Reserve = 120
     item: Words = "{number}. {word}"
     common: Positive = 10
     repeats: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
@@ -169,8 +162,8 @@ class CWE(Texts):
 
 @dataclass(frozen=True)
 class FWE(Texts):
-    """fwe: which coded words are the most frequent? The word of rank r stands ⌊N · r⁻² / ζ(2)⌋
-    times among N; the first one is written as `dots`, to be ignored.
+    """fwe: which coded words are the most frequent? Of N words, ⌊N · r⁻² / ζ(2)⌋ are the word of
+    rank r; the first is `dots`, to be ignored.
 
     letters: of a coded word; 0: they are words, as the forms' keys are.
     """
@@ -184,38 +177,39 @@ class FWE(Texts):
     answer_prefix: Words = (
         " Answer: According to the coded text above, the three most frequently appeared words are:"
     )
-    reserve: Annotated[int, Field(ge=1, le=10**6)] = 50
+    reserve: Reserve = 50
     dots: Words = " ..."
     letters: Annotated[int, Field(ge=0, le=20)] = 6
 
     def draft(self, draw: Draw, name: str, length: int) -> Draft:
-        def coded() -> str:
-            if not self.letters:
-                return draw("word")
-            small = string.ascii_lowercase
-            return draw.fresh("word", lambda: "".join(draw.rng.choices(small, k=self.letters)))
-
         ranks = max(5, (length - self.reserve) // 50)
-        words = [self.dots, *(f" {coded()}" for _ in range(ranks - 1))]
+        letters = string.ascii_lowercase
+        coded = (_code(draw, "word", letters, self.letters) for _ in range(ranks - 1))
+        words = [self.dots, *(f" {word}" for word in coded)]
 
         def prompt(n: int) -> str:
             counts = (int(6 * n / (pi * rank) ** 2) for rank in range(1, ranks + 1))
             every = [word for word, times in zip(words, counts, strict=True) for _ in range(times)]
             seeded_random(f"{name}/{n}").shuffle(every)
-            if set(every) - {self.dots} and not self.dots.startswith(
-                " "
-            ):  # a mark behind a word can't begin the text
-                first = next(i for i, word in enumerate(every) if word != self.dots)
+            first = next((i for i, word in enumerate(every) if word != self.dots), 0)
+            if first and not self.dots.startswith(" "):  # a mark behind a word begins no text
                 every[0], every[first] = every[first], every[0]
             return self.fill("".join(every).lstrip())
 
         answers = [word.strip() for word in words[1:4]]
-        # From 74 words on rank 4 stands there more often than rank 5.
+        # From 74 words on, rank 4 is more frequent than rank 5.
         return Draft(prompt, answers, self.prefix(""), least=74, most=2 * length)
 
 
+def _code(draw: Draw, kind: str, alphabet: str, letters: int) -> str:
+    """A new random word of so many letters; 0: one of the forms' keys."""
+    if not letters:
+        return draw("word")
+    return draw.fresh(kind, lambda: "".join(draw.rng.choices(alphabet, k=letters)))
+
+
 def _words(draw: Draw) -> Sequence[str]:
-    """All words of a list task: RULER's, or the nouns of forms whose keys are nouns."""
+    """The words of cwe's lists: RULER's, or the nouns of forms whose keys are nouns."""
     if draw.forms.key_words == "noun":
         return draw.forms.nouns
     parts = (wordlist(part) for part in ("noun", "adjective", "verb"))

@@ -1,9 +1,8 @@
-"""Essays to hide needles in: generated from a small closed vocabulary, or read from a file.
+"""Essays as haystacks: generated from a small closed vocabulary, or read from a file.
 
-RULER hides its needles in Paul Graham's essays, which have to be downloaded and are far too rich
-for a model of a million parameters. Generated sentences are drawn from patterns over lists of words
-grouped by meaning, so that they read as plausible prose, hardly ever repeat, and use at most 500
-distinct words, which a word-level tokenizer can hold whole.
+RULER hides its needles in Paul Graham's essays, which need a download and are too rich for a model
+of a million parameters. Generated sentences fill patterns with words grouped by meaning: plausible
+prose, hardly ever repeated, of at most 500 distinct words, all in a word-level tokenizer.
 """
 
 import json
@@ -18,7 +17,7 @@ def sentence(rng: random.Random) -> str:
     used: set[str] = set()
 
     def fill(slot: re.Match[str]) -> str:
-        # A word serves once a sentence: nobody meets himself on the way from the mill to the mill.
+        # A word occurs once a sentence: not "from the mill to the mill".
         choice = rng.choice([word for word in _WORDS[slot[1]] if word not in used])
         used.add(choice)
         return choice
@@ -44,22 +43,18 @@ def essay_words(path: str) -> tuple[str, ...]:
         raise ValueError(
             f"essay {path} cannot be read ({error}): give a UTF-8 file, or null for prose"
         ) from error
-    if path.endswith(".json"):
-        try:
-            text = json.loads(text)["text"]
-            well_formed = isinstance(text, str)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            well_formed = False
-        if not well_formed:
-            raise ValueError(f'essay {path} is malformed: its JSON must be {{"text": "..."}}')
-    if not (words := tuple(text.split())):
+    try:
+        words = (json.loads(text)["text"] if path.endswith(".json") else text).split()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f'essay {path} is malformed: its JSON must be {{"text": "..."}}') from None
+    if not words:
         raise ValueError(f"essay {path} is empty: give a file with text, or null for prose")
-    return words
+    return tuple(words)
 
 
 _SLOT = re.compile(r"\{(\w+)\}")
 
-# Words of a group fit every pattern that names it. Those that follow 'a' begin with a consonant.
+# Every word of a group fits every pattern with the group. Words behind 'a' begin with a consonant.
 _GROUPS: dict[str, str] = {
     "person": "miller baker farmer teacher sailor shepherd gardener carpenter fisherman doctor"
     " painter weaver merchant captain traveller nurse priest clerk musician potter cook librarian"
@@ -158,4 +153,4 @@ VOCABULARY: tuple[str, ...] = tuple(
         }
     )
 )
-"""Every word `sentence` can use, lower-cased and sorted."""
+"""Every word of `sentence`, lower-cased and sorted."""

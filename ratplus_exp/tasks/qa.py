@@ -7,18 +7,18 @@ by sample, and a question belongs to one split: SQuAD's with its paragraph, Hotp
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
-
-from pydantic import Field
+from typing import Any, NamedTuple
 
 from ratplus_exp.settings import Text
-from ratplus_exp.tasks.forms import Words
+from ratplus_exp.tasks.forms import Reserve, Words
 from ratplus_exp.tasks.niah import Draw, seeded_random, split_of
 from ratplus_exp.tasks.others import Draft, Texts
+
+QA_FILES = {"qa_1": "squad", "qa_2": "hotpotqa"}
+"""The data set of a task, a field of `QA`."""
 
 
 @dataclass(frozen=True)
@@ -33,51 +33,56 @@ class QA(Texts):
         " other words.\n\nQuestion: {query}"
     )
     answer_prefix: Words = " Answer:"
-    reserve: Annotated[int, Field(ge=1, le=10**6)] = 32
+    reserve: Reserve = 32
     document: Words = "Document {number}:\n{text}"
     squad: Text | None = None
     hotpotqa: Text | None = None
 
-    def draft(self, draw: Draw, name: str, file: str, read: Reader, seed: int, index: int) -> Draft:
-        """The question of that index in an order of the split's questions that is the seed's."""
-        documents, questions = _read(file, read)
-        here = _order(file, read, draw.split, seed)
-        if draw.split == "validation" and index >= len(here):
+    def draft(self, draw: Draw, name: str, task: str, seed: int, index: int) -> Draft:
+        """The question of that index; the seed shuffles the split's questions."""
+        data_set = QA_FILES[task]
+        file = getattr(self, data_set)
+        if file is None:
+            raise ValueError(no_file(task))
+        documents, questions = _read(file, data_set)
+        order = _order(file, data_set, draw.split, seed)
+        if draw.split == "validation" and index >= len(order):
             raise ValueError(
-                f"{file} has {len(here)} questions of the validation split: lower data.examples"
+                f"{file} has {len(order)} questions of the validation split: lower data.examples"
             )
-        query, answers, own, near, _ = questions[here[index % len(here)]]
-        near = tuple(draw.rng.sample(near, len(near)))
-        taken = {*own, *near}
+        question = questions[order[index % len(order)]]
+        near = tuple(draw.rng.sample(question.article, len(question.article)))
+        taken = {*question.documents, *near}
         far = [i for i in range(len(documents)) if i not in taken]
         draw.rng.shuffle(far)
-        every = [*own, *near, *far]
+        every = [*question.documents, *near, *far]
 
         def prompt(n: int) -> str:
-            chosen = [every[i % len(every)] for i in range(len(own) + n)]  # repeated if too few
+            size = len(question.documents) + n
+            chosen = [every[i % len(every)] for i in range(size)]  # repeated if too few
             seeded_random(f"{name}/{n}").shuffle(chosen)
             texts = (
                 self.document.format(number=i, text=documents[d])
                 for i, d in enumerate(chosen, start=1)
             )
-            return self.fill("\n\n".join(texts), query)
+            return self.fill("\n\n".join(texts), question.query)
 
-        return Draft(prompt, answers, self.prefix(query), one_of=True)
+        return Draft(prompt, question.answers, self.prefix(question.query), one_of=True)
 
 
 class Question(NamedTuple):
-    """query, accepted answers, numbers of its documents, of others of its article, and the text by
-    which it belongs to a split."""
-
     query: str
     answers: tuple[str, ...]
-    documents: tuple[int, ...]
-    article: tuple[int, ...]
-    owner: str
+    documents: tuple[int, ...]  # with the answer
+    article: tuple[int, ...]  # other documents of the same article
+    split_text: str  # determines the split
 
 
-Questions = tuple[list[str], list[Question]]
-Reader = Callable[[Any], Questions]
+Questions = tuple[list[str], list[Question]]  # documents and questions
+
+
+def no_file(task: str) -> str:
+    return f"{task} needs a file: set data.qa.{QA_FILES[task]}=FILE, or leave it out of the tasks"
 
 
 def squad(data: Any) -> Questions:
@@ -86,16 +91,17 @@ def squad(data: Any) -> Questions:
     documents = sorted({text for article in articles for text in article})
     number = {text: i for i, text in enumerate(documents)}
     questions = []
-    for article in data["data"]:
-        around = dict.fromkeys(number[p["context"]] for p in article["paragraphs"])
+    for article, texts in zip(data["data"], articles, strict=True):
+        numbers = dict.fromkeys(number[text] for text in texts)
         for paragraph in article["paragraphs"]:
             text = paragraph["context"]
-            others = tuple(i for i in around if i != number[text])
+            others = tuple(i for i in numbers if i != number[text])
             for qa in paragraph["qas"]:
                 answers = tuple(dict.fromkeys(a["text"] for a in qa["answers"]))
                 if answers and not qa.get("is_impossible", False):
-                    own = (number[text],)
-                    questions.append(Question(qa["question"], answers, own, others, text))
+                    questions.append(
+                        Question(qa["question"], answers, (number[text],), others, text)
+                    )
     return documents, questions
 
 
@@ -104,38 +110,34 @@ def hotpotqa(data: Any) -> Questions:
     every = [[f"{title}\n{''.join(p)}" for title, p in entry["context"]] for entry in data]
     documents = sorted({text for texts in every for text in texts})
     number = {text: i for i, text in enumerate(documents)}
-    return documents, [
-        Question(
-            entry["question"],
-            (entry["answer"],),
-            tuple(dict.fromkeys(number[text] for text in texts)),
-            (),
-            entry["question"],
-        )
-        for entry, texts in zip(data, every, strict=True)
-    ]
+    questions = []
+    for entry, texts in zip(data, every, strict=True):
+        numbers, query = tuple(dict.fromkeys(number[text] for text in texts)), entry["question"]
+        questions.append(Question(query, (entry["answer"],), numbers, (), query))
+    return documents, questions
 
 
 @lru_cache(maxsize=4)
-def _order(file: str, read: Reader, split: str, seed: int) -> list[int]:
-    """The numbers of a split's questions, in the order of a seed."""
-    _, questions = _read(file, read)
-    here = [i for i, question in enumerate(questions) if split_of(question.owner) == split]
-    if not here:
+def _order(file: str, data_set: str, split: str, seed: int) -> list[int]:
+    """The numbers of a split's questions, shuffled by the seed."""
+    _, questions = _read(file, data_set)
+    order = [i for i, question in enumerate(questions) if split_of(question.split_text) == split]
+    if not order:
         raise ValueError(f"{file} has no question of the {split} split: give the published file")
-    seeded_random(f"{read.__name__}/{seed}").shuffle(here)
-    return here
+    seeded_random(f"{data_set}/{seed}").shuffle(order)
+    return order
 
 
 @lru_cache(maxsize=4)
-def _read(file: str, read: Reader) -> Questions:
+def _read(file: str, data_set: str) -> Questions:
     try:
-        documents, questions = read(json.loads(Path(file).read_text("utf-8")))
+        data = json.loads(Path(file).read_text("utf-8"))
+        documents, questions = {"squad": squad, "hotpotqa": hotpotqa}[data_set](data)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read ({error}): give the published JSON file") from None
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
-            f"{file} is not in {read.__name__}'s format ({error!r}): give the published JSON file"
+            f"{file} is not in {data_set}'s format ({error!r}): give the published JSON file"
         ) from None
     if not questions:
         raise ValueError(f"{file} has no question with an answer: give the published JSON file")

@@ -1,27 +1,32 @@
-"""RULER's own JSONL files: read as samples, and written in the same format."""
+"""RULER's JSONL files, read as samples, and samples written in the same format."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, Field, ValidationError
 
 from ratplus_exp.tasks.niah import TASKS
+from ratplus_exp.tasks.qa import QA_FILES
 from ratplus_exp.tasks.sample import Sample, make_sample
 from ratplus_exp.tasks.source import GOLDEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FIELDS = {
-    "index": int,
-    "input": str,
-    "outputs": list,
-    "length": int,
-    "length_w_model_temp": int,
-    "answer_prefix": str,
-}
+
+class _Record(BaseModel, strict=True):
+    """A line of RULER's files; further fields are ignored."""
+
+    index: int
+    input: str
+    outputs: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    length: int
+    length_w_model_temp: int
+    answer_prefix: str
 
 
 def read_jsonl(
@@ -29,10 +34,10 @@ def read_jsonl(
 ) -> list[Sample]:
     """The samples of a RULER file, e.g. niah_multikey_2/validation.jsonl, for one task's name.
 
-    The prompt is `input` + `answer_prefix`, tokenised anew, so RULER's own lengths are not used.
-    Ids count lines ('MK-2/validation/ruler/17', from 0) because RULER's `index` is overwritten by
-    a text position and repeats. ValueError, naming file and line (from 1), if a line is malformed
-    or its prompt has more than `length` tokens.
+    The prompt is `input` + `answer_prefix`, tokenised again: RULER's lengths are not used. Ids
+    count lines from 0 ('MK-2/validation/ruler/17'), since RULER overwrites its `index` with a text
+    position. ValueError, with file and line (from 1), if a line is malformed or its prompt has more
+    than `length` tokens.
     """
     path = Path(path)
     try:
@@ -42,24 +47,28 @@ def read_jsonl(
     samples = []
     for i, line in enumerate(lines):
         try:
-            record = _record(line)
-            prompt = record["input"] + record["answer_prefix"]
-            name, answers = f"{task}/{path.stem}/ruler/{i}", record["outputs"]
+            record = _Record.model_validate_json(line)
             sample = make_sample(
-                name,
+                f"{task}/{path.stem}/ruler/{i}",
                 task,
-                prompt,
-                answers,
+                record.input + record.answer_prefix,
+                record.outputs,
                 tokenizer,
-                record["answer_prefix"],
+                record.answer_prefix,
                 golden=task in GOLDEN,
-                one_of=task.startswith("qa"),
+                one_of=task in QA_FILES,
             )
             if sample.length > length:
                 raise ValueError(
                     f"{sample.id}: the prompt has {sample.length} tokens, more than the model's"
                     f" length {length}: generate the file for at most that length"
                 )
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = "".join(f"field {name!r}: " for name in first["loc"][:1])
+            raise ValueError(
+                f"{path}, line {i + 1}: {field}{first['msg']}: is this a RULER file?"
+            ) from None
         except ValueError as error:
             raise ValueError(f"{path}, line {i + 1}: {error}") from None
         samples.append(sample)
@@ -69,7 +78,7 @@ def read_jsonl(
 def write_jsonl(samples: Iterable[Sample], path: str | Path, reserve: int = 128) -> None:
     """Write samples in RULER's format; `reserve` is its tokens_to_generate, part of `length`.
 
-    `index` is the running number that RULER means (see `read_jsonl`).
+    `index` is the running number, as RULER intends (see `read_jsonl`).
     """
     with open(path, "w", encoding="utf-8") as file:
         for index, sample in enumerate(samples):
@@ -84,21 +93,3 @@ def write_jsonl(samples: Iterable[Sample], path: str | Path, reserve: int = 128)
             if sample.task in TASKS:
                 record["token_position_answer"] = sample.gold_spans[sample.answers[0]][0][0]
             file.write(json.dumps(record) + "\n")
-
-
-def _record(line: str) -> dict:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError("no JSON object")
-    for name, kind in _FIELDS.items():
-        if name not in record:
-            raise ValueError(f"field {name!r} is missing: is this a RULER file?")
-        if not isinstance(record[name], kind):
-            raise ValueError(f"field {name!r} must be of type {kind.__name__}")
-    outputs = record["outputs"]
-    if not outputs or not all(isinstance(value, str) and value for value in outputs):
-        raise ValueError("field 'outputs' must list one gold value or more, as strings")
-    return record

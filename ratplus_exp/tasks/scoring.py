@@ -1,16 +1,16 @@
 """The two scores of an answer, which differ: record both.
 
-`exact`, the RAT+ paper's, wants the answer as it was trained: values between commas and nothing
-else. `substring`, RULER's, finds a value anywhere in what the model wrote. one_of: any one of the
-values will do (qa), RULER's string_match_part; else each counts, its string_match_all.
+`exact`, the RAT+ paper's, compares the values between commas and allows nothing else. `substring`,
+RULER's, finds a value anywhere in the prediction. one_of: any one of the values is a full answer
+(qa), RULER's string_match_part; else each counts, its string_match_all.
 """
 
 from collections.abc import Sequence
 
 
 def exact(prediction: str, answers: Sequence[str], one_of: bool = False) -> float:
-    """The gold values among the prediction's comma-separated parts, in [0, 1]; of several that will
-    do, one must be the whole prediction."""
+    """The share of gold values among the prediction's comma-separated parts; with one_of, whether
+    the whole prediction is one of them."""
     gold = set(answers)
     if one_of:
         return float(prediction.strip() in gold)
@@ -18,7 +18,6 @@ def exact(prediction: str, answers: Sequence[str], one_of: bool = False) -> floa
 
 
 def substring(prediction: str, answers: Sequence[str], one_of: bool = False) -> float:
-    """The gold values that are substrings, case ignored, in [0, 1]."""
-    text = prediction.lower()
-    found = [answer.lower() in text for answer in answers]
-    return float(any(found)) if one_of else sum(found) / len(answers)
+    """The share of gold values that are substrings, case ignored; with one_of, whether any is."""
+    hits = [answer.lower() in prediction.lower() for answer in answers]
+    return float(any(hits)) if one_of else sum(hits) / len(answers)

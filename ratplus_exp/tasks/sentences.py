@@ -1,9 +1,9 @@
-"""Sentences as nltk's Punkt finds them, whose English model RULER puts needles between.
+"""Sentences of English text, like those of nltk's Punkt, which RULER puts needles between.
 
-Punkt (Kiss and Strunk, 2006) has learnt abbreviations and sentence openers from text; its data is
-not at hand offline. These lists have what occurs in essays, and the rules are its own: '?' and '!'
-end a sentence, and so does a period, unless it belongs to an abbreviation, an initial or an
-ellipsis and no opener follows; closing quotes and brackets belong to the sentence before.
+Punkt (Kiss and Strunk, 2006) learns abbreviations and sentence openers from text, and needs a
+download. These lists have those of essays; the rules are Punkt's: '?' and '!' end a sentence, and
+so does a period, unless it belongs to an abbreviation, an initial or an ellipsis and no opener
+follows; closing quotes and brackets belong to the sentence before.
 """
 
 import re
@@ -25,13 +25,13 @@ _END = re.compile(r"(\S*[.!?])([\"'”’)\]}]*)\s+(?=(\S+))")
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text, without the white space between them; [] of an empty one."""
-    found, start = [], 0
+    parts, start = [], 0
     for end in _END.finditer(text):
         word, closing, following = end.groups()
         if word[-1] in "!?" or closing or _ends(word, following):
-            found.append(text[start : end.end(2)])
+            parts.append(text[start : end.end(2)])
             start = end.end()
-    return [*found, text[start:]] if text[start:] else found
+    return [*parts, text[start:]] if text[start:] else parts
 
 
 def _ends(word: str, following: str) -> bool:

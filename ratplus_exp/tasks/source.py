@@ -17,20 +17,18 @@ from ratplus_exp.tasks.niah import (
     sample_name,
     seeded_random,
 )
-from ratplus_exp.tasks.others import CWE, FWE, VT, Draft, Texts
-from ratplus_exp.tasks.qa import QA, hotpotqa, squad
+from ratplus_exp.tasks.others import CWE, FWE, VT, Texts
+from ratplus_exp.tasks.qa import QA, QA_FILES
 from ratplus_exp.tasks.sample import Sample, make_sample
 
 RULER_NAMES: Mapping[str, str] = MappingProxyType(
     {task: spec.ruler_name for task, spec in TASKS.items()}
     | {name: name for name in ("vt", "cwe", "fwe", "qa_1", "qa_2")}
 )
-"""All tasks, and what RULER calls them."""
-QA_FILES = {"qa_1": "squad", "qa_2": "hotpotqa"}
-"""Where the questions of a task come from: fields of `QA`."""
+"""All tasks, and RULER's names of them."""
 GOLDEN = (*TASKS, "vt")
-"""Tasks whose answers have places of their own in the prompt. Counts have none (cwe, fwe), and a
-phrase that answers a question stands anywhere or is worded otherwise (qa)."""
+"""Tasks whose answers have places in the prompt. Counts have none (cwe, fwe), and the words of an
+answer to a question may occur anywhere or not at all (qa)."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,9 @@ class Others(Settings):
     qa: QA = field(default_factory=QA)
 
     def of(self, task: str) -> Texts:
-        """A task's own texts; KeyError for one of NIAH."""
-        every = {"vt": self.vt, "cwe": self.cwe, "fwe": self.fwe, "qa_1": self.qa, "qa_2": self.qa}
-        return every[task]
+        """The texts of a task beyond NIAH."""
+        texts: Texts = getattr(self, "qa" if task in QA_FILES else task)
+        return texts
 
     def reserve(self, task: str, forms: Forms) -> int:
         """Tokens that a task's prompts leave free for the answer."""
@@ -64,9 +62,16 @@ class Ruler(NIAH):
         if task in TASKS:
             return super().sample(task, seed, index, split)
         check_split(split)
-        name = sample_name(task, seed, index, split)
-        draft = self._draft(task, Draw(self.forms, split, seeded_random(name)), name, seed, index)
-        capacity = self.length - self.others.of(task).reserve
+        name, texts = sample_name(task, seed, index, split), self.others.of(task)
+        draw = Draw(self.forms, split, seeded_random(name))
+        if isinstance(texts, QA):
+            draft = texts.draft(draw, name, task, seed, index)
+        elif isinstance(texts, VT):
+            draft = texts.draft(draw, name, self.count)
+        else:
+            assert isinstance(texts, CWE | FWE)
+            draft = texts.draft(draw, name, self.length)
+        capacity = self.length - texts.reserve
         units = most_units(draft.prompt, self.count, capacity, name, draft.most)
         if units < draft.least:
             raise ValueError(f"{name}: the context is too short for the task: raise data.length")
@@ -82,21 +87,3 @@ class Ruler(NIAH):
         return make_sample(
             name, task, text, draft.answers, self.tokenizer, prefix, golden, draft.one_of
         )
-
-    def _draft(self, task: str, draw: Draw, name: str, seed: int, index: int) -> Draft:
-        if task == "vt":
-            return self.others.vt.draft(draw, name, self.count)
-        if task == "cwe":
-            return self.others.cwe.draft(draw, name, self.length)
-        if task == "fwe":
-            return self.others.fwe.draft(draw, name, self.length)
-        field, read = QA_FILES[task], {"squad": squad, "hotpotqa": hotpotqa}[QA_FILES[task]]
-        file = getattr(self.others.qa, field)
-        if file is None:
-            raise ValueError(no_file(task))
-        return self.others.qa.draft(draw, name, file, read, seed, index)
-
-
-def no_file(task: str) -> str:
-    """That a task's questions are not there."""
-    return f"{task} needs a file: set data.qa.{QA_FILES[task]}=FILE, or leave it out of the tasks"

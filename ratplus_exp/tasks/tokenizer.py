@@ -1,7 +1,7 @@
-"""The pocket tier's own tokenizer: a word, a pair of digits or one byte of a uuid is a token.
+"""The pocket tier's tokenizer: a word, a pair of digits or one byte of a uuid is a token.
 
-A model of a million parameters cannot afford 32 000 embeddings. Its prompts are generated from
-closed lists, so a word-level vocabulary of some 1 300 entries covers them without unknowns.
+A model of a million parameters has no room for 32 000 embeddings. Its prompts are generated from
+closed lists, so a word-level vocabulary of about 1 300 entries covers them without unknowns.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"  # ids 0, 1 and 2; there is no BOS
 
-# A token owns the space in front of it, so that decoding is plain concatenation. Eight letters from
-# a to f begin a uuid: no word of the vocabulary does.
+# A token includes the space in front of it, so decoding is concatenation. Eight letters from a to f
+# begin a uuid; no word of the vocabulary has them.
 _PIECE = "|".join((r" (?=[0-9]|[0-9a-f]{8})[0-9a-f]{2}", r" [a-z]+", r"[0-9a-f]{2}", r"[.,?]"))
 
 
 def pocket_tokenizer(forms: Forms) -> PreTrainedTokenizerFast:
     """The word-level tokenizer of the generated prose and these forms.
 
-    Text is given exactly one leading space, because all words of the vocabulary have one:
-    `decode(encode(text))` is `text`, with that space. ValueError for forms it cannot spell.
+    `decode(encode(text))` is `text` with exactly one leading space, as all words of the vocabulary
+    have. ValueError for forms with other words or values.
     """
     if not forms.lowercase or forms.key_words != "noun" or forms.uuid != "hex":
         raise ValueError(
-            "the pocket tokenizer spells pocket forms only: set forms.lowercase to true, key_words"
+            "the pocket tokenizer is for pocket forms only: set forms.lowercase to true, key_words"
             " to noun and uuid to hex, or take another tokenizer"
         )
     if forms.number_digits % 2:
@@ -46,7 +46,7 @@ def pocket_tokenizer(forms: Forms) -> PreTrainedTokenizerFast:
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     assert len(vocabulary) == len(pieces), "a word looks like a byte"
 
-    from transformers import PreTrainedTokenizerFast  # seconds, which a mistyped word need not wait
+    from transformers import PreTrainedTokenizerFast  # slow; configuration checks need none
 
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     backend.normalizer = normalizers.Sequence(

@@ -1,1 +1,1 @@
-"""Training: a plain PyTorch loop that knows tokens and losses, not papers."""
+"""Training of causal language models in plain PyTorch, on one process or many."""

@@ -1,4 +1,4 @@
-"""The batches of a training, one a step, made by worker processes ahead of their use."""
+"""The batches of a training, one a step, prefetched by worker processes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from ratplus_exp.training.parallel import cores, local_world_size
+from ratplus_exp.distributed import cores
 from ratplus_exp.training.settings import Batch, Schedule
 
 BatchOf = Callable[[int, int, int], Batch]  # a pure function of (step, rows, length)
-NICE = 10  # how far a worker steps back behind the training
+NICE = 10  # added to a worker's niceness: a waiting GPU has precedence
 
 
 class Batches(Dataset[Batch]):
@@ -26,18 +26,20 @@ class Batches(Dataset[Batch]):
         return self.batch(step, self.schedule.rows_at(step), self.schedule.length_at(step))
 
     def since(self, step: int, workers: int) -> Generator[Batch, None, None]:
-        """The batches from this step on; to be closed, which ends the workers.
+        """The batches from this step on; closing the generator ends the workers.
 
-        workers: processes, one a core at most, shared with the others of this machine; 0: each
-        batch is made when it is asked for.
+        workers: processes, one a core at most; 0: this process makes each batch when it is due.
+
+        Raises:
+            ValueError: a worker was killed.
         """
         loader: Any = DataLoader(
             self,
             batch_size=None,
             sampler=range(step, self.schedule.steps),
-            num_workers=min(workers, max(1, cores() // local_world_size())),
+            num_workers=min(workers, cores()),
             multiprocessing_context="spawn" if workers else None,
-            collate_fn=_as_it_is,  # tensors take shared memory, of which a container has 64 MB
+            collate_fn=_identity,  # tensors would need shared memory; a container has 64 MB of it
             worker_init_fn=_begin,
         )
         batches = iter(loader)
@@ -51,17 +53,16 @@ class Batches(Dataset[Batch]):
                 ) from None
             raise
         finally:
-            if workers:  # now, not when a traceback lets go of them
+            if workers:  # now, not when the last traceback that refers to them is dropped
                 batches._shutdown_workers()
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def _begin(_: int) -> None:
-    """A worker leaves signals to the training, and the first turn on a core, since a GPU waits for
-    what that launches."""
+    """A worker has low priority and ignores signals, which are for the training."""
     os.nice(NICE)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

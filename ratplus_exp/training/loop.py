@@ -1,10 +1,9 @@
 """One training loop for pretraining, continued pretraining and SFT, on one process or many.
 
-A batch is a pure function of the step, so the step number is all the data position there is, and a
-run that was killed goes on from its last checkpoint: on as many CPU processes bit for bit, on GPUs
-up to what their kernels leave to chance (the backward pass of attention and of the embedding adds
-in no fixed order). Many processes share each batch by rows; the checkpoint of any number of them
-can be continued by any other number.
+A batch is a pure function of the step, so the step number is the whole data position, and a killed
+run continues from its last checkpoint: on the same number of CPU processes bit for bit, on GPUs up
+to kernels that add in no fixed order (the backward passes of attention and of the embedding). Ranks
+share each batch by rows; any number of them can continue the checkpoint of any other number.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import math
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -25,14 +25,20 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ratplus_exp.cost import Shape, attended_keys, peak_tflops
+from ratplus_exp.distributed import rank, sum_over_ranks, world_size
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine, Method, Uncounted
-from ratplus_exp.store.files import naming, write_atomically
-from ratplus_exp.training import parallel
+from ratplus_exp.store import naming, write_atomically
 from ratplus_exp.training.batches import Batches, BatchOf
 from ratplus_exp.training.checkpoint import Checkpoints
-from ratplus_exp.training.divergence import Watch
+from ratplus_exp.training.divergence import LossMonitor
 from ratplus_exp.training.optimizer import adamw, set_learning_rates
+from ratplus_exp.training.parallel import (
+    Objective,
+    distribute,
+    prepare_layers,
+    reduce_gradients,
+)
 from ratplus_exp.training.settings import Batch, Schedule, TrainSettings
 
 
@@ -44,20 +50,20 @@ class Trainer:
     """Trains a causal model on batch(step, rows, length).
 
     Args:
-        model: a RatPlusForCausalLM, or any model with `.model`, `.lm_head` and, where there are
-            sparse steps, an `engine` keyword.
-        batch: the data, a pure function of (step, rows, length); the same on every process.
-        workers: processes that make batches ahead (`Batches.since`).
-        folder: where log.jsonl and the checkpoints go; a checkpoint found there is resumed.
-        sparse: a fixed pattern for P2's joint training: every batch takes one optimizer step
-            through attention with this pattern and one through dense attention, and one scheduler
-            step. None for dense steps alone.
-        sparse_only_steps: for so many steps at first, only the step through `sparse` is taken. A
-            trained attention model that gets a memory keeps its gates shut while dense steps
-            go on, since it can already retrieve without; sparse steps alone open them.
+        model: a RatPlusForCausalLM, or any model with `.model`, `.lm_head` and, for sparse steps,
+            an `engine` keyword.
+        batch: the data, a pure function of (step, rows, length); the same on every rank.
+        folder: for log.jsonl and checkpoints; the last checkpoint in it is resumed.
+        sparse: a fixed pattern for P2's joint training: every batch gives one optimizer step
+            through attention with this pattern, one through dense attention, and one scheduler
+            step. None: dense steps alone.
+        sparse_only_steps: the first steps, without the dense one. A trained attention model with a
+            new memory keeps its gates shut under dense steps, since it can retrieve without the
+            memory; sparse steps alone open them.
         log: called with each logged row, on rank 0.
-        device: where to train; the model is moved there. None: where the model is.
-        data: names the data; a checkpoint that was made with other data is refused.
+        device: None: where the model is.
+        data: names the data; a checkpoint with another name is refused.
+        workers: processes that make batches (`Batches.since`).
     """
 
     def __init__(
@@ -74,7 +80,7 @@ class Trainer:
         data: str = "",
         workers: int = 0,
     ) -> None:
-        schedule.check(parallel.world_size())
+        schedule.check(world_size())
         assert settings.precision != "auto", "precision=auto is resolved before"
         self.model: Any = model
         self.batches, self.workers = Batches(batch, schedule), workers
@@ -85,91 +91,89 @@ class Trainer:
         self.shape = Shape.of(model)
         self.peak = settings.peak_tflops or peak_tflops(self.device)
         if settings.compile or settings.activation_checkpointing:
-            parallel.prepare_layers(model, settings.compile, settings.activation_checkpointing)
-        objective = parallel.Objective(model, settings.precision == "bf16")
-        self.objective = parallel.spread(objective, settings.parallel, self.device)
+            prepare_layers(model, settings.compile, settings.activation_checkpointing)
+        objective = Objective(model, settings.precision == "bf16")
+        self.objective = distribute(objective, settings.parallel, self.device)
         self.optimizer = adamw(model, settings)
-        self.step = 0
-        self.tokens = 0
-        self.seconds = 0.0
-        self._flops = 0.0  # of the steps since the last logged row
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
         self._signalled = self._stopping = False
         folder.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(folder)
-        self.watch = Watch(settings.spike, self.checkpoints)
+        self.monitor = LossMonitor(settings.spike, self.checkpoints)
         self._load()
 
     def run(self, description: str = "training") -> None:
-        """Train to the end of the schedule, from wherever the checkpoint left off.
+        """Train to the end of the schedule, from the last checkpoint on.
 
         Raises:
             LossDiverged: the loss is not finite, or a spike by settings.spike.
             Stopped: SIGTERM or SIGUSR1 came; the checkpoint holds the steps up to the signal.
         """
-        total, settings, first = self.schedule.steps, self.settings, parallel.rank() == 0
+        total, settings = self.schedule.steps, self.settings
         bar = tqdm(
             total=total,
             initial=self.step,
             desc=description,
             unit="step",
             mininterval=1.0,
-            disable=not first,
+            disable=rank() > 0,
         )
-        sums: dict[str, list[float]] = {}
-        started, window_tokens = time.perf_counter(), 0
+        self._begin_row()
         batches = self.batches.since(self.step, self.workers)
-        with self._listening(), bar, closing(batches):
+        with self._handle_signals(), bar, closing(batches):
             for batch in batches:
                 micro_batches = self._share(batch)
                 scale = set_learning_rates(self.optimizer, settings, self.step, total)
                 for name, value in self._train_step(micro_batches).items():
-                    sums.setdefault(name, []).append(value)
-                tokens = sum(ids.numel() for ids, _ in micro_batches) * parallel.world_size()
-                self.step, self.tokens = self.step + 1, self.tokens + tokens
-                window_tokens += tokens
+                    self._row[name].append(value)
+                self.tokens += sum(ids.numel() for ids, _ in micro_batches) * world_size()
+                self.step += 1
                 bar.update()
-                if self.step % settings.log_every == 0 or self.step == total or self._stopping:
-                    now = time.perf_counter()
-                    self.seconds += now - started
-                    row = {name: round(sum(x) / len(x), 5) for name, x in sums.items()}
-                    row |= {
-                        "step": self.step,
-                        "tokens": self.tokens,
-                        "length": self.schedule.length_at(self.step - 1),
-                        "lr": settings.lr * scale,
-                        "tokens_per_second": round(window_tokens / (now - started)),
-                        "seconds": round(self.seconds, 1),
-                    }
-                    if self.peak:
-                        peak = self.peak * 1e12 * parallel.world_size()
-                        row["mfu"] = round(self._flops / (now - started) / peak, 4)
-                    row |= self._gate_statistics(micro_batches[0][0][:4])
-                    if first:
+                last = self.step == total or self._stopping
+                if last or self.step % settings.log_every == 0:
+                    row = self._finish_row(scale) | self._gate_statistics(micro_batches[0][0][:4])
+                    if rank() == 0:
                         self._write_log(row)
                     bar.set_postfix(loss=row.get("loss"), accuracy=row.get("accuracy"))
-                    sums, started, window_tokens, self._flops = {}, now, 0, 0.0
-                    if (
-                        self.step % settings.checkpoint_every == 0
-                        or self.step == total
-                        or self._stopping
-                    ):
+                    if last or self.step % settings.checkpoint_every == 0:
                         self.checkpoints.save(self._state())
                 if self._stopping:
                     break
-        # A signal to the last step ends the run too: in a sweep, the next training would begin.
-        if parallel.total([self._signalled], self.device)[0]:
+        # Also after a signal to the last step: in a sweep, the next training would begin.
+        if sum_over_ranks([self._signalled], self.device)[0]:
             raise Stopped(
                 f"stopped by a signal after step {self.step}; the checkpoint is "
-                f"{self.checkpoints.latest()}: run the same command to go on"
+                f"{self.checkpoints.kept()[-1]}: run the same command to go on"
             )
 
+    def _begin_row(self) -> None:
+        """A row of the log covers the steps since the last one."""
+        self._row: dict[str, list[float]] = defaultdict(list)
+        self._row_start, self._row_tokens, self._row_flops = time.perf_counter(), self.tokens, 0.0
+
+    def _finish_row(self, scale: float) -> dict[str, float]:
+        seconds = time.perf_counter() - self._row_start
+        self.seconds += seconds
+        row = {name: round(sum(x) / len(x), 5) for name, x in self._row.items()} | {
+            "step": self.step,
+            "tokens": self.tokens,
+            "length": self.schedule.length_at(self.step - 1),
+            "lr": self.settings.lr * scale,
+            "tokens_per_second": round((self.tokens - self._row_tokens) / seconds),
+            "seconds": round(self.seconds, 1),
+        }
+        if self.peak:
+            row["mfu"] = round(self._row_flops / seconds / (self.peak * 1e12 * world_size()), 4)
+        self._begin_row()
+        return row
+
     def _share(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """This process's rows of a batch, in micro-batches."""
-        share = len(batch[0]) // parallel.world_size()
-        mine = slice(parallel.rank() * share, (parallel.rank() + 1) * share)
-        ids, labels = (torch.from_numpy(x[mine]).to(self.device) for x in batch)
-        rows = self.settings.rows_per_pass or share
-        return list(zip(ids.split(rows), labels.split(rows), strict=True))
+        """This rank's rows of a batch, in micro-batches."""
+        share = len(batch[0]) // world_size()
+        rows = slice(rank() * share, (rank() + 1) * share)
+        ids, labels = (torch.from_numpy(x[rows]).to(self.device) for x in batch)
+        size = self.settings.rows_per_pass or share
+        return list(zip(ids.split(size), labels.split(size), strict=True))
 
     def _train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         row = {}
@@ -184,28 +188,27 @@ class Trainer:
     def _optimizer_step(
         self, micro_batches: list[tuple[Tensor, Tensor]], engine: Engine | None
     ) -> dict[str, float]:
-        """One optimizer step on the mean loss over all labelled tokens of all processes."""
-        world = parallel.world_size()
-        labelled, stop = parallel.total(
+        """One optimizer step on the mean loss over all labelled tokens of all ranks."""
+        labelled, signals = sum_over_ranks(
             [sum(int((labels >= 0).sum()) for _, labels in micro_batches), self._signalled],
             self.device,
         )
-        self._stopping = stop > 0
+        self._stopping = signals > 0
         loss_sum = correct = 0.0
         self.model.train()
         for i, (ids, labels) in enumerate(micro_batches, start=1):
-            parallel.reduce_gradients(self.objective, now=i == len(micro_batches))
-            loss, hits = self._loss(ids, labels, engine)
-            (loss * world / labelled).backward()  # DDP and FSDP take the mean over processes
+            reduce_gradients(self.objective, now=i == len(micro_batches))
+            loss, hits = self.objective(ids, labels, engine)
+            (loss * world_size() / labelled).backward()  # DDP and FSDP average over ranks
             loss_sum, correct = loss_sum + loss.item(), correct + float(hits)
             keys = attended_keys(engine.method if engine else None, ids.shape[1])
-            self._flops += ids.numel() * world * self.shape.training_flops(keys)
-        loss_sum, correct = parallel.total([loss_sum, correct], self.device)
+            self._row_flops += ids.numel() * world_size() * self.shape.training_flops(keys)
+        loss_sum, correct = sum_over_ranks([loss_sum, correct], self.device)
         kind = "dense" if engine is None else "sparse"
-        self.watch.check("loss", loss_sum / labelled, self.step, kind)
+        self.monitor.check("loss", loss_sum / labelled, self.step, kind)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.watch.check("gradient's norm", float(norm), self.step)
+        self.monitor.check("gradient's norm", float(norm), self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {
@@ -214,18 +217,14 @@ class Trainer:
             "grad_norm": float(norm),
         }
 
-    def _loss(self, ids: Tensor, labels: Tensor, engine: Engine | None) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy of the labelled tokens, and how many of them are argmax-right."""
-        return self.objective(ids, labels, engine)
-
     def _gate_statistics(self, ids: Tensor) -> dict[str, float]:
-        """Of a few rows; compiled layers run eagerly here, since hooks would recompile them."""
+        """Of a few rows; compiled layers run eagerly, since hooks would recompile them."""
         compiled = self.settings.compile
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             return gate_statistics(self.model, ids, forward=self.objective)
 
     @contextmanager
-    def _listening(self) -> Iterator[None]:
+    def _handle_signals(self) -> Iterator[None]:
         """SIGTERM (preemption) and SIGUSR1 (SLURM's --signal) end the run after a step."""
         if threading.current_thread() is not threading.main_thread():
             yield  # Python handles signals in the main thread alone
@@ -234,13 +233,12 @@ class Trainer:
         def stop(*_: Any) -> None:
             self._signalled = True
 
-        before = {
-            number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)
-        }
+        numbers = (signal.SIGTERM, signal.SIGUSR1)
+        before = [signal.signal(number, stop) for number in numbers]
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
 
     def _write_log(self, row: dict[str, Any]) -> None:
@@ -257,44 +255,38 @@ class Trainer:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "data": self.data,
-            "recent": self.watch.state(),
+            "recent": self.monitor.state(),
         }
 
     def _blank_state(self) -> dict[str, Any]:
-        """A state of the right shapes; the weights change, since they are about to be loaded."""
+        """A state of the right shapes; the step that makes the optimizer's moments changes the
+        weights, which are loaded next."""
         for p in self.model.parameters():
             p.grad = torch.zeros_like(p)
-        self.optimizer.step()  # makes the moments
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return self._state()
 
     def _load(self) -> None:
         groups = self.optimizer.state_dict()["param_groups"]  # rates as set now, not as saved
-        state = self.checkpoints.load(self._blank_state)
-        if state is None:
-            self._trim_log()
-            return
-        if (data := state.get("data", "")) != self.data:
-            raise ValueError(
-                f"the checkpoint in {self.folder} was trained on other data ({data}, now "
-                f"{self.data}): restore the corpus, or set stage.folder"
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.watch.load(state["recent"])
-        self._trim_log()
-
-    def _trim_log(self) -> None:
-        """Leave the rows up to this step: later ones will be written again, torn ones never."""
+        if (state := self.checkpoints.load(self._blank_state)) is not None:
+            if (data := state.get("data", "")) != self.data:
+                raise ValueError(
+                    f"the checkpoint in {self.folder} was trained on other data ({data}, now "
+                    f"{self.data}): restore the corpus, or set stage.folder"
+                )
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+            self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+            self.monitor.load(state["recent"])
         log = self.folder / "log.jsonl"
-        if log.exists() and parallel.rank() == 0:
+        if log.exists() and rank() == 0:  # drop later rows, which come again, and incomplete ones
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_atomically(log, "".join(x for x in lines if _step_of(x) <= self.step))
 
 
 def _step_of(line: str) -> float:
-    """Of a row of the log; infinite where it was not written whole."""
+    """The step of a row of the log; infinite for an incomplete row."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):

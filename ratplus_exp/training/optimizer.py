@@ -1,4 +1,4 @@
-"""AdamW with the memory's own learning rate, and how both rates go over a run."""
+"""AdamW with a learning rate of its own for the memory, and the schedule of both rates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ratplus_exp.training.settings import TrainSettings
 
 
 def adamw(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over three groups: the memory, and the rest's matrices and vectors."""
+    """AdamW over three groups: the memory, and the matrices and vectors of the rest."""
     memory = {id(p) for m in model.modules() if isinstance(m, Memory) for p in m.parameters()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     rest = [p for p in parameters if id(p) not in memory]
@@ -39,10 +39,10 @@ def set_learning_rates(
     """Linear warmup, then a cosine to min_lr_ratio; returns the factor on the peak rates."""
     warmup, floor, progress = settings.warmup, settings.min_lr_ratio, step / steps
     if progress < warmup:
-        scale = (progress * steps + 1) / max(1, warmup * steps)
+        scale = min(1.0, (progress * steps + 1) / max(1, warmup * steps))
     else:
-        turn = math.cos(math.pi * (progress - warmup) / (1 - warmup))
-        scale = floor + (1 - floor) * 0.5 * (1 + turn)
+        cosine = math.cos(math.pi * (progress - warmup) / (1 - warmup))
+        scale = min(1.0, floor + (1 - floor) * 0.5 * (1 + cosine))
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * min(scale, 1.0)
-    return min(scale, 1.0)
+        group["lr"] = group["peak_lr"] * scale
+    return scale

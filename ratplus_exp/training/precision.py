@@ -10,41 +10,40 @@ import torch
 import torch.nn.functional as F
 
 Type = Literal["fp32", "bf16"]
-MOST = 1024  # inputs and outputs that are measured
-FLOPS = 1e8  # of a measured product, forward: milliseconds, and without bf16 instructions tenths
-GAIN = 1.1  # bf16 must be so many times faster, since it rounds
+LARGEST = 1024  # inputs and outputs of a measured layer
+FLOPS = 1e8  # of its forward pass: milliseconds, or tenths of a second without bf16 instructions
+GAIN = 1.1  # bf16 rounds, so it must be this many times faster
 
 
 def fastest(
     device: torch.device,
     inputs: int,
     outputs: int,
-    seconds: Callable[[Type, int, int], float] | None = None,
+    measure: Callable[[Type, int, int], float] | None = None,
 ) -> Type:
     """bf16 where the device multiplies it clearly faster than fp32, else fp32.
 
-    A GPU that has bf16 takes it. A CPU is measured, in a fraction of a second.
+    A GPU with bf16 instructions uses bf16. A CPU is measured, in a fraction of a second.
 
-    inputs, outputs: of the model's typical linear layer. seconds: measures (type, inputs, outputs);
-    None: a linear layer's forward and backward pass on this CPU.
+    inputs, outputs: of the model's typical linear layer. measure: seconds for (type, inputs,
+    outputs); None: of a linear layer's forward and backward pass on this CPU.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    fp32, bf16 = ((seconds or _seconds)(kind, inputs, outputs) for kind in ("fp32", "bf16"))
+    fp32, bf16 = ((measure or _seconds)(kind, inputs, outputs) for kind in ("fp32", "bf16"))
     return "bf16" if fp32 > GAIN * bf16 else "fp32"
 
 
 def _seconds(kind: Type, inputs: int, outputs: int) -> float:
-    """The shortest of a few linear layers' passes, cast as in training."""
-    inputs, outputs = min(inputs, MOST), min(outputs, MOST)
-    rows = int(FLOPS / (2 * inputs * outputs))
-    x = torch.ones(rows, inputs, requires_grad=True)
+    """The shortest of three passes of a linear layer, cast as in training."""
+    inputs, outputs = min(inputs, LARGEST), min(outputs, LARGEST)
+    x = torch.ones(int(FLOPS / (2 * inputs * outputs)), inputs, requires_grad=True)
     weight = torch.ones(outputs, inputs, requires_grad=True)
     times = []
     for _ in range(3):
-        started = time.perf_counter()
+        start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
             out = F.linear(x, weight)
         torch.autograd.grad(out.sum(), (x, weight))
-        times.append(time.perf_counter() - started)
+        times.append(time.perf_counter() - start)
     return min(times)

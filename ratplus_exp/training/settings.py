@@ -1,4 +1,4 @@
-"""What a training is told: its context lengths, its optimizer, and how it is executed."""
+"""Settings of a training: context lengths, optimizer, execution."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ratplus_exp.settings import OF_LIST, Amount, Below1, Positive, Rate, Settin
 Kind = Literal["fsdp", "ddp"]
 Precision = Literal["auto", "fp32", "bf16"]
 Batch = tuple[np.ndarray, np.ndarray]  # token ids and next-token labels, (rows, length)
+IGNORE = -100  # the label of tokens that are not in the loss
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,19 @@ class Schedule:
         return self.stages[-1][1]
 
     def rows_at(self, step: int) -> int:
-        return max(1, self.tokens_per_step // self.length_at(step))
+        return self._rows(self.length_at(step))
 
     def check(self, processes: int) -> None:
-        """ValueError where a batch's rows can't be shared out evenly."""
+        """ValueError if the processes can't share the rows of a batch evenly."""
         for _, length in self.stages:
-            rows = max(1, self.tokens_per_step // length)
-            if rows % processes:
+            if (rows := self._rows(length)) % processes:
                 raise ValueError(
                     f"a batch of {rows} rows of {length} tokens cannot be shared by {processes} "
                     "processes: change tokens_per_step or the number of processes"
                 )
+
+    def _rows(self, length: int) -> int:
+        return max(1, self.tokens_per_step // length)
 
     def _steps(self, tokens: int) -> int:
         return math.ceil(tokens / self.tokens_per_step)
@@ -54,18 +57,18 @@ class Schedule:
 
 @dataclass(frozen=True)
 class TrainSettings(Settings):
-    """Optimizer and execution. lr is for all parameters but the memory's, which have memory_lr.
+    """Optimizer and execution. lr: of all parameters but the memory's, which have memory_lr.
 
-    rows_per_pass: rows that a process takes through the model at a time; its gradients are added up
-        over its share of a batch, whatever the number of processes. None: the whole share at once.
+    rows_per_pass: rows of a process in one forward pass; gradients accumulate over its share of a
+        batch. None: the whole share at once.
     decay: what decays, the "matrices" outside the memory or "all" parameters, as in P2.
     precision: "fp32", or "bf16": matmuls in bfloat16, weights and the memory's scan in fp32; or
         "auto", which `precision.fastest` resolves before there is a Trainer.
     spike: stop where a loss exceeds the mean of the last 100 this many times; None: never.
-    activation_checkpointing: keep only the input of each layer and compute the rest again.
+    activation_checkpointing: keep only the input of each layer and recompute the rest.
     compile: torch.compile each decoder layer.
-    parallel: how many processes share the work: "fsdp" shards the weights, "ddp" copies them.
-    peak_tflops: of one GPU, for the MFU; None: of the GPU at hand, where it is known.
+    parallel: of several processes, "fsdp" shards the weights, "ddp" copies them.
+    peak_tflops: of one GPU, for the MFU; None: of the GPU at hand, if it is a known one.
     """
 
     lr: Rate = 3e-3

@@ -184,7 +184,7 @@ def test_prompts_made_ahead_change_nothing(job, tiny_models, monkeypatch, makers
     monkeypatch.setattr(prompts, "_make", lambda *name: made.append(name) or make(*name))
     for workers in (0, 2):
         assert not made
-        monkeypatch.setattr(samples, "_makers", lambda _, n=workers: n)
+        monkeypatch.setattr(samples, "_workers", lambda _, n=workers: n)
         job(*small(tiny_models, **{"data.examples": 5}))
         job(*small(tiny_models, **{"data.examples": 8}))
         found.append([without_times(cell) for cell in Store(job.folder / "results").cells()])

@@ -48,7 +48,7 @@ def alone(jobs, tmp_path):
     """What the cells hold that are filled one by one."""
     for each in jobs("alone")[1]:
         (task,) = each.cells
-        runner.fill(([each], task), runner.Session(), lambda n: None)
+        runner.fill(runner.Group([each], task), runner.Session(), lambda n: None)
     return stored(tmp_path / "alone")
 
 

@@ -46,7 +46,7 @@ def test_pocket_file_says_what_the_pocket_is(pocket_forms):
 
 
 def test_pair_is_a_wonderwords_adjective_and_noun():
-    key = Forms().random_word(random.Random(0))
+    key = Forms().draw("word", random.Random(0))
     assert any(
         key == f"{adjective}-{noun}"
         for adjective in wordlist("adjective")
@@ -63,17 +63,17 @@ def test_key_nouns_are_a_fixed_spread_of_unambiguous_words(pocket_forms):
     assert not set(nouns) & {*VOCABULARY, *pocket_forms.words, *wordlist("profanity")}
     initials = {noun[0] for noun in nouns}
     assert len(initials) > 20  # not only the head of the list
-    assert pocket_forms.random_word(random.Random(0)) in nouns
+    assert pocket_forms.draw("word", random.Random(0)) in nouns
     every = replace(pocket_forms, key_count=None).nouns
     assert len(every) > 4000 and set(nouns) < set(every)
 
 
 def test_values_have_their_formats(pocket_forms):
     rng = random.Random(0)
-    assert all(re.fullmatch("[1-9][0-9]{6}", Forms().random_number(rng)) for _ in range(100))
-    assert all(re.fullmatch("[1-9][0-9]{7}", pocket_forms.random_number(rng)) for _ in range(100))
-    assert uuid.UUID(Forms().random_uuid(rng)).version == 4
-    pocket_uuid = pocket_forms.random_uuid(rng)
+    assert all(re.fullmatch("[1-9][0-9]{6}", Forms().draw("number", rng)) for _ in range(100))
+    assert all(re.fullmatch("[1-9][0-9]{7}", pocket_forms.draw("number", rng)) for _ in range(100))
+    assert uuid.UUID(Forms().draw("uuid", rng)).version == 4
+    pocket_uuid = pocket_forms.draw("uuid", rng)
     assert re.fullmatch("[0-9a-f]{32}", pocket_uuid) and uuid.UUID(pocket_uuid).version == 4
 
 

@@ -29,7 +29,7 @@ def made_here(monkeypatch):
 def test_samples_made_ahead_are_the_same(niah, makers_are_threads):
     prompts = Prompts(niah, 7, workers=2)
     for task, index in NAMES:
-        prompts.ahead(task, [index, index + 1])
+        prompts.prefetch(task, [index, index + 1])
     for task, index in NAMES:
         assert prompts(task, index) == niah.sample(task, 7, index)
         assert prompts(task, index) is prompts(task, index)
@@ -39,12 +39,12 @@ def test_samples_made_ahead_are_the_same(niah, makers_are_threads):
 def test_processes_make_the_same_samples(niah):
     prompts = Prompts(niah, 7, workers=1)
     for task, index in NAMES:
-        prompts.ahead(task, [index])
+        prompts.prefetch(task, [index])
     assert prompts.pool is not None
     for task, index in NAMES:
         assert prompts(task, index) == niah.sample(task, 7, index)
     with pytest.raises(ValueError, match="unknown task"):
-        prompts.ahead("nothing", [0])
+        prompts.prefetch("nothing", [0])
         prompts("nothing", 0)
     prompts.pool.shutdown()
 
@@ -55,11 +55,11 @@ def test_a_killed_workers_samples_are_made_here(niah, monkeypatch, makers_are_th
 
     monkeypatch.setattr(module, "_make", killed)
     prompts = Prompts(niah, 7, workers=1)
-    prompts.ahead("S-1", [0, 1])
+    prompts.prefetch("S-1", [0, 1])
     assert prompts("S-1", 0) == niah.sample("S-1", 7, 0)
     assert prompts("S-1", 1) == niah.sample("S-1", 7, 1)
-    prompts.ahead("S-1", [2])
-    assert len(prompts.made) == 2
+    prompts.prefetch("S-1", [2])
+    assert len(prompts.samples) == 2
 
 
 def test_settings_with_the_same_prompts_share_them(niah, made_here):

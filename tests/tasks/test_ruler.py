@@ -65,17 +65,17 @@ def test_files_of_all_tasks_are_read(bpe, tmp_path, task):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "no JSON"),
-        ("", "no JSON"),
-        ("[1]", "no JSON object"),
+        ("{", "Invalid JSON"),
+        ("", "Invalid JSON"),
+        ("[1]", "should be an object"),
         *[
-            (json.dumps({k: v for k, v in LINE.items() if k != name}), f"'{name}' is missing")
+            (json.dumps({k: v for k, v in LINE.items() if k != name}), f"'{name}': Field required")
             for name in LINE
             if name != "token_position_answer"  # of needles alone
         ],
-        (json.dumps(LINE | {"input": 3}), "'input' must be of type str"),
-        (json.dumps(LINE | {"outputs": []}), "'outputs' must list"),
-        (json.dumps(LINE | {"outputs": [7]}), "'outputs' must list"),
+        (json.dumps(LINE | {"input": 3}), "'input': Input should be a valid string"),
+        (json.dumps(LINE | {"outputs": []}), "'outputs': "),
+        (json.dumps(LINE | {"outputs": [7]}), "'outputs': "),
         (json.dumps(LINE | {"outputs": ["7654321"]}), "does not contain the answer '7654321'"),
         (json.dumps(LINE | {"input": "", "answer_prefix": ""}), "does not contain the answer"),
     ],

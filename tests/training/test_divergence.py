@@ -6,9 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny_trainings import (
-    train,
-)
+from tiny_trainings import train
 
 from ratplus_exp.training.divergence import LossDiverged
 from ratplus_exp.training.loop import Trainer
@@ -16,9 +14,17 @@ from ratplus_exp.training.settings import Schedule
 
 
 class Diverging(Trainer):
-    def _loss(self, ids, labels, engine):
-        loss, hits = super()._loss(ids, labels, engine)
-        return (loss * math.nan if self.step == 6 else loss), hits
+    """Multiplies the loss of one step."""
+
+    at, factor = 6, math.nan
+
+    def __init__(self, *settings, **more):
+        super().__init__(*settings, **more)
+        self.objective.register_forward_hook(self._change)
+
+    def _change(self, objective, inputs, output):
+        loss, correct = output
+        return (loss * self.factor if self.step == self.at else loss), correct
 
 
 def test_a_diverged_loss_names_the_checkpoint_and_leaves_it_good(make_model, tmp_path):
@@ -34,17 +40,14 @@ def test_a_diverged_loss_names_the_checkpoint_and_leaves_it_good(make_model, tmp
 def test_a_loss_that_jumps_stops_the_run(make_model, tmp_path):
     """After 20 steps to compare with; at 3 times the mean of the recent ones."""
 
-    class Jumping(Trainer):
-        def _loss(self, ids, labels, engine):
-            loss, hits = super()._loss(ids, labels, engine)
-            return (loss * 5 if self.step == at else loss), hits
+    class Jumping(Diverging):
+        at, factor = 10, 5
 
     schedule = Schedule([(24 * 48, 12)], 48)
     how = {"lr": 0.0, "memory_lr": 0.0, "spike": 3.0, "trainer": Jumping}
-    at = 10
     run, _ = train(make_model(), tmp_path / "early", schedule, **how)
     assert run.step == 24
-    at = 22
+    Jumping.at = 22
     with pytest.raises(LossDiverged, match=r"the loss rose to .* at step 22, from") as error:
         train(make_model(), tmp_path / "late", schedule, **how)
     newest, older = (str(tmp_path / "late" / f"checkpoint-{step}.pt") for step in (20, 16))

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ratplus_exp.distributed import process_group, rank
 from ratplus_exp.methods import Dilated
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 from ratplus_exp.training.loop import Stopped, Trainer
-from ratplus_exp.training.parallel import processes, rank, whole_state_dict
+from ratplus_exp.training.parallel import whole_state_dict
 from ratplus_exp.training.settings import Schedule, TrainSettings
 
 SCHEDULE = Schedule([(10 * 48, 12)], 48)  # 10 steps of 4 × 12 tokens
@@ -64,7 +65,7 @@ def main(folder: Path, how: dict) -> None:
     sparse = Dilated(dilation=4) if how.pop("joint", False) else None
     defaults = {"lr": 3e-3, "memory_lr": 1e-2, "log_every": 1, "checkpoint_every": 4}
     settings = TrainSettings(**defaults | how)
-    with processes(torch.device("cpu")):
+    with process_group(torch.device("cpu")):
         net = model()
         trainer = Interrupted(net, batch, SCHEDULE, settings, folder, sparse)
         try:

@@ -11,8 +11,8 @@ import yaml
 
 from ratplus_exp.models.loading import read_tokenizer
 from ratplus_exp.tasks import Forms, pocket_tokenizer
-from ratplus_exp.tasks.facts import Facts
 from ratplus_exp.tasks.niah import split_of
+from ratplus_exp.text.facts import Facts
 
 ROOT = Path(__file__).parents[2]
 RULER = Forms()

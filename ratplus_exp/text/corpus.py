@@ -1,4 +1,4 @@
-"""Batches from tokenised shards: memory-mapped, shuffled, and pure functions of the step."""
+"""Batches from memory-mapped token shards, shuffled, as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -15,20 +15,12 @@ from ratplus_exp.training.settings import Batch
 class Corpus:
     """The tokens of a folder that `write_shards` made, cut into windows of one context each.
 
-    A window crosses documents, which end in EOS; its labels are its tokens, moved up by one. Every
-    pass over the corpus takes the windows in an order of its own.
-
-    Attributes:
-        tokens: of the whole corpus.
-        id: names its content: shards, lengths, tokenizer.
+    A window may span documents, which end in EOS. Each pass over the corpus shuffles the windows
+    anew. tokens: their number; id: a digest of shards, lengths and tokenizer.
     """
 
     def __init__(self, folder: Path, tokenizer: str) -> None:
-        """tokenizer: the name that the shards must have been written with.
-
-        Raises:
-            ValueError: the corpus isn't there, is damaged, or was made with another tokenizer.
-        """
+        """ValueError if the corpus is missing, damaged, or has a tokenizer of another name."""
         try:
             text = (folder / "index.json").read_text(encoding="utf-8")
         except OSError:
@@ -57,7 +49,7 @@ class Corpus:
         self._starts = np.cumsum([0, *map(len, self._shards)])
 
     def windows(self, length: int) -> int:
-        """How many windows of so many tokens, and one more for the last label, there are."""
+        """The number of windows; each reads `length` tokens, and one more for the last label."""
         return (self.tokens - 1) // length
 
     def check(self, length: int) -> None:
@@ -68,7 +60,7 @@ class Corpus:
             )
 
     def batch(self, seed: int, step: int, rows: int, length: int) -> Batch:
-        """Token ids and labels (rows, length) of a step in which every step has so many rows."""
+        """Token ids and next-token labels (rows, length); all steps have the same rows."""
         count = self.windows(length)
         ids = np.empty((rows, length + 1), np.int64)
         for row in range(rows):
@@ -78,7 +70,7 @@ class Corpus:
         return ids[:, :-1], ids[:, 1:]
 
     def _read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) of all shards put together."""
+        """Tokens [start, start + count) of all shards, concatenated."""
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         parts = []
         while count:

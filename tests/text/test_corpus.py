@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ratplus_exp.training import shards
-from ratplus_exp.training.corpus import Corpus
-from ratplus_exp.training.shards import Source, write_shards
+from ratplus_exp.text import shards
+from ratplus_exp.text.corpus import Corpus
+from ratplus_exp.text.shards import Source, write_shards
 
 EOS = 1
 TEXTS = ["abc", "de fg", "h" * 40, "", "xyz", "the end"]
@@ -220,5 +220,5 @@ def test_a_damaged_file_is_named(tmp_path, monkeypatch, kind, content):
     folder = texts_in(tmp_path / "texts", kind)
     last = sorted(folder.iterdir())[-1]
     last.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{last.name} cannot be used .*mend or remove it"):
+    with pytest.raises(ValueError, match=rf"{last.name} cannot be used .*repair or remove it"):
         write_shards(Source(str(folder)), Letters(), "letters", tmp_path / "tokens", 0)

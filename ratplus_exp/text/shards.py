@@ -1,12 +1,12 @@
-"""Text to tokens, once: a streamed or local data set becomes flat shards that are memory-mapped.
+"""Tokenises text once: a streamed or local data set becomes flat shards for memory-mapping.
 
-    <folder>/source.json     what was asked for
-    <folder>/00000.bin ...   token ids one after the other, an EOS behind each document
+    <folder>/source.json     the source and the tokenizer
+    <folder>/00000.bin ...   token ids, with an EOS after each document
     <folder>/index.json      the shards in order, with their lengths; written last
 
-One shard is a run of the data set's own files, so shards are written in parallel and in any
-order, and come out the same. A killed run goes on inside each shard: `.partial` and its `.json` say
-how far it got.
+A shard holds consecutive files of the data set, so processes write shards in parallel with the same
+result as one. A killed run resumes inside each shard: `.partial` has its tokens, the `.json` beside
+it how many of them are valid.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ratplus_exp.store.files import naming, write_atomically
+from ratplus_exp.store import naming, write_atomically
 from ratplus_exp.workers import Workers
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}  # of the datasets package
 MAX_SHARDS = 256
-DOCUMENTS = 512  # tokenised, written and noted at a time
+DOCUMENTS = 512  # tokenised and written at a time
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Source:
         path: a data set of the Hugging Face hub, or a folder of .parquet, .jsonl or .txt files (one
             kind; a .txt file is one document).
         subset, split: of a hub data set.
-        field: the column that holds the text.
-        tokens: how many to keep, from the start; None for all.
+        field: the column with the text.
+        tokens: how many to keep, from the start; None: all.
     """
 
     path: str
@@ -52,13 +52,13 @@ class Source:
 
 
 def write_shards(source: Source, tokenizer: Any, name: str, folder: Path, workers: int) -> None:
-    """Tokenise a source into a folder, going on where an earlier run was killed.
+    """Tokenise a source into a folder, resuming an earlier run.
 
-    tokenizer: a Hugging Face tokenizer with an EOS; name identifies it. workers: processes; 0 works
-    in this one.
+    tokenizer: a Hugging Face tokenizer with an EOS, identified by name. workers: processes; 0: this
+    one.
 
     Raises:
-        ValueError: the source can't be opened or has no such field, or the folder holds another.
+        ValueError: the source can't be opened or lacks the field, or the folder has another source.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, asdict(source) | {"tokenizer": name})
@@ -78,14 +78,14 @@ def write_shards(source: Source, tokenizer: Any, name: str, folder: Path, worker
             if source.tokens and sum(lengths) >= source.tokens:
                 break
         progress()
-    whole = sum(lengths)
-    if not whole:
+    total = sum(lengths)
+    if not total:
         raise ValueError(f"{source.path} has no text: check corpus.path and corpus.field")
     index = {
         "dtype": dtype.name,
         "vocabulary": len(tokenizer),
         "tokenizer": name,
-        "tokens": min(whole, source.tokens or whole),
+        "tokens": min(total, source.tokens or total),
         "shards": [{"file": _name(i), "tokens": n} for i, n in enumerate(lengths)],
     }
     _write(folder / "index.json", index)
@@ -94,7 +94,7 @@ def write_shards(source: Source, tokenizer: Any, name: str, folder: Path, worker
 def _in_order(
     write: Callable[[int], int], count: int, workers: int, progress: Callable[[], None]
 ) -> Iterator[int]:
-    """The results of write(0) … write(count - 1), as they come; workers: as in `write_shards`."""
+    """The results of write(0) … write(count - 1); workers: as in `write_shards`."""
     if not workers:
         yield from map(write, range(count))
         return
@@ -114,7 +114,7 @@ def _in_order(
 def _write_shard(
     source: Source, tokenizer: Any, folder: Path, count: int, dtype: np.dtype[Any], index: int
 ) -> int:
-    """Write one of `count` shards; its number of tokens. Stops where source.tokens are reached."""
+    """Write one of `count` shards, at most source.tokens of it and a batch; its tokens."""
     target = folder / _name(index)
     if target.exists():
         return target.stat().st_size // dtype.itemsize
@@ -122,8 +122,8 @@ def _write_shard(
     done = json.loads(note.read_text()) if note.exists() else {"documents": 0, "tokens": 0}
     stream = _open(source).shard(count, index).skip(done["documents"])
     mode = "r+b" if done["documents"] else "wb"
-    with _blaming(source, count, index), naming(partial), partial.open(mode) as file:
-        file.truncate(done["tokens"] * dtype.itemsize)  # what was written after the last note
+    with _name_file(source, count, index), naming(partial), partial.open(mode) as file:
+        file.truncate(done["tokens"] * dtype.itemsize)  # drop what follows the last note
         file.seek(0, os.SEEK_END)
         for batch in stream.iter(batch_size=DOCUMENTS):
             if source.tokens and done["tokens"] >= source.tokens:
@@ -148,35 +148,35 @@ def _write_shard(
 
 
 @contextmanager
-def _blaming(source: Source, count: int, index: int) -> Iterator[None]:
-    """Name the file of a shard that cannot be read, or the data set where it is of several."""
+def _name_file(source: Source, count: int, index: int) -> Iterator[None]:
+    """Errors name the file of a shard, or the data set if the shard has several files."""
     try:
         yield
-    except ValueError as error:  # datasets' and the tokenizer's name none
+    except ValueError as error:  # those of datasets and of the tokenizer name none
         files = _files(source)
         where = files[index] if len(files) == count else source.path
         text = " ".join(str(error).split())[:200]
-        raise ValueError(f"{where} cannot be used ({text}): mend or remove it") from None
+        raise ValueError(f"{where} cannot be used ({text}): repair or remove it") from None
 
 
 def _files(source: Source) -> list[Path]:
-    """Of a folder, all of one kind; of a data set on the hub, none."""
+    """The files of a folder, all of one kind; none for a data set on the hub."""
     path = Path(source.path).expanduser()
     if not path.is_dir():
         return []
     kinds = [files for kind in BUILDERS if (files := sorted(path.rglob(f"*{kind}")))]
     if len(kinds) != 1:
-        found = " and ".join(files[0].suffix for files in kinds) or "no"
+        suffixes = " and ".join(files[0].suffix for files in kinds) or "no"
         raise ValueError(
-            f"{path} holds {found} files: corpus.path must be a folder of one kind of "
+            f"{path} holds {suffixes} files: corpus.path must be a folder of one kind of "
             f"{', '.join(BUILDERS)}"
         )
     return kinds[0]
 
 
 def _open(source: Source) -> Any:
-    """The source as a datasets.IterableDataset, which reads as it goes."""
-    import datasets  # seconds to import, and only here
+    """The source as a datasets.IterableDataset."""
+    import datasets  # takes seconds
 
     if files := _files(source):
         kind, names = files[0].suffix, [str(file) for file in files]
@@ -194,22 +194,23 @@ def _open(source: Source) -> Any:
         ) from None
 
 
-def _claim(folder: Path, asked: dict[str, Any]) -> None:
-    """A folder is for one source and one tokenizer, from the first token on."""
+def _claim(folder: Path, origin: dict[str, Any]) -> None:
+    """A folder with tokens is for one source and one tokenizer."""
     file = folder / "source.json"
-    there = json.loads(file.read_text()) if file.exists() else asked
-    if there != asked and _written(folder, np.dtype("uint8")):
-        other = ", ".join(key for key in asked if asked[key] != there.get(key))
+    before = json.loads(file.read_text()) if file.exists() else origin
+    if before != origin and _written(folder, np.dtype("uint8")):
+        changed = ", ".join(key for key in origin if origin[key] != before.get(key))
         raise ValueError(
-            f"{folder} holds a corpus with another {other}: set corpus.folder, or delete it"
+            f"{folder} holds a corpus with another {changed}: set corpus.folder, or delete it"
         )
-    if there != asked:  # a try that came to nothing
+    if before != origin:  # a run that wrote no token
         for path in folder.glob("*.*"):  # all but the lock
             path.unlink()
-    _write(file, asked)
+    _write(file, origin)
 
 
 def _written(folder: Path, dtype: np.dtype[Any]) -> int:
+    """Tokens in the folder."""
     files = [*folder.glob("*.bin"), *folder.glob("*.partial")]
     sizes = [file.stat().st_size for file in files if file.exists()]
     return sum(sizes) // dtype.itemsize

@@ -1,10 +1,10 @@
-"""Generated pretraining text, rich in repeated facts: what retrieval is learnt from.
+"""Generated pretraining text, dense in repeated facts, from which a model learns retrieval.
 
 A document states facts ("otter is 4815."), alone or spread through prose or noise, restates some,
-and then asks for many of them in the NIAH tasks' own form. One document has as many recallable
-values as dozens of NIAH prompts, so that retrieval forms within millions of tokens, not billions.
-Facts and questions lie at all distances up to the length of the document.
-All values belong to the training split (`split_of`).
+and then asks for many of them in the form of the NIAH tasks. A document has as many recallable
+values as dozens of NIAH prompts, so retrieval forms within millions of tokens instead of billions.
+Facts and questions are at all distances up to the length of the document. All values belong to the
+training split (`split_of`).
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ import numpy as np
 from ratplus_exp.tasks import prose
 from ratplus_exp.tasks.forms import Forms, singular
 from ratplus_exp.tasks.niah import Draw, seeded_random
+from ratplus_exp.training.settings import IGNORE, Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Batch = tuple[np.ndarray, np.ndarray]  # token ids and next-token labels, (batch, length)
-IGNORE = -100  # the label of tokens that are not in the loss
-
-# (key, value, weight) of the facts of a document; uuid pairs are the last to be learnt (MK-3).
+# (key, value, weight) of the facts of a document; pairs of uuids are learnt last (MK-3).
 _KINDS = (("word", "number", 5), ("word", "uuid", 2), ("uuid", "uuid", 3))
 _HAYSTACKS = (("needle", 5), ("essay", 4), ("noise", 1))
+Piece = tuple[str, str]  # text, and "" or, if it can be recalled, "fact" or "answer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +38,13 @@ class Facts:
     other_rate: the share of tokens that cannot be recalled (prose, first mentions, questions)
         which is in the loss as well; recallable tokens always are.
     several_rate: the share of documents in which half of the keys have 2 to 4 values, as in MV.
-    drill_steps: for so many steps at first there are drills alone: random sequences of tokens, and
-        lists of a few facts, both said over and over. On documents a young model stays for
-        millions of tokens with a shortcut, any value of the document; in drills only matching what
-        came before helps.
+    drill_steps: the first steps have drills alone: repeated sequences of random tokens, and
+        repeated lists of a few facts. On documents, a young model stays for millions of tokens with
+        a shortcut, any value of the document; only matching what came before solves a drill.
     list_rate: the share of lists among the documents afterwards.
-    styles: what documents look like instead of `forms`, one of them drawn for each; keys and values
-        are alike in all. RULER's needles and questions have three times as many words as values:
-        key–value lists and short sentences beside them ask more in as many tokens.
+    styles: forms of documents instead of `forms`, drawn for each; keys and values are alike in
+        all. RULER's needles and questions have three times as many words as values: key-value
+        lists and short sentences have more questions in the same number of tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -59,13 +57,13 @@ class Facts:
 
     @cached_property
     def _fact_sizes(self) -> dict[tuple[Forms, str, str], int]:
-        """Tokens of a fact in each style, and 2 for its share of what stands between facts."""
+        """Tokens of a fact in each style, and 2 for its share of the separators."""
         sizes = {}
         for forms in self.styles or (self.forms,):
             draw = Draw(forms, "train", random.Random(0))
             for key, value, _ in _KINDS:
-                needle = _needle(forms, draw(key), draw(value), value)
-                tokens = self.tokenizer(f" {needle}", add_special_tokens=False).input_ids
+                text = " " + forms.state(draw(key), draw(value), value)
+                tokens = self.tokenizer(text, add_special_tokens=False).input_ids
                 sizes[forms, key, value] = len(tokens) + 2
         return sizes
 
@@ -78,7 +76,7 @@ class Facts:
         return np.unique(np.concatenate(ids))
 
     def batch(self, seed: int, step: int, batch: int, length: int) -> Batch:
-        """Token ids and labels (already those of the next token), both (batch, length) int64."""
+        """Token ids and next-token labels, both (batch, length) int64."""
         rng = seeded_random(f"facts/{seed}/{step}")
         ids = np.empty((batch, length + 1), np.int64)
         recallable = np.empty((batch, length + 1), bool)
@@ -93,50 +91,51 @@ class Facts:
         labels = np.where(recallable | (noise < self.other_rate), ids, IGNORE)
         return ids[:, :-1], labels[:, 1:]
 
-    def _tokens(self, pieces: list[tuple[str, str]], count: int) -> tuple[list[int], list[bool]]:
-        """The first `count` tokens of a document, and whether each can be recalled."""
+    def _tokens(self, pieces: list[Piece], count: int) -> tuple[list[int], list[bool]]:
+        """The first `count` tokens of a document, with an EOS after each answer, and whether each
+        token can be recalled."""
         tokens: list[int] = []
         marks: list[bool] = []
-        for start in range(0, len(pieces), 64):  # a document goes on for longer than is needed
-            some = pieces[start : start + 64]
-            encoded = self.tokenizer([text for text, _ in some], add_special_tokens=False)
-            for piece, (_, mark) in zip(encoded.input_ids, some, strict=True):
-                ends = [self.tokenizer.eos_token_id] if mark == "answer" else []
-                tokens += piece + ends
-                marks += [bool(mark)] * (len(piece) + len(ends))
+        for start in range(0, len(pieces), 64):  # documents are longer than needed
+            texts, kinds = zip(*pieces[start : start + 64], strict=True)
+            encoded = self.tokenizer(list(texts), add_special_tokens=False)
+            for piece, kind in zip(encoded.input_ids, kinds, strict=True):
+                piece += [self.tokenizer.eos_token_id] * (kind == "answer")
+                tokens += piece
+                marks += [bool(kind)] * len(piece)
             if len(tokens) >= count:
                 break
         assert len(tokens) >= count
         return tokens[:count], marks[:count]
 
     def _sequence(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """A drill: random tokens, said over and over."""
+        """A drill: random tokens, repeated."""
         period = rng.randint(4, length // 2)
         tokens = np.resize(rng.choices(self._drill_ids, k=period), length)
         return tokens, np.arange(length) > period
 
-    def _list(self, rng: random.Random, length: int) -> list[tuple[str, str]]:
-        """A drill: a few facts, said over and over, each time in another order."""
+    def _list(self, rng: random.Random, length: int) -> list[Piece]:
+        """A drill: a few facts, repeated, each time in another order."""
         forms, draw = self.forms, Draw(self.forms, "train", rng)
         fitting = [kind for kind in _KINDS if 4 * self._fact_sizes[forms, *kind[:2]] <= length]
         key_kind, value_kind = _weighted(rng, fitting or _KINDS[:1])
         size = self._fact_sizes[forms, key_kind, value_kind]
         count = rng.randint(2, max(2, length // size // 2))
         facts = [(draw(key_kind), draw(value_kind)) for _ in range(count)]
-        pieces = [(_needle(forms, *fact, value_kind), "") for fact in facts]
+        pieces = [(forms.state(*fact, value_kind), "") for fact in facts]
         for _ in range(length // count):  # certainly enough
             for key, value in rng.sample(facts, count):
-                before, after = _needle(forms, key, value, value_kind).split(value)
+                before, after = forms.state(key, value, value_kind).split(value)
                 pieces += [(before.rstrip(), ""), (" " + value + after, "fact")]
         return [(forms.separator * (not mark) + text, mark) for text, mark in pieces]
 
-    def _document(self, rng: random.Random, length: int) -> list[tuple[str, str]]:
-        """Pieces of text, each with "" or, where it can be recalled, "fact" or "answer".
+    def _document(self, rng: random.Random, length: int) -> list[Piece]:
+        """Facts in their haystack, then questions and answers, for at least `length` tokens.
 
-        An answer is followed by EOS. Sizes are counted in words and digits, a close enough guess
-        of tokens: the last question is cut off wherever the document is full.
+        Sizes are estimated from words and digits; the last question is cut off where the document
+        ends.
         """
-        # Only where there is a choice is a random number used up.
+        # The drawn numbers, and so the shipped trainings, depend on drawing only from several.
         forms = rng.choice(self.styles) if self.styles[1:] else (*self.styles, self.forms)[0]
         draw = Draw(forms, "train", rng)
         key_kind, value_kind = _weighted(rng, _KINDS)
@@ -153,70 +152,50 @@ class Facts:
                 facts.append((key, draw(value_kind)))
         rng.shuffle(facts)
 
-        pieces = [(_needle(forms, key, value, value_kind), "") for key, value in facts]
+        pieces: list[Piece] = [(forms.state(*fact, value_kind), "") for fact in facts]
         filler = int(context * (1 - share))
         while filler > 0:
             text = prose.sentence(rng) if haystack == "essay" else forms.noise
             text = text.lower() if forms.lowercase else text
             filler -= len(text.split()) + 1
             pieces.insert(rng.randint(0, len(pieces)), (text, ""))
-        # What order the facts came to stand in is the order in which answers list them.
-        values: dict[str, list[str]] = {}
+        values: dict[str, list[str]] = {}  # in the order of the document, as answers list them
         for key, value in facts:
             values.setdefault(key, []).append(value)
-        needles = {key: _needle(forms, key, own[0], value_kind) for key, own in values.items()}
-        self._restate(rng, facts, values, needles, pieces)
+        for key, value in facts:
+            if len(values[key]) == 1 and rng.random() <= 0.15:
+                _restate(rng, pieces, forms.state(key, value, value_kind), value)
 
         preamble, _, question = forms.template.partition("{context}")
         question += forms.answer_prefix
         if preamble:
-            pieces.insert(0, (_filled(preamble, "", f"{value_kind}s").strip(), ""))
+            text = preamble.format(query="", type_needle_v=f"{value_kind}s")
+            pieces.insert(0, (text.strip(), ""))
         size = sum(len(text.split()) + 3 for text, _ in pieces)
-        # The units of a list or of noise stand apart as in a prompt; what is marked goes on.
-        apart = " " if haystack == "essay" else forms.separator
-        pieces = [((" " if mark else apart) + text, mark) for text, mark in pieces]
+        # Lists and noise are separated as in a prompt; a restated value continues its line.
+        separator = " " if haystack == "essay" else forms.separator
+        pieces = [((" " if kind else separator) + text, kind) for text, kind in pieces]
         keys = list(values)
-        while size < 2 * length:  # certainly enough, whatever a word costs
-            asked = rng.sample(keys, min(len(keys), rng.choice((1, 1, 1, 2, 3, 4))))
-            query = ", ".join(asked[:-1]) + (forms.query_joiner if asked[1:] else "") + asked[-1]
-            answers = [value for key in asked for value in values[key]]
-            several_asked = len(answers) > 1
-            text = _filled(
-                question if several_asked else singular(question),
-                query,
-                f"{value_kind}s" if several_asked else value_kind,
+        while size < 2 * length:  # certainly enough tokens
+            queried = rng.sample(keys, min(len(keys), rng.choice((1, 1, 1, 2, 3, 4))))
+            answers = [value for key in queried for value in values[key]]
+            one = len(answers) == 1
+            text = (singular(question) if one else question).format(
+                query=forms.query(queried), type_needle_v=value_kind if one else f"{value_kind}s"
             )
             pieces += [(text, ""), (" " + ", ".join(answers), "answer")]
-            size += max(6 + 4 * len(asked), len(text.split()) + len(answers))
+            size += max(6 + 4 * len(queried), len(text.split()) + len(answers))
         return pieces
 
-    def _restate(
-        self,
-        rng: random.Random,
-        facts: Sequence[tuple[str, str]],
-        values: dict[str, list[str]],
-        needles: dict[str, str],
-        pieces: list[tuple[str, str]],
-    ) -> None:
-        """Say some single-valued facts again further on in the text, where they are recallable."""
-        for key, value in facts:
-            if len(values[key]) > 1 or rng.random() > 0.15:
-                continue
-            needle = needles[key]
-            first = next(i for i, (text, _) in enumerate(pieces) if text == needle)
-            before, after = needle.split(value)
-            spot = rng.randint(first + 1, len(pieces))
-            while spot < len(pieces) and pieces[spot][1] == "fact":
-                spot += 1  # never between a restated key and its value
-            pieces[spot:spot] = [(before.rstrip(), ""), (value + after, "fact")]
 
-
-def _needle(forms: Forms, key: str, value: str, kind: str) -> str:
-    return forms.needle.format(key=key, value=value, type_needle_v=f"{kind}s")
-
-
-def _filled(text: str, query: str, kind: str) -> str:
-    return text.format(query=query, type_needle_v=kind)
+def _restate(rng: random.Random, pieces: list[Piece], fact: str, value: str) -> None:
+    """Insert a fact again further on in the text, where its value can be recalled."""
+    first = next(i for i, (text, _) in enumerate(pieces) if text == fact)
+    before, after = fact.split(value)
+    place = rng.randint(first + 1, len(pieces))
+    while place < len(pieces) and pieces[place][1] == "fact":
+        place += 1  # not between another restated key and its value
+    pieces[place:place] = [(before.rstrip(), ""), (value + after, "fact")]
 
 
 def _weighted(rng: random.Random, table: Sequence[tuple]) -> tuple:

@@ -1,0 +1,1 @@
+"""Training text: generated documents, prompts with answers, and tokenised corpora, in batches."""
