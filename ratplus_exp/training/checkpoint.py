@@ -59,7 +59,9 @@ class Checkpoints:
                 _remove(target)
                 os.replace(partial, target)
                 sync(self.folder)
-                self._forget()
+                # Older ones, and what a killed process left half-written.
+                for path in (*self.kept()[:-KEPT], *self.folder.glob("checkpoint-*.partial")):
+                    _remove(path)
         except (Exception, dcp.CheckpointException) as error:  # torch's say it over many lines
             text = " ".join(str(error.__context__ or error).split())[:160]
             raise OSError(

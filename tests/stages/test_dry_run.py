@@ -108,7 +108,12 @@ def test_the_papers_training_of_a_7b_model(job, capsys):
     assert number(text, "Parameters") == pytest.approx(7649, rel=0.001)
     assert number(text, "Hours") == pytest.approx(10, rel=0.25)
     assert "fits" in text and "2: dilated and dense" in text
-    olmo2 = ["model=olmo2_7b_ratplus", "model.path=nowhere", "stage=continued_pretrain", "cluster.gpus=64"]
+    olmo2 = [
+        "model=olmo2_7b_ratplus",
+        "model.path=nowhere",
+        "stage=continued_pretrain",
+        "cluster.gpus=64",
+    ]
     memory = estimate(job, capsys, *olmo2)
     assert number(memory, "Parameters") == pytest.approx(7298.6 + 537.0, rel=0.001)
     assert number(memory, "Hours") == pytest.approx(10, rel=0.25)
