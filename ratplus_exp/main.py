@@ -66,7 +66,7 @@ def message_of(error: BaseException) -> str:
         return "a group has no such option: use one of them by its name, as in method=quest"
     if isinstance(error, OverrideParseException):
         return (
-            f"cannot read {error.override!r}: write name=value, and quote values with characters "
+            f"cannot read {error.override!r}: write name=value, and quote a value with characters "
             "other than letters, digits and ._/-+: 'name=\"value\"'"
         )
     if isinstance(error, FileNotFoundError) and error.filename:

@@ -37,8 +37,8 @@ def run(cfg: DictConfig) -> None:
     if rank() > 0:
         return
     frame = _frame(job)
+    show(_table(cfg, frame), "heads", also="hit_rate.csv and ")  # makes the folder
     write_atomically(job_folder() / "hit_rate.csv", frame.to_csv(index=False))
-    show(_table(cfg, frame), "heads", also="hit_rate.csv and ")
 
 
 class HitRate:
