@@ -34,7 +34,7 @@ def test_converted_without_a_tokenizer_which_is_then_asked_for(job, checkpoint, 
     """The command with the checkpoint alone."""
     job(*checkpoint[1], "stage.tokenizer=null")
     folder = tmp_path / "converted"
-    assert "no tokenizer yet: copy the files of the model's own" in capsys.readouterr().out
+    assert "no tokenizer yet: copy the model's tokenizer files" in capsys.readouterr().out
     assert load_model(folder, torch.device("cpu")).config.hidden_size == 16
     with pytest.raises(ValueError, match="there is no tokenizer.json in"):
         job("model=ratplus_7b", f"model.path={folder}", "method=dense")
