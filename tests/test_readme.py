@@ -105,12 +105,12 @@ def test_the_reference_table_is_of_the_shipped_weights():
     cells = pd.read_csv(REPOSITORY / "outputs/reference/pocket/cells.csv")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         digests = {
-            name: compose("config", [f"model={name}"]).model.sha256[:16]
+            (name, training, digest[:16])
             for name in ("pocket_attention", "pocket_ratplus")
+            for training, digest in compose("config", [f"model={name}"]).model.sha256.items()
         }
-    assert dict(cells[["model", "checkpoint"]].drop_duplicates().to_numpy()) == digests
-    assert len(cells[["model", "checkpoint"]].drop_duplicates()) == 2
-    assert (cells.loc[cells["selector"] == "topk", "n"] >= 200).all()
+    assert set(map(tuple, cells[["model", "training", "checkpoint"]].to_numpy())) == digests
+    assert (cells.loc[cells["selector"] == "topk", "n"] >= 100).all()
 
 
 def test_the_readmes_figures_are_those_of_the_reference():
@@ -118,9 +118,8 @@ def test_the_readmes_figures_are_those_of_the_reference():
     found = text[: text.index("## Going on")]
     folder = REPOSITORY / "outputs/reference/pocket"
     cells = pd.read_csv(folder / "cells.csv")
-    cells = cells[(cells["selector"] == "topk") & (cells["block_size"] != 2)]
-    cells = cells[~((cells["method"] == "moba") & (cells["block_size"] == 16))]
-    means = cells.groupby(["backbone", "method", "budget"])["accuracy"].mean()
+    cells = cells[(cells["selector"] == "topk") & cells["block_size"].isin([1, 16])]
+    means = cells.groupby(["backbone", "method", "budget"])["exact"].mean()
     sparse = [(m, b) for m in ("quest", "moba", "snapkv") for b in ("1/4", "1/8", "1/16")]
     for backbone in ("Attention", "RAT+"):
         shown = re.search(rf"^\| {re.escape(backbone)} \| (.*) \|$", found, re.MULTILINE)
