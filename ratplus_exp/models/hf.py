@@ -100,7 +100,7 @@ def attach_engine(model: PreTrainedModel) -> PreTrainedModel:
     plain = kinds <= {"full_attention", "sliding_attention"}
     if not (plain and hasattr(model, "model") and model._supports_attention_backend):
         raise ValueError(
-            f"{type(model).__name__} can't be carried: model=hf takes decoders like Llama, "
+            f"{type(model).__name__} is not supported: model=hf takes decoders like Llama, "
             "Mistral, Qwen or OLMo2, all of whose layers are softmax attention"
         )
     for part, mixin in ((model.model, EngineDecoder), (model, SparseGeneration)):

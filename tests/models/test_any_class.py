@@ -58,7 +58,7 @@ def twins(make_model):
 
 def copy(ours, theirs, memory):
     ours.attention.in_proj.weight[:32] = 0  # W_o
-    _, q, k, v = ours.attention.in_proj.weight.split(ours.attention.shares)
+    _, q, k, v = ours.attention.in_proj.weight.split(ours.attention.widths)
     attention, mlp = theirs.self_attn, theirs.mlp
     for projection, rows in ((attention.q_proj, q), (attention.k_proj, k), (attention.v_proj, v)):
         projection.weight.copy_(rows)

@@ -140,7 +140,7 @@ def test_seeds_become_mean_and_deviation(job, tiny_models, capsys):
     for seed in (0, 1):
         for backbone in ("attention", "ratplus"):
             job(*small(tiny_models, backbone, seed=seed, **{"data.tasks": f"[{','.join(TASKS)}]"}))
-    job("stage=report", "data.length=128")
+    job("stage=report", "data.length=128", "data.first_token=prefill")
     assert "±" in capsys.readouterr().out
     cells = pd.read_csv(job.folder / "job" / "cells.csv")
     assert sorted(cells["seed"].unique()) == [0, 1]

@@ -123,12 +123,12 @@ def check_marks(data, tiny_models):
     """Gold positions, needle, question, steps and memory."""
     said = "".join(data["tokens"][t] for t in data["gold"]).strip()
     answer = "".join(data["tokens"][data["prompt"] :]).strip()
-    assert said == answer and len(data["gold"]) == 4
+    assert said == answer and len(data["gold"]) == 16
     ((start, end),) = data["needles"]
     assert start < min(data["gold"]) and max(data["gold"]) == end - 2  # between key and period
     asked = "".join(data["tokens"][data["question"] : data["prompt"]])
     key = "".join(data["tokens"][start : min(data["gold"])]).strip()
-    assert asked.strip() == f"what is {key}"
+    assert asked.strip() == f"what is the uuid of {key}? {key}"
     for view in data["views"]:
         for step in view["steps"] if view["method"] == "Quest" else []:
             ((place,),) = step["gold"]
