@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,15 @@ def draw(look: Look) -> bytes:
     needles = " ".join(look.text(*span) for span in look.needles)
     asked = look.text(look.question, look.prompt)
     figure.suptitle(
-        f"{look.title}\nThe prompt ends “{asked}”; the right answer is {', '.join(look.answers)}, "
-        f"from the needle “{needles}”\n{LEGEND}",
+        "\n".join(
+            textwrap.fill(line, 150)
+            for line in (
+                look.title,
+                f"The prompt ends “{asked}”; the right answer is {', '.join(look.answers)}, from "
+                f"the needle “{needles}”",
+                LEGEND,
+            )
+        ),
         fontsize=11,
     )
     drawn = BytesIO()
@@ -78,9 +86,12 @@ def _map(panel: Any, look: Look, view: View) -> None:
     panel.set_xlim(-0.5, length - 0.5)
     always = "always " if len(view.steps) > 1 else ""
     held = f"{(hits > 0.999).sum()} of {len(hits)} heads {always}hold the answer"
-    _axes(panel, kept.shape, f"{view.method} · {view.model}: {held}", "token position")
-    said = f"answers {view.answer or 'nothing'} {'✓' if view.right else '✗'}"
-    panel.set_title(said, loc="right", fontsize=10, color=COLORS["good" if view.right else "hit"])
+    # The answer stands below, since it may be as long as the panel is wide.
+    _axes(panel, kept.shape, f"{view.method} · {view.model}: {held}\n", "token position")
+    answer = f"answer: {view.answer or 'none'} {'✓' if view.right else '✗'}"
+    color = COLORS["good" if view.right else "hit"]
+    above = {"xy": (0, 1), "xytext": (0, 5), "textcoords": "offset points"}
+    panel.annotate(answer, xycoords="axes fraction", fontsize=9, color=color, **above)
 
 
 def _heat(panel: Any, values: np.ndarray, title: str, label: str, bar: str, norm: Any) -> None:
