@@ -356,9 +356,18 @@ Stage = (
     | Tokenize
     | Convert
 )
+@dataclass(frozen=True, kw_only=True)
+class LayersSettings(Settings):
+    """method=layers: names of `methods`, each with the fields of a method."""
+
+    layers: Annotated[list[Name], Field(min_length=1)]
+    methods: dict[Name, dict[str, Any]]
+
+
 METHOD_SETTINGS: dict[str, type[Settings]] = {  # for validation without importing the methods
     "Dense": NoSettings,
     "Dilated": DilatedSettings,
+    "Layers": LayersSettings,
     "MoBA": BlockSettings,
     "Quest": BlockSettings,
     "SnapKV": SnapKVSettings,

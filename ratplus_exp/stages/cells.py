@@ -104,6 +104,7 @@ class Job:
         stamp = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
         digest = _digest(self.path, expected_sha256(cfg.model), cfg.model.backbone, stamp)
         check_length(self.path, cfg.data.length)
+        method.check_layers(load_config(self.path).num_hidden_layers)
         return {
             "stage": cfg.stage.name,
             "tier": cfg.model.tier,
