@@ -48,6 +48,8 @@ def check(settings: Mapping[str, Any]) -> Config:
         raise ValueError("stage.mixture is empty or all 0: give some task a positive weight")
     if config.oracle_heads and config.selector != "oracle":
         raise ValueError(f"oracle_heads needs selector=oracle, not {config.selector}")
+    if config.stage.name == "loss" and config.selector == "oracle":
+        raise ValueError("stage=loss has no gold values: use selector=topk or random")
     golden = config.stage.name == "hit_rate" or config.selector == "oracle"
     if golden and (placeless := [task for task in config.data.tasks if task not in GOLDEN]):
         raise ValueError(

@@ -218,6 +218,9 @@ class Grid(Settings):
     protocol: Protocol | list[Protocol] | None = None
     tasks: list[Task] | None = None
     examples: Examples | None = None
+    dilation: Whole | list[Whole] | None = None
+    local: Whole | list[Whole] | None = None
+    initial: Whole | list[Whole] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +251,15 @@ class Ablation(Measuring):
     trainings: Seeds
     methods: Annotated[Names, Field(min_length=1)]
     cells: dict[Name, Grid] = field(default_factory=dict)
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(Measuring):
+    name: Literal["loss"]
+    models: Names
+    trainings: Seeds
+    cells: Annotated[dict[Name, Grid], AfterValidator(_not_empty)]
     workers: Processes
 
 
@@ -346,6 +358,7 @@ Stage = (
     OneCell
     | RandomSelector
     | Ablation
+    | Loss
     | MethodsStage
     | Look
     | Sweep
@@ -356,6 +369,8 @@ Stage = (
     | Tokenize
     | Convert
 )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayersSettings(Settings):
     """method=layers: names of `methods`, each with the fields of a method."""

@@ -96,7 +96,11 @@ class ForwardPass:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`memorise`, with RoPE on the keys; k and v without a memory; rope as in `rotate`."""
         cache = self.cache
-        if cache is not None and isinstance(memory, Gate) and self._takes_one_pass(memory, layer, k, v):
+        if (
+            cache is not None
+            and isinstance(memory, Gate)
+            and self._takes_one_pass(memory, layer, k, v)
+        ):
             method, store = cache.engine.of(layer).method, cache.layers[layer]
             k, v, state, blocks = memory.prefill(
                 x, k, v, rope, method.block_size, self.step.lengths
