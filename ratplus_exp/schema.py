@@ -259,7 +259,7 @@ class Loss(Measuring):
     name: Literal["loss"]
     models: Names
     trainings: Seeds
-    cells: Annotated[dict[Name, Grid], AfterValidator(_not_empty)]
+    cells: dict[Name, Grid]
     workers: Processes
 
 

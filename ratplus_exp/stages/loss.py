@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from ratplus_exp.methods import Engine, Method
 from ratplus_exp.models.prefill import PromptBatch
@@ -17,11 +18,11 @@ from ratplus_exp.store import Cell
 from ratplus_exp.tasks import Sample
 
 BINS = 8  # equal parts of the context
-KINDS = ("all", "recallable")
+KINDS = ("all", "recallable")  # tokens; of a corpus none counts as recallable
 
 
 class Loss:
-    """The measuring stage: of all tokens and of those that can be recalled (`text.facts`)."""
+    """The measuring stage: of all tokens, and of those that can be recalled (`text.facts`)."""
 
     def check(self, method: Method, name: str) -> None:
         """The method must be dense throughout or sparse in the prompt."""
@@ -35,99 +36,81 @@ class Loss:
     def measure(
         self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
     ) -> list[dict[str, Any]]:
-        """By kind of token, the sums of loss (nats), right guesses and tokens in each bin."""
+        """For each kind of token: sums of loss (nats), right guesses and tokens, of each bin."""
         records = []
-        for sample, ids in zip(samples, prompts.ids, strict=True):  # of one, logits are large
+        for sample, ids in zip(samples, prompts.ids, strict=True):  # singly: logits are large
             engine = Engine(job.method, selector_of(job.cfg, [sample], ids.device))
             cache = prompts.model.new_cache(engine)
             logits = prompts.model(ids[None], past_key_values=cache).logits[0, :-1].float()
-            losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").cpu()
-            right = (logits.argmax(-1) == ids[1:]).cpu()
-            place = torch.arange(len(losses)) * BINS // sample.length
-            recallable = torch.zeros(len(ids), dtype=torch.bool)
-            for start, end in sample.gold_spans.get("recallable", ()):
-                recallable[start:end] = True
-            record: dict[str, Any] = {"id": sample.id}
-            for kind, mask in zip(KINDS, (recallable >= 0, recallable), strict=True):
-                counts = [losses, right, torch.ones_like(losses)]
-                record[kind] = [
-                    [round(float(x), 4) for x in _by_bin(count, place, mask[1:])]
-                    for count in counts
+            losses = cross_entropy(logits, ids[1:], reduction="none")
+            counts = torch.stack((losses, logits.argmax(-1) == ids[1:], losses == losses)).cpu()
+            recallable = np.zeros(len(ids), bool)
+            recallable[[at for span in sample.gold_spans["recallable"] for at in range(*span)]] = 1
+            place = np.arange(len(losses)) * BINS // len(ids)
+            masks = zip(KINDS, (np.ones_like(recallable), recallable), strict=True)
+            sums = {
+                kind: [
+                    np.bincount(place, row * mask[1:], BINS).round(4).tolist()
+                    for row in counts.double().numpy()
                 ]
-            record["budget_measured"] = round(float(engine.usage.fractions(1)[0]), 6)
-            records.append(record)
+                for kind, mask in masks
+            }
+            read = round(float(engine.usage.fractions(1)[0]), 6)
+            records.append({"id": sample.id, **sums, "budget_measured": read})
         return records
 
     def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
-        """By kind of token: loss, perplexity, accuracy in percent, and the loss in each bin; null
-        without such tokens."""
-        measured = [record["budget_measured"] for record in records.values()]
-        metrics: dict[str, Any] = {"budget_measured": round(sum(measured) / len(measured), 5)}
+        """For each kind of token: mean loss, perplexity, accuracy in percent, the loss by bin."""
+        measured = np.mean([record["budget_measured"] for record in records.values()])
+        metrics: dict[str, Any] = {"budget_measured": round(float(measured), 5)}
         for kind in KINDS:
             sums = np.sum([record[kind] for record in records.values()], axis=0)  # (3, BINS)
-            loss, right, tokens = sums.sum(1)
-            bins = [round(x / n, 4) if n else None for x, n in zip(sums[0], sums[2], strict=True)]
-            metrics[kind] = {"tokens": int(tokens), "loss_by_bin": bins} | (
-                {
-                    "loss": round(loss / tokens, 4),
-                    "perplexity": round(math.exp(loss / tokens), 3),
-                    "accuracy": round(100 * right / tokens, 2),
-                }
-                if tokens
-                else {"loss": None, "perplexity": None, "accuracy": None}
-            )
+            loss, right, tokens = map(float, sums.sum(1))
+            mean = loss / tokens if tokens else math.nan
+            metrics |= {
+                f"{kind}_loss": mean,
+                f"{kind}_perplexity": math.exp(mean),
+                f"{kind}_accuracy": 100 * right / tokens if tokens else math.nan,
+                f"{kind}_by_bin": [x / n if n else None for x, _, n in sums.T.tolist()],
+            }
         return metrics
-
-
-def _by_bin(counts: torch.Tensor, place: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(BINS, dtype=torch.float64).index_add(0, place[mask], counts[mask].double())
 
 
 def loss_table(cells: list[Cell]) -> Table:
     """A row for each model and method."""
-    rows = []
-    for cell in cells:
-        key, found = cell.key, cell.metrics()
-        every, recalled = (found[kind] for kind in KINDS)
-        rows.append(
-            (
-                key["model"] + (f", training {key['training']}" if key["training"] else ""),
-                key["method"],
-                _sizes(key),
-                number(found["budget_measured"], 3),
-                *(number(every[name], 2) for name in ("loss", "perplexity")),
-                *(number(recalled[name], 2) for name in ("loss", "perplexity", "accuracy")),
-                *(number(x, 2) for x in (recalled if recalled["tokens"] else every)["loss_by_bin"]),
-            )
+    keys, found = [cell.key for cell in cells], [cell.metrics() for cell in cells]
+    kind = KINDS[any(x["recallable_loss"] is not None for x in found)]
+    rows = tuple(
+        (
+            f"{key['model']}/{key['training']}",
+            f"{key['method']} {_sizes(key['settings'])}".strip(),
+            number(x["budget_measured"], 3),
+            *(number(x[f"all_{name}"], 2) for name in ("loss", "perplexity")),
+            *(number(x[f"recallable_{name}"], 2) for name in ("loss", "accuracy")),
+            *(number(loss, 2) for loss in x[f"{kind}_by_bin"]),
         )
-    first, recallable = cells[0].metrics(), any(c.metrics()["recallable"]["tokens"] for c in cells)
-    breaks = (i for i in range(1, len(rows)) if rows[i][0] != rows[i - 1][0])
+        for key, x in zip(keys, found, strict=True)
+    )
     return Table(
-        title=f"Held-out loss at {cells[0].key['context_length']} tokens",
+        title=f"Held-out loss at {keys[0]['context_length']} tokens",
         caption=(
-            f"Next-token loss in nats on {first['n']} documents of a held-out seed. Read: the "
-            "measured fraction of the context that was attended to. Recall: tokens of values that "
-            "stand earlier in the document, with the share in % that is predicted. Last columns: "
-            f"loss of {'these tokens' if recallable else 'all tokens'} in each eighth of the "
-            "context."
+            f"Next-token loss in nats on {found[0]['n']} documents of a held-out seed. Read: the "
+            "measured fraction of the context that was attended to. Recall: of tokens whose value "
+            "stands earlier in the document; recalled: the share of them in % that is predicted. "
+            f"Last columns: the loss of {kind} tokens in each eighth of the context."
         ),
         columns=(
-            *("Model", "Method", "Sizes", "Read", "Loss", "Perplexity"),
-            *("Recall loss", "Recall perplexity", "Recalled"),
+            *("Model", "Method", "Read", "Loss", "Perplexity", "Recall loss", "Recalled"),
             *(f"{i + 1}/{BINS}" for i in range(BINS)),
         ),
-        rows=tuple(rows),
-        breaks=frozenset(breaks),
-        text_hides=frozenset({"Recall perplexity"}),
+        rows=rows,
+        breaks=frozenset(i for i in range(1, len(rows)) if rows[i][0] != rows[i - 1][0]),
     )
 
 
-def _sizes(key: dict[str, Any]) -> str:
-    """A method's sizes, "D=8 W=16"; a list of its layers' in brackets."""
-    settings = key["settings"]
-    if "layers" in settings:
-        of = ({"method": "", "settings": layer} for layer in settings["layers"])
-        names = zip(settings["names"], map(_sizes, of), strict=True)
-        return "[" + ", ".join(f"{name} {sizes}".strip() for name, sizes in names) + "]"
-    sizes = {"D": "dilation", "W": "local", "I": "initial", "k": "top_k"}
-    return " ".join(f"{k}={settings[x]}" for k, x in sizes.items() if settings.get(x))
+def _sizes(settings: dict[str, Any]) -> str:
+    """A method's sizes, or in brackets those of each layer's."""
+    if layers := settings.get("layers"):
+        each = zip(settings["names"], map(_sizes, layers), strict=True)
+        return "[" + ", ".join(" ".join(x).strip() for x in each) + "]"
+    return " ".join(f"{name}={x}" for name, x in settings.items() if x and name != "block_size")

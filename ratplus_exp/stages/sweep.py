@@ -106,7 +106,7 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
     return [
         configuration(cfg, model | entry)
         for model in models or [{}]
-        for grid in plain(cfg.stage.cells).values()
+        for grid in plain(cfg.stage.cells).values() or [{}]
         for entry in _multiply(grid)
     ]
 
