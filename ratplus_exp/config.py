@@ -98,7 +98,7 @@ def method_of(cfg: DictConfig) -> Method:
     return Layers(layers=methods, names=tuple(layer["name"] for layer in settings))
 
 
-def _one_method(cfg: DictConfig, settings: Mapping[str, Any]) -> Method:
+def _one_method(cfg: DictConfig, settings: dict[str, Any]) -> Method:
     settings = {name: value for name, value in settings.items() if name != "name"}
     cls = _class(settings.pop("target"))
     method = build(cls, settings, "method")

@@ -42,7 +42,7 @@ class Layers(Method):
 
     @property
     def sparse_in(self) -> frozenset[str]:
-        return frozenset().union(*(method.sparse_in for method in self.layers))
+        return frozenset[str]().union(*(method.sparse_in for method in self.layers))
 
     @property
     def forced(self) -> int:
