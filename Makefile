@@ -111,7 +111,7 @@ $(GPU_VENV)/.installed: pyproject.toml constraints-gpu.txt
 	@touch $@
 
 # Each runs what is missing and writes what it makes to outputs/reports (docs/results.md).
-.PHONY: look methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 ruler13 protocols reproduce report
+.PHONY: look methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 p2 ruler13 protocols reproduce report
 
 table2: $(STAMP) ## Table 2: random selection, tasks with several keys, values or queries
 	$(SWEEP)
@@ -142,6 +142,9 @@ methods: $(STAMP) ## all methods at the same measured budgets, one table and one
 
 look: $(STAMP) ## what each head keeps of one prompt: a page and a picture (SET='stage.task=MK-3 stage.index=4')
 	$(RUN) stage=look pair=$(PAIR) hydra.run.dir=outputs/reports/$(PAIR)/look $(SET)
+
+p2: $(STAMP) ## P2's held-out loss by dilation, with and without a window
+	$(RUN) experiment=p2_dilation pair=$(PAIR) hydra.run.dir=outputs/reports/$(PAIR)/p2 $(SET)
 
 ruler13: $(STAMP) ## all of RULER's tasks at one budget (SET='data.qa.squad=FILE data.qa.hotpotqa=FILE')
 	$(SWEEP)

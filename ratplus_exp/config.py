@@ -38,20 +38,18 @@ def validate(cfg: DictConfig) -> None:
 def check(settings: Mapping[str, Any]) -> Config:
     """`validate` of a plain, resolved configuration, typed."""
     config = build(Config, settings)
-    common: dict[str, Any] = {
-        name: config.method[name] for name in ("name", "target") if name in config.method
-    }
-    target = build(MethodConfig, common, "method").target
-    package, _, name = target.rpartition(".")
-    if package == "ratplus_exp.methods" and name in METHOD_SETTINGS:
-        sizes = {x: value for x, value in config.method.items() if x not in common}
-        build(METHOD_SETTINGS[name], sizes, "method")
+    if "layers" in config.method:
+        _check_method(config.method)
+    for method in by_layer(config.method):
+        _check_method(method)
     for style in config.stage.styles if isinstance(config.stage, Pretrain) else ():
         build(Forms, settings["data"]["forms"] | style, "stage.styles")
     if isinstance(config.stage, Sft) and not any(config.stage.mixture.values()):
         raise ValueError("stage.mixture is empty or all 0: give some task a positive weight")
     if config.oracle_heads and config.selector != "oracle":
         raise ValueError(f"oracle_heads needs selector=oracle, not {config.selector}")
+    if config.stage.name == "loss" and config.selector == "oracle":
+        raise ValueError("stage=loss has no gold values: use selector=topk or random")
     golden = config.stage.name == "hit_rate" or config.selector == "oracle"
     if golden and (placeless := [task for task in config.data.tasks if task not in GOLDEN]):
         raise ValueError(
@@ -63,12 +61,45 @@ def check(settings: Mapping[str, Any]) -> Config:
     return config
 
 
+def _check_method(settings: Mapping[str, Any]) -> None:
+    common = {name: settings[name] for name in ("name", "target") if name in settings}
+    target = build(MethodConfig, common, "method").target
+    package, _, name = target.rpartition(".")
+    if package == "ratplus_exp.methods" and name in METHOD_SETTINGS:
+        sizes = {x: value for x, value in settings.items() if x not in common}
+        build(METHOD_SETTINGS[name], sizes, "method")
+
+
+def by_layer(method: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings of each layer's method: of method=layers those that it names, and where fields
+    are lists, one entry a layer; otherwise one of all layers."""
+    if "layers" in method:
+        known = method.get("methods", {})
+        if unknown := [name for name in method["layers"] if name not in known]:
+            raise ValueError(f"method.layers has {unknown[0]}: use {', '.join(known)}, or add it")
+        return [known[name] for name in method["layers"]]
+    lists = {name: value for name, value in method.items() if isinstance(value, list)}
+    if len(counts := {len(value) for value in lists.values()} or {1}) > 1 or 0 in counts:
+        raise ValueError(f"method.{' and '.join(lists)}: list one entry a layer in each")
+    entries = range(counts.pop())
+    return [{**method, **{name: value[i] for name, value in lists.items()}} for i in entries]
+
+
 def method_of(cfg: DictConfig) -> Method:
     """The method with its sizes, of which the budget gives top_k for methods that select;
     ValueError if they do not fit. Its YAML has `name`, `target` (the class) and the class's fields.
     """
-    settings = plain(cfg.method)
-    del settings["name"]
+    settings = by_layer(whole := plain(cfg.method))
+    if settings == [whole]:
+        return _one_method(cfg, whole)
+    from ratplus_exp.methods import Layers
+
+    methods = tuple(_one_method(cfg, layer) for layer in settings)
+    return Layers(layers=methods, names=tuple(layer["name"] for layer in settings))
+
+
+def _one_method(cfg: DictConfig, settings: dict[str, Any]) -> Method:
+    settings = {name: value for name, value in settings.items() if name != "name"}
     cls = _class(settings.pop("target"))
     method = build(cls, settings, "method")
     if not settings.get("top_k"):

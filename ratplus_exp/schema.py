@@ -218,6 +218,9 @@ class Grid(Settings):
     protocol: Protocol | list[Protocol] | None = None
     tasks: list[Task] | None = None
     examples: Examples | None = None
+    dilation: Whole | list[Whole] | None = None
+    local: Whole | list[Whole] | None = None
+    initial: Whole | list[Whole] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +251,15 @@ class Ablation(Measuring):
     trainings: Seeds
     methods: Annotated[Names, Field(min_length=1)]
     cells: dict[Name, Grid] = field(default_factory=dict)
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(Measuring):
+    name: Literal["loss"]
+    models: Names
+    trainings: Seeds
+    cells: dict[Name, Grid]
     workers: Processes
 
 
@@ -346,6 +358,7 @@ Stage = (
     OneCell
     | RandomSelector
     | Ablation
+    | Loss
     | MethodsStage
     | Look
     | Sweep
@@ -356,9 +369,20 @@ Stage = (
     | Tokenize
     | Convert
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersSettings(Settings):
+    """method=layers: names of `methods`, each with the fields of a method."""
+
+    layers: Annotated[list[Name], Field(min_length=1)]
+    methods: dict[Name, dict[str, Any]]
+
+
 METHOD_SETTINGS: dict[str, type[Settings]] = {  # for validation without importing the methods
     "Dense": NoSettings,
     "Dilated": DilatedSettings,
+    "Layers": LayersSettings,
     "MoBA": BlockSettings,
     "Quest": BlockSettings,
     "SnapKV": SnapKVSettings,

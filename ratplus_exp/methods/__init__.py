@@ -3,6 +3,7 @@
 from ratplus_exp.methods.base import BlockMethod, Dense, Method
 from ratplus_exp.methods.dilated import Dilated
 from ratplus_exp.methods.engine import Engine
+from ratplus_exp.methods.layers import Layers
 from ratplus_exp.methods.moba import MoBA
 from ratplus_exp.methods.quest import Quest
 from ratplus_exp.methods.selectors import Oracle, Random, Selector, TopK
@@ -14,6 +15,7 @@ __all__ = [
     "Dense",
     "Dilated",
     "Engine",
+    "Layers",
     "Method",
     "MoBA",
     "Oracle",

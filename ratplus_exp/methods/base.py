@@ -80,6 +80,13 @@ class Method(Settings):
         """The layer, this one or an earlier one, whose selection this layer uses."""
         return layer
 
+    def of(self, layer: int) -> "Method":
+        """The method of a layer."""
+        return self
+
+    def check_layers(self, count: int) -> None:
+        """ValueError if a model of `count` layers can't have the method."""
+
     # Fast paths compute the engine's result without its masks, or return None.
 
     def __init_subclass__(cls) -> None:
@@ -126,11 +133,17 @@ class Method(Settings):
         return None
 
     @property
+    def sparse_in(self) -> frozenset[str]:
+        """In which of "prefill" and "decode" the method is sparse: whose queries are counted."""
+        if self.phase is None:
+            patterned = type(self).pattern is not Method.pattern
+            return frozenset(("prefill", "decode") if patterned else ())
+        return frozenset({"prefill" if self.phase == "prefill" else "decode"})
+
+    @property
     def dense_prefill(self) -> bool:
         """Whether the prompt is processed by dense attention."""
-        fast = type(self).attend_prefill is not Method.attend_prefill
-        patterned = not self.phase and type(self).pattern is not Method.pattern
-        return self.phase != "prefill" and not fast and not patterned
+        return "prefill" not in self.sparse_in
 
     @property
     def forced(self) -> int:

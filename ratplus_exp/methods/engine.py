@@ -6,14 +6,14 @@ padding from all real queries.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ratplus_exp.methods.attention import attend
-from ratplus_exp.methods.base import EVICTING
+from ratplus_exp.methods.base import EVICTING, Method
 from ratplus_exp.methods.selection import Selection, grouped
 from ratplus_exp.methods.selectors import TopK
 from ratplus_exp.methods.usage import Usage
@@ -23,9 +23,32 @@ QUERY_CHUNK = 128  # prompt queries whose selection is held in memory together
 
 @dataclass
 class Engine(Selection):
-    """A method and its selector for one batch."""
+    """A method and its selector for one batch.
+
+    counted: of "prefill" and "decode", whose queries the usage counts (None: where the method is
+        sparse): in all layers alike, so that dense layers beside sparse ones count.
+    """
 
     usage: Usage = field(default_factory=Usage)
+    counted: frozenset[str] | None = None
+    parts: dict[Method, "Engine"] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.counted is None:
+            self.counted = self.method.sparse_in
+
+    def of(self, layer: int) -> "Engine":
+        """The engine of a layer's method, with the same usage."""
+        method = self.method.of(layer)
+        if method is self.method:
+            return self
+        if method not in self.parts:
+            self.parts[method] = replace(self, method=method)
+        return self.parts[method]
+
+    def _counts(self, phase: str) -> bool:
+        assert self.counted is not None
+        return phase in self.counted
 
     def _fast(self, path: Callable[..., Tensor | None], *states: Any) -> Tensor | None:
         """The result of a fast path; None where the engine must select: fast paths contain the
@@ -56,17 +79,18 @@ class Engine(Selection):
             representatives = self.block_representatives(select_by)
         out = self._fast(self.method.attend_prefill, q, k, v, representatives)
         if out is not None:
-            attended = self.method.attended(position).float()
-            self._count(attended.expand(len(q), -1), position, q, layer, lengths)
+            self._count(self.method.attended(position).float(), position, q, layer, lengths)
             return out
         if self.method.phase == "prefill":
             by = k if select_by is None else select_by
             return self._sparse_prefill(q, k, v, by, lengths, layer, representatives)
         seen = self._pattern(None, position[:, None], position)
         if seen is None:
+            if self._counts("prefill"):
+                self._count(None, position, q, layer, lengths)
             return attend(q, k, v, causal=True)
         seen = seen & (position <= position[:, None])
-        self._count(seen.sum(-1).expand(len(q), -1).float(), position, q, layer, lengths)
+        self._count(seen.sum(-1).float(), position, q, layer, lengths)
         return attend(q, k, v, seen[None, None])
 
     def _pattern(self, phase: str | None, query: Tensor, key: Tensor) -> Tensor | None:
@@ -75,17 +99,22 @@ class Engine(Selection):
 
     def _count(
         self,
-        attended: Tensor,
+        attended: Tensor | None,
         positions: Tensor,
         q: Tensor,
         layer: int,
         lengths: Tensor | None = None,
     ) -> None:
-        """Add to the usage: attended (B, Q), positions (B or 1, Q), real up to lengths."""
-        positions = positions.expand(attended.shape)
+        """Add to the usage: attended (B or 1, Q), None: all, unselected; positions (B or 1, Q),
+        real up to lengths."""
+        positions = positions.expand(len(q), -1)
         if lengths is not None:
             positions = positions.masked_fill(positions >= lengths[:, None], -1)
-        self.usage.add(attended, positions, self.method.choosing(positions, q.shape[-1], layer))
+        if attended is None:
+            self.usage.add(positions + 1.0, positions)
+            return
+        choosing = self.method.choosing(positions, q.shape[-1], layer)
+        self.usage.add(attended.expand(positions.shape), positions, choosing)
 
     def _sparse_prefill(
         self,
@@ -153,8 +182,9 @@ class Engine(Selection):
         slot = torch.arange(k.shape[2], device=q.device) if held is None else held[:, :, None, None]
         pattern = self._pattern("decode", query, slot)
         if all_seen and pattern is None and method.phase != "decode":
-            if method.phase in EVICTING:
-                self._count(torch.full_like(positions, k.shape[2]).float(), positions, q, layer)
+            if self._counts("decode"):
+                slots = torch.full_like(positions, k.shape[2]).float()
+                self._count(slots if method.phase in EVICTING else None, positions, q, layer)
             return attend(q, k, v)
         seen = past = slot <= query  # (B, 1 or K, 1 or G, Q, T)
         if method.phase == "decode":
@@ -168,8 +198,9 @@ class Engine(Selection):
         if seen.shape[1] > 1:  # the heads of a group share slots
             seen = seen.expand(-1, -1, q.shape[1] // k.shape[1], -1, -1)
         by_head = seen.flatten(1, 2)
-        if method.phase in ("decode", *EVICTING) or pattern is not None:
-            self._count(by_head.sum(-1).float().mean(1), positions, q, layer)
+        if self._counts("decode"):
+            attended = by_head.sum(-1).float().mean(1) if "decode" in method.sparse_in else None
+            self._count(attended, positions, q, layer)
         out = attend(q, k, v, by_head)
         if method.adds_mean:
             assert representatives is not None

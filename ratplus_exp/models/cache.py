@@ -70,7 +70,7 @@ class SparseCache(Cache):
         select_by: Tensor | None = None,
     ) -> Tensor:
         """Store the step's tokens and return their attention, (B, H, T, D)."""
-        store, engine = self.layers[layer], self.engine
+        store, engine = self.layers[layer], self.engine.of(layer)
         if self.is_empty:
             out = engine.prefill(q, k, v, step.lengths, layer, store.representatives, select_by)
             if engine.method.phase in EVICTING:
@@ -93,7 +93,7 @@ class SparseCache(Cache):
             stored = getattr(store, name)
             if stored is not None and states is not None:
                 setattr(store, name, append(stored, slots, states, used))
-        self._update_representatives(store, step.positions, used)
+        self._update_representatives(engine, store, step.positions, used)
         keys, values, select_by, held = (
             None if x is None else x[:, :, :used]
             for x in (store.keys, store.values, store.select_by, store.held)
@@ -128,26 +128,30 @@ class SparseCache(Cache):
     ) -> None:
         """Store keys, values and representatives after the prompt; q: at least the last `observed`
         queries."""
-        store, method = self.layers[layer], self.engine.method
+        store, engine = self.layers[layer], self.engine.of(layer)
+        method = engine.method
         room = ROOM if self.room is None else self.room
         if method.phase in EVICTING:
-            store.hold_kept(self.engine, layer, q, k, v, step, select_by, room)
+            store.hold_kept(engine, layer, q, k, v, step, select_by, room)
             return
         store.hold(k, v, room)
+        engine.usage.slots.append(store.width)
         if method.phase != "decode":
             store.representatives = None
             return
         if store.representatives is None and method.unit == "block":
             by = k if select_by is None else select_by
-            store.representatives = self.engine.block_representatives(by)
+            store.representatives = engine.block_representatives(by)
         if select_by is not None:
             store.select_by = with_room(select_by, select_by.shape[2] + room)
 
-    def _update_representatives(self, store: SparseLayer, positions: Tensor, used: int) -> None:
+    def _update_representatives(
+        self, engine: Engine, store: SparseLayer, positions: Tensor, used: int
+    ) -> None:
         """Recompute the representatives of the new tokens' blocks; slots are positions."""
         if store.representatives is None:
             return
-        size = self.engine.method.block_size
+        size = engine.method.block_size
         keys = store.keys if store.select_by is None else store.select_by
         old = store.representatives
         assert keys is not None
@@ -160,7 +164,7 @@ class SparseCache(Cache):
         token = block[..., None] * size + torch.arange(size, device=keys.device)
         token = token.clamp(max=keys.shape[2] - 1).flatten(1)[:, None, :, None]
         tokens = keys.gather(2, token.expand(-1, keys.shape[1], -1, keys.shape[3]))
-        new = self.engine.method.represent(tokens.unflatten(2, (-1, size)))
+        new = engine.method.represent(tokens.unflatten(2, (-1, size)))
         block = block[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
         store.representatives = old.scatter_(2, block, new)
 

@@ -96,8 +96,12 @@ class ForwardPass:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`memorise`, with RoPE on the keys; k and v without a memory; rope as in `rotate`."""
         cache = self.cache
-        if cache is not None and isinstance(memory, Gate) and self._takes_one_pass(memory, k, v):
-            method, store = cache.engine.method, cache.layers[layer]
+        if (
+            cache is not None
+            and isinstance(memory, Gate)
+            and self._takes_one_pass(memory, layer, k, v)
+        ):
+            method, store = cache.engine.of(layer).method, cache.layers[layer]
             k, v, state, blocks = memory.prefill(
                 x, k, v, rope, method.block_size, self.step.lengths
             )
@@ -109,11 +113,11 @@ class ForwardPass:
             k, v, select_by = self.memorise(memory, layer, x, k, v)
         return rotate(k, rope), v, None if select_by is None else rotate(select_by, rope)
 
-    def _takes_one_pass(self, memory: Gate, k: Tensor, v: Tensor) -> bool:
+    def _takes_one_pass(self, memory: Gate, layer: int, k: Tensor, v: Tensor) -> bool:
         """Whether one kernel computes the memory, RoPE and blocks of this prompt."""
         if self.cache is None or not self.cache.is_empty or torch.is_grad_enabled():
             return False
-        method = self.cache.engine.method
+        method = self.cache.engine.of(layer).method
         blocks = method.unit == "block" and method.block_size & (method.block_size - 1) == 0
         return memory.in_one_pass and blocks and use_triton(k, v)
 
@@ -123,7 +127,8 @@ class ForwardPass:
         """Attention of the pass's tokens: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D);
         select_by (B, K, T, D): the keys that methods select by (None: k)."""
         if self.cache is None:
-            return self.engine.prefill(q, k, v, self.step.lengths, layer, select_by=select_by)
+            engine = self.engine.of(layer)
+            return engine.prefill(q, k, v, self.step.lengths, layer, select_by=select_by)
         return self.cache.attend(layer, q, k, v, self.step, select_by)
 
     def close(self, x: Tensor) -> Tensor:

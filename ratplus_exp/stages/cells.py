@@ -35,7 +35,7 @@ from ratplus_exp.models.loading import (
 )
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.stages.common import device_of, first_token_of, resolve, store_of
-from ratplus_exp.stages.samples import ruler_files
+from ratplus_exp.stages.samples import DOCUMENTS, corpus_of, ruler_files
 from ratplus_exp.store import Cell
 from ratplus_exp.tasks import TASKS, Sample
 from ratplus_exp.tasks.qa import QA_FILES, no_file
@@ -76,9 +76,10 @@ class Job:
         stage.check(self.method, cfg.method.name)
         self.store = store_of(cfg)
         self.path = resolve(cfg.model.path)
+        tasks = [DOCUMENTS] if cfg.stage.name == "loss" else cfg.data.tasks
         self.files = ruler_files(cfg, cfg.data.tasks)
         setting = self._setting()
-        self.cells = {task: self.store.cell(self._key(setting, task)) for task in cfg.data.tasks}
+        self.cells = {task: self.store.cell(self._key(setting, task)) for task in tasks}
 
     @property
     def first_token(self) -> str:
@@ -104,6 +105,7 @@ class Job:
         stamp = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
         digest = _digest(self.path, expected_sha256(cfg.model), cfg.model.backbone, stamp)
         check_length(self.path, cfg.data.length)
+        method.check_layers(load_config(self.path).num_hidden_layers)
         return {
             "stage": cfg.stage.name,
             "tier": cfg.model.tier,
@@ -143,7 +145,10 @@ class Job:
     def _key(self, setting: dict[str, Any], task: str) -> dict[str, Any]:
         essay, forms = self.cfg.data.essay, forms_of(self.cfg)
         data: dict[str, Any]
-        if file := self.files.get(task):
+        if task == DOCUMENTS:
+            corpus = corpus_of(self.cfg)
+            data = {"corpus": corpus.id} if corpus else {"forms": asdict(forms)}
+        elif file := self.files.get(task):
             data = {"file": _file_digest(file, "data.path"), "reserve": reserve_of(self.cfg, task)}
         elif task in TASKS:
             digest = essay and _file_digest(resolve(essay), "data.essay")
@@ -158,7 +163,7 @@ class Job:
                 if not files[name]:
                     raise ValueError(no_file(task))
                 data["questions"] = _file_digest(resolve(files[name]), f"data.qa.{name}")
-        seed = 0 if file else self.cfg.seed  # of the generated samples
+        seed = 0 if task in self.files else self.cfg.seed  # of the generated samples
         return setting | {"task": task, "seed": seed, "data": data}
 
 

@@ -28,6 +28,7 @@ STAGES = {
     "sweep": "sweep.run",
     "random_selector": "sweep.random_selector",
     "ablation": "sweep.ablation",
+    "loss": "sweep.loss",
     "methods": "methods.run",
     "look": "look.run",
     "report": "report.run",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ class Accuracy:
         texts, usage, last = generate(job, samples, prompts, tokenizer)
         fractions = usage.fractions(len(samples), last).tolist()
         choosing = usage.choosing_fractions(len(samples), last).tolist()
-        slots = sum(usage.slots) / len(usage.slots) if usage.slots else math.inf
+        slots = sum(usage.slots) / len(usage.slots)
         return [
             {
                 "id": sample.id,

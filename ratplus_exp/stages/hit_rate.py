@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from ratplus_exp.analysis.hits import hit_rates
 from ratplus_exp.distributed import rank
-from ratplus_exp.methods import Engine, Method
+from ratplus_exp.methods import Engine, Layers, Method
 from ratplus_exp.methods.hits import HitCounter
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
@@ -51,6 +51,8 @@ class HitRate:
                 f"stage=hit_rate can't measure {name}: it selects for prompt tokens and decodes "
                 "densely, so decoding steps have no selection; use quest or snapkv"
             )
+        if isinstance(method, Layers):
+            raise ValueError(f"stage=hit_rate takes one method for all layers, not {name}")
         if method.phase is None:
             raise ValueError(f"stage=hit_rate needs a method that selects, not {name}: use quest")
 

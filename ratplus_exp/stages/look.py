@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ratplus_exp.analysis.frame import LABELS
 from ratplus_exp.memory import Gate, Memory, of_each_memory
-from ratplus_exp.methods import Engine
+from ratplus_exp.methods import Engine, Layers
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report.look import Look, Memories, Step, View
 from ratplus_exp.report.prose import METHODS
@@ -119,7 +119,7 @@ def _view(job: Job, model: Any, sample: Sample, source: Samples, look: Look, lab
         steps=[
             Step(t, [x for x in places if x], np.stack([kept[t, layer] for layer in layers]))
             for t, places in wanted
-            if (t, 0) in kept
+            if (t, 0) in kept and not isinstance(method, Layers)
         ],
     )
 

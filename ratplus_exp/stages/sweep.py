@@ -1,4 +1,4 @@
-"""Stages that run grids of cells: sweep, ablation and random_selector.
+"""Stages that run grids of cells: sweep, ablation, loss and random_selector.
 
 `stage.cells`, for instance in conf/experiment/table2.yaml, has the grids of a sweep. The lists of a
 grid are multiplied out and run for each of `stage.trainings` of `stage.models`, or for the model of
@@ -23,12 +23,13 @@ from ratplus_exp.stages.cells import Job, MeasuringStage
 from ratplus_exp.stages.common import job_folder, model_name, option, show
 from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
+from ratplus_exp.stages.loss import Loss, loss_table
 from ratplus_exp.stages.pool import fill_jobs, refuse
 from ratplus_exp.store import Cell
 from ratplus_exp.tasks.qa import QA_FILES, no_file
 from ratplus_exp.tracking import tracked
 
-MEASURING: dict[str, MeasuringStage] = {"eval": Accuracy(), "hit_rate": HitRate()}
+MEASURING: dict[str, MeasuringStage] = {"eval": Accuracy(), "hit_rate": HitRate(), "loss": Loss()}
 
 
 def run(cfg: DictConfig) -> None:
@@ -44,6 +45,11 @@ def ablation(cfg: DictConfig) -> None:
     setting |= {name: cfg.stage[name] for name in ("first_token", "protocol")}
     samples = sample_scores(filled(cfg))
     show_tracked(cfg, model_table(samples, cfg.stage.models, cfg.stage.methods, **setting))
+
+
+def loss(cfg: DictConfig) -> None:
+    """stage=loss: held-out loss of models under methods."""
+    show_tracked(cfg, loss_table(filled(cfg)))
 
 
 def random_selector(cfg: DictConfig) -> None:
@@ -100,7 +106,7 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
     return [
         configuration(cfg, model | entry)
         for model in models or [{}]
-        for grid in plain(cfg.stage.cells).values()
+        for grid in plain(cfg.stage.cells).values() or [{}]
         for entry in _multiply(grid)
     ]
 
@@ -134,7 +140,8 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
                 f"{job.model.name} is of the tier {job.model.tier}, but the data of the tier "
                 f"{cfg.model.tier}: set model={job.model.name}, and only models of its tier"
             )
-        job.stage = option("stage", entry.get("stage", "eval"))
+        own = "loss" if cfg.stage.name == "loss" else "eval"
+        job.stage = option("stage", entry.get("stage", own))
         for field in ("first_token", "protocol", "batch_size"):
             job.stage[field] = entry.get(field, cfg.stage[field])
         for field in ("selector", "selector_seed"):
@@ -150,6 +157,9 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
                     "change data.length or the blocks of stage.cells"
                 )
             job.method.block_size = cfg.data.length // blocks
+        for field in ("dilation", "local", "initial"):
+            if field in entry:
+                job.method[field] = entry[field]
         if "tasks" in entry:
             job.data.tasks = [task for task in entry["tasks"] if task in cfg.data.tasks]
     validate(job)

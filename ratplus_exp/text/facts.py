@@ -75,8 +75,9 @@ class Facts:
         ids = self.tokenizer([f" {x}" for x in texts], add_special_tokens=False).input_ids
         return np.unique(np.concatenate(ids))
 
-    def batch(self, seed: int, step: int, batch: int, length: int) -> Batch:
-        """Token ids and next-token labels, both (batch, length) int64."""
+    def batch(self, seed: int | str, step: int, batch: int, length: int) -> Batch:
+        """Token ids and next-token labels, both (batch, length) int64. Another seed gives other
+        documents."""
         rng = seeded_random(f"facts/{seed}/{step}")
         ids = np.empty((batch, length + 1), np.int64)
         recallable = np.empty((batch, length + 1), bool)

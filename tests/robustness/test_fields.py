@@ -22,6 +22,7 @@ STAGES = {
     "eval": [],
     "hit_rate": ["stage=hit_rate"],
     "look": ["stage=look"],
+    "loss": ["stage=loss"],
     "methods": ["experiment=methods"],
     "pretrain": ["experiment=small_ratplus"],
     "random_selector": ["stage=random_selector"],

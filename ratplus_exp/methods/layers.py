@@ -1,0 +1,60 @@
+"""A method for each layer."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from ratplus_exp.methods.base import EVICTING, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers(Method):
+    """Each layer has a method of its own; a list shorter than the model repeats.
+
+    A budget is that of every layer that selects; the nominal one is the mean over all layers. The
+    measured ones are of all layers, dense ones too, over the queries that any layer is sparse for.
+    Also what a list in place of a number makes, as in `method=dilated method.dilation=[1,16]`.
+    """
+
+    paper = "Wei and Gulcehre, 2026, arXiv 2602.18196"
+    layers: tuple[Method, ...]
+    names: tuple[str, ...]  # of the methods, which tell apart cells of equal sizes
+
+    def __post_init__(self) -> None:
+        phases = {method.phase for method in self.layers}
+        found = (phase for phase in (*EVICTING, "decode", "prefill") if phase in phases)
+        object.__setattr__(self, "phase", next(found, None))  # the latest in which a layer selects
+
+    def of(self, layer: int) -> Method:
+        return self.layers[layer % len(self.layers)]
+
+    def check_layers(self, count: int) -> None:
+        if count % len(self.layers):
+            raise ValueError(
+                f"the method lists {len(self.layers)} layers, but the model has {count}: list as "
+                "many, or a divisor of them"
+            )
+        for layer in range(count):
+            if self.of(anchor := self.of(layer).anchor(layer)) != self.of(layer):
+                raise ValueError(
+                    f"layer {layer} reuses the selection of layer {anchor}, which has another "
+                    "method: change the list or method.methods.shared.every"
+                )
+
+    @property
+    def sparse_in(self) -> frozenset[str]:
+        return frozenset[str]().union(*(method.sparse_in for method in self.layers))
+
+    @property
+    def forced(self) -> int:
+        return max(method.forced for method in self.layers)
+
+    @property
+    def observed(self) -> int:
+        return max(method.observed for method in self.layers)
+
+    def fraction(self, length: int) -> Fraction:
+        return sum(method.fraction(length) for method in self.layers) / Fraction(len(self.layers))
+
+    def validate(self) -> None:
+        for method in self.layers:
+            method.validate()

@@ -1,0 +1,116 @@
+"""stage=loss: next-token loss on held-out documents under methods, by position in the context."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from ratplus_exp.methods import Engine, Method
+from ratplus_exp.models.prefill import PromptBatch
+from ratplus_exp.report import Table
+from ratplus_exp.report.prose import number
+from ratplus_exp.stages.cells import Job, Records, selector_of
+from ratplus_exp.store import Cell
+from ratplus_exp.tasks import Sample
+
+BINS = 8  # equal parts of the context
+KINDS = ("all", "recallable")  # tokens; of a corpus none counts as recallable
+
+
+class Loss:
+    """The measuring stage: of all tokens, and of those that can be recalled (`text.facts`)."""
+
+    def check(self, method: Method, name: str) -> None:
+        """The method must be dense throughout or sparse in the prompt."""
+        if method.dense_prefill and method.sparse_in:
+            raise ValueError(
+                f"stage=loss is of prompt tokens, which {name} leaves dense: use a pattern "
+                "(method=dilated) or a method that selects for prompts (method=moba)"
+            )
+
+    @torch.inference_mode()
+    def measure(
+        self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
+    ) -> list[dict[str, Any]]:
+        """For each kind of token: sums of loss (nats), right guesses and tokens, of each bin."""
+        records = []
+        for sample, ids in zip(samples, prompts.ids, strict=True):  # singly: logits are large
+            engine = Engine(job.method, selector_of(job.cfg, [sample], ids.device))
+            cache = prompts.model.new_cache(engine)
+            logits = prompts.model(ids[None], past_key_values=cache).logits[0, :-1].float()
+            losses = cross_entropy(logits, ids[1:], reduction="none")
+            counts = torch.stack((losses, logits.argmax(-1) == ids[1:], losses == losses)).cpu()
+            recallable = np.zeros(len(ids), bool)
+            recallable[[at for span in sample.gold_spans["recallable"] for at in range(*span)]] = 1
+            place = np.arange(len(losses)) * BINS // len(ids)
+            masks = zip(KINDS, (np.ones_like(recallable), recallable), strict=True)
+            sums = {
+                kind: [
+                    np.bincount(place, row * mask[1:], BINS).round(4).tolist()
+                    for row in counts.double().numpy()
+                ]
+                for kind, mask in masks
+            }
+            read = round(float(engine.usage.fractions(1)[0]), 6)
+            records.append({"id": sample.id, **sums, "budget_measured": read})
+        return records
+
+    def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
+        """For each kind of token: mean loss, perplexity, accuracy in percent, the loss by bin."""
+        measured = np.mean([record["budget_measured"] for record in records.values()])
+        metrics: dict[str, Any] = {"budget_measured": round(float(measured), 5)}
+        for kind in KINDS:
+            sums = np.sum([record[kind] for record in records.values()], axis=0)  # (3, BINS)
+            loss, right, tokens = map(float, sums.sum(1))
+            mean = loss / tokens if tokens else math.nan
+            metrics |= {
+                f"{kind}_loss": mean,
+                f"{kind}_perplexity": math.exp(mean),
+                f"{kind}_accuracy": 100 * right / tokens if tokens else math.nan,
+                f"{kind}_by_bin": [x / n if n else None for x, _, n in sums.T.tolist()],
+            }
+        return metrics
+
+
+def loss_table(cells: list[Cell]) -> Table:
+    """A row for each model and method."""
+    keys, found = [cell.key for cell in cells], [cell.metrics() for cell in cells]
+    kind = KINDS[any(x["recallable_loss"] is not None for x in found)]
+    rows = tuple(
+        (
+            f"{key['model']}/{key['training']}",
+            f"{key['method']} {_sizes(key['settings'])}".strip(),
+            number(x["budget_measured"], 3),
+            *(number(x[f"all_{name}"], 2) for name in ("loss", "perplexity")),
+            *(number(x[f"recallable_{name}"], 2) for name in ("loss", "accuracy")),
+            *(number(loss, 2) for loss in x[f"{kind}_by_bin"]),
+        )
+        for key, x in zip(keys, found, strict=True)
+    )
+    return Table(
+        title=f"Held-out loss at {keys[0]['context_length']} tokens",
+        caption=(
+            f"Next-token loss in nats on {found[0]['n']} documents of a held-out seed. Read: the "
+            "measured fraction of the context that was attended to. Recall: of tokens whose value "
+            "stands earlier in the document; recalled: the share of them in % that is predicted. "
+            f"Last columns: the loss of {kind} tokens in each eighth of the context."
+        ),
+        columns=(
+            *("Model", "Method", "Read", "Loss", "Perplexity", "Recall loss", "Recalled"),
+            *(f"{i + 1}/{BINS}" for i in range(BINS)),
+        ),
+        rows=rows,
+        breaks=frozenset(i for i in range(1, len(rows)) if rows[i][0] != rows[i - 1][0]),
+    )
+
+
+def _sizes(settings: dict[str, Any]) -> str:
+    """A method's sizes, or in brackets those of each layer's."""
+    if layers := settings.get("layers"):
+        each = zip(settings["names"], map(_sizes, layers), strict=True)
+        return "[" + ", ".join(" ".join(x).strip() for x in each) + "]"
+    return " ".join(f"{name}={x}" for name, x in settings.items() if x and name != "block_size")

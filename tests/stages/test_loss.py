@@ -1,0 +1,100 @@
+"""stage=loss against a model that runs over each document by hand."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ratplus_exp.methods import Dilated, Engine
+from ratplus_exp.models.loading import load_model, load_tokenizer
+from ratplus_exp.stages import sweep
+from ratplus_exp.store import Store
+from ratplus_exp.tasks import Forms
+from ratplus_exp.text.facts import Facts
+
+CELLS = "+stage.cells.of={method: dilated, dilation: [1, 4], local: [0, 8], initial: 0}"
+CPU = torch.device("cpu")
+
+
+def test_losses_are_those_of_the_documents_tokens(job, pair, tiny_models):
+    job("stage=loss", *pair, CELLS, "data.examples=3")
+    cells = list(Store(job.folder / "results").cells("loss"))
+    assert len(cells) == 8
+    with job.ready("stage=loss", *pair) as cfg:
+        forms = Forms(**cfg.data.forms)
+    for cell in cells:
+        folder = tiny_models[cell.key["backbone"]]
+        model, facts = load_model(folder, CPU), Facts(load_tokenizer(folder), forms, other_rate=0.0)
+        sizes = {n: cell.key["settings"][n] for n in ("dilation", "local", "initial")}
+        losses, recalled, last = [], [], []
+        for index in range(3):
+            ids, labels = map(torch.tensor, facts.batch("held-out/0", index, 1, 256))
+            with torch.no_grad():
+                out = model(ids, use_cache=False, engine=Engine(Dilated(**sizes))).logits
+            nll = -out[0, :-1].double().log_softmax(-1)
+            for t in range(255):
+                loss = float(nll[t, ids[0, t + 1]])
+                losses.append(loss)
+                if labels[0, t] >= 0:
+                    recalled.append((loss, int(out[0, t].argmax()) == int(ids[0, t + 1])))
+                    last += [loss] if t >= 256 * 7 // 8 else []
+        metrics = cell.metrics()
+        assert metrics["all_loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+        assert metrics["all_perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-3)
+        mean, right = np.mean(recalled, axis=0)
+        assert metrics["recallable_loss"] == pytest.approx(mean, abs=1e-4)
+        assert metrics["recallable_accuracy"] == pytest.approx(100 * right)
+        assert metrics["recallable_by_bin"][-1] == pytest.approx(np.mean(last), abs=1e-4)
+        seen = [
+            sum((j + 1) % sizes["dilation"] == 0 or t - j <= sizes["local"] for j in range(t + 1))
+            for t in range(256)
+        ]
+        read = sum(seen) / sum(range(257))
+        assert metrics["budget_measured"] == pytest.approx(read, abs=1e-5)
+    table = pd.read_csv(job.folder / "job" / "loss.csv")
+    assert table["Method"].tolist()[1] == "dilated dilation=1 local=8" and len(table) == 8
+
+
+def test_a_killed_run_goes_on_at_the_next_document(job, pair, monkeypatch):
+    def killed(self, *args):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    words = ["stage=loss", *pair, CELLS, "data.examples=2", "stage.batch_size=1"]
+    monkeypatch.setattr(sweep.Loss, "metrics", killed)
+    with pytest.raises(KeyboardInterrupt):
+        job(*words)
+    store = Store(job.folder / "results")
+    (begun,) = store.cells("loss")
+    lines = (begun.path / "samples.jsonl").read_text()
+    assert len(lines.splitlines()) == 2 and not begun.done()
+    job(*words)
+    assert all(cell.done() == 2 for cell in store.cells("loss"))
+    assert (begun.path / "samples.jsonl").read_text() == lines
+
+
+def test_a_corpus_and_layers_of_their_own(job, tiny_models, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("the grass is green. the sky is blue. " * 100)
+    folder = tiny_models["attention"]
+    corpus = [f"corpus.path={tmp_path / 'texts'}", f"corpus.folder={tmp_path / 'corpus'}"]
+    job("stage=tokenize", "corpus=local", *corpus, f"stage.init={folder}")
+    words = ["model=pocket_attention", f"model.path={folder}", "model.sha256=null"]
+    words += ["stage=loss", "stage.workers=1", "+corpus=local", *corpus, "data.length=128"]
+    with pytest.raises(ValueError, match="set data.examples="):
+        job(*words, "method=dense")
+    job(*words, "data.examples=2", "method=dilated", "method.dilation=[1,4]", "method.local=0")
+    [cell] = Store(job.folder / "results").cells("loss")
+    metrics = json.loads((cell.path / "metrics.json").read_text())
+    assert metrics["all_loss"] > 0 and metrics["recallable_loss"] is None
+    sparse = sum(j < 1 or (j + 1) % 4 == 0 or j == t for t in range(128) for j in range(t + 1))
+    share = (1 + sparse / sum(range(129))) / 2
+    assert metrics["budget_measured"] == pytest.approx(share, abs=1e-5)
+    assert "[dilated dilation=1 initial=1, dilated dilation=4 initial=1]" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="leaves dense: use a pattern"):
+        job(*words, "data.examples=2", "method=quest", "budget=1/4")
+    with pytest.raises(ValueError, match="lists 3 layers, but the model has 2"):
+        job(*words, "data.examples=2", "method=dilated", "method.dilation=[1,4,8]")
