@@ -58,19 +58,8 @@ FirstToken = Literal["prefill", "decode"]
 Protocol = Literal["whole", "split"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Scorer = Literal["exact", "substring"]
-Output = Literal[
-    "table2",
-    "table3",
-    "table4",
-    "table5",
-    "fig1",
-    "fig2",
-    "fig3",
-    "fig4",
-    "lengths",
-    "tasks",
-    "report",
-]
+Figure = Literal["fig1", "fig2", "fig3", "fig4", "lengths"]
+Output = Literal["table2", "table3", "table4", "table5", Figure, "tasks", "report"]
 Digest = Annotated[str, matching("[0-9a-f]{64}", "use a sha256, 64 hexadecimal digits, or null")]
 Fraction = Annotated[str, BeforeValidator(_fraction)]
 Head = Annotated[str, matching(r"\d{1,6}-\d{1,6}", "write layer-head, as in [1-0,1-3]")]
