@@ -111,7 +111,7 @@ $(GPU_VENV)/.installed: pyproject.toml constraints-gpu.txt
 	@touch $@
 
 # Each runs what is missing and writes what it makes to outputs/reports (docs/results.md).
-.PHONY: look methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 p2 ruler13 protocols reproduce report
+.PHONY: look methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 lengths p2 ruler13 protocols reproduce report
 
 table2: $(STAMP) ## Table 2: random selection, tasks with several keys, values or queries
 	$(SWEEP)
@@ -135,6 +135,9 @@ fig3: $(STAMP) ## Figure 3: hit rates of SnapKV's heads
 	$(SWEEP)
 
 fig4: $(STAMP) ## Figure 4: hit rates by task
+	$(SWEEP)
+
+lengths: $(STAMP) ## accuracy against the context length, longer than trained
 	$(SWEEP)
 
 methods: $(STAMP) ## all methods at the same measured budgets, one table and one figure

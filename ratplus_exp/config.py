@@ -158,6 +158,11 @@ def question_template(cfg: DictConfig, task: str) -> str:
     return str(texts.template.rpartition("{context}")[2])
 
 
+def rope_of(cfg: DictConfig) -> dict[str, Any] | None:
+    """The changes of a model's rope_parameters."""
+    return plain(cfg.rope) if cfg.rope else None
+
+
 def oracle_heads(cfg: DictConfig) -> tuple[tuple[int, int], ...]:
     """(layer, head) of oracle_heads, in order."""
     pairs = (name.split("-") for name in cfg.oracle_heads)

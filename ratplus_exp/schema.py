@@ -58,9 +58,8 @@ FirstToken = Literal["prefill", "decode"]
 Protocol = Literal["whole", "split"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Scorer = Literal["exact", "substring"]
-Output = Literal[
-    "table2", "table3", "table4", "table5", "fig1", "fig2", "fig3", "fig4", "tasks", "report"
-]
+Figure = Literal["fig1", "fig2", "fig3", "fig4", "lengths"]
+Output = Literal["table2", "table3", "table4", "table5", Figure, "tasks", "report"]
 Digest = Annotated[str, matching("[0-9a-f]{64}", "use a sha256, 64 hexadecimal digits, or null")]
 Fraction = Annotated[str, BeforeValidator(_fraction)]
 Head = Annotated[str, matching(r"\d{1,6}-\d{1,6}", "write layer-head, as in [1-0,1-3]")]
@@ -206,6 +205,22 @@ class ClusterConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rope(Settings):
+    """Changes of a model's rope_parameters, in transformers' names. The types "dynamic" and
+    "longrope" are left out: under them an answer depends on the lengths of other prompts."""
+
+    rope_type: Literal["default", "linear", "yarn", "llama3"]
+    rope_theta: Amount | None = None
+    factor: Annotated[float, Field(ge=1, le=1e6)] | None = None
+    original_max_position_embeddings: Positive | None = None
+    attention_factor: Amount | None = None
+    beta_fast: Amount | None = None
+    beta_slow: Amount | None = None
+    low_freq_factor: Amount | None = None
+    high_freq_factor: Amount | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Grid(Settings):
     """Cells of a sweep: every combination of the lists (`stages.sweep`)."""
 
@@ -213,6 +228,7 @@ class Grid(Settings):
     method: Name | Names | None = None
     budget: Fraction | list[Fraction] | None = None
     blocks: Positive | list[Positive] | None = None
+    length: Length | list[Length] | None = None
     selector: Selector | list[Selector] | None = None
     selector_seed: Seed | Seeds | None = None
     protocol: Protocol | list[Protocol] | None = None
@@ -415,6 +431,10 @@ class Config(Settings):
     oracle_heads: Annotated[list[Head], Distinct] = field(default_factory=list)  # []: all
     seed: Seed = 0  # of the samples; in training, of the data and the initial weights
     dtype: Dtype | None = None  # of evaluation; null: float32 on a CPU, bfloat16 on a GPU
+    rope: Rope | None = None  # of evaluation; null: as the model was saved
+    positions: Positive | None = (
+        None  # longest context; null: the model's, of rope times its factor
+    )
     device: Device = "auto"  # auto: a GPU if there is one
     cuda_graphs: bool = True  # on a GPU: replay decoding steps as CUDA graphs
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # of torch on a CPU; 0: one a core

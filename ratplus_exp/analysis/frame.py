@@ -149,7 +149,7 @@ def _variant(key: Mapping[str, Any]) -> str:
     """Settings without a column, to tell different cells apart."""
     settings = key.get("settings", {})
     parts = [f"{k}={v}" for k, v in sorted(settings.items()) if k not in ("block_size", "top_k")]
-    parts += [f"dtype={key['dtype']}"] if "dtype" in key else []
+    parts += [f"{name}={key[name]}" for name in ("dtype", "rope") if name in key]
     if "data" in key:
         text = json.dumps(key["data"], sort_keys=True)
         parts.append(f"data={hashlib.sha256(text.encode()).hexdigest()[:6]}")

@@ -90,18 +90,43 @@ def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
     return config
 
 
-def load_config(path: Path) -> PretrainedConfig:
-    """The configuration of the model in a folder."""
-    return AutoConfig.from_pretrained(path, **LOCAL)
+def load_config(path: Path, rope: dict[str, Any] | None = None) -> PretrainedConfig:
+    """The configuration of the model in a folder; rope: changes of its rope_parameters.
 
-
-def check_length(path: Path, length: int) -> None:
-    """ValueError for contexts longer than the positions of the model in a folder."""
-    positions = read_config(path).get("max_position_embeddings")
-    if isinstance(positions, int) and length > positions:
+    ValueError for changes that transformers refuses, or a model without such parameters."""
+    config = AutoConfig.from_pretrained(path, **LOCAL)
+    if not rope:
+        return config
+    saved = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in saved:  # P2's backbone, or parameters by layer type
         raise ValueError(
-            f"data.length={length} is more than the {positions} positions of the model in {path}: "
-            "lower it, or choose data of the model's tier"
+            f"the model in {path} has no rope_parameters of all layers: leave rope out, or set "
+            "positions=N for longer contexts without it"
+        )
+    try:
+        return type(config).from_dict(config.to_dict() | {"rope_parameters": saved | rope})
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"rope={rope} is incomplete: add what transformers needs ({error})"
+        ) from None
+
+
+def check_length(
+    path: Path, length: int, rope: dict[str, Any] | None = None, positions: int | None = None
+) -> None:
+    """ValueError for contexts longer than `positions`, by default those of the model in a folder;
+    with rope, those before scaling times its factor."""
+    config: Any = read_config(path)
+    limit = positions or config.get("max_position_embeddings")
+    if rope:
+        config = load_config(path, rope)
+        scaled = {"original_max_position_embeddings": config.max_position_embeddings, "factor": 1}
+        scaled |= config.rope_parameters
+        limit = positions or int(scaled["original_max_position_embeddings"] * scaled["factor"])
+    if isinstance(limit, int) and length > limit:
+        raise ValueError(
+            f"data.length={length} is more than the {limit} positions of the model in {path}: "
+            "lower it, choose data of the model's tier, or set rope, or positions=N"
         )
 
 
@@ -174,8 +199,14 @@ def read_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
     return tokenizer
 
 
-def load_model(path: Path, device: torch.device, dtype: str | None = None) -> PreTrainedModel:
-    """The model of a folder, in evaluation mode; dtype as in `dtype_on`. It decodes greedily:
+def load_model(
+    path: Path,
+    device: torch.device,
+    dtype: str | None = None,
+    rope: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """The model of a folder, in evaluation mode; dtype as in `dtype_on`, rope as in `load_config`.
+    It decodes greedily:
     penalties and temperatures of its generation config are ignored."""
     disable_progress_bar()
     for file in weight_files(path):
@@ -183,6 +214,7 @@ def load_model(path: Path, device: torch.device, dtype: str | None = None) -> Pr
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
+            config=load_config(path, rope),
             dtype=dtype_on(device, dtype),
             use_safetensors=True,
             output_loading_info=True,

@@ -32,7 +32,7 @@ def accuracy_table(results: Results, name: str) -> Table:
     cells = cells[cells["selector"].isin([selector, "dense"])]
     if cells.empty:
         raise ValueError(f"no finished cells for {name}: run make {name}")
-    _check_unmixed(cells)
+    check_unmixed(cells)
     printed = paper.groupby([*SETTING, "backbone"], sort=False)["accuracy"].mean().unstack()
     measured = {tuple(s) for s in cells[SETTING].itertuples(index=False)}
     extra = sorted(measured, key=lambda s: (s[0], s[1], -Fraction(s[2])))
@@ -88,7 +88,7 @@ def tasks_table(results: Results) -> Table:
         raise ValueError("no finished cells for tasks: run make ruler13 or make protocols")
     cells["protocol"] = cells["protocol"].mask(cells["first_token"].isna(), "either")
     for _, of_protocol in cells.groupby("protocol"):
-        _check_unmixed(of_protocol)
+        check_unmixed(of_protocol)
     tasks = [task for task in ALL_TASKS if task in set(cells["task"])]
     place = [*SETTING, "selector", "protocol"]
     rows: list[tuple[str, ...]] = []
@@ -118,7 +118,7 @@ def _means(side: pd.DataFrame, tasks: list[str], scorer: str) -> list[str]:
     return [MISSING if x is None else plus_minus(*spread(x, scorer)[:2]) for x in parts]
 
 
-def _check_unmixed(cells: pd.DataFrame) -> None:
+def check_unmixed(cells: pd.DataFrame) -> None:
     """ValueError if cells of different models or data would share a row or a place."""
     origin = ["backbone", "training", "seed", "selector_seed"]
     scopes = {

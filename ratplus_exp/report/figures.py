@@ -59,6 +59,30 @@ def accuracy_by_budget(results: Results, folder: Path, name: str) -> Path | None
     return _save(panels, folder, name)
 
 
+def accuracy_by_length(results: Results, folder: Path, name: str) -> Path | None:
+    """Mean accuracy over the tasks against the context length, at equal budget: a panel a budget
+    and backbone, a line a method, dashed if its block size is fixed. Bars are 95 % intervals."""
+    curves = results.length_curves
+    budgets = by_size(curves.loc[curves["method"] != "dense", "budget"])
+    sides = [(budget, b) for budget in budgets for b in BACKBONES if b in set(curves["backbone"])]
+    if not sides:
+        return None
+    names = [f"{backbone}, budget {budget}" for budget, backbone in sides]
+    panels = _panels(results, "lengths_title", names, "mean accuracy, %", 3.8)
+    for panel, (budget, backbone) in zip(panels, sides, strict=True):
+        shown = select(curves, {"backbone": backbone, "budget": ["1", budget]})
+        for method in ("dense", *_methods(set(shown["method"]) - {"dense"})):
+            for blocks, line in shown[shown["method"] == method].groupby("blocks"):
+                ends = line.set_index("length").reindex([*results.by_length])
+                points = [Estimate(*x) for x in ends[["accuracy", "low", "high"]].to_numpy()]
+                style = {"color": METHOD_COLORS.get(method, "#555555"), "label": method}
+                style["label"] = ", ".join(filter(None, (METHODS.get(method, method), blocks)))
+                _line(panel, points, style | {"ls": "--" if " of " in blocks else "-"})
+        panel.set_xticks(range(len(results.by_length)), [*results.by_length])
+        panel.set_xlabel("context length, tokens")
+    return _save(panels, folder, name)
+
+
 def ranked_heads(results: Results, method: str, folder: Path, name: str) -> Path | None:
     """Hit rate by rank of the head, mean of the tasks, at most 32 heads: a panel a budget, a line a
     backbone. Bands are 95 % bootstrap intervals."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,7 @@ import pandas as pd
 
 from ratplus_exp.analysis import frame, hits
 from ratplus_exp.analysis.bootstrap import Bootstrap
+from ratplus_exp.analysis.lengths import length_curves
 from ratplus_exp.analysis.pattern import Pattern, compare, patterns, scaled
 from ratplus_exp.analysis.selectors import selector_means
 from ratplus_exp.report.paper import PAPER_TABLES, paper_tables
@@ -18,7 +19,8 @@ from ratplus_exp.store import Cell, Store
 
 @dataclass(frozen=True)
 class Results:
-    """Finished cells of one pair, at one tier and context length, and statistics of them.
+    """Finished cells of one pair, at one tier and, but for `by_length`, one context length, and
+    statistics of them.
 
     cells, rates: rows of `tidy` and `hit_rates`; samples, hit_samples: of `sample_scores`; stored:
     all cells of the store by id; protocols: the results of each protocol, this one's among them.
@@ -84,6 +86,26 @@ class Results:
     def context(self) -> int:
         """In tokens."""
         return int(self.every["context_length"].iloc[0])
+
+    @cached_property
+    def by_length(self) -> dict[int, Results]:
+        """The results of each context length."""
+        lengths = sorted(map(int, self.every["context_length"].unique()))
+        if len(lengths) == 1:
+            return {lengths[0]: self}
+        parts = {}
+        for length in lengths:
+            frames = {
+                name: frame[frame["context_length"] == length]
+                for name in ("cells", "samples", "rates", "hit_samples")
+                for frame in [getattr(self, name)]
+            }
+            parts[length] = replace(self, **frames)
+        return parts
+
+    @cached_property
+    def length_curves(self) -> pd.DataFrame:
+        return length_curves({length: part.draws for length, part in self.by_length.items()})
 
     @cached_property
     def trainings(self) -> list[int]:

@@ -6,7 +6,7 @@ from ratplus_exp.analysis import checks
 from ratplus_exp.analysis.frame import TASKS, cost, select
 from ratplus_exp.analysis.hits import ranked_heads
 from ratplus_exp.report import figures, tables
-from ratplus_exp.report.accuracy import accuracy_table, tasks_table
+from ratplus_exp.report.accuracy import accuracy_table, check_unmixed, tasks_table
 from ratplus_exp.report.missing import missing
 from ratplus_exp.report.page import Section
 from ratplus_exp.report.paper import PAPER_TABLES
@@ -29,7 +29,9 @@ def section(results: Results, output: str, folder: Path, brief: bool = False) ->
     if output == "tasks":
         table = _written(tasks_table(results), folder, output)
         return Section("Table of all tasks and protocols", tables=(table,))
-    known = ", ".join((*PAPER_TABLES, *FIGURES, "tasks", PAGE))
+    if output == "lengths":
+        return _lengths(results, folder)
+    known = ", ".join((*PAPER_TABLES, *FIGURES, "lengths", "tasks", PAGE))
     raise ValueError(f"stage.outputs has the unknown {output!r}: use some of {known}")
 
 
@@ -48,7 +50,10 @@ def rank_section(results: Results, folder: Path) -> Section:
 
 def warning_section(results: Results) -> Section:
     """The results of all checks."""
-    points = [sentence("doubt", x) for x in checks.doubts(results.draws)]
+    points = []
+    for length, part in results.by_length.items():
+        at = f"At {length} tokens: " if len(results.by_length) > 1 else ""
+        points += [at + sentence("doubt", x) for x in checks.doubts(part.draws)]
     for name, count in checks.cut_prompts(results.samples).items():
         points.append(sentence("cut", results.stored[name].path.name, count))
     return Section("Warnings", (sentence("checks"),), tuple(points) or ("None.",))
@@ -124,6 +129,17 @@ def _figure(results: Results, name: str, folder: Path) -> Section:
     words = (sentence("ranked", method) if method else sentence(name),)
     caption = sentence("figure_caption", r=results, cells=cells)
     return Section(f"Figure {name[-1]}", words, (), shown, picture, caption)
+
+
+def _lengths(results: Results, folder: Path) -> Section:
+    for part in results.by_length.values():
+        check_unmixed(part.cells)
+    picture = figures.accuracy_by_length(results, folder, "lengths")
+    if picture is None:
+        raise ValueError("no finished cells of several lengths: run make lengths")
+    results.length_curves.to_csv(folder / "lengths.csv", index=False)
+    caption = sentence("figure_caption", r=results, cells=results.cells)
+    return Section("Figure of lengths", (sentence("lengths"),), picture=picture, caption=caption)
 
 
 def _written(table: Table, folder: Path, name: str) -> Table:

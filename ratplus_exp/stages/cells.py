@@ -21,6 +21,7 @@ from ratplus_exp.config import (
     oracle_heads,
     others_of,
     reserve_of,
+    rope_of,
     validate_method,
 )
 from ratplus_exp.methods import Method, Oracle, Random, Selector, TopK
@@ -42,7 +43,7 @@ from ratplus_exp.tasks.qa import QA_FILES, no_file
 
 Records = Mapping[Any, Mapping[str, Any]]
 DECODING = ("decode", *EVICTING)  # phases of methods that select after the prompt
-PROMPTS = ("checkpoint", "interface", "dtype", "task", "seed", "data", "context_length")
+PROMPTS = ("checkpoint", "interface", "dtype", "rope", "task", "seed", "data", "context_length")
 """The part of a cell's key that determines its prompts and their dense prefill."""
 
 
@@ -76,6 +77,7 @@ class Job:
         stage.check(self.method, cfg.method.name)
         self.store = store_of(cfg)
         self.path = resolve(cfg.model.path)
+        self.rope = rope_of(cfg)
         tasks = [DOCUMENTS] if cfg.stage.name == "loss" else cfg.data.tasks
         self.files = ruler_files(cfg, cfg.data.tasks)
         setting = self._setting()
@@ -96,7 +98,7 @@ class Job:
         cell = self.cells[task]
         if not self.method.dense_prefill:
             return cell.id
-        return json.dumps([self.first_token, *(cell.key[name] for name in PROMPTS)])
+        return json.dumps([self.first_token, *(cell.key.get(name) for name in PROMPTS)])
 
     def _setting(self) -> dict[str, Any]:
         """The part of the keys that all cells share: exactly what affects their numbers."""
@@ -104,9 +106,10 @@ class Job:
         files = [file for file in weight_files(self.path) if file.exists()]
         stamp = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
         digest = _digest(self.path, expected_sha256(cfg.model), cfg.model.backbone, stamp)
-        check_length(self.path, cfg.data.length)
+        check_length(self.path, cfg.data.length, self.rope, cfg.positions)
         method.check_layers(load_config(self.path).num_hidden_layers)
-        return {
+        scaled = {"rope": self.rope} if self.rope else {}
+        return scaled | {
             "stage": cfg.stage.name,
             "tier": cfg.model.tier,
             "model": cfg.model.name,

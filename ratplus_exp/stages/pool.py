@@ -47,7 +47,7 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
     groups: dict[str, Group] = {}
     for job, task in missing:
         groups.setdefault(job.prefill(task), Group([], task)).jobs.append(job)
-    for job in {job.path: job for job, _ in missing}.values():
+    for job in {(job.path, job.cfg.data.length): job for job, _ in missing}.values():
         source = Samples(job.cfg, load_tokenizer(job.path))
         for task in job.cells:
             source(task, 0)  # invalid prompts are refused before anything is written

@@ -68,7 +68,7 @@ class Session:
 
     def model(self, job: Job) -> Any:
         if job.path != self.path:
-            self.loaded = load_model(job.path, device_of(job.cfg), job.cfg.dtype)
+            self.loaded = load_model(job.path, device_of(job.cfg), job.cfg.dtype, job.rope)
             self.path = job.path
         return self.loaded
 

@@ -79,6 +79,8 @@ def job_of(cfg: DictConfig) -> Job:
 def filled(cfg: DictConfig) -> list[Cell]:
     """The cells of `stage.cells`, all filled; ValueError if some can't be."""
     jobs = [job_of(job) for job in expand(cfg)]
+    if len({job.cfg.data.length for job in jobs}) > 1:
+        raise ValueError(f"stage={cfg.stage.name} is of one length: set data.length instead")
     refuse(fill_jobs(cfg, jobs))
     if any(job.missing() for job in jobs):
         raise ValueError("another process still writes some of the cells: run this again after it")
@@ -126,7 +128,8 @@ def _multiply(grid: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
     """The sweep's configuration with the fields of one entry; stage=eval by default.
 
-    blocks: the number of blocks of a context, which sets the block size. examples: an upper bound.
+    length: of the context. blocks: its number of blocks, which sets the block size; without it the
+    size is fixed. examples: an upper bound.
     """
     job = cfg.copy()
     with open_dict(job):
@@ -150,13 +153,14 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
         job.data.examples = min(cfg.data.examples, entry.get("examples", cfg.data.examples))
         if "budget" in entry:
             job.budget = entry["budget"]
+        job.data.length = length = entry.get("length", cfg.data.length)
         if blocks := entry.get("blocks"):
-            if cfg.data.length % blocks:
+            if length % blocks:
                 raise ValueError(
-                    f"a context of {cfg.data.length} tokens doesn't divide into {blocks} blocks: "
+                    f"a context of {length} tokens doesn't divide into {blocks} blocks: "
                     "change data.length or the blocks of stage.cells"
                 )
-            job.method.block_size = cfg.data.length // blocks
+            job.method.block_size = length // blocks
         for field in ("dilation", "local", "initial"):
             if field in entry:
                 job.method[field] = entry[field]
