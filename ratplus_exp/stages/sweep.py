@@ -105,10 +105,11 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
         cfg = cfg.copy()
         cfg.data.tasks = [task for task in cfg.data.tasks if task not in absent]
     models = [{"model": m, "training": t} for m in cfg.stage.models for t in cfg.stage.trainings]
+    grids: list[dict[str, Any]] = [*plain(cfg.stage.cells).values()] or [{}]
     return [
         configuration(cfg, model | entry)
         for model in models or [{}]
-        for grid in plain(cfg.stage.cells).values() or [{}]
+        for grid in grids
         for entry in _multiply(grid)
     ]
 
