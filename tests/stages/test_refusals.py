@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
         (["budget=2/3"], "take one of 1/1, 1/2"),
         (["budget=1/64"], "raise the budget or the context length"),
         (["data.length=510"], "whole number of blocks"),
-        (["data.length=12", "budget=1/1", "method=snapkv"], "shorter than the observation window"),
+        (["data.length=40", "budget=1/1", "method=snapkv"], "shorter than the observation window"),
         (["selector=random", "method=dense"], "needs a method that selects"),
         (["selector=oracle", "oracle_heads=[9-0]"], "there is no 9-0"),
         (["data.essay=nowhere.txt"], "nowhere.txt cannot be read .* set data.essay"),
