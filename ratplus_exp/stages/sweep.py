@@ -102,11 +102,12 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
         print(f"Left out: {'; '.join(map(no_file, absent))}.")
         cfg = cfg.copy()
         cfg.data.tasks = [task for task in cfg.data.tasks if task not in absent]
+    grids: dict[str, dict[str, Any]] = plain(cfg.stage.cells) or {"own": {}}
     models = [{"model": m, "training": t} for m in cfg.stage.models for t in cfg.stage.trainings]
     return [
         configuration(cfg, model | entry)
         for model in models or [{}]
-        for grid in plain(cfg.stage.cells).values() or [{}]
+        for grid in grids.values()
         for entry in _multiply(grid)
     ]
 
