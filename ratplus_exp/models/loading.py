@@ -93,8 +93,12 @@ def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
 def load_config(path: Path, rope: dict[str, Any] | None = None) -> PretrainedConfig:
     """The configuration of the model in a folder; rope: changes of its rope_parameters.
 
-    ValueError for changes that transformers refuses, or a model without such parameters."""
-    config = AutoConfig.from_pretrained(path, **LOCAL)
+    ValueError for what transformers refuses, or changes for a model without such parameters."""
+    try:
+        config = AutoConfig.from_pretrained(path, **LOCAL)
+    except (ValueError, KeyError, TypeError) as error:
+        text = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path / 'config.json'} is broken ({text}): restore it") from None
     if not rope:
         return config
     saved = getattr(config, "rope_parameters", None) or {}
