@@ -26,8 +26,8 @@ that read choose for each query head, methods that evict for each KV head.
     python run.py method=tova budget=1/8
     make methods      # all of them on both backbones, one table and one figure
 
-[The table](../outputs/reference/pocket/methods/methods.md) and
-[the figure](../outputs/reference/pocket/methods/methods.png) of the pocket pair have 10 examples a task.
+The pocket pair, 10 examples a task: [table](../outputs/reference/pocket/methods/methods.md),
+[figure](../outputs/reference/pocket/methods/methods.png).
 
 A cell's metrics have three fractions. `budget_measured` is what was read or stored;
 `choosing_measured` is what choosing read beside that, in bytes of all keys and values: the

@@ -1,6 +1,7 @@
 """Figures of finished cells, in one style. Each function writes NAME.png and NAME.pdf and returns
 the PNG, or None if nothing was measured."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -205,7 +206,8 @@ def _panels(
         panel.set_ylim(0, 103)
         panel.set_title(name, fontsize=11)
     grid[0][0].set_ylabel(label)
-    figure.suptitle(sentence(title, r=results, **values), fontsize=10)
+    text = sentence(title, r=results, **values)
+    figure.suptitle(textwrap.fill(text, round(13 * size[0])), fontsize=10)
     return list(grid[0])
 
 
