@@ -143,7 +143,8 @@ class Method(Settings):
     @property
     def dense_prefill(self) -> bool:
         """Whether the prompt is processed by dense attention."""
-        return "prefill" not in self.sparse_in
+        fast = type(self).attend_prefill is not Method.attend_prefill
+        return not fast and "prefill" not in self.sparse_in
 
     @property
     def forced(self) -> int:
