@@ -58,12 +58,16 @@ def bench(out: Path) -> Steps:
     if DRY:
         yield 90, [f"{interpreted()} {measure} scan sparse --dry"]
         return
-    ours = r"B=1 (T=\d+ )?H=32 (K=32 )?[TD]=.* \| (kernel$|dense, SDPA flash)"
+    ours = r"B=1 (T=\d+ )?H=32 (K=32 )?[TD]=.* \| kernel$"
+    forward = r"memory scan, forward.*B=1 T=32768 H=32 .*\| (kernel|associative|chunk_hgrn \()"
     scans = r"memory scan, .*B=1 T=(4096|32768|131072) H=32 .*\| (kernel|associative|chunk_hgrn \()"
+    snapkv = r"SnapKV .*B=1 H=32 K=32 .*\| (kernel|torch definition, compiled)"
     sizes = r"B=1 H=32 K=32 T=(4096 .*k=4|32768 .*k=32|131072 .*k=128) \| "
     forms = r"(kernel|dense, SDPA (flash|cuDNN)|torch gather, compiled|FlexAttention)"
     yield 75, [f"{measure} scan sparse --match {shlex.quote(ours)}"]
-    yield 112, [f"{measure} scan --match {shlex.quote(scans)}"]
+    yield 85, [f"{measure} scan --match {shlex.quote(forward)}"]
+    yield 95, [f"{measure} sparse --match {shlex.quote(snapkv)}"]
+    yield 120, [f"{measure} scan --match {shlex.quote(scans)}"]
     yield 150, [f"{measure} sparse --match {shlex.quote(sizes + forms)}"]
 
 
@@ -77,11 +81,11 @@ def trained_pairs(out: Path, *seeds: int) -> Steps:
         rest = f"{rest} stage.tokens_per_step=1024"
         more, tuned = schedule([1024, 64], [1024, 128]), schedule([1024, 512])
         base = f"{more} stage.drill_tokens=1024"
-    yield 55, [run(out, f"experiment=pocket_base seed={seed}", base, rest) for seed in seeds]
+    yield 70, [run(out, f"experiment=pocket_base seed={seed}", base, rest) for seed in seeds]
     pairs = [(model, seed) for seed in seeds for model in models]
     first = [run(out, f"experiment={model} seed={seed}", more, rest) for model, seed in pairs]
     then = [run(out, f"experiment={model}_sft seed={seed}", tuned, rest) for model, seed in pairs]
-    yield 110, list(map(" && ".join, zip(first, then, strict=True)))
+    yield 120, list(map(" && ".join, zip(first, then, strict=True)))
     trained = ",".join(f"{model}_trained" for model in models)
     table3 = run(
         out,

@@ -101,7 +101,8 @@ def tables(root: Path) -> dict[str, str]:
         kernels += [rates(path.parent.name, runs[-1]["about"]), aims(runs)]
     small = [summary(path) for path in sorted(reference.glob("small/*/small.record.json"))]
     for table in ("table3", "table5"):
-        shown = sorted(reference.glob(f"small/*/{table}/{table}.md"))
+        whole = sorted(reference.glob(f"small/*/{table}/{table}.md"))
+        shown = whole or sorted(reference.glob(f"small/*/report/{table}.md"))  # of a cut sweep
         missing = [f"Missing: {table.capitalize()[:-1]} {table[-1]} on a GPU."]
         small += [path.read_text().strip() for path in shown] or missing
     return {
@@ -114,7 +115,8 @@ def summary(path: Path) -> str:
     """A record in a sentence."""
     record = json.loads(path.read_text())
     versions = record["versions"]
-    tail = record["commands"][-1]["output"].strip().splitlines()[-1:] or [""]
+    last = record["commands"][-1]["output"] if record["commands"] else "stopped from outside"
+    tail = last.strip().splitlines()[-1:] or [""]
     return (
         f"{record['piece']}, {record['date'][:10]}, {record['device']}, torch {versions['torch']}, "
         f"commit {str(record['commit'])[:12]}: exit code {record['rc']} after "

@@ -172,7 +172,7 @@ def test_the_aims_and_the_patterns_name_rows_of_the_bench(gpu):
         shlex.split(command)[-1] for _, commands in gpu.bench(Path("out")) for command in commands
     ]
     chosen = [[n for n in names if re.search(pattern, n)] for pattern in patterns]
-    assert all(5 < len(found) < 70 for found in chosen)
+    assert all(0 < len(found) < 70 for found in chosen), list(map(len, chosen))
     for suite, case, *_ in collect.AIMS:
         assert any(f"{suite} | {case} | kernel" in found for found in chosen)
 
