@@ -21,7 +21,7 @@ TaskManager = import_module("lm_eval.tasks").TaskManager
 Instance = import_module("lm_eval.api.instance").Instance
 harness = import_module("ratplus_exp.harness")
 
-FOLDER = REPOSITORY / "outputs/reference/pocket/models/ratplus"
+FOLDER = REPOSITORY / "outputs/reference/pocket/models/ratplus/0"
 WORDS = ("data=pocket", "budget=1/8")
 TASKS = ("MK-2", "MV")
 N = 3
@@ -34,7 +34,7 @@ GENERATE = """
     output_type: generate_until
     doc_to_text: prompt
     doc_to_target: "{{{{answers | join(', ')}}}}"
-    generation_kwargs: {{max_gen_toks: 16, until: []}}
+    generation_kwargs: {{max_gen_toks: 32, until: []}}
     process_results: !function scores.scores
     metric_list: [{{metric: exact, aggregation: mean}}, {{metric: substring, aggregation: mean}}]
 """
@@ -62,7 +62,7 @@ CHOOSE = """
 def samples():
     """The first N samples of each task, as `stage=eval` has them."""
     forms = Forms(**OmegaConf.load(REPOSITORY / "conf/data/pocket.yaml").forms)
-    niah = NIAH(load_tokenizer(FOLDER), 512, forms)
+    niah = NIAH(load_tokenizer(FOLDER), 1024, forms)
     return {task: [niah.sample(task, 0, i) for i in range(N)] for task in TASKS}
 
 
@@ -116,7 +116,7 @@ def test_answers_and_scores_are_those_of_stage_eval(job, tasks, method):
     assert (budget == 1) == (method == "dense")
 
 
-@pytest.mark.parametrize("method", [Dense(), MoBA(block_size=8, top_k=8)])
+@pytest.mark.parametrize("method", [Dense(), MoBA(block_size=16, top_k=8)])
 def test_choices_are_scored_as_by_a_pass_of_each(samples, tasks, method):
     """Two at a time in the harness; here one at a time, token by token from all logits."""
     found = evaluate(tasks, ["niah_choose"], f"method={type(method).__name__.lower()}")
@@ -161,7 +161,7 @@ def test_a_method_changes_log_likelihoods_and_rolling_ones_are_sums(samples):
         ({"cut": "right"}, "use left or middle"),
         ({"batch_size": "auto"}, "batch_size=auto: use a number"),
         ({"budget": "1/7"}, "1/7"),
-        ({"data": "ruler"}, "data.length=4096 is more than the 512 positions"),
+        ({"data": "ruler"}, "data.length=4096 is more than the 1024 positions"),
     ],
 )
 def test_what_the_harness_cannot_have_is_refused(words, message):
@@ -199,4 +199,4 @@ def test_the_command_is_the_harness_own(tasks, tmp_path):
     assert out.returncode == 0, out.stderr[-2000:]
     (file,) = tmp_path.rglob("*.json")
     config = json.loads(file.read_text())["config"]
-    assert (config["budget"], config["method"]) == ("1/8", "MoBA(block_size=8, top_k=8)")
+    assert (config["budget"], config["method"]) == ("1/8", "MoBA(block_size=16, top_k=8)")
