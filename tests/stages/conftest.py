@@ -11,7 +11,7 @@ from omegaconf import open_dict
 
 from ratplus_exp import stages
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
-from ratplus_exp.models.loading import read_tokenizer
+from ratplus_exp.models.loading import load_tokenizer, read_tokenizer
 from ratplus_exp.models.p2_checkpoint import to_p2
 from ratplus_exp.stages.train import save_model
 
@@ -75,6 +75,25 @@ def tiny_models(tmp_path_factory):
         )
         save_model(RatPlusForCausalLM(config), tokenizer, folder / backbone)
     return {name: folder / name for name in ("attention", "ratplus")}
+
+
+@pytest.fixture(scope="session")
+def stock_model(tiny_models, tmp_path_factory):
+    """stock_model(cls, **config): a tiny random model as transformers saves it, with the pocket's
+    tokenizer: its folder."""
+    tokenizer = load_tokenizer(tiny_models["attention"])
+
+    def save(cls, max_shard_size="1GB", **config):
+        torch.manual_seed(0)
+        sizes = SIZES | {"vocab_size": len(tokenizer), "intermediate_size": 24}
+        tokens = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+        folder = tmp_path_factory.mktemp(cls.__name__)
+        model = cls(cls.config_class(**(sizes | tokens | config)))
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers import Olmo2ForCausalLM
 
 from ratplus_exp.analysis import tidy
 from ratplus_exp.models import Olmo2RatPlusForCausalLM
-from ratplus_exp.models.loading import load_model, load_tokenizer
+from ratplus_exp.models.loading import load_model
 from ratplus_exp.stages.common import tokenizer_name
 from ratplus_exp.store import Store, StoreBusy, locked
 
@@ -85,25 +85,11 @@ def test_it_starts_from_a_model(job, corpus):
             job(f"stage={stage}", *corpus)
 
 
-def test_a_stock_olmo2_goes_the_way_of_the_pocket_pair(job, tiny_models, corpus, tmp_path):
+def test_a_stock_olmo2_goes_the_way_of_the_pocket_pair(job, stock_model, corpus, tmp_path):
     """As transformers saves it: memory added, joint training, SFT, evaluation, by the same code."""
-    tokenizer = load_tokenizer(tiny_models["attention"])
-    torch.manual_seed(0)
-    stock = Olmo2ForCausalLM(
-        Olmo2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    stock.save_pretrained(tmp_path / "olmo2")
-    tokenizer.save_pretrained(tmp_path / "olmo2")
+    stock = stock_model(Olmo2ForCausalLM)
     model = ["model=olmo2_1b_ratplus", "data=pocket", "data.length=128"]
-    init = f"stage.init={tmp_path / 'olmo2'}"
+    init = f"stage.init={stock}"
     job("stage=tokenize", *corpus, *model, init, "stage.workers=0")
     job("stage=continued_pretrain", *corpus, *model, init, *STAGE[1:])
     folder = tmp_path / "training/olmo2_1b_ratplus_continued"
@@ -112,7 +98,7 @@ def test_a_stock_olmo2_goes_the_way_of_the_pocket_pair(job, tiny_models, corpus,
     trained = folder / "model"
     assert type(load_model(trained, torch.device("cpu"))) is Olmo2RatPlusForCausalLM
     weights = load_file(trained / "model.safetensors")
-    assert load_file(tmp_path / "olmo2/model.safetensors").keys() < weights.keys()
+    assert load_file(stock / "model.safetensors").keys() < weights.keys()
 
     small = ["stage.schedule=[[256,128]]", "stage.tokens_per_step=256"]
     job("stage=sft", *model, f"stage.init={trained}", *small)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers import Olmo2ForCausalLM
 
 from ratplus_exp.analysis import tidy
 from ratplus_exp.config import forms_of
@@ -18,25 +18,11 @@ from ratplus_exp.tasks.sample import target_ids
 
 
 @pytest.fixture(scope="module")
-def olmo2(tiny_models, tmp_path_factory):
-    """A tiny OLMo2 as transformers saves it, in several files, with the pocket's tokenizer."""
-    folder = tmp_path_factory.mktemp("olmo2")
-    tokenizer = load_tokenizer(tiny_models["attention"])
-    torch.manual_seed(0)
-    config = Olmo2Config(
-        vocab_size=len(tokenizer) + 3,  # real vocabularies are padded too
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    Olmo2ForCausalLM(config).save_pretrained(folder, max_shard_size="40KB")
-    tokenizer.save_pretrained(folder)
-    return folder
+def olmo2(tiny_models, stock_model):
+    """A tiny OLMo2 in several files, with more embeddings than tokens, as real ones have."""
+    size = len(load_tokenizer(tiny_models["attention"])) + 3
+    sizes = {"vocab_size": size, "max_position_embeddings": 512, "initializer_range": 0.1}
+    return stock_model(Olmo2ForCausalLM, "40KB", **sizes)
 
 
 def small(folder, model, **extra):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ratplus_exp.models.loading import load_model, load_tokenizer
+from ratplus_exp.models.loading import load_model
 from ratplus_exp.store import Store
 
 CPU = torch.device("cpu")
@@ -47,24 +47,9 @@ def test_a_table_of_one_length_refuses_several(job, pair):
 
 
 @pytest.fixture(scope="module")
-def llama(tiny_models, tmp_path_factory):
-    """A tiny Llama of 64 positions, with the pocket's tokenizer."""
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = load_tokenizer(tiny_models["attention"])
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def llama(stock_model):
+    """A tiny Llama of 64 positions."""
+    return stock_model(LlamaForCausalLM, max_position_embeddings=64, initializer_range=0.3)
 
 
 @pytest.mark.parametrize(

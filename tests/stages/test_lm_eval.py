@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Olmo2ForCausalLM
 
 from ratplus_exp.models import add_memory, attach_engine
 from ratplus_exp.models.loading import load_tokenizer
@@ -19,25 +19,12 @@ CHOICES = [" blue.", " the sun is yellow."]
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_models, tmp_path_factory):
+def folders(tiny_models, stock_model, tmp_path_factory):
     """Saved models of each kind: P2's backbone, a family with the memory, a stock decoder."""
-    from transformers import Olmo2Config, Olmo2ForCausalLM
-
     root = tmp_path_factory.mktemp("lm_eval")
     tokenizer = load_tokenizer(tiny_models["ratplus"])
-    torch.manual_seed(0)
-    config = Olmo2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    stock = Olmo2ForCausalLM(config)
+    folder = stock_model(Olmo2ForCausalLM, initializer_range=0.3, bos_token_id=None)
+    stock = Olmo2ForCausalLM.from_pretrained(folder)
     save_model(add_memory(stock, gate_bias=1.0), tokenizer, root / "olmo2_ratplus")
     save_model(attach_engine(stock), tokenizer, root / "olmo2")
     ratplus = AutoModelForCausalLM.from_pretrained(tiny_models["ratplus"])

@@ -3,31 +3,15 @@
 import json
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from ratplus_exp.analysis import tidy
-from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.store import Store
 
 
 @pytest.mark.slow
-def test_from_text_to_an_evaluated_llama_with_the_memory(job, tiny_models, tmp_path):
-    tokenizer = load_tokenizer(tiny_models["attention"])
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    start, texts = tmp_path / "start", tmp_path / "texts"
-    LlamaForCausalLM(config).save_pretrained(start)
-    tokenizer.save_pretrained(start)
+def test_from_text_to_an_evaluated_llama_with_the_memory(job, stock_model, tmp_path):
+    start, texts = stock_model(LlamaForCausalLM, num_key_value_heads=1), tmp_path / "texts"
     texts.mkdir()
     (texts / "a.txt").write_text("the grass is green. the sky is blue. here we go.\n" * 60)
     init = f"stage.init={start}"
