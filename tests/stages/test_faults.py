@@ -156,7 +156,7 @@ def test_ended_at_any_file_operation_and_run_again(run, fault, number):
     def ended(at):
         code, said = run(words, at, number)
         if number == signal.SIGINT and code == 130:
-            assert said.splitlines()[-1] == "stopped; the same command goes on from here", said
+            assert said.splitlines()[-1] == "stopped; the same command resumes", said
             assert "Traceback" not in said and said.count("stopped") == 1, said
             drafts = [*folder.rglob("*.tmp"), *folder.rglob("*[!0-9].partial")]  # but for shards
             assert not drafts, at
