@@ -44,9 +44,10 @@ DETAILS = "\n\n## Details, and where an original differs\n\n"
 WITH_KVPRESS = f"""
 ## Agreement with kvpress {KVPRESS}
 
-Both keep 64 of the same 256 random tokens, with our window of 16, in four layers of 8 query heads on 2
-and on 8 KV heads (tests/methods/test_kvpress.py, after `make kvpress`). A set is what one KV head
-keeps right after the prompt.
+Both keep 64 of the same 256 random tokens, with a window of 16, in four layers of 8 query heads on
+2 and on 8 KV heads (tests/methods/test_kvpress.py, after `make kvpress`). A set is what a KV head
+keeps right after the prompt; the common tokens are a share of ours. kvpress has no other method of
+this page.
 
 """
 
