@@ -3,6 +3,7 @@
 import csv
 import inspect
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -65,12 +66,12 @@ def page() -> str:
         rows.append((name, rule, unit, cls.phase or "–", budget, cls.reads, cls.paper))
         notes.append(f"**{name}**: " + note)
     details = "\n\n".join(" ".join(note.split()) for note in notes if not note.endswith(": "))
-    agreement = [("Method", "Fields", "kvpress", "Equal sets, %", "Common tokens, %", "Difference")]
-    agreement += [("---",) * 6, *(tuple(row.values()) for row in AGREEMENT)]
+    titles = ("Method", "Fields", "kvpress", "Equal sets, %", "Common tokens, %", "Difference")
+    agreement = [titles, ("---",) * 6, *(tuple(row.values()) for row in AGREEMENT)]
     return TEXT + _table(rows) + DETAILS + details + "\n" + WITH_KVPRESS + _table(agreement) + "\n"
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: Iterable[Iterable[str]]) -> str:
     cells = ((" ".join(cell.split()).replace("|", "\\|") for cell in row) for row in rows)
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
