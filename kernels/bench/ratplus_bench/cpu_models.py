@@ -87,7 +87,7 @@ def _examples(model: Any, config: dict[str, Any], dry: bool) -> Iterator[Row]:
             "answer": answer, "repeats": repeats, "batches": batches,
         }  # fmt: skip
         script = Path(__file__).with_name("kvpress_examples.py")
-        command = [KVPRESS, script, json.dumps(settings)]
+        command = [str(KVPRESS), str(script), json.dumps(settings)]
         found = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
         took["kvpress, "] = json.loads(found)
     name = f"Llama 135M T={length}, {top_k} kept, {answer} steps"
