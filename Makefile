@@ -110,6 +110,17 @@ $(GPU_VENV)/.installed: pyproject.toml constraints-gpu.txt
 	@$(GPU_VENV)/bin/python -m pip install --quiet --target $(GPU_VENV)/numpy2.3 numpy==2.3.5
 	@touch $@
 
+# kvpress's own code for tests/methods/test_kvpress.py; it takes an older transformers than ours.
+KVPRESS_VENV := .venv-kvpress
+
+.PHONY: kvpress
+kvpress: $(KVPRESS_VENV)/.installed ## kvpress, to compare methods with, in an environment of its own
+
+$(KVPRESS_VENV)/.installed: constraints-kvpress.txt
+	@test -x $(KVPRESS_VENV)/bin/pip || $(PYTHON) -m venv $(KVPRESS_VENV)
+	@$(KVPRESS_VENV)/bin/python -m pip install --quiet -c constraints-kvpress.txt kvpress
+	@touch $@
+
 # Each runs what is missing and writes what it makes to outputs/reports (docs/results.md).
 .PHONY: look methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 lengths p2 ruler13 protocols reproduce report
 

@@ -1,6 +1,9 @@
 """`python -m ratplus_exp.methods` prints docs/methods.md from the classes of conf/method."""
 
+import csv
 import inspect
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -9,7 +12,10 @@ from omegaconf import OmegaConf
 
 from ratplus_exp.methods import Method
 
-CONF = Path(__file__).parents[1] / "conf" / "method"
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf" / "method"
+AGREEMENT = list(csv.DictReader((ROOT / "docs/kvpress.csv").open()))
+KVPRESS = re.findall("^kvpress==(.*)", (ROOT / "constraints-kvpress.txt").read_text(), re.M)[0]
 BUDGETS = {  # by phase
     "decode": "read at a decoding step",
     "prefill": "read by a query of the prompt",
@@ -35,6 +41,16 @@ representatives of all candidates and the indices of the chosen ones; `slots_mea
 cache allocates, where heads that keep fewer tokens have as many slots as the head that keeps most.
 
 """
+DETAILS = "\n\n## Details, and where an original differs\n\n"
+WITH_KVPRESS = f"""
+## Agreement with kvpress {KVPRESS}
+
+Both keep 64 of the same 256 random tokens, with a window of 16, in four layers of 8 query heads on
+2 and on 8 KV heads (tests/methods/test_kvpress.py, after `make kvpress`). A set is what a KV head
+keeps right after the prompt; the common tokens are a share of ours. kvpress has no other method of
+this page.
+
+"""
 
 
 def page() -> str:
@@ -49,10 +65,15 @@ def page() -> str:
         unit = cls.unit if cls.phase else "pattern" if cls.pattern is not Method.pattern else "–"
         rows.append((name, rule, unit, cls.phase or "–", budget, cls.reads, cls.paper))
         notes.append(f"**{name}**: " + note)
-    cells = ((" ".join(cell.split()).replace("|", "\\|") for cell in row) for row in rows)
-    table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     details = "\n\n".join(" ".join(note.split()) for note in notes if not note.endswith(": "))
-    return TEXT + table + "\n\n## Details, and where an original differs\n\n" + details + "\n"
+    titles = ("Method", "Fields", "kvpress", "Equal sets, %", "Common tokens, %", "Difference")
+    agreement = [titles, ("---",) * 6, *(tuple(row.values()) for row in AGREEMENT)]
+    return TEXT + _table(rows) + DETAILS + details + "\n" + WITH_KVPRESS + _table(agreement) + "\n"
+
+
+def _table(rows: Iterable[Iterable[str]]) -> str:
+    cells = ((" ".join(cell.split()).replace("|", "\\|") for cell in row) for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 if __name__ == "__main__":

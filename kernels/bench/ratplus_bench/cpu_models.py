@@ -2,16 +2,21 @@
 
 The pocket pair in batches of 50, and Llama's shape with 135M parameters (random weights), whose
 prefill is cut by layers so that none takes minutes; decoding runs whole models on a cache of random
-states. Times are medians of processor seconds, which other processes disturb less than the clock on
-the wall, and so are the rates of the floors here.
+states. SnapKV's examples stand beside kvpress's, where `make kvpress` has installed it. Times are
+medians of processor seconds, which other processes disturb less than the clock on the wall, and so
+are the rates of the floors here.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,7 +25,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from ratplus_bench.timing import Machine, Row
 from ratplus_exp.cost import Shape
-from ratplus_exp.methods import Dense, Engine, Method, MoBA, Quest
+from ratplus_exp.methods import Dense, Engine, Method, MoBA, Quest, SnapKV
 from ratplus_exp.models.cache import Step
 from ratplus_exp.models.hf import attach_engine
 from ratplus_exp.models.loading import load_model
@@ -30,6 +35,8 @@ from ratplus_exp.provenance import REPOSITORY
 POCKET = REPOSITORY / "outputs/reference/pocket/models"
 LAYERS, LENGTHS = 30, {1024: 30, 4096: 10, 16_384: 2}  # tokens, and layers of the prefill
 STEPS, SUITES = 9, ("prefill on a CPU, a prompt", "decoding step on a CPU")
+EXAMPLES = "an example on a CPU: prompt, SnapKV, answer"
+KVPRESS = Path(os.environ.get("KVPRESS_PYTHON", REPOSITORY / ".venv-kvpress/bin/python"))
 
 
 @torch.inference_mode()
@@ -40,12 +47,13 @@ def rows(machine: Machine) -> Iterator[Row]:
         model, batch = load_model(POCKET / name / "0", machine.device), 2 if machine.dry else 25
         case = _Case(model, f"pocket {name} B={batch} T=992", batch, 992, 16, *rates, machine.dry)
         yield from [*case.prefill(), *case.decode()]
-    config = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=1 if machine.dry else LAYERS,
-        num_attention_heads=9, num_key_value_heads=3, head_dim=64, vocab_size=49_152,
-        tie_word_embeddings=True, attn_implementation="sdpa",
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    shape = {
+        "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 1 if machine.dry else LAYERS,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+        "vocab_size": 49_152, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).eval()
     lengths = {64: 1} if machine.dry else LENGTHS
     cases = [
         _Case(model, f"Llama 135M T={n}", 1, n, 64, *rates, machine.dry, layers)
@@ -56,6 +64,38 @@ def rows(machine: Machine) -> Iterator[Row]:
     attach_engine(model)
     for case, others in zip(cases, stock, strict=True):
         yield from [*case.prefill(), *case.decode(), *others]
+    yield from _examples(model, shape, machine.dry)
+
+
+def _examples(model: Any, config: dict[str, Any], dry: bool) -> Iterator[Row]:
+    """SnapKV for whole examples, in a batch and one by one, ours and kvpress's."""
+    length, top_k, window, answer = (64, 16, 8, 2) if dry else (1024, 256, 64, 32)
+    repeats, batches = 1 if dry else 3, [4, 1]
+    engine = Engine(SnapKV(top_k=top_k, window=window))
+
+    def run(ids: torch.Tensor) -> None:
+        cache = model.new_cache(engine, room=answer)
+        PromptBatch(model, ids, torch.ones_like(ids)).prefill(cache)
+        for _ in range(answer):
+            model(ids[:, :1], past_key_values=cache)
+
+    prompts = [torch.randint(10, 500, (batch, length)) for batch in batches]
+    took = {"": [_median(partial(run, ids), repeats) / len(ids) for ids in prompts]}
+    if KVPRESS.exists():
+        settings = {
+            "config": config, "length": length, "top_k": top_k, "window": window,
+            "answer": answer, "repeats": repeats, "batches": batches,
+        }  # fmt: skip
+        script = Path(__file__).with_name("kvpress_examples.py")
+        command = [str(KVPRESS), str(script), json.dumps(settings)]
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        took["kvpress, "] = json.loads(found)
+    name = f"Llama 135M T={length}, {top_k} kept, {answer} steps"
+    for form, every in took.items():
+        for batch, seconds in zip(batches, every, strict=True):
+            row = Row(EXAMPLES, name, f"{form}B={batch}", seconds)
+            row.note = f"{1 / seconds:.3g} examples/s"
+            yield row
 
 
 @dataclass
