@@ -188,7 +188,7 @@ def losses(frame: pd.DataFrame, folder: Path, **what: Any) -> list[Path]:
     loss in each); what: of the title, see prose.j2.
     """
     sizes, widest = ["local", "initial"], frame["dilation"].max()
-    patterns = [*frame[frame["dilation"] > 1].groupby(sizes).groups]
+    patterns = [[*x] for x in frame[frame["dilation"] > 1].groupby(sizes).groups]
     names = [f"window {local}" if local else "no window" for local, _ in patterns]
     names = [f"{x}, first {i}" if i else x for x, (_, i) in zip(names, patterns, strict=True)]
     frame, styles = _of_models(frame)
