@@ -82,8 +82,6 @@ NEEDS = {  # what must be set beside it
     "corpus": ["stage=tokenize"],
     "corpus=local": ["corpus.path=texts"],
     "optimizer": ["stage=pretrain"],
-    "model=pocket_attention_adapted": ["method=dilated"],
-    "model=pocket_ratplus_adapted": ["method=dilated"],
     "model=hf": ["model.path=models/mine"],
     "model=hf_ratplus": ["model.path=models/mine"],
     "stage=ablation": ["stage.models=[a,b]"],
