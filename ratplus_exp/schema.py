@@ -180,9 +180,7 @@ class PairConfig(Settings):
 
     name: Name = "cells"  # of the folder of its report
     models: Names = field(default_factory=list)
-    adapted: Names = field(
-        default_factory=list
-    )  # the same, each adapted to the pattern it runs under
+    adapted: Names = field(default_factory=list)  # the same, each adapted to its pattern
     trainings: Seeds = field(default_factory=lambda: [0])  # of every model
     random_examples: Examples = 100  # a task and seed, for random selection with its five seeds
     workers: Processes = 0
