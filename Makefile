@@ -69,6 +69,15 @@ $(foreach m,$(CONTROLS),$(eval $(call TRAINING,pocket_ratplus,pocket_$m)))
 outputs/training/pocket_select_0_sft/model: | outputs/training/pocket_attention_0/model
 	$(RUN) experiment=pocket_attention_sft model=pocket_select threads=1 stage.init=outputs/training/pocket_attention_0/model
 
+# P2's adaptation of the pocket pair to each dilation and window, as experiment=p2_dilation runs them.
+# $(1) model, $(2) dilation, $(3) window
+define ADAPTATION
+adapted += outputs/training/$(1)_0_dilated$(2)_$(3)/model
+outputs/training/$(1)_0_dilated$(2)_$(3)/model: | $(STAMP)
+	$(RUN) experiment=pocket_dilated model=$(1) stage.joint.dilation=$(2) stage.joint.local=$(3) threads=1
+endef
+$(foreach m,$(MODELS),$(foreach d,4 8 16,$(foreach w,0 64,$(eval $(call ADAPTATION,pocket_$m,$d,$w)))))
+
 clean: ## remove caches and build products; .venv and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
@@ -157,7 +166,7 @@ methods: $(STAMP) ## all methods at the same measured budgets, one table and one
 look: $(STAMP) ## what each head keeps of one prompt: a page and a picture (SET='stage.task=MK-3 stage.index=4')
 	$(RUN) stage=look pair=$(PAIR) hydra.run.dir=outputs/reports/$(PAIR)/look $(SET)
 
-p2: $(STAMP) ## P2's held-out loss by dilation, with and without a window
+p2: $(if $(filter pocket,$(PAIR)),$(adapted)) $(STAMP) ## P2's held-out loss by dilation, before and after adaptation (-j2: on two cores)
 	$(RUN) experiment=p2_dilation pair=$(PAIR) hydra.run.dir=outputs/reports/$(PAIR)/p2 $(SET)
 
 ruler13: $(STAMP) ## all of RULER's tasks at one budget (SET='data.qa.squad=FILE data.qa.hotpotqa=FILE')

@@ -180,6 +180,7 @@ class PairConfig(Settings):
 
     name: Name = "cells"  # of the folder of its report
     models: Names = field(default_factory=list)
+    adapted: Names = field(default_factory=list)  # the same, each adapted to its pattern
     trainings: Seeds = field(default_factory=lambda: [0])  # of every model
     random_examples: Examples = 100  # a task and seed, for random selection with its five seeds
     workers: Processes = 0
@@ -225,6 +226,7 @@ class Grid(Settings):
     """Cells of a sweep: every combination of the lists (`stages.sweep`)."""
 
     stage: Literal["eval", "hit_rate"] | None = None
+    model: Name | Names | None = None  # in the place of stage.models
     method: Name | Names | None = None
     budget: Fraction | list[Fraction] | None = None
     blocks: Positive | list[Positive] | None = None

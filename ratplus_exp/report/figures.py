@@ -4,6 +4,7 @@ the PNG, or None if nothing was measured."""
 import textwrap
 from collections.abc import Iterable, Sequence
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def accuracy_by_budget(results: Results, folder: Path, name: str) -> Path | None
     if not methods:
         return None
     panels = _panels(
-        results, "fig1_title", [METHODS.get(m, m) for m in methods], "mean accuracy, %"
+        sentence("fig1_title", r=results), [METHODS.get(m, m) for m in methods], "mean accuracy, %"
     )
     for panel, method in zip(panels, methods, strict=True):
         of_method = cells[cells["method"] == method]
@@ -69,7 +70,7 @@ def accuracy_by_length(results: Results, folder: Path, name: str) -> Path | None
     if not sides:
         return None
     names = [f"{backbone}, budget {budget}" for budget, backbone in sides]
-    panels = _panels(results, "lengths_title", names, "mean accuracy, %", 3.8)
+    panels = _panels(sentence("lengths_title", r=results), names, "mean accuracy, %", 3.8)
     for panel, (budget, backbone) in zip(panels, sides, strict=True):
         shown = select(curves, {"backbone": backbone, "budget": ["1", budget]})
         for method in ("dense", *_methods(set(shown["method"]) - {"dense"})):
@@ -93,7 +94,9 @@ def ranked_heads(results: Results, method: str, folder: Path, name: str) -> Path
     if not budgets:
         return None
     names = [f"budget {budget}" for budget in budgets]
-    panels = _panels(results, "ranked_title", names, "hit rate, %", method=METHODS[method])
+    panels = _panels(
+        sentence("ranked_title", r=results, method=METHODS[method]), names, "hit rate, %"
+    )
     for panel, budget in zip(panels, budgets, strict=True):
         line = curves[curves["budget"] == budget].sort_values("rank").astype({"rank": float})
         for backbone in BACKBONES:
@@ -116,7 +119,7 @@ def heads_by_task(results: Results, folder: Path, name: str) -> Path | None:
         return None
     names = [METHODS.get(method, method) for method in methods]
     label = "hit rate of the best head, %"
-    panels = _panels(results, "fig4_title", names, label, 5.0, budget=budgets[-1])
+    panels = _panels(sentence("fig4_title", r=results, budget=budgets[-1]), names, label, 5.0)
     for panel, method in zip(panels, methods, strict=True):
         rates = best[best["method"] == method].set_index("task")
         tasks = [task for task in (*TASKS, MEAN) if task in rates.index]
@@ -138,7 +141,7 @@ def selectors(results: Results, folder: Path, name: str) -> Path | None:
         f"{METHODS.get(method, method)}, budget {frame['budget'].iloc[0]}"
         for method, frame in zip(methods, frames, strict=True)
     ]
-    panels = _panels(results, "selectors_title", names, "mean accuracy, %", 3.6)
+    panels = _panels(sentence("selectors_title", r=results), names, "mean accuracy, %", 3.6)
     for panel, frame in zip(panels, frames, strict=True):
         kinds = [k for k in SELECTORS if all((k, b) in frame.index for b in BACKBONES)]
         sides = {}
@@ -159,7 +162,7 @@ def gains(results: Results, table: str, folder: Path, name: str) -> Path | None:
         return None
     paper, measured = (wide[x]["RAT+"] - wide[x]["Attention"] for x in ("accuracy", "measured"))
     label = "measured: RAT+ − Attention, points"
-    (panel,) = _panels(results, "gains_title", [""], label, 4.6, 4.0, table=table[-1])
+    (panel,) = _panels(sentence("gains_title", r=results, table=table[-1]), [""], label, 4.6, 4.0)
     for method in _methods(wide.index.get_level_values("method")):
         of_method = wide.index.get_level_values("method") == method
         for decisive in (True, False):
@@ -176,6 +179,54 @@ def gains(results: Results, table: str, folder: Path, name: str) -> Path | None:
     return _save([panel], folder, name)
 
 
+def losses(frame: pd.DataFrame, folder: Path, **what: Any) -> list[Path]:
+    """Held-out loss by dilation (loss) and, at the largest one, by part of the context
+    (loss_by_position): a panel a window, a line a model, the mean of its trainings. Nothing without
+    a dilated pattern.
+
+    frame: backbone, model, dilation (1: dense), local, initial, loss in nats, parts (a list of the
+    loss in each); what: of the title, see prose.j2.
+    """
+    sizes, widest = ["local", "initial"], frame["dilation"].max()
+    patterns = [[*x] for x in frame[frame["dilation"] > 1].groupby(sizes).groups]
+    names = [f"window {local}" if local else "no window" for local, _ in patterns]
+    names = [f"{x}, first {i}" if i else x for x, (_, i) in zip(names, patterns, strict=True)]
+    frame, styles = _of_models(frame)
+    parts = frame[frame["dilation"].isin([1, widest])].explode("parts")
+    parts = parts.assign(loss=parts["parts"].astype(float))
+    parts["part of the context"] = parts.groupby(level=0).cumcount() + 1
+    parts.loc[parts["dilation"] == 1, "line"] += ", dense"
+    axes = {"loss": (frame, "dilation"), "loss_by_position": (parts, "part of the context")}
+    for name, (points, x) in axes.items() if patterns else ():
+        panels = _panels(sentence(f"{name}_title", widest=widest, **what), names, "loss, nats")
+        places = sorted(points[x].unique())
+        for panel, pattern in zip(panels, patterns, strict=True):
+            own = (points[sizes] == pattern).all(axis=1) | (points["dilation"] == 1)
+            for line, of_line in points[own].groupby("line", sort=False):
+                mean = of_line.groupby(x)["loss"].mean()
+                at = np.searchsorted(places, mean.index)
+                panel.plot(at, mean, label=line, marker=".", **styles[line])
+            dense = ["dense" if x == "dilation" and place == 1 else place for place in places]
+            panel.set_xticks(range(len(places)), dense)
+            panel.set_xlabel(x)
+            panel.set_ylim(0, 1.05 * points["loss"].max())
+        _save(panels, folder, name)
+    return [folder / f"{name}.png" for name in axes] if patterns else []
+
+
+def _of_models(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """The frame with the label of each model in `line`: its backbone, and what its name has beyond
+    that of the first of its backbone; and the style of each label."""
+    labels, styles = {}, {}
+    for backbone, models in frame.groupby("backbone", sort=False)["model"].unique().items():
+        for model, dash in zip(models, cycle(("-", "--", "-."))):
+            other = model.removeprefix(models[0]).strip("_")
+            label = labels[model] = f"{backbone}, {other}" if other else str(backbone)
+            styles[label] = {"color": COLORS[str(backbone)], "ls": dash}
+            styles[f"{label}, dense"] = {"color": COLORS[str(backbone)], "ls": ":"}
+    return frame.assign(line=frame["model"].map(labels)), styles
+
+
 def by_size(budgets: Iterable[str]) -> list[str]:
     """Distinct budgets, the largest first."""
     return sorted(set(budgets), key=lambda b: -Budget.parse(b).fraction)
@@ -186,15 +237,9 @@ def _methods(column: Iterable[str]) -> list[str]:
 
 
 def _panels(
-    results: Results,
-    title: str,
-    names: Sequence[str],
-    label: str,
-    width: float = 3.2,
-    height: float = 3.0,
-    **values: Any,
+    text: str, names: Sequence[str], label: str, width: float = 3.2, height: float = 3.0
 ) -> list[Any]:
-    """Named panels side by side, in the common style; title: a macro of prose.j2."""
+    """Named panels side by side under a title, in the common style."""
     size = (width * len(names), height)
     figure, grid = plt.subplots(
         1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained"
@@ -206,7 +251,6 @@ def _panels(
         panel.set_ylim(0, 103)
         panel.set_title(name, fontsize=11)
     grid[0][0].set_ylabel(label)
-    text = sentence(title, r=results, **values)
     figure.suptitle(textwrap.fill(text, round(13 * size[0])), fontsize=10)
     return list(grid[0])
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.nn.functional import cross_entropy
 
+from ratplus_exp.analysis.frame import LABELS
 from ratplus_exp.methods import Engine, Method
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
+from ratplus_exp.report.figures import losses
 from ratplus_exp.report.prose import number
 from ratplus_exp.stages.cells import Job, Records, selector_of
 from ratplus_exp.store import Cell
@@ -79,7 +83,7 @@ class Loss:
 def loss_table(cells: list[Cell]) -> Table:
     """A row for each model and method."""
     keys, found = [cell.key for cell in cells], [cell.metrics() for cell in cells]
-    kind = KINDS[any(x["recallable_loss"] is not None for x in found)]
+    kind = _kind(cells)
     rows = tuple(
         (
             f"{key['model']}/{key['training']}",
@@ -106,6 +110,27 @@ def loss_table(cells: list[Cell]) -> Table:
         rows=rows,
         breaks=frozenset(i for i in range(1, len(rows)) if rows[i][0] != rows[i - 1][0]),
     )
+
+
+def loss_figures(cells: list[Cell], folder: Path) -> list[Path]:
+    """`figures.losses` of the cells of dense attention and dilated patterns."""
+    kind, dense = _kind(cells), {"dilation": 1, "local": 0, "initial": 0}
+    rows = [
+        dense
+        | key["settings"]
+        | {name: key[name] for name in ("model", "training")}
+        | {"backbone": LABELS[key["backbone"]], "parts": x[f"{kind}_by_bin"]}
+        | {"loss": x[f"{kind}_loss"]}
+        for key, x in ((cell.key, cell.metrics()) for cell in cells)
+        if not key["top_k"] and key["settings"].keys() <= {*dense, "top_k", "block_size"}
+    ]
+    what = {"kind": kind, "tier": cells[0].key["tier"], "length": cells[0].key["context_length"]}
+    return losses(pd.DataFrame(rows), folder, **what) if rows else []
+
+
+def _kind(cells: list[Cell]) -> str:
+    """The tokens of tables by position and of figures: recallable ones where there are any."""
+    return KINDS[any(cell.metrics()["recallable_loss"] is not None for cell in cells)]
 
 
 def _sizes(settings: dict[str, Any]) -> str:

@@ -1,15 +1,16 @@
 """Stages that run grids of cells: sweep, ablation, loss and random_selector.
 
 `stage.cells`, for instance in conf/experiment/table2.yaml, has the grids of a sweep. The lists of a
-grid are multiplied out and run for each of `stage.trainings` of `stage.models`, or for the model of
-the configuration. Finished cells are skipped, so a killed sweep resumes. The cells are those of
-stage=eval and stage=hit_rate, so all stages share them.
+grid are multiplied out and run for each of `stage.trainings` of the grid's model or else of
+`stage.models`, or for the model of the configuration. Finished cells are skipped, so a killed sweep
+resumes. The cells are those of stage=eval and stage=hit_rate, so all stages share them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
@@ -23,7 +24,7 @@ from ratplus_exp.stages.cells import Job, MeasuringStage
 from ratplus_exp.stages.common import job_folder, model_name, option, show
 from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
-from ratplus_exp.stages.loss import Loss, loss_table
+from ratplus_exp.stages.loss import Loss, loss_figures, loss_table
 from ratplus_exp.stages.pool import fill_jobs, refuse
 from ratplus_exp.store import Cell
 from ratplus_exp.tasks.qa import QA_FILES, no_file
@@ -49,7 +50,8 @@ def ablation(cfg: DictConfig) -> None:
 
 def loss(cfg: DictConfig) -> None:
     """stage=loss: held-out loss of models under methods."""
-    show_tracked(cfg, loss_table(filled(cfg)))
+    cells = filled(cfg)
+    show_tracked(cfg, loss_table(cells), *loss_figures(cells, job_folder()))
 
 
 def random_selector(cfg: DictConfig) -> None:
@@ -87,11 +89,15 @@ def filled(cfg: DictConfig) -> list[Cell]:
     return list({cell.id: cell for job in jobs for cell in job.cells.values()}.values())
 
 
-def show_tracked(cfg: DictConfig, table: Table) -> None:
-    """Print, write and track the one table of a stage."""
+def show_tracked(cfg: DictConfig, table: Table, *pictures: Path) -> None:
+    """Print, write and track the one table of a stage; track the pictures beside it."""
     show(table, cfg.stage.name)
+    for picture in pictures:
+        print(f"Figure: {picture}.")
     with tracked(cfg, job_folder()) as tracker:
         tracker.log({cfg.stage.name: table})
+        for picture in pictures:
+            tracker.log({picture.stem: picture})
 
 
 def expand(cfg: DictConfig) -> list[DictConfig]:
@@ -104,19 +110,22 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
         print(f"Left out: {'; '.join(map(no_file, absent))}.")
         cfg = cfg.copy()
         cfg.data.tasks = [task for task in cfg.data.tasks if task not in absent]
-    models = [{"model": m, "training": t} for m in cfg.stage.models for t in cfg.stage.trainings]
-    grids: list[dict[str, Any]] = [*plain(cfg.stage.cells).values()] or [{}]
-    return [
-        configuration(cfg, model | entry)
-        for model in models or [{}]
-        for grid in grids
-        for entry in _multiply(grid)
-    ]
+    stage = plain(cfg.stage)
+    every = {"model": stage["models"], "training": stage["trainings"]} if stage["models"] else {}
+    grids: list[dict[str, Any]] = [*stage["cells"].values()] or [{}]
+    entries = [entry for grid in grids for entry in _multiply(every | grid)]
+    order = [*dict.fromkeys(map(_model, entries))]
+    entries.sort(key=lambda entry: order.index(_model(entry)))
+    return [configuration(cfg, entry) for entry in entries]
 
 
 def has_file(cfg: DictConfig, task: str) -> bool:
     """Whether a task needs no file or has one."""
     return task not in QA_FILES or bool(cfg.data.path or cfg.data.qa[QA_FILES[task]])
+
+
+def _model(entry: dict[str, Any]) -> tuple[Any, Any]:
+    return entry.get("model"), entry.get("training")
 
 
 def _multiply(grid: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ratplus_exp.methods import Dilated, Engine
-from ratplus_exp.models.loading import load_model, load_tokenizer
+from ratplus_exp.models.loading import load_model, load_tokenizer, weights_digest
+from ratplus_exp.report import figures
 from ratplus_exp.stages import sweep
 from ratplus_exp.store import Store
 from ratplus_exp.tasks import Forms
@@ -56,6 +57,45 @@ def test_losses_are_those_of_the_documents_tokens(job, pair, tiny_models):
         assert metrics["budget_measured"] == pytest.approx(read, abs=1e-5)
     table = pd.read_csv(job.folder / "job" / "loss.csv")
     assert table["Method"].tolist()[1] == "dilated dilation=1 local=8" and len(table) == 8
+
+
+def test_p2s_models_run_under_the_pattern_they_were_adapted_to(job, pair, tiny_models, monkeypatch):
+    monkeypatch.setattr(figures.plt, "close", (drawn := []).append)
+    few = [f"stage.init={tiny_models['attention']}", "stage.schedule=[[256,64]]"]
+    for local in (0, 8):
+        sizes = ["stage.joint.dilation=4", f"stage.joint.local={local}"]
+        job("experiment=pocket_dilated", *few, "stage.tokens_per_step=128", *sizes)
+    cells = [f"stage.cells.{grid}.local=[0,8]" for grid in ("dilated", "adapted")]
+    cells += ["stage.cells.dilated.dilation=[2,4]", "stage.cells.adapted.dilation=4"]
+    words = ["experiment=p2_dilation", *pair, *cells, "pair.adapted=[pocket_ratplus_adapted]"]
+    job(*words, "data.examples=1")
+    losses = {}
+    for cell in Store(job.folder / "results").cells("loss"):
+        model = cell.key["model"].rpartition("_")[2]
+        dilation, local = (cell.key["settings"].get(x, 0) for x in ("dilation", "local"))
+        losses[model, dilation, local] = cell.metrics()
+        if model == "adapted":
+            trained = job.folder / f"training/pocket_ratplus_0_dilated{dilation}_{local}/model"
+            assert weights_digest(trained).startswith(cell.key["checkpoint"])
+    names = [x.rpartition("_")[2] for x in pd.read_csv(job.folder / "job" / "loss.csv")["Model"]]
+    assert names == [*5 * ["attention/0"], *5 * ["ratplus/0"], *2 * ["adapted/0"]]
+    lines = {"attention": "Attention", "ratplus": "RAT+", "adapted": "RAT+, pocket_ratplus_adapted"}
+    for local, *panels in zip((0, 8), *(figure.axes for figure in drawn), strict=True):
+        by_dilation, by_part = ({x.get_label(): x.get_ydata() for x in p.lines} for p in panels)
+        for model, label in lines.items():
+            places = [(0, 0), (2, local), (4, local)][2 * (model == "adapted") :]
+            want = [losses[model, *place]["recallable_loss"] for place in places]
+            np.testing.assert_allclose(by_dilation[label], want)
+            parts = {label: (4, local)} | (
+                {} if model == "adapted" else {f"{label}, dense": (0, 0)}
+            )
+            for line, place in parts.items():
+                want = np.array(losses[model, *place]["recallable_by_bin"], float)
+                np.testing.assert_allclose(by_part[line], want)
+    for name in ("loss", "loss_by_position"):
+        assert all((job.folder / "job" / f"{name}{x}").stat().st_size for x in (".png", ".pdf"))
+    with pytest.raises(ValueError, match=r"no model.safetensors in .*_0_dilated16_0"):
+        job(*words, "stage.cells.adapted.dilation=16")
 
 
 def test_a_killed_run_goes_on_at_the_next_document(job, pair, monkeypatch):
