@@ -13,14 +13,14 @@ from torch import Tensor
 class Usage:
     """How many tokens the queries of the sparse phase attended to: one (B, Q) a layer and forward.
 
-    slots: of methods that evict, the slots of each layer's cache after the prompt: as many as the
-        head that keeps most tokens.
+    slots: (B,) a layer, the slots that a row needs after the prompt: as many as the head that keeps
+        most tokens.
     """
 
     attended: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
     choosing: list[Tensor] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
+    slots: list[Tensor] = field(default_factory=list)
 
     def add(self, attended: Tensor, positions: Tensor, choosing: Tensor | None = None) -> None:
         """attended (B, Q): tokens, mean over heads (p + 1 for dense attention at position p);
@@ -32,10 +32,9 @@ class Usage:
 
     def join(self, parts: Sequence[Usage]) -> None:
         """Add the usage of parts of the batch."""
-        for name in ("attended", "positions", "choosing"):
+        for name in ("attended", "positions", "choosing", "slots"):
             of_layers = zip(*(getattr(part, name) for part in parts), strict=True)
             getattr(self, name).extend(torch.cat(x) for x in of_layers)
-        self.slots.extend(map(max, zip(*(part.slots for part in parts), strict=True)))
 
     def fractions(self, rows: int, last: Tensor | None = None) -> Tensor:
         """The measured budget of each row (rows,), over all layers; 1 when nothing was sparse.

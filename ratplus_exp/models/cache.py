@@ -135,7 +135,8 @@ class SparseCache(Cache):
             store.hold_kept(engine, layer, q, k, v, step, select_by, room)
             return
         store.hold(k, v, room)
-        engine.usage.slots.append(store.width)
+        whole = torch.full((len(k),), store.width, device=k.device)
+        engine.usage.slots.append(whole if step.lengths is None else step.lengths)
         if method.phase != "decode":
             store.representatives = None
             return

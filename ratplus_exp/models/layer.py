@@ -126,7 +126,11 @@ class SparseLayer(DynamicLayer):
         most = max(part["held"].shape[2] for _, part in parts)
         self.width = method.k(layer, engine.layers) + 1 if steps else most
         slots = self.width + (0 if steps else room)
-        engine.usage.slots.append(self.width)
+        needed = torch.full((len(k),), self.width, device=k.device)
+        if not steps:
+            for rows, part in parts:
+                needed[rows] = (part["held"] != EMPTY).sum(-1).amax(1)
+        engine.usage.slots.append(needed)
         for name, like in parts[0][1].items():
             whole = like.new_full((len(k), k.shape[1], slots, *like.shape[3:]), 0)
             if name == "held":

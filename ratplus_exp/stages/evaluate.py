@@ -49,7 +49,7 @@ class Accuracy:
         texts, usage, last = generate(job, samples, prompts, tokenizer)
         fractions = usage.fractions(len(samples), last).tolist()
         choosing = usage.choosing_fractions(len(samples), last).tolist()
-        slots = sum(usage.slots) / len(usage.slots)
+        slots = torch.stack(usage.slots).double().mean(0).tolist()
         return [
             {
                 "id": sample.id,
@@ -60,10 +60,10 @@ class Accuracy:
                 "prompt_tokens": sample.length,
                 "budget_measured": round(fraction, 6),
                 "choosing_measured": round(chosen, 6),
-                "slots_measured": round(min(1.0, slots / sample.length), 6),
+                "slots_measured": round(min(1.0, needed / sample.length), 6),
             }
-            for sample, text, fraction, chosen in zip(
-                samples, texts, fractions, choosing, strict=True
+            for sample, text, fraction, chosen, needed in zip(
+                samples, texts, fractions, choosing, slots, strict=True
             )
         ]
 

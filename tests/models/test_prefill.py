@@ -66,7 +66,7 @@ def answers(prompts, method, chooser):
         engine = Engine(method, recorder=recorder, **SELECTORS[chooser])
         out.append(greedy(prompts, engine, TOKENS, eos=[], pad=0))
         usage = engine.usage
-        out += [usage.fractions(3), usage.choosing_fractions(3), torch.tensor(usage.slots)]
+        out += [usage.fractions(3), usage.choosing_fractions(3), torch.stack(usage.slots)]
     return [*out, *(calls[place] for place in sorted(calls))]
 
 
