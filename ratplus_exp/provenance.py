@@ -1,5 +1,6 @@
 """Provenance of results: command, commit, versions, machine, time."""
 
+import errno
 import hashlib
 import os
 import platform
@@ -67,5 +68,8 @@ def device_name() -> str:
 
 
 def sha256(path: Path) -> str:
+    """OSError if it cannot be read or is no regular file, as a device, which may never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

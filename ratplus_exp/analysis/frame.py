@@ -36,13 +36,17 @@ _ORDER = (
     *("variant", "selector", "selector_seed", "task", "seed"),
 )
 
+FIELDS: dict[str, dict[str, Any]] = {  # of a stage's samples, for `sample_scores`
+    "eval": dict.fromkeys(SCORERS, int | float),
+    "hit_rate": {"hits": list, "values": int},
+}
 Cells = Store | Sequence[Cell]
 
 
 def finished(cells: Cells, stage: str) -> list[Cell]:
-    """The finished cells of a stage."""
+    """The finished cells of a stage; without those, with a warning, that hold no numbers."""
     listed = cells.cells(stage) if isinstance(cells, Store) else cells
-    return [cell for cell in listed if cell.key["stage"] == stage and cell.done()]
+    return [c for c in listed if c.key["stage"] == stage and c.done() and _fits(c)]
 
 
 def tidy(cells: Cells, stage: str = "eval") -> pd.DataFrame:
@@ -51,12 +55,16 @@ def tidy(cells: Cells, stage: str = "eval") -> pd.DataFrame:
     Values are those of the cell's metrics or else of its key. Accuracies are percent; budget is the
     nominal fraction as a string ("1" for method "dense"), budget_measured the fraction attended or
     stored; effective_memory_length is in tokens; variant is a text of a method's other settings and
-    of the data. A cell whose key no job can have is left out with a warning.
+    of the data.
 
     Returns:
         COLUMNS then EXTRA, with one dtype a column (Int64, float64 or object), also when empty.
     """
-    rows = [row for cell in finished(cells, stage) if _fits(row := _row(cell), cell)]
+    return _tidy(finished(cells, stage))
+
+
+def _tidy(cells: Iterable[Cell]) -> pd.DataFrame:
+    rows = [_row(cell) for cell in cells]
     frame = pd.DataFrame(rows, columns=[*COLUMNS, *EXTRA], dtype=object)
     frame = frame.astype(dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys(_FLOATS, "float64"))
     return frame.sort_values(list(_ORDER), kind="stable", ignore_index=True)
@@ -73,8 +81,8 @@ def sample_scores(cells: Cells, stage: str = "eval", **where: Any) -> pd.DataFra
         hits (gold values hit, an array over layers and heads) and values (their number).
     """
     by_id = {cell.id: cell for cell in finished(cells, stage)}
-    settings = select(tidy(list(by_id.values()), stage), where).drop(columns=[*_FLOATS, "n"])
-    fields = SCORERS if stage == "eval" else ("hits", "values")
+    settings = select(_tidy(by_id.values()), where).drop(columns=[*_FLOATS, "n"])
+    fields = tuple(FIELDS[stage])
     rows = [
         (name, i, *(record[field] for field in fields), record.get("prompt_tokens", 0) > room)
         for name in settings["cell"]
@@ -135,14 +143,24 @@ def _row(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _fits(row: Mapping[str, Any], cell: Cell) -> bool:
-    numbers = (row[name] or 0 for name in _INTEGERS)
-    fits = isinstance(row["method"], str) and all(
-        isinstance(number, int) and abs(number) < 2**63 for number in numbers
+def _fits(cell: Cell) -> bool:
+    """Whether all values of a cell have their types."""
+    row, fields = _row(cell), FIELDS.get(cell.key["stage"], {})
+    integers, floats = ([row[name] or 0 for name in names] for names in (_INTEGERS, _FLOATS))
+    key = isinstance(row["method"], str) and all(
+        isinstance(number, int) and abs(number) < 2**63 for number in integers
     )
-    if not fits:
-        warn(f"{cell.path / 'config.json'} has a key that no job can mean: delete its folder")
-    return fits
+    rates = cell.key["stage"] != "hit_rate" or isinstance(cell.metrics().get("hit_rate"), list)
+    metrics = rates and all(isinstance(number, int | float) for number in floats)
+    samples = all(
+        isinstance(record.get(name), kind)
+        for record in cell.records().values()
+        for name, kind in fields.items()
+    )
+    files = {"config.json": key, "metrics.json": metrics, "samples.jsonl": samples}
+    for name in (name for name, fits in files.items() if not fits):
+        warn(f"{cell.path / name} has a value that no job can write: delete its folder")
+    return all(files.values())
 
 
 def _variant(key: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from ratplus_exp.models.families import FAMILIES, MemoryFields
 from ratplus_exp.models.hf import attach_engine
 from ratplus_exp.models.modeling import RatPlusForCausalLM
 
+SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 MEMORY_SETTINGS = tuple(x.name for x in fields(MemoryFields) if x.name != "memory")
 """The settings of an architecture that the memory adds."""
 
@@ -26,6 +27,10 @@ def config_for(architecture: dict[str, Any], memory: bool) -> PretrainedConfig:
     settings = dict(architecture)
     family = settings.pop("model_type", "ratplus")
     if family == "ratplus":
+        if unknown := settings.keys() - RatPlusConfig.__annotations__.keys() - SPECIAL_TOKENS:
+            raise ValueError(
+                f"model.architecture.{min(unknown)} is no field of P2's backbone: leave it out"
+            )
         return RatPlusConfig(memory=memory, **settings)
     if not memory and not settings.get("output_gate"):
         stock = {k: v for k, v in settings.items() if k not in MEMORY_SETTINGS}

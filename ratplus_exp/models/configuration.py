@@ -46,9 +46,17 @@ class RatPlusConfig(PretrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if not (isinstance(size := getattr(self, name), int) and size > 0):
+                raise ValueError(f"{name} is {size}: it must be a positive integer")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            if not (isinstance(amount := getattr(self, name), int | float) and amount > 0):
+                raise ValueError(f"{name} is {amount}: it must be a positive number")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}: RoPE needs an even number")
         check_memory(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

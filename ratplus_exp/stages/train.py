@@ -197,10 +197,19 @@ def _model(cfg: DictConfig, tokenizer: Tokenizer) -> PreTrainedModel:
     if not cfg.stage.init:
         sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": cfg.data.length}
         special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
-        return new_model(config_for(sizes | architecture | special, memory), cfg.seed)
+        config = config_for(sizes | architecture | special, memory)
+        if config.vocab_size < len(tokenizer):
+            raise ValueError(
+                f"model.architecture.vocab_size={config.vocab_size} is less than the tokenizer's "
+                f"{len(tokenizer)} entries: leave it out"
+            )
+        try:
+            return new_model(config, cfg.seed)
+        except RuntimeError as error:  # of torch's allocator
+            text = " ".join(str(error).split())[:120]
+            raise ValueError(f"model.architecture makes no model here ({text}): lower it") from None
     start, settings = resolve(cfg.stage.init), architecture.keys() & MEMORY_SETTINGS
-    config = start / "config.json"
-    has_memory = config.parent.exists() and json.loads(config.read_text()).get("memory")
+    has_memory = start.exists() and json.loads((start / "config.json").read_text()).get("memory")
     check_model(start, None, "ratplus" if has_memory else "attention")
     model = load_model(start, torch.device("cpu"))
     if memory and not has_memory:

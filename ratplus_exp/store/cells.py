@@ -181,7 +181,8 @@ class Cell:
         damaged."""
         config = _read_json(self.path / "config.json")
         past = config.get("provenance", [])
-        if config and not (past and _text(config.get("key")) == _text(self.key)):
+        entries = isinstance(past, list) and past and all(isinstance(x, dict) for x in past)
+        if config and not (entries and _text(config.get("key")) == _text(self.key)):
             raise ValueError(f"{self.path / 'config.json'} is no configuration of this cell")
         return past
 
@@ -223,7 +224,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except ValueError:  # also UnicodeDecodeError
+    except (ValueError, IsADirectoryError):  # also UnicodeDecodeError
         content = None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged")

@@ -38,6 +38,8 @@ def essay_words(path: str) -> tuple[str, ...]:
     ValueError, naming the file, if it cannot be read, is malformed, or holds no word.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("it is no file")
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(

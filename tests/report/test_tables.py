@@ -69,7 +69,9 @@ def test_tidy_has_a_row_for_each_finished_cell(store):
     assert dense["budget"] == "1" and pd.isna(dense["block_size"])
 
 
-@pytest.mark.parametrize("key", [{"seed": 2**63}, {"top_k": 10**30}, {"method": None}])
+@pytest.mark.parametrize(
+    "key", [{"seed": 2**63}, {"seed": 0.5}, {"top_k": 10**30}, {"method": None}]
+)
 def test_a_cell_that_cannot_be_meant_is_named_and_spoils_no_other(store, capsys, key):
     add(store, "ratplus", "MK-2", 7)
     good = tidy(store)["cell"].tolist()
@@ -77,6 +79,27 @@ def test_a_cell_that_cannot_be_meant_is_named_and_spoils_no_other(store, capsys,
     assert tidy(store)["cell"].tolist() == sample_scores(store)["cell"].unique().tolist() == good
     (bad,) = (cell for cell in store.cells() if cell.id not in good)
     assert f"warning: {bad.path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "was", "now"),
+    [
+        ("samples.jsonl", '"exact": 1.0, ', ""),
+        ("samples.jsonl", '"substring": 0.5', '"substring": "0.5"'),
+        ("metrics.json", '"exact": 70.0', '"exact": "abc"'),
+    ],
+)
+def test_a_value_that_is_no_number_spoils_its_cell_alone(store, capsys, name, was, now):
+    for task in ("MK-2", "MK-3"):
+        add(store, "ratplus", task, 7)
+    bad, good = store.cells()
+    file = bad.path / name
+    text = file.read_text()
+    assert was in text
+    file.write_text(text.replace(was, now, 1))
+    assert tidy(store)["cell"].tolist() == [good.id]
+    assert sample_scores(store)["cell"].unique().tolist() == [good.id]
+    assert f"warning: {bad.path / name} has a value" in capsys.readouterr().err
 
 
 def test_an_empty_store_has_empty_frames_with_the_same_columns(store):

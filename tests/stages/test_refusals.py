@@ -49,6 +49,32 @@ def test_refused_with_the_remedy(job, tiny_models, overrides, message):
     assert not list(job.folder.rglob("samples.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"head_dim": 3}, "RoPE needs an even number"),
+        ({"+vocab_size": 2}, "vocab_size=2 is less than the tokenizer's"),
+        ({"hidden_size": 10**9}, "makes no model here .* lower it"),
+        ({"+hidden_act": "foo"}, "hidden_act is no field of P2's backbone: leave it out"),
+    ],
+    ids=str,
+)
+def test_an_architecture_that_makes_no_model_is_refused(job, architecture, message):
+    ((name, value),) = architecture.items()
+    field = f"{'+' if '+' in name else ''}model.architecture.{name.strip('+')}={value}"
+    with pytest.raises(ValueError, match=message):
+        job("experiment=pocket_base", "model=pocket_attention", "stage.init=null", field)
+    assert not list(job.folder.rglob("provenance.json"))
+
+
+@pytest.mark.parametrize("stage", ["eval", "sft"])
+def test_an_essay_without_end_is_refused(job, tiny_models, stage):
+    model = [f"model.path={tiny_models['attention']}", "model.sha256=null"]
+    train = ["experiment=pocket_attention_sft", f"stage.init={tiny_models['attention']}"]
+    with pytest.raises(ValueError, match="/dev/zero cannot be read .*it is no file"):
+        job(*(train if stage == "sft" else model), "model=pocket_attention", "data.essay=/dev/zero")
+
+
 @pytest.mark.parametrize("mixture", ["{S-1: -1}", "{S-1: .nan}", "{S-1: 0}", "{S-9: 1}", "{}"])
 def test_no_nonsense_is_tuned(job, tiny_models, mixture):
     how = [
@@ -110,6 +136,8 @@ def test_weights_that_give_no_numbers_are_refused(job, tiny_models, tmp_path, ch
         ({"num_hidden_layers": 1}, "have unexpected"),
         ({"num_hidden_layers": 3}, "the weights in .* lack"),
         ({"quantization_config": {"bits": 4}}, "is quantised"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is x: it must be a positive number"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0: it must be a positive integer"),
         (None, "no configuration in JSON"),
         (
             {"model_type": "unheard_of", "auto_map": {"AutoConfig": "own.Config"}},

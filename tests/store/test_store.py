@@ -141,6 +141,10 @@ def _edit(name, change):
     return damage
 
 
+def _history_of_numbers(text):
+    return json.dumps(json.loads(text) | {"provenance": [5]}).encode()
+
+
 DERIVED = {  # computed again
     "empty done": _edit("done", lambda text: b""),
     "a list as done": _edit("done", lambda text: b"[8]"),
@@ -158,6 +162,7 @@ ASIDE = {
     "garbage inside": _edit("samples.jsonl", lambda text: b"garbage\n" + text),
     "not UTF-8 inside": _edit("samples.jsonl", lambda text: b"\xff\n" + text),
     "an id twice": _edit("samples.jsonl", lambda text: text + text.splitlines(keepends=True)[0]),
+    "history of numbers": _edit("config.json", _history_of_numbers),
     "an id that is none": _edit("samples.jsonl", lambda text: b'{"id": []}\n' + text),
 }
 
