@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LONGEST = 64
+"""Characters a token of a prompt, on average, above which it need not be tokenised to be too long."""
+
+
 class _Record(BaseModel, strict=True):
     """A line of RULER's files; further fields are ignored."""
 
@@ -48,6 +52,11 @@ def read_jsonl(
     for i, line in enumerate(lines):
         try:
             record = _Record.model_validate_json(line)
+            if (size := len(record.input)) > LONGEST * length:
+                raise ValueError(
+                    f"the prompt has {size} characters, too many for the model's length {length}: "
+                    "generate the file for at most that length"
+                )
             sample = make_sample(
                 f"{task}/{path.stem}/ruler/{i}",
                 task,

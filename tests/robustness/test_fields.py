@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from ratplus_exp.config import check
+from ratplus_exp.config import check, method_of
 from ratplus_exp.schema import METHOD_SETTINGS, Config
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -144,12 +145,12 @@ def refusal(settings):
     return str(error.value)
 
 
-def check_refused(settings, places):
+def check_refused(settings, places, take=check):
     count = 0
     for path, hint in places:
         for value in wrong_values(hint):
             try:
-                check(put(settings, path, value))
+                take(put(settings, path, value))
             except ValueError as error:
                 message = str(error)
             else:
@@ -180,6 +181,22 @@ def test_no_size_of_a_method_takes_what_it_cannot_mean(name):
         for path, hint in leaves(METHOD_SETTINGS[name], settings["method"])
     )
     assert check_refused(settings, places) > 10 or name == "Dense"
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (CONF / "method").glob("*.yaml")])
+def test_no_method_is_made_of_what_it_cannot_mean(name):
+    """Nor of methods whose sizes are checked by their class alone."""
+    settings = base("eval", name)
+    cls = get_class(settings["method"]["target"])
+    if cls.__name__ in METHOD_SETTINGS:
+        return
+    places = [(("method", *path), hint) for path, hint in leaves(cls, settings["method"])]
+    count = check_refused(settings, places, lambda new: method_of(OmegaConf.create(new)))
+    assert count > 5 * len(places) > 0
+
+
+def test_every_stage_is_checked():
+    assert STAGES.keys() == {path.stem for path in (CONF / "stage").glob("*.yaml")}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -145,7 +145,8 @@ def test_weights_that_give_no_numbers_are_refused(job, tiny_models, tmp_path, ch
         ),
     ],
 )
-def test_a_changed_config_is_refused(job, tiny_models, tmp_path, change, message):
+def test_a_changed_config_is_refused(job, tiny_models, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to run the folder's code
     model = shutil.copytree(tiny_models["ratplus"], tmp_path / "model")
     (model / "own.py").write_text("raise SystemExit('code of a model folder ran')")
     file = model / "config.json"

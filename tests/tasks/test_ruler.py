@@ -91,6 +91,9 @@ def test_long_prompt_is_refused_not_truncated(bpe, tmp_path):
     path = written(tmp_path / "x.jsonl", json.dumps(LINE))
     with pytest.raises(ValueError, match=r"line 1: S-1/x/ruler/0: the prompt has \d+ tokens"):
         read_jsonl(path, bpe, 20, "S-1")
+    endless = json.dumps(LINE | {"input": LINE["input"] * 100_000})
+    with pytest.raises(ValueError, match="line 1: the prompt has .* characters, too many"):
+        read_jsonl(written(path, endless), None, 512, "S-1")  # no tokenizer takes part
 
 
 def test_absent_file(bpe, tmp_path):
