@@ -167,12 +167,20 @@ def test_what_is_hashed_is_what_is_loaded(tiny_models, tmp_path):
     assert weights_digest(model) == sha256(weights) != digest
 
 
-def test_a_changed_tokenizer_config_makes_other_cells(tiny_models, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "change", "other"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<pad>"}, True),
+        ("generation_config.json", {"eos_token_id": [1, 5]}, True),
+        ("generation_config.json", {"temperature": 0.5}, False),  # decoding is greedy
+    ],
+)
+def test_what_changes_answers_makes_other_cells(tiny_models, tmp_path, name, change, other):
     model = shutil.copytree(tiny_models["ratplus"], tmp_path / "model")
     before = interface_digest(model)
-    file = model / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<pad>"}))
-    assert interface_digest(model) != before
+    file = model / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert (interface_digest(model) != before) == other
 
 
 def test_a_prompt_that_does_not_fit_leaves_nothing_behind(job, tiny_models):
