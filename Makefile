@@ -48,9 +48,9 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 
 # A training uses one core: `make -j2 weights` does two at a time. Each resumes where it was killed.
 .SECONDARY: # the models in between stay
-weights: $(trained:%=outputs/training/%_sft2/model) ## train the pocket models anew, three of each (hours; -j2: on two cores)
+weights: $(trained:%=outputs/training/%_sft/model) ## train the pocket models anew, three of each (hours; -j2: on two cores)
 
-controls: $(controls:%=outputs/training/%_sft2/model) ## train the controls of the memory and compare them (hours; -j2: on two cores)
+controls: $(controls:%=outputs/training/%_sft/model) ## train the controls of the memory and compare them (hours; -j2: on two cores)
 	$(RUN) experiment=pocket_controls $(SET)
 
 outputs/training/pocket_base_%/model: | $(STAMP)
@@ -62,16 +62,12 @@ outputs/training/$(2)_%/model: | outputs/training/pocket_base_%/model
 	$(RUN) experiment=$(1) model=$(2) seed=$$* threads=1
 outputs/training/$(2)_%_sft/model: | outputs/training/$(2)_%/model
 	$(RUN) experiment=$(1)_sft model=$(2) seed=$$* threads=1
-outputs/training/$(2)_%_sft2/model: | outputs/training/$(2)_%_sft/model
-	$(RUN) experiment=$(1)_sft2 model=$(2) seed=$$* threads=1
 endef
 $(foreach m,$(MODELS),$(eval $(call TRAINING,pocket_$m,pocket_$m)))
 $(foreach m,$(CONTROLS),$(eval $(call TRAINING,pocket_ratplus,pocket_$m)))
 
 outputs/training/pocket_select_0_sft/model: | outputs/training/pocket_attention_0/model
 	$(RUN) experiment=pocket_attention_sft model=pocket_select threads=1 stage.init=outputs/training/pocket_attention_0/model
-outputs/training/pocket_select_0_sft2/model: | outputs/training/pocket_select_0_sft/model
-	$(RUN) experiment=pocket_attention_sft2 model=pocket_select threads=1
 
 # P2's adaptation of the pocket pair to each dilation and window, as experiment=p2_dilation runs them.
 # $(1) model, $(2) dilation, $(3) window

@@ -84,11 +84,8 @@ def trained_pairs(out: Path, *seeds: int) -> Steps:
     yield 70, [run(out, f"experiment=pocket_base seed={seed}", base, rest) for seed in seeds]
     pairs = [(model, seed) for seed in seeds for model in models]
     first = [run(out, f"experiment={model} seed={seed}", more, rest) for model, seed in pairs]
-    then = (
-        [run(out, f"experiment={model}_{stage} seed={seed}", tuned, rest) for model, seed in pairs]
-        for stage in ("sft", "sft2")
-    )
-    yield 120, list(map(" && ".join, zip(first, *then, strict=True)))
+    then = [run(out, f"experiment={model}_sft seed={seed}", tuned, rest) for model, seed in pairs]
+    yield 120, list(map(" && ".join, zip(first, then, strict=True)))
     trained = ",".join(f"{model}_trained" for model in models)
     table3 = run(
         out,
