@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 LONGEST = 64
-"""Characters a token of a prompt, on average, above which it need not be tokenised to be too long."""
+"""Characters a token on average, above which a prompt is too long without being tokenised."""
 
 
 class _Record(BaseModel, strict=True):
