@@ -27,7 +27,7 @@ def config_for(architecture: dict[str, Any], memory: bool) -> PretrainedConfig:
     settings = dict(architecture)
     family = settings.pop("model_type", "ratplus")
     if family == "ratplus":
-        if unknown := settings.keys() - RatPlusConfig.__annotations__.keys() - SPECIAL_TOKENS:
+        if unknown := settings.keys() - RatPlusConfig().to_dict().keys() - SPECIAL_TOKENS:
             raise ValueError(
                 f"model.architecture.{min(unknown)} is no field of P2's backbone: leave it out"
             )

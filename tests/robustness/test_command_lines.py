@@ -123,7 +123,7 @@ experiment=table3 stage.scorer=foo -> use one of exact, substring
 experiment=table3 stage.random_examples=0 -> use at least 1
 experiment=table3 stage.cells.budgets.method=5 -> stage.cells.budgets.method
 experiment=table3 stage.cells.budgets.budget=[2] -> write it as 1/16
-experiment=table3 +stage.cells.budgets.colour=red -> no field 'colour': use one of stage, method
+experiment=table3 +stage.cells.budgets.colour=red -> no field 'colour': use one of stage, model
 experiment=table3 stage.cells=x -> use fields
 experiment=table3 +stage.outputs.table9=true -> use one of table2
 experiment=table3 stage.outputs.table3=yes_please -> use true or false
