@@ -49,7 +49,7 @@ class RatPlusConfig(PretrainedConfig):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if not (isinstance(size := getattr(self, name), int) and size > 0):
                 raise ValueError(f"{name} is {size}: it must be a positive integer")
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+        for name in ("rope_theta", "rms_norm_eps"):
             if not (isinstance(amount := getattr(self, name), int | float) and amount > 0):
                 raise ValueError(f"{name} is {amount}: it must be a positive number")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
