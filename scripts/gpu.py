@@ -35,6 +35,20 @@ SFT = 4 / 15  # tokens of the small pair's fine-tuning to those of RAT+'s pretra
 GRACE = 12  # seconds from SIGTERM to SIGKILL: trainings write a checkpoint
 ARCHIVE = 15 << 20  # bytes of a result at most; a file that comes back may have 16 MiB
 
+# Rows of the bench: our kernels, what they are compared with, cuts of the scan, what is profiled.
+OURS = r"B=1 (T=\d+ )?H=32 (K=32 )?[TD]=.* \| kernel$"
+SCANS = r"memory scan, .*B=1 T=(4096|32768|131072) H=32 .*\| (associative|chunk_hgrn \()"
+SPARSE = (
+    r"SnapKV selection.*B=1 H=32 K=32 .*\| torch definition, compiled"
+    r"|B=1 H=32 K=32 T=(4096 .*k=4|32768 .*k=32|131072 .*k=128) \| "
+    r"(dense, SDPA (flash|cuDNN)|torch gather, compiled|FlexAttention)"
+)
+PLANS = r"T=32768 H=32 .*(default|block_t=(32|64), block_d=(16|32|64), chunks=1, warps=(2|4|8))"
+PROFILED = (
+    r"(memory scan, (forward|backward) \| B=1 T=32768 H=32 |SnapKV .*B=1 H=32 K=32 T=32768 "
+    r"|(Quest.*|MoBA.*correlated.*) B=1 H=32 K=32 T=32768 .*k=32).*\| kernel$"
+)
+
 Steps = Iterator[tuple[float, list[str]]]  # seconds since the piece began, commands side by side
 
 
@@ -49,7 +63,7 @@ def kernels(out: Path) -> Steps:
         yield 90, [f"{interpreted()} python -m pytest -v -k 'not gradients' {file}"]
     else:
         files = "tests/kernels tests/models/test_decoding.py"
-        yield 90, [f"python -m pytest -v -n 8 -m 'not slow' --timeout=80 {files}"]
+        yield 150, [f"python -m pytest -v -n 6 -m 'not slow' --timeout=80 {files}"]
 
 
 def bench(out: Path) -> Steps:
@@ -58,43 +72,69 @@ def bench(out: Path) -> Steps:
     if DRY:
         yield 90, [f"{interpreted()} {measure} scan sparse --dry"]
         return
-    ours = r"B=1 (T=\d+ )?H=32 (K=32 )?[TD]=.* \| kernel$"
-    forward = r"memory scan, forward.*B=1 T=32768 H=32 .*\| (kernel|associative|chunk_hgrn \()"
-    scans = r"memory scan, .*B=1 T=(4096|32768|131072) H=32 .*\| (kernel|associative|chunk_hgrn \()"
-    snapkv = r"SnapKV .*B=1 H=32 K=32 .*\| (kernel|torch definition, compiled)"
-    sizes = r"B=1 H=32 K=32 T=(4096 .*k=4|32768 .*k=32|131072 .*k=128) \| "
-    forms = r"(kernel|dense, SDPA (flash|cuDNN)|torch gather, compiled|FlexAttention)"
-    yield 75, [f"{measure} scan sparse --match {shlex.quote(ours)}"]
-    yield 85, [f"{measure} scan --match {shlex.quote(forward)}"]
-    yield 95, [f"{measure} sparse --match {shlex.quote(snapkv)}"]
-    yield 120, [f"{measure} scan --match {shlex.quote(scans)}"]
-    yield 150, [f"{measure} sparse --match {shlex.quote(sizes + forms)}"]
+    yield 75, [f"{measure} scan sparse --match {shlex.quote(OURS)}"]
+    yield 110, [f"{measure} sparse --match {shlex.quote(SPARSE)}"]
+    yield 150, [f"{measure} scan --match {shlex.quote(SCANS)}"]
+    yield 180, [f"{measure} plans --match {shlex.quote(PLANS)}"]
 
 
-def trained_pairs(out: Path, *seeds: int) -> Steps:
-    """Trainings of the pocket pair, and its Table 3. After the base, steps have twice the recipe's
-    tokens and are half as many: launches set the time of so small a model."""
-    models = ("pocket_attention", "pocket_ratplus")
-    rest = f"threads=1 stage.workers={0 if DRY else 5}"
-    base, more, tuned = "", "stage.tokens_per_step=4096", "stage.tokens_per_step=8192"
+def warm(out: Path) -> Steps:
+    """What bench compiles, into the compilers' caches: to be run beside other pieces."""
+    parts = {"sparse": (SPARSE, OURS), "scan": (SCANS, OURS), "plans": (PLANS,)}
+    yield (
+        150,
+        [
+            once(out / f"{part}_{i}", part, f"^(?!.*T=131072).*({match})")
+            for part, matches in parts.items()
+            for i, match in enumerate(matches)
+        ],
+    )
+
+
+def profile(out: Path) -> Steps:
+    """What limits our kernels, by Nsight Compute."""
+    sections = ("SpeedOfLight", "WarpStateStats", "Occupancy", "LaunchStats")
+    flags = " ".join(f"--section {x}" for x in sections)
+    ncu = f"ncu --clock-control none --profile-from-start off --log-file {out}/ncu.txt {flags} "
+    yield 45, [("" if DRY else ncu) + once(out / "bench", "scan sparse", PROFILED)]
+
+
+def once(out: Path, parts: str, match: str) -> str:
+    match = " --dry" if DRY else f" --match {shlex.quote(match)}"
+    with_triton = f"{interpreted()} " if DRY else ""
+    return f"{with_triton}python -m ratplus_bench --out {out} --only {parts} --once{match}"
+
+
+def pocket(out: Path) -> Steps:
+    """A training of the pocket pair by its recipe, and Table 3 of the shipped one."""
+    rest = f"threads=1 stage.workers={0 if DRY else 2} seed={os.environ.get('SEED', 2)}"
+    base, more, tuned, examples = "", "", "", "data.examples=25"
     if DRY:
         rest = f"{rest} stage.tokens_per_step=1024"
         more, tuned = schedule([1024, 64], [1024, 128]), schedule([1024, 512])
-        base = f"{more} stage.drill_tokens=1024"
-    yield 70, [run(out, f"experiment=pocket_base seed={seed}", base, rest) for seed in seeds]
-    pairs = [(model, seed) for seed in seeds for model in models]
-    first = [run(out, f"experiment={model} seed={seed}", more, rest) for model, seed in pairs]
-    then = [run(out, f"experiment={model}_sft seed={seed}", tuned, rest) for model, seed in pairs]
-    yield 120, list(map(" && ".join, zip(first, then, strict=True)))
-    trained = ",".join(f"{model}_trained" for model in models)
-    table3 = run(
-        out,
-        f"experiment=table3 pair=pocket pair.models=[{trained}]",
-        f"pair.trainings=[{','.join(map(str, seeds))}]",
-        "data.tasks=[S-1] data.examples=1" if DRY else "data.examples=100",
-        f"pair.workers={1 if DRY else 8} stage.folder={out}/table3",
+        base, examples = f"{more} stage.drill_tokens=1024", "data.tasks=[S-1] data.examples=1"
+    workers = f"pair.workers={1 if DRY else 4}"
+    yield (
+        90,
+        [
+            run(out, "experiment=pocket_base", base, rest),
+            run(
+                out,
+                "experiment=table3 pair=pocket",
+                examples,
+                workers,
+                f"stage.folder={out}/table3",
+            ),
+        ],
     )
-    yield 150, [table3]
+    yield (
+        170,
+        [
+            f"{run(out, f'experiment={model}', more, rest)} && "
+            f"{run(out, f'experiment={model}_sft', tuned, rest)}"
+            for model in ("pocket_attention", "pocket_ratplus")
+        ],
+    )
 
 
 def small(out: Path) -> Steps:
@@ -152,14 +192,13 @@ def smollm2(out: Path) -> Steps:
 
 PIECES: dict[str, Callable[[Path], Steps]] = {
     "kernels": kernels,
+    "warm": warm,
     "bench": bench,
-    "pocket": lambda out: trained_pairs(out, 0),
+    "profile": profile,
+    "pocket": pocket,
     "small": small,
     "smollm2": smollm2,
-    "pocket_seeds": lambda out: trained_pairs(out, 1, 2),
 }
-if DRY:
-    del PIECES["pocket_seeds"]  # the same as pocket
 
 
 def run(out: Path, *settings: str) -> str:
@@ -180,6 +219,8 @@ def interpreted() -> str:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments == ["prepare"]:  # before pieces that run side by side
+        return prepare() or 0
     if unknown := set(arguments) - PIECES.keys():
         sys.exit(f"no piece is called {', '.join(sorted(unknown))}: choose of {', '.join(PIECES)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -203,7 +244,7 @@ def prepare() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     OUT.mkdir(parents=True, exist_ok=True)
     site = ROOT / WORK / "site"
-    for wheel in () if DRY else sorted(Path("wheels").glob("*.whl")):
+    for wheel in () if DRY or site.exists() else sorted(Path("wheels").glob("*.whl")):
         with zipfile.ZipFile(wheel) as file:  # pip would stop at the first that it rejects
             file.extractall(site)
     folders = ROOT, ROOT / "kernels", ROOT / "kernels" / "bench", site

@@ -82,7 +82,8 @@ def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
         for case in CASES[part](machine):
             name = f"{case.suite} | {case.name} | "
             forms = [form for form in case.forms if matches(name + form)]
-            yield from timing.measure(case, machine, forms)
+            measure = timing.once if arguments.once else timing.measure
+            yield from measure(case, machine, forms)
 
 
 def _about(arguments: argparse.Namespace, machine: Machine) -> dict[str, Any]:
@@ -113,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--cpu", action="store_true", help="the CPU's part: scan and models")
     add("--dry", action="store_true", help="tiny shapes once, interpreted without a GPU: a test")
     add("--only", nargs="+", choices=PARTS, help="parts of the run (all); plans: cuts of the scan")
+    add(
+        "--once", action="store_true", help="not timed: each form compiled, then run for a profiler"
+    )
     add("--match", default="", help="a regular expression for `SUITE | CASE | FORM`: 'backward'")
     add("--out", type=Path, help="where to write (outputs/bench/<device>)")
     return parser

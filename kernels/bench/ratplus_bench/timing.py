@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -168,6 +168,19 @@ def measure(case: Case, machine: Machine, forms: Collection[str] | None = None) 
         machine.set_floor(row, case.bytes, case.flops)
         with noted(row, machine):
             _fill(row, form, case, machine, wanted if form.comparable else lambda: None)
+        yield row
+
+
+def once(case: Case, machine: Machine, forms: Collection[str]) -> Iterator[Row]:
+    """Run each form twice, the second time with CUDA's profiler on; rows without a time."""
+    for name in forms:
+        row = Row(case.suite, case.name, name)
+        with noted(row, machine):
+            form = case.forms[name]
+            inputs = form.setup(*case.inputs(0))
+            form.run(*inputs)
+            with torch.cuda.profiler.profile() if machine.cuda else nullcontext():
+                form.run(*inputs)
         yield row
 
 
