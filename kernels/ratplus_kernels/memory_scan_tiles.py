@@ -1,6 +1,9 @@
-"""What the memory scan's Triton kernels are made of: tiles of (BT tokens, BD channels) in fp32.
+"""What the memory scan's Triton kernels are made of: tiles of (W, L, BD), in fp32.
 
-A token outside the sequence has gate 1 and input 0, so the state passes over it unchanged.
+A tile is W segments of L tokens, one after the other, and BD channels. A thread has all tokens of
+its segments, so that most of a scan stays in its registers; threads exchange one pair (product of
+gates, state) a segment. A token outside the sequence has gate 1 and input 0, so the state passes
+over it unchanged.
 """
 
 from __future__ import annotations
@@ -16,59 +19,113 @@ def combine(a1, x1, y1, a2, x2, y2):
 
 
 @triton.jit
-def last_row(tile, BT: tl.constexpr):
-    row = tl.arange(0, BT)[:, None]
-    return tl.sum(tl.where(row == BT - 1, tile, 0.0), axis=0)
+def combine_with_before(
+    a1, x1, y1, before_a1, before_x1, before_y1, a2, x2, y2, before_a2, before_x2, before_y2
+):
+    """`combine`, and beside it the same without the last segment: what each segment is entered
+    with. The first one's must be (1, 0, 0)."""
+    return (
+        a1 * a2, a2 * x1 + x2, a2 * y1 + y2,
+        a1 * before_a2, before_a2 * x1 + before_x2, before_a2 * y1 + before_y2,
+    )  # fmt: skip
 
 
 @triton.jit
-def walk(a, x, y, state_x, state_y, BT: tl.constexpr):
+def add(a1, x1, y1, a2, x2, y2):
+    return a1 + a2, x1 + x2, y1 + y2
+
+
+@triton.jit
+def last(a, x, y, is_last, AXIS: tl.constexpr):
+    """Of each along an axis. (tl.reduce(…, combine) would be wrong: it takes any order.)"""
+    return tl.reduce(
+        (tl.where(is_last, a, 0.0), tl.where(is_last, x, 0.0), tl.where(is_last, y, 0.0)), AXIS, add
+    )
+
+
+@triton.jit
+def walk(a, x, y, W: tl.constexpr, L: tl.constexpr):
+    """Of a tile: the maps h → a h + x from before each segment to after each of its tokens, from
+    before the tile to before each segment (W, BD), and over the tile (BD)."""
+    a, x, y = tl.associative_scan((a, x, y), 1, combine)
+    token = tl.arange(0, L)[None, :, None]
+    total_a, total_x, total_y = last(a, x, y, token == L - 1, 1)
+    none = tl.zeros_like(total_a)
+    total_a, total_x, total_y, before_a, before_x, before_y = tl.associative_scan(
+        (total_a, total_x, total_y, none + 1.0, none, none), 0, combine_with_before
+    )
+    segment = tl.arange(0, W)[:, None]
+    total_a, total_x, total_y = last(total_a, total_x, total_y, segment == W - 1, 0)
+    return a, x, y, before_a, before_x, before_y, total_a, total_x, total_y
+
+
+@triton.jit
+def states(a, x, y, state_x, state_y, W: tl.constexpr, L: tl.constexpr):
     """The states after every token of a tile that is entered with (state_x, state_y), and the
     states it is left with."""
-    a, x, y = tl.associative_scan((a, x, y), 0, combine)
-    x += a * state_x[None, :]
-    y += a * state_y[None, :]
-    return x, y, last_row(x, BT), last_row(y, BT)
+    a, x, y, before_a, before_x, before_y, total_a, total_x, total_y = walk(a, x, y, W, L)
+    before_x += before_a * state_x[None, :]
+    before_y += before_a * state_y[None, :]
+    x += a * before_x[:, None, :]
+    y += a * before_y[:, None, :]
+    return x, y, total_a * state_x + total_x, total_a * state_y + total_y
+
+
+@triton.jit
+def load(ptr, stride, first, row, d, seen, other, WHOLE: tl.constexpr, VECTOR: tl.constexpr):
+    """The tokens `row` (W, L, 1), counted from `first`, of channels d (BD); `other` where not
+    `seen`, which is not looked at if all is."""
+    at = tl.max_contiguous(row * stride + d[None, None, :], [1, 1, VECTOR])
+    ptr += first.to(tl.int64) * stride
+    if WHOLE:
+        tile = tl.load(ptr + at)
+    else:
+        tile = tl.load(ptr + at, mask=seen, other=other)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def store(ptr, tile, stride, first, row, d, seen, WHOLE: tl.constexpr, VECTOR: tl.constexpr):
+    at = tl.max_contiguous(row * stride + d[None, None, :], [1, 1, VECTOR])
+    ptr += first.to(tl.int64) * stride
+    if WHOLE:
+        tl.store(ptr + at, tile)
+    else:
+        tl.store(ptr + at, tile, mask=seen)
+
+
+@triton.jit
+def rows(W: tl.constexpr, L: tl.constexpr):
+    """The tokens of a tile, (W, L, 1)."""
+    return tl.arange(0, W)[:, None, None] * L + tl.arange(0, L)[None, :, None]
 
 
 @triton.jit
 def load_inputs(
-    z_ptr, k_ptr, v_ptr, z_t, k_t, v_t, z_d, k_d, v_d, first, d, inside, T, BT: tl.constexpr
-):
-    """g, (1 − g) k and (1 − g) v of the BT tokens from `first` on."""
-    row = tl.arange(0, BT)[:, None]
-    column = d[None, :]
-    seen = (first + row < T) & inside[None, :]
-    start = first.to(tl.int64)
-    z_at = z_ptr + start * z_t + (row * z_t + column * z_d)
-    k_at = k_ptr + start * k_t + (row * k_t + column * k_d)
-    v_at = v_ptr + start * v_t + (row * v_t + column * v_d)
-    z = tl.load(z_at, mask=seen, other=float("inf")).to(tl.float32)
-    k = tl.load(k_at, mask=seen, other=0.0).to(tl.float32)
-    v = tl.load(v_at, mask=seen, other=0.0).to(tl.float32)
+    z_ptr, k_ptr, v_ptr, z_t, k_t, v_t, first, row, d, seen,
+    WHOLE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """g, (1 − g) k and (1 − g) v of a tile."""
+    z = load(z_ptr, z_t, first, row, d, seen, float("inf"), WHOLE, VECTOR)
+    k = load(k_ptr, k_t, first, row, d, seen, 0.0, WHOLE, VECTOR)
+    v = load(v_ptr, v_t, first, row, d, seen, 0.0, WHOLE, VECTOR)
     keep = 1.0 / (1.0 + tl.exp(z))  # 1 − g, exact where g rounds to 1
-    return 1.0 / (1.0 + tl.exp(-z)), keep * k, keep * v
-
-
-@triton.jit
-def load_reversed(ptr, stride_t, stride_d, t, d, inside):
-    """A tile at tokens t (BT, 1); zero where t < 0."""
-    at = ptr + t.to(tl.int64) * stride_t + d[None, :] * stride_d
-    return tl.load(at, mask=(t >= 0) & inside[None, :], other=0.0).to(tl.float32)
+    return 1.0 - keep, keep * k, keep * v
 
 
 @triton.jit
 def load_gradients(
-    z_ptr, dk_ptr, dv_ptr, z_t, dk_t, dv_t, z_d, dk_d, dv_d, back, d, inside, T, BT: tl.constexpr
-):
-    """g_{t+1} and the gradients of k̃_t and ṽ_t, at t = T − 1 − back and before."""
-    t = (T - 1 - back - tl.arange(0, BT))[:, None]
-    seen = (t >= 0) & (t < T - 1) & inside[None, :]
-    z_at = z_ptr + (t + 1).to(tl.int64) * z_t + d[None, :] * z_d
-    z = tl.load(z_at, mask=seen, other=float("inf")).to(tl.float32)
-    dk = load_reversed(dk_ptr, dk_t, dk_d, t, d, inside)
-    dv = load_reversed(dv_ptr, dv_t, dv_d, t, d, inside)
-    return 1.0 / (1.0 + tl.exp(-z)), dk, dv
+    z_ptr, dk_ptr, dv_ptr, z_t, dk_t, dv_t, last_token, row, d, seen, T,
+    WHOLE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """g_{t+1} and the gradients of k̃_t and ṽ_t at t = last_token − row."""
+    t = last_token - row
+    has_next = (t >= 0) & (t < T - 1)
+    after = tl.where(has_next, 1, 0) - row
+    z = load(z_ptr, z_t, last_token, after, d, seen, 0.0, WHOLE, VECTOR)
+    dk = load(dk_ptr, dk_t, last_token, -row, d, seen, 0.0, WHOLE, VECTOR)
+    dv = load(dv_ptr, dv_t, last_token, -row, d, seen, 0.0, WHOLE, VECTOR)
+    return tl.where(has_next, 1.0 / (1.0 + tl.exp(-z)), 1.0), dk, dv
 
 
 @triton.jit
@@ -90,20 +147,28 @@ def carry(
 
 
 @triton.jit
+def extremes(a1, x1, y1, a2, x2, y2):
+    return tl.minimum(a1, a2), tl.maximum(x1, x2), y1 + y2
+
+
+@triton.jit
 def block_statistics(tile, seen, left, ptr, D, inside, BT: tl.constexpr):
     """Store minimum, maximum and mean over a tile's tokens, of which `left` are in the sequence."""
-    tl.store(ptr, tl.min(tl.where(seen, tile, float("inf")), axis=0), mask=inside)
-    tl.store(ptr + D, tl.max(tl.where(seen, tile, float("-inf")), axis=0), mask=inside)
-    mean = tl.sum(tl.where(seen, tile, 0.0), axis=0) / tl.minimum(left, BT).to(tl.float32)
-    tl.store(ptr + 2 * D, mean, mask=inside)
+    low = tl.where(seen, tile, float("inf"))
+    high = tl.where(seen, tile, float("-inf"))
+    sums = tl.where(seen, tile, 0.0)
+    low, high, sums = tl.reduce(tl.reduce((low, high, sums), 1, extremes), 0, extremes)
+    tl.store(ptr, low, mask=inside)
+    tl.store(ptr + D, high, mask=inside)
+    tl.store(ptr + 2 * D, sums / tl.minimum(left, BT).to(tl.float32), mask=inside)
 
 
 @triton.jit
 def totals_kernel(
     z_ptr, x_ptr, y_ptr, totals_ptr, T, chunk_length, H, plane,
-    z_b, z_t, z_h, z_d, x_b, x_t, x_h, x_d, y_b, y_t, y_h, y_d,
-    D: tl.constexpr, REVERSE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    STAGES: tl.constexpr,
+    z_b, z_t, z_h, x_b, x_t, x_h, y_b, y_t, y_h,
+    D: tl.constexpr, REVERSE: tl.constexpr, W: tl.constexpr, L: tl.constexpr, BD: tl.constexpr,
+    VECTOR: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What each chunk does to a state: h → a h + x. Chunks count from the end where REVERSE."""
     tiles: tl.constexpr = (D + BD - 1) // BD
@@ -116,26 +181,27 @@ def totals_kernel(
     z_ptr += b * z_b + h * z_h
     x_ptr += b * x_b + h * x_h
     y_ptr += b * y_b + h * y_h
-    total_a = tl.full([BD], 1.0, tl.float32)
-    total_x = tl.zeros([BD], tl.float32)
-    total_y = tl.zeros([BD], tl.float32)
-    begin = chunk * chunk_length  # never the last chunk, so it is whole
-    for t in tl.range(begin, begin + chunk_length, BT, num_stages=STAGES):
+    all_a = tl.full([BD], 1.0, tl.float32)
+    all_x = tl.zeros([BD], tl.float32)
+    all_y = tl.zeros([BD], tl.float32)
+    row = rows(W, L)
+    begin = chunk * chunk_length  # never the last chunk, so its tokens are all there
+    for t in tl.range(begin, begin + chunk_length, W * L, num_stages=STAGES):
         first = t
+        seen = (row >= 0) & inside[None, None, :]
         if REVERSE:
             a, x, y = load_gradients(
-                z_ptr, x_ptr, y_ptr, z_t, x_t, y_t, z_d, x_d, y_d, first, d, inside, T, BT
+                z_ptr, x_ptr, y_ptr, z_t, x_t, y_t, T - 1 - first, row, d, seen, T, WHOLE, VECTOR
             )
         else:
             a, x, y = load_inputs(
-                z_ptr, x_ptr, y_ptr, z_t, x_t, y_t, z_d, x_d, y_d, first, d, inside, T, BT
+                z_ptr, x_ptr, y_ptr, z_t, x_t, y_t, first, row, d, seen, WHOLE, VECTOR
             )
-        a, x, y = tl.associative_scan((a, x, y), 0, combine)
-        tile_a = last_row(a, BT)
-        total_x = tile_a * total_x + last_row(x, BT)
-        total_y = tile_a * total_y + last_row(y, BT)
-        total_a = tile_a * total_a
+        _, _, _, _, _, _, a, x, y = walk(a, x, y, W, L)
+        all_x = a * all_x + x
+        all_y = a * all_y + y
+        all_a = a * all_a
     total = totals_ptr + chunk * 3 * plane + head * D + d
-    tl.store(total, total_a, mask=inside)
-    tl.store(total + plane, total_x, mask=inside)
-    tl.store(total + 2 * plane, total_y, mask=inside)
+    tl.store(total, all_a, mask=inside)
+    tl.store(total + plane, all_x, mask=inside)
+    tl.store(total + 2 * plane, all_y, mask=inside)

@@ -1,11 +1,11 @@
 """Triton form of Eq. 1: one pass over z, k and v, sequential over tiles of tokens.
 
-A program walks over the tokens of BD channels of one head, BT tokens at a time. Inside a tile the
-recurrence is a scan of pairs (product of gates, state), for K and V at once. Where batch and heads
-give too few programs for the GPU, the sequence is cut into chunks: a first kernel finds what each
-chunk does to a state ("totals"), and every program of the second starts by carrying the initial
-state over the chunks before its own. The backward pass is the same walk from the end, over tokens
-loaded in reverse, since Triton's own reverse scan has open bugs.
+A program walks over the tokens of BD channels of one head, a tile at a time (memory_scan_tiles.py),
+for K and V at once. Where batch and heads give too few programs for the GPU, the sequence is cut
+into chunks: a first kernel finds what each chunk does to a state ("totals"), and every program of
+the second starts by carrying the initial state over the chunks before its own. The backward pass is
+the same walk from the end, over tokens loaded in reverse, since Triton's own reverse scan has open
+bugs.
 """
 
 from __future__ import annotations
@@ -20,22 +20,35 @@ from torch import Tensor
 from ratplus_kernels.memory_scan_tiles import (
     block_statistics,
     carry,
+    load,
     load_gradients,
     load_inputs,
-    load_reversed,
+    rows,
+    states,
+    store,
     totals_kernel,
-    walk,
 )
 
 
 class Plan(NamedTuple):
-    """How a scan is cut up: tile of tokens and channels, chunks of the sequence, launch options."""
+    """How a scan is cut up: a tile's tokens, channels and segments; chunks of the sequence; launch
+    options."""
 
     block_t: int
     block_d: int
-    chunks: int
+    segments: int
+    chunks: int = 1
     warps: int = 4
     stages: int = 3
+
+    def tile(self, block_t: int = 0) -> dict[str, int]:
+        """The kernels' constants; block_t: tokens in place of the plan's."""
+        segments = min(self.segments, block_t or self.block_t)
+        vector = segments * self.block_d // (32 * self.warps)  # channels of one thread
+        return {
+            "W": segments, "L": (block_t or self.block_t) // segments, "BD": self.block_d,
+            "VECTOR": min(max(vector, 1), 8), "STAGES": self.stages, "num_warps": self.warps,
+        }  # fmt: skip
 
 
 def default_plan(k: Tensor, columns: int) -> Plan:
@@ -43,14 +56,14 @@ def default_plan(k: Tensor, columns: int) -> Plan:
     (half of them with RoPE, when it also takes their partners)."""
     batch, length, heads, dim = k.shape
     if not k.is_cuda:  # the interpreter: cost grows with the elements of a tile
-        return Plan(4, min(4, triton.next_power_of_2(columns)), chunks=1, stages=1)
+        return Plan(4, min(4, triton.next_power_of_2(columns)), segments=2, stages=1)
     processors = torch.cuda.get_device_properties(k.device).multi_processor_count
-    block_t, block_d = 64, min(32 * columns // dim, triton.next_power_of_2(columns))
+    block_t, block_d = 128, min(32 * columns // dim, triton.next_power_of_2(columns))
     tiles = batch * heads * triton.cdiv(columns, block_d)
     chunks = 1
     if tiles < 0.75 * processors:
         chunks = min(triton.cdiv(2 * processors, tiles), triton.cdiv(length, 4 * block_t))
-    return Plan(block_t, block_d, max(chunks, 1))
+    return Plan(block_t, block_d, segments=16, chunks=max(chunks, 1))
 
 
 def forward(
@@ -68,6 +81,7 @@ def forward(
     columns = dim // 2 if rope else dim
     plan = plan or default_plan(k, columns)
     block_t = block_size or plan.block_t
+    z, k, v = map(_rows, (z, k, v))
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     v_out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = torch.empty(2, batch, heads, dim, dtype=torch.float32, device=k.device)
@@ -81,11 +95,11 @@ def forward(
         z, k, v, z if initial is None else initial, totals, cos, sin,
         k_out, v_out, final, statistics,
         length, chunk, heads, batch * heads * dim, blocks,
-        *z.stride(), *k.stride(), *v.stride(),
+        *z.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         cos.stride(0) if len(cos) > 1 else 0, cos.stride(1),
         D=dim, COLUMNS=columns, HAS_START=initial is not None, ROPE=rope is not None,
-        BLOCKS=block_size > 0, BT=block_t, BD=plan.block_d, STAGES=plan.stages,
-        num_warps=plan.warps,
+        BLOCKS=block_size > 0, WHOLE=length % block_t == 0 and columns % plan.block_d == 0,
+        **plan.tile(block_t),
     )  # fmt: skip
     return k_out, v_out, final, statistics
 
@@ -98,6 +112,7 @@ def backward(
     batch, length, heads, dim = k.shape
     plan = plan or default_plan(k, dim)
     dz, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (z, k, v))
+    z, k, v, dk_out, dv_out = map(_rows, (z, k, v, dk_out, dv_out))
     d_initial = None if initial is None else torch.empty_like(initial)
     chunk, chunks = _chunking(length, plan.block_t, plan.chunks)
     tiles = batch * heads * triton.cdiv(dim, plan.block_d)
@@ -107,11 +122,17 @@ def backward(
         z if initial is None else initial, totals,
         dz, dk, dv, z if d_initial is None else d_initial,
         length, chunk, heads, batch * heads * dim,
-        *z.stride(), *k.stride(), *v.stride(), *dk_out.stride(), *dv_out.stride(),
-        D=dim, HAS_START=initial is not None, BT=plan.block_t, BD=plan.block_d,
-        STAGES=plan.stages, num_warps=plan.warps,
+        *z.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *dk_out.stride()[:3], *dv_out.stride()[:3],
+        D=dim, HAS_START=initial is not None,
+        WHOLE=length % plan.block_t == 0 and dim % plan.block_d == 0, **plan.tile(),
     )  # fmt: skip
     return dz, dk, dv, d_initial
+
+
+def _rows(x: Tensor) -> Tensor:
+    """With channels one after the other, as kernels read them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _chunking(length: int, block_t: int, chunks: int) -> tuple[int, int]:
@@ -137,9 +158,8 @@ def _totals(
         z, x, y = inputs
         totals_kernel[tiles, chunks - 1](
             z, x, y, totals, length, chunk, heads, batch * heads * dim,
-            *z.stride(), *x.stride(), *y.stride(),
-            D=dim, REVERSE=reverse, BT=block_t, BD=plan.block_d, STAGES=plan.stages,
-            num_warps=plan.warps,
+            *z.stride()[:3], *x.stride()[:3], *y.stride()[:3],
+            D=dim, REVERSE=reverse, WHOLE=dim % plan.block_d == 0, **plan.tile(block_t),
         )  # fmt: skip
     return totals
 
@@ -149,9 +169,10 @@ def _forward_kernel(
     z_ptr, k_ptr, v_ptr, start_ptr, totals_ptr, cos_ptr, sin_ptr,
     k_out_ptr, v_out_ptr, final_ptr, statistics_ptr,
     T, chunk_length, H, plane, N,
-    z_b, z_t, z_h, z_d, k_b, k_t, k_h, k_d, v_b, v_t, v_h, v_d, rope_b, rope_t,
+    z_b, z_t, z_h, k_b, k_t, k_h, v_b, v_t, v_h, rope_b, rope_t,
     D: tl.constexpr, COLUMNS: tl.constexpr, HAS_START: tl.constexpr, ROPE: tl.constexpr,
-    BLOCKS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    BLOCKS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, L: tl.constexpr,
+    BD: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (COLUMNS + BD - 1) // BD
     head = tl.program_id(0) // tiles
@@ -165,41 +186,41 @@ def _forward_kernel(
     z_ptr += b * z_b + h * z_h
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
+    own = b * T * (H * D) + h * D  # of contiguous (B, T, H, D)
     state = head * D + d
     x, y = carry(start_ptr, totals_ptr, state, plane, chunk, inside, HAS_START, BD)
     if ROPE:
         x2, y2 = carry(start_ptr, totals_ptr, state + COLUMNS, plane, chunk, inside, HAS_START, BD)
-    row = tl.arange(0, BT)[:, None]
+    row = rows(W, L)
     begin = chunk * chunk_length
     end = tl.minimum(begin + chunk_length, T)
-    for t in tl.range(begin, end, BT, num_stages=STAGES):
+    for t in tl.range(begin, end, W * L, num_stages=STAGES):
         first = t
+        seen = (first + row < T) & inside[None, None, :]
         a, kt, vt = load_inputs(
-            z_ptr, k_ptr, v_ptr, z_t, k_t, v_t, z_d, k_d, v_d, first, d, inside, T, BT
+            z_ptr, k_ptr, v_ptr, z_t, k_t, v_t, first, row, d, seen, WHOLE, VECTOR
         )
-        kt, vt, x, y = walk(a, kt, vt, x, y, BT)
-        seen = (first + row < T) & inside[None, :]
-        token = (b * T + first + row) * (H * D) + h * D  # (BT, 1) int64
-        tl.store(v_out_ptr + token + d[None, :], vt, mask=seen)
-        block = statistics_ptr + (head.to(tl.int64) * N + first // BT) * (3 * D)
+        kt, vt, x, y = states(a, kt, vt, x, y, W, L)
+        store(v_out_ptr + own, vt, H * D, first, row, d, seen, WHOLE, VECTOR)
+        block = statistics_ptr + (head.to(tl.int64) * N + first // (W * L)) * (3 * D)
         if ROPE:
             a, kt2, vt2 = load_inputs(
-                z_ptr, k_ptr, v_ptr, z_t, k_t, v_t, z_d, k_d, v_d, first, d2, inside, T, BT
+                z_ptr, k_ptr, v_ptr, z_t, k_t, v_t, first, row, d2, seen, WHOLE, VECTOR
             )
-            kt2, vt2, x2, y2 = walk(a, kt2, vt2, x2, y2, BT)
-            tl.store(v_out_ptr + token + d2[None, :], vt2, mask=seen)
-            angle = b * rope_b + first.to(tl.int64) * rope_t + row * rope_t + d[None, :]
-            cos = tl.load(cos_ptr + angle, mask=seen, other=0.0).to(tl.float32)
-            sin = tl.load(sin_ptr + angle, mask=seen, other=0.0).to(tl.float32)
+            kt2, vt2, x2, y2 = states(a, kt2, vt2, x2, y2, W, L)
+            store(v_out_ptr + own, vt2, H * D, first, row, d2, seen, WHOLE, VECTOR)
+            angle = b * rope_b
+            cos = load(cos_ptr + angle, rope_t, first, row, d, seen, 0.0, WHOLE, VECTOR)
+            sin = load(sin_ptr + angle, rope_t, first, row, d, seen, 0.0, WHOLE, VECTOR)
             turned = kt * cos - kt2 * sin
             kt2 = kt2 * cos + kt * sin
             kt = turned
-            tl.store(k_out_ptr + token + d2[None, :], kt2, mask=seen)
+            store(k_out_ptr + own, kt2, H * D, first, row, d2, seen, WHOLE, VECTOR)
             if BLOCKS:
-                block_statistics(kt2, seen, T - first, block + d2, D, inside, BT)
-        tl.store(k_out_ptr + token + d[None, :], kt, mask=seen)
+                block_statistics(kt2, seen, T - first, block + d2, D, inside, W * L)
+        store(k_out_ptr + own, kt, H * D, first, row, d, seen, WHOLE, VECTOR)
         if BLOCKS:
-            block_statistics(kt, seen, T - first, block + d, D, inside, BT)
+            block_statistics(kt, seen, T - first, block + d, D, inside, W * L)
     if end == T:
         tl.store(final_ptr + state, x, mask=inside)
         tl.store(final_ptr + plane + state, y, mask=inside)
@@ -213,9 +234,9 @@ def _backward_kernel(
     z_ptr, k_ptr, v_ptr, k_out_ptr, v_out_ptr, dk_out_ptr, dv_out_ptr, d_final_ptr,
     start_ptr, totals_ptr, dz_ptr, dk_ptr, dv_ptr, d_start_ptr,
     T, chunk_length, H, plane,
-    z_b, z_t, z_h, z_d, k_b, k_t, k_h, k_d, v_b, v_t, v_h, v_d,
-    dk_b, dk_t, dk_h, dk_d, dv_b, dv_t, dv_h, dv_d,
-    D: tl.constexpr, HAS_START: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    z_b, z_t, z_h, k_b, k_t, k_h, v_b, v_t, v_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h,
+    D: tl.constexpr, HAS_START: tl.constexpr, WHOLE: tl.constexpr,
+    W: tl.constexpr, L: tl.constexpr, BD: tl.constexpr, VECTOR: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (D + BD - 1) // BD
@@ -234,38 +255,37 @@ def _backward_kernel(
     state = head * D + d
     # D_T is the gradient of the final state, with g_T = 1.
     x, y = carry(d_final_ptr, totals_ptr, state, plane, chunk, inside, True, BD)
+    start_k = tl.zeros([BD], tl.float32)
+    start_v = tl.zeros([BD], tl.float32)
     if HAS_START:
-        start_k = tl.load(start_ptr + state, mask=inside, other=0.0)[None, :]
-        start_v = tl.load(start_ptr + plane + state, mask=inside, other=0.0)[None, :]
-    else:
-        start_k = tl.zeros([1, BD], tl.float32)
-        start_v = tl.zeros([1, BD], tl.float32)
+        start_k += tl.load(start_ptr + state, mask=inside, other=0.0)
+        start_v += tl.load(start_ptr + plane + state, mask=inside, other=0.0)
+    row = rows(W, L)
     begin = chunk * chunk_length
     end = tl.minimum(begin + chunk_length, T)
-    for back in tl.range(begin, end, BT, num_stages=STAGES):
-        first = back
+    for back in tl.range(begin, end, W * L, num_stages=STAGES):
+        last = T - 1 - back
+        t = last - row
+        seen = (t >= 0) & inside[None, None, :]
         a, grad_k, grad_v = load_gradients(
-            z_ptr, dk_out_ptr, dv_out_ptr, z_t, dk_t, dv_t, z_d, dk_d, dv_d, first, d, inside, T, BT
+            z_ptr, dk_out_ptr, dv_out_ptr, z_t, dk_t, dv_t, last, row, d, seen, T, WHOLE, VECTOR
         )
-        grad_k, grad_v, x, y = walk(a, grad_k, grad_v, x, y, BT)  # D_t of both streams
-        t = (T - 1 - first - tl.arange(0, BT))[:, None]
-        z = load_reversed(z_ptr, z_t, z_d, t, d, inside)
-        k = load_reversed(k_ptr, k_t, k_d, t, d, inside)
-        v = load_reversed(v_ptr, v_t, v_d, t, d, inside)
-        before_k = load_reversed(k_out_ptr + own, H * D, 1, t - 1, d, inside)
-        before_v = load_reversed(v_out_ptr + own, H * D, 1, t - 1, d, inside)
-        before_k = tl.where(t == 0, start_k, before_k)
-        before_v = tl.where(t == 0, start_v, before_v)
+        grad_k, grad_v, x, y = states(a, grad_k, grad_v, x, y, W, L)  # D_t of both streams
+        z = load(z_ptr, z_t, last, -row, d, seen, 0.0, WHOLE, VECTOR)
+        k = load(k_ptr, k_t, last, -row, d, seen, 0.0, WHOLE, VECTOR)
+        v = load(v_ptr, v_t, last, -row, d, seen, 0.0, WHOLE, VECTOR)
+        at = tl.where(t == 0, 0, -1) - row  # of the token before
+        before_k = load(k_out_ptr + own, H * D, last, at, d, seen, 0.0, WHOLE, VECTOR)
+        before_v = load(v_out_ptr + own, H * D, last, at, d, seen, 0.0, WHOLE, VECTOR)
+        before_k = tl.where(t == 0, start_k[None, None, :], before_k)
+        before_v = tl.where(t == 0, start_v[None, None, :], before_v)
         keep = 1.0 / (1.0 + tl.exp(z))
-        gate = 1.0 / (1.0 + tl.exp(-z))
-        dz = gate * keep * (grad_k * (before_k - k) + grad_v * (before_v - v))
-        seen = (t >= 0) & inside[None, :]
-        out = own + t.to(tl.int64) * (H * D) + d[None, :]
-        tl.store(dz_ptr + out, dz, mask=seen)
-        tl.store(dk_ptr + out, keep * grad_k, mask=seen)
-        tl.store(dv_ptr + out, keep * grad_v, mask=seen)
+        dz = (1.0 - keep) * keep * (grad_k * (before_k - k) + grad_v * (before_v - v))
+        store(dz_ptr + own, dz, H * D, last, -row, d, seen, WHOLE, VECTOR)
+        store(dk_ptr + own, keep * grad_k, H * D, last, -row, d, seen, WHOLE, VECTOR)
+        store(dv_ptr + own, keep * grad_v, H * D, last, -row, d, seen, WHOLE, VECTOR)
     if HAS_START and end == T:  # the walk ends with D_0
-        z = tl.load(z_ptr + d * z_d, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + d, mask=inside, other=0.0).to(tl.float32)
         gate = 1.0 / (1.0 + tl.exp(-z))
         tl.store(d_start_ptr + state, gate * x, mask=inside)
         tl.store(d_start_ptr + plane + state, gate * y, mask=inside)

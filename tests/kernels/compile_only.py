@@ -87,7 +87,7 @@ def memory_scan() -> None:
     z, k, v = (meta(1, 4096, 32, 640)[..., i * 128 : (i + 1) * 128] for i in range(3))
     state = meta(2, 1, 32, 128, dtype=torch.float32)
     rope = (meta(1, 4096, 1, 128, dtype=torch.float32),) * 2
-    for plan in (scan.Plan(64, 32, 1), scan.Plan(64, 32, 4, warps=8)):
+    for plan in (scan.Plan(128, 32, 16), scan.Plan(128, 32, 16, chunks=4, warps=8)):
         k_out, v_out, final, _ = scan.forward(z, k, v, state, plan=plan)
         scan.forward(z, k, v, None, rope, 64, plan=plan._replace(block_d=16))
         scan.backward(plan, z, k, v, state, k_out, v_out, k_out, v_out, final)

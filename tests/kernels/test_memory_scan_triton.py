@@ -19,8 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
 SHAPES = [
     (2, 9, 1, 5),
     (1, 1, 1, 4),
-    (1, 8, 2, 3),
-]  # (B, T, H, D), T with and without a ragged tile
+    (1, 8, 2, 4),
+]  # (B, T, H, D), with and without ragged tiles
 if GPU:
     SHAPES += [(1, 4096, 32, 128), (2, 1000, 4, 80), (4, 333, 2, 64), (1, 131_072, 8, 128)]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-7}
@@ -161,7 +161,7 @@ def rope_of(positions, dim):
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row of angles", "angles for each row"])
 @pytest.mark.parametrize("length", [5, 8])
 def test_prefill_rotates_keys_and_sums_up_blocks(triton_device, chunks, dtype, rows, length):
-    size, h, d = 4, 2, 6
+    size, h, d = 4, 2, 8
     if GPU:
         size, h, d, length = 64, 8, 128, 200 * length
     z, k, v, initial = inputs((2, length, h, d), dtype, triton_device)

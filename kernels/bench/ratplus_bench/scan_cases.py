@@ -21,7 +21,13 @@ Shape = tuple[int, int, int, int]  # B, T, H, D
 # P2's 7B and 1.5B, then shapes of fewer and of more programs.
 SHAPES: list[Shape] = [(1, t, h, 128) for h in (32, 16) for t in (4096, 32_768, 131_072)]
 SHAPES += [(1, 32_768, 8, 128), (4, 4096, 32, 128), (16, 4096, 32, 128)]
-PLANNED: list[Shape] = [(1, 4096, 32, 128), (1, 32_768, 32, 128), (1, 32_768, 8, 128)]
+PLANNED: list[Shape] = [(1, t, 32, 128) for t in (32_768, 131_072, 4096)] + [(1, 32_768, 8, 128)]
+# Tokens, channels and segments of a tile, chunks, warps, stages.
+PLANS = [
+    (128, 32, 16, 1, 4, 3), (128, 32, 16, 1, 4, 2), (128, 32, 8, 1, 4, 2), (64, 32, 8, 1, 4, 3),
+    (128, 32, 16, 1, 8, 2), (256, 32, 32, 1, 8, 2), (128, 16, 16, 1, 4, 3), (64, 16, 16, 1, 4, 3),
+    (128, 32, 16, 2, 4, 2), (64, 32, 16, 2, 4, 2),
+]  # fmt: skip
 TINY: list[Shape] = [(1, 5, 2, 4)]
 # (B, H, D): the pocket tier's step of 1536 tokens, and a larger one.
 CPU_SHAPES, CPU_LENGTHS = ((3, 4, 32), (4, 4, 64)), (256, 512, 1024, 2048, 4096, 8192)
@@ -50,19 +56,21 @@ def cases(machine: Machine) -> Iterator[Case]:
 
 
 def plans(machine: Machine) -> Iterator[Case]:
-    """The ways to cut up the kernel, each a form: what `default_plan` should choose from."""
+    """The ways to cut up the kernels, each a form: what `default_plan` should choose from."""
     from ratplus_kernels.memory_scan_triton import Plan, forward
 
-    if machine.dry:
-        cuts = [Plan(4, 4, chunks, stages=1) for chunks in (1, 2)]
-    else:
-        cuts = [Plan(*x) for x in product((32, 64), (16, 32, 64), (1, 4), (2, 4, 8))]
+    cuts = PLANS if not machine.dry else [(4, 4, 2, chunks, 4, 1) for chunks in (1, 2)]
     for shape in TINY if machine.dry else PLANNED:
-        scan, _, back, _ = _of_shape(shape, machine)
-        scans = {str(plan): Form(partial(forward, initial=None, plan=plan)) for plan in cuts}
-        backs = {str(plan): Form(partial(_backward, plan), _backward_inputs) for plan in cuts}
-        for case, forms in ((scan, scans), (back, backs)):
-            forms = {"default": case.forms["kernel"]} | forms
+        scan, prefill, back, _ = _of_shape(shape, machine)
+        for case, run, setup in (
+            (scan, partial(forward, initial=None), None),
+            (back, _backward, _backward_inputs),
+            (prefill, partial(_planned_prefill, 4 if machine.dry else 64), None),
+        ):
+            forms = {"default": case.forms["kernel"]}
+            for plan in (Plan(*cut) for cut in cuts):
+                form = Form(partial(run, plan=plan))
+                forms[str(plan)] = form if setup is None else form._replace(setup=setup)
             yield case._replace(suite=f"{case.suite}: plans", forms=forms)
 
 
@@ -118,7 +126,7 @@ def _of_shape(shape: Shape, machine: Machine) -> tuple[Case, Case, Case, Case]:
         ),
         Case(
             "memory scan, backward", name, inputs,
-            {"kernel": Form(partial(_backward, None), _backward_inputs)}, bytes=10 * tensor,
+            {"kernel": Form(partial(_backward, plan=None), _backward_inputs)}, bytes=10 * tensor,
         ),
         Case("memory scan, forward and backward", name, inputs, gradients, bytes=15 * tensor),
     )  # fmt: skip
@@ -151,6 +159,12 @@ def _prefill(size: int, z: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tenso
     return k, v, *blocks
 
 
+def _planned_prefill(size: int, *inputs: Tensor, plan: Any) -> tuple:
+    from ratplus_kernels.memory_scan_triton import forward
+
+    return forward(*inputs[:3], None, inputs[3:], size, plan)[:2]
+
+
 def _scan_then_torch(size: int, z: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple:
     k, v, _ = memory_scan(z, k, v)
     k = rotate(k, (cos, sin)).to(v.dtype)
@@ -163,7 +177,7 @@ def _backward_inputs(z: Tensor, k: Tensor, v: Tensor) -> tuple:
     return z, k, v, None, k_out, v_out, k_out.clone(), v_out.clone(), state
 
 
-def _backward(plan: Any, *inputs: Tensor) -> tuple:
+def _backward(*inputs: Tensor, plan: Any) -> tuple:
     """The kernel's backward pass alone, with the forward's outputs at hand."""
     from ratplus_kernels.memory_scan_triton import backward
 
