@@ -63,7 +63,9 @@ def kernels(out: Path) -> Steps:
         yield 90, [f"{interpreted()} python -m pytest -v -k 'not gradients' {file}"]
     else:
         files = "tests/kernels tests/models/test_decoding.py"
-        yield 150, [f"python -m pytest -v -n 6 -m 'not slow' --timeout=80 {files}"]
+        # SIGINT: pytest then writes what failed so far.
+        run_them = "timeout -s INT 85 python -m pytest -v -n 8 -m 'not slow' --timeout=60"
+        yield 100, [f"{run_them} -rf {files}"]
 
 
 def bench(out: Path) -> Steps:

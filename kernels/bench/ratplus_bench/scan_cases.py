@@ -162,7 +162,8 @@ def _prefill(size: int, z: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tenso
 def _planned_prefill(size: int, *inputs: Tensor, plan: Any) -> tuple:
     from ratplus_kernels.memory_scan_triton import forward
 
-    return forward(*inputs[:3], None, inputs[3:], size, plan)[:2]
+    z, k, v, cos, sin = inputs
+    return forward(z, k, v, None, (cos, sin), size, plan)[:2]
 
 
 def _scan_then_torch(size: int, z: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple:
