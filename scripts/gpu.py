@@ -154,7 +154,7 @@ def small(out: Path) -> Steps:
         return run(out, trial(name, "_training"), more)
 
     # Shares of the time at whose end each of them is to be done; a slow start has LATE in addition.
-    base, trained, tuned, tables = (share * SMALL for share in (0.31, 0.55, 0.77, 0.96))
+    base, trained, tuned, tables = (share * SMALL for share in (0.33, 0.56, 0.77, 0.93))
     yield base + LATE, [training("small_base", 10, base)]
     yield trained + LATE, [training(model, 6, trained) for model in models]
     # Attention takes twice as many prompts, of 27 ms of a core each.

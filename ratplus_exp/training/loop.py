@@ -98,7 +98,7 @@ class Trainer:
         self.objective = distribute(objective, settings.parallel, self.device)
         self.optimizer = adamw(model, settings)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
-        self._begun: float | None = None  # on the clock of the whole training
+        self._begun: float | None = None  # when the first step was done, less earlier runs
         self._signalled = self._stopping = False
         folder.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(folder)
@@ -126,7 +126,6 @@ class Trainer:
         batches = self.batches.of(self._steps(total, steps), self.workers)
         with self._handle_signals(), bar, closing(batches):
             for batch in batches:
-                self._begun = self._begun or time.perf_counter() - self.seconds
                 before, self.step = self.step, steps.popleft()
                 micro_batches = self._share(batch)
                 scale = set_learning_rates(self.optimizer, settings, self.step, total)
@@ -134,6 +133,7 @@ class Trainer:
                     self._row[name].append(value)
                 self.tokens += sum(ids.numel() for ids, _ in micro_batches) * world_size()
                 self.step += 1
+                self._begun = self._begun or time.perf_counter() - self.seconds
                 bar.update(self.step - before)
                 last = self.step == total or self._stopping
                 if last or self._passed(before, settings.log_every):

@@ -64,8 +64,8 @@ class TrainSettings(Settings):
     decay: what decays, the "matrices" outside the memory or "all" parameters, as in P2.
     precision: "fp32", or "bf16": matmuls in bfloat16, weights and the memory's scan in fp32; or
         "auto", which `precision.fastest` resolves before there is a Trainer.
-    seconds: of training at most, from the first batch on: steps of the schedule are left out evenly
-        to reach its end in time, so it may be far longer. On one process. None: all steps.
+    seconds: of training at most, after the first step: steps of the schedule are left out evenly to
+        reach its end in time, so it may be far longer. On one process. None: all steps.
     spike: stop where a loss exceeds the mean of the last 100 this many times; None: never.
     activation_checkpointing: keep only the input of each layer and recompute the rest.
     compile: torch.compile each decoder layer.

