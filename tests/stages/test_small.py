@@ -27,7 +27,7 @@ def test_attention_takes_as_many_optimizer_steps_at_every_length(job, kind):
         {k: v for k, v in OmegaConf.to_container(stage, resolve=True).items() if k not in own}
         for stage in (ratplus, attention)
     ]
-    rest[1]["init"] = rest[1]["init"].replace("attention", "ratplus")
+    rest[1]["init"] = rest[1]["init"].replace("small_attention", "small_ratplus")
     assert rest[0] == rest[1]
 
 
