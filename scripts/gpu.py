@@ -155,8 +155,8 @@ def small(out: Path) -> Steps:
 
     # Shares of the time at whose end each of them is to be done; a slow start has LATE in addition.
     base, trained, tuned, tables = (share * SMALL for share in (0.33, 0.56, 0.77, 0.93))
-    yield base + LATE, [training("small_base", 10, base)]
-    yield trained + LATE, [training(model, 6, trained) for model in models]
+    yield base + LATE, [training("small_base", 14, base)]
+    yield trained + LATE, [training(model, 7, trained) for model in models]
     # Attention takes twice as many prompts, of 27 ms of a core each.
     workers = {"small_attention": 9, "small_ratplus": 5}
     yield tuned + LATE, [training(f"{x}_sft", n, tuned) for x, n in workers.items()]
