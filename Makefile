@@ -210,15 +210,18 @@ VARIANTS := small_ratplus_gates,small_ratplus_keys,small_ratplus_values
 
 .PHONY: small small-models ablation
 small-models: $(STAMP)
-	$(call TRAIN,small_ratplus) $(DRILLS)
-	$(call TRAIN,small_attention) $(DRILLS)
-	$(call TRAIN,small_sft) model=small_ratplus,small_attention
+	$(call TRAIN,small_base) $(DRILLS)
+	$(call TRAIN,small_ratplus)
+	$(call TRAIN,small_attention)
+	$(call TRAIN,small_ratplus_sft)
+	$(call TRAIN,small_attention_sft)
 
 small: small-models ## the small tier on one GPU, from nothing to the report (resumes; DRY=1: a trial)
 	$(RUN) experiment=$(call TABLES,reproduce) pair=small $(SET)
 
 ablation: small-models ## the small pair and variants of its RAT+ at one budget (resumes; DRY=1: a trial)
-	$(call TRAIN,small_ratplus) model=$(VARIANTS) $(DRILLS)
-	$(call TRAIN,small_attention) model=small_ratplus_no_joint $(DRILLS)
-	$(call TRAIN,small_sft) model=$(VARIANTS),small_ratplus_no_joint
+	$(call TRAIN,small_ratplus) model=$(VARIANTS)
+	$(call TRAIN,small_attention) model=small_ratplus_no_joint
+	$(call TRAIN,small_ratplus_sft) model=$(VARIANTS)
+	$(call TRAIN,small_attention_sft) model=small_ratplus_no_joint
 	$(RUN) experiment=$(call TABLES,small_ablation) $(SET)

@@ -5,7 +5,8 @@
     DRY=1 python scripts/gpu.py         all of it in miniature, on a CPU
 
 Environment: OUT, the folder whose files come back (outputs/gpu); COMMIT, of a copy without .git;
-SET, of the small tier's trainings. Packages: the host's, and wheels/*.whl (`make gpu-wheels`).
+SECONDS, of the small tier in all; SET, of its trainings. Packages: the host's, and wheels/*.whl
+(`make gpu-wheels`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DRY = os.environ.get("DRY") == "1"
 WORK = Path("outputs", "gpu_dry" if DRY else "gpu")  # below ROOT, where all commands run
 OUT = Path(os.environ["OUT"]).absolute() if os.environ.get("OUT") else WORK
-SFT = 4 / 15  # tokens of the small pair's fine-tuning to those of RAT+'s pretraining
+SMALL = float(os.environ.get("SECONDS", 290))  # of the small pair
+START, LATE = 20, 15  # seconds from a training's start to its first step and for its end; and more
 GRACE = 12  # seconds from SIGTERM to SIGKILL: trainings write a checkpoint
 ARCHIVE = 15 << 20  # bytes of a result at most; a file that comes back may have 16 MiB
 
@@ -140,42 +142,38 @@ def pocket(out: Path) -> Steps:
 
 
 def small(out: Path) -> Steps:
-    """The small pair on as many tokens as there is time for, then Tables 3 and 5."""
-    models = {"small_attention": 2, "small_ratplus": 1}  # and how often its share of the tokens
-    settings = "stage.workers=0" if DRY else os.environ.get("SET", "")
-    step, length = (1024, 512) if DRY else (65_536, 4096)
-    look = f"stage.drill_tokens=0 stage.optimizer.log_every={1 if DRY else 5} {settings}"
-    look = f"{look} {schedule([(1 if DRY else 20) * step, length])}"
-    yield 45, [run(out / "look", trial(model, "_training"), look) for model in models]
-    began = time.monotonic()
-    logs = {model: out / "look/training" / model / "log.jsonl" for model in models}
-    rows = {x: log.read_text().splitlines() for x, log in logs.items() if log.exists()}
-    rates = {x: json.loads(lines[-1])["tokens_per_second"] for x, lines in rows.items()}
-    # 5e5 a second is a guess, for a model without a log.
-    tokens = 4 * step if DRY else tokens_of(dict.fromkeys(models, 5e5) | rates, models, seconds=75)
-    (out / "tokens.json").write_text(json.dumps({"rates": rates, "tokens": tokens}) + "\n")
-    # Lengths as in conf/experiment/small_ratplus.yaml, in fifteenths of the tokens.
-    parts = {512: 15} if DRY else {256: 3, 1024: 2, 2048: 3, 4096: 7}
-    tuned = f"{schedule([max(2 * step, int(tokens * SFT)), length])} {settings}"
-    trainings = []
-    for model, share in models.items():
-        n = tokens * share // 15
-        phases = schedule(*([n * part, length] for length, part in parts.items()))
-        drills = f"stage.drill_tokens={2 * n} {settings}"
-        first = run(out, trial(model, "_training"), phases, drills)
-        then = run(out, trial("small_sft", "_training"), f"model={model}", tuned)
-        trainings.append(f"{first} && {then}")
-    yield 165, trainings
-    rest = f"pair=small {'pair.workers=1' if DRY else 'data.examples=100 pair.random_examples=25'}"
-    yield 205, [run(out, trial("table3"), rest, f"stage.folder={out}/table3")]
-    yield 228, [run(out, trial("table5"), rest, f"stage.folder={out}/table5")]
-    if not DRY and time.monotonic() - began > 150:  # a table was cut short
-        yield 240, [run(out, "stage=report", rest, f"stage.folder={out}/report")]
+    """The small pair by its recipe, each training cut to its time, then Tables 3 and 5."""
+    began, models = time.monotonic(), ("small_attention", "small_ratplus")
 
+    def training(name: str, workers: int, until: float) -> str:
+        left = max(10, until - START - (time.monotonic() - began))
+        more = f"stage.optimizer.seconds={left:.0f} {os.environ.get('SET', '')}"
+        if DRY:
+            more = f"{more} stage.workers=0 {'stage.drill_tokens=1024' * name.endswith('base')}"
+        else:  # every 250th step, of which most are left out; a checkpoint at the end alone
+            every = "stage.optimizer.log_every=250 stage.optimizer.checkpoint_every=1000000"
+            more = f"{more} {every} stage.workers={workers}"
+        return run(out, trial(name, "_training"), more)
 
-def tokens_of(rates: dict[str, float], shares: dict[str, int], seconds: float) -> int:
-    """Tokens of RAT+'s schedule that, with fine-tuning, take so many seconds side by side."""
-    return int(min(seconds / max((shares[x] + SFT) / rates[x] for x in shares), 300e6))
+    # Shares of the time at whose end each of them is to be done; a slow start has LATE in addition.
+    base, trained, tuned, tables = (share * SMALL for share in (0.33, 0.56, 0.77, 0.93))
+    yield base + LATE, [training("small_base", 14, base)]
+    yield trained + LATE, [training(model, 7, trained) for model in models]
+    # Attention takes twice as many prompts, of 27 ms of a core each.
+    workers = {"small_attention": 9, "small_ratplus": 5}
+    yield tuned + LATE, [training(f"{x}_sft", n, tuned) for x, n in workers.items()]
+    rest = f"pair=small {'data.examples=1' if DRY else 'data.examples=50 pair.random_examples=25'}"
+    cells = (
+        f"experiment=[table3,table5{',small_trial' * DRY}] {rest} pair.workers={1 if DRY else 5}"
+    )
+    cells = f"{cells} stage.batch_size=25 stage.outputs.table3=false stage.outputs.table5=false"
+    yield (
+        tables,
+        [run(out, f"{cells} pair.models=[{x}] stage.folder={out}/cells/{x}") for x in models],
+    )
+    rest = f"stage=report {'experiment=small_trial ' * DRY}{rest} stage.folder={out}/report"
+    unwanted = ("table2", "fig1", "fig2", "fig3", "fig4", "report")
+    yield SMALL, [run(out, rest, *(f"stage.outputs.{x}=false" for x in unwanted))]
 
 
 def smollm2(out: Path) -> Steps:

@@ -27,7 +27,7 @@ PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
     "pocket_seeds": ("pocket/{device}/pocket_seeds", ("table3/*", "training/*/*.json*")),
     "small": (
         "small/{device}",
-        ("table3/*", "table5/*", "report/*", "tokens.json", "training/*/*.json*"),
+        ("report/*", "training/*/*.json*"),
     ),
     "smollm2": ("smollm2/{device}", ("training/*/*.json*", "reports/*/*")),
 }
@@ -101,8 +101,7 @@ def tables(root: Path) -> dict[str, str]:
         kernels += [rates(path.parent.name, runs[-1]["about"]), aims(runs)]
     small = [summary(path) for path in sorted(reference.glob("small/*/small.record.json"))]
     for table in ("table3", "table5"):
-        whole = sorted(reference.glob(f"small/*/{table}/{table}.md"))
-        shown = whole or sorted(reference.glob(f"small/*/report/{table}.md"))  # of a cut sweep
+        shown = sorted(reference.glob(f"small/*/report/{table}.md"))
         missing = [f"Missing: {table.capitalize()[:-1]} {table[-1]} on a GPU."]
         small += [path.read_text().strip() for path in shown] or missing
     return {

@@ -56,7 +56,14 @@ from ratplus_exp.training.settings import Schedule, TrainSettings
 
 # Settings of the optimizer that may change when a training resumes.
 RATES = ("lr", "memory_lr", "spike", "log_every", "checkpoint_every")
-EXECUTION = ("rows_per_pass", "activation_checkpointing", "compile", "parallel", "peak_tflops")
+EXECUTION = (
+    "seconds",
+    "rows_per_pass",
+    "activation_checkpointing",
+    "compile",
+    "parallel",
+    "peak_tflops",
+)
 
 
 def pretrain(cfg: DictConfig) -> None:

@@ -97,8 +97,8 @@ class Facts:
         token can be recalled."""
         tokens: list[int] = []
         marks: list[bool] = []
-        for start in range(0, len(pieces), 64):  # documents are longer than needed
-            texts, kinds = zip(*pieces[start : start + 64], strict=True)
+        for start in range(0, len(pieces), 16):  # documents are longer than needed
+            texts, kinds = zip(*pieces[start : start + 16], strict=True)
             encoded = self.tokenizer(list(texts), add_special_tokens=False)
             for piece, kind in zip(encoded.input_ids, kinds, strict=True):
                 piece += [self.tokenizer.eos_token_id] * (kind == "answer")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -25,8 +25,8 @@ class Batches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         return self.batch(step, self.schedule.rows_at(step), self.schedule.length_at(step))
 
-    def since(self, step: int, workers: int) -> Generator[Batch, None, None]:
-        """The batches from this step on; closing the generator ends the workers.
+    def of(self, steps: Iterable[int], workers: int) -> Generator[Batch, None, None]:
+        """The batches of these steps; closing the generator ends the workers.
 
         workers: processes, one a core at most; 0: this process makes each batch when it is due.
 
@@ -36,7 +36,7 @@ class Batches(Dataset[Batch]):
         loader: Any = DataLoader(
             self,
             batch_size=None,
-            sampler=range(step, self.schedule.steps),
+            sampler=steps,
             num_workers=min(workers, cores()),
             multiprocessing_context="spawn" if workers else None,
             collate_fn=_identity,  # tensors would need shared memory; a container has 64 MB of it

@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -63,7 +63,7 @@ class Trainer:
         log: called with each logged row, on rank 0.
         device: None: where the model is.
         data: names the data; a checkpoint with another name is refused.
-        workers: processes that make batches (`Batches.since`).
+        workers: processes that make batches (`Batches.of`).
     """
 
     def __init__(
@@ -82,6 +82,8 @@ class Trainer:
     ) -> None:
         schedule.check(world_size())
         assert settings.precision != "auto", "precision=auto is resolved before"
+        if settings.seconds and world_size() > 1:  # whose clocks would leave out other steps
+            raise ValueError("stage.optimizer.seconds is for one process: use null")
         self.model: Any = model
         self.batches, self.workers = Batches(batch, schedule), workers
         self.schedule, self.settings = schedule, settings
@@ -96,6 +98,7 @@ class Trainer:
         self.objective = distribute(objective, settings.parallel, self.device)
         self.optimizer = adamw(model, settings)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self._begun: float | None = None  # when the first step was done, less earlier runs
         self._signalled = self._stopping = False
         folder.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(folder)
@@ -119,23 +122,26 @@ class Trainer:
             disable=rank() > 0,
         )
         self._begin_row()
-        batches = self.batches.since(self.step, self.workers)
+        steps: deque[int] = deque()  # of the batches that are being made
+        batches = self.batches.of(self._steps(total, steps), self.workers)
         with self._handle_signals(), bar, closing(batches):
             for batch in batches:
+                before, self.step = self.step, steps.popleft()
                 micro_batches = self._share(batch)
                 scale = set_learning_rates(self.optimizer, settings, self.step, total)
                 for name, value in self._train_step(micro_batches).items():
                     self._row[name].append(value)
                 self.tokens += sum(ids.numel() for ids, _ in micro_batches) * world_size()
                 self.step += 1
-                bar.update()
+                self._begun = self._begun or time.perf_counter() - self.seconds
+                bar.update(self.step - before)
                 last = self.step == total or self._stopping
-                if last or self.step % settings.log_every == 0:
+                if last or self._passed(before, settings.log_every):
                     row = self._finish_row(scale) | self._gate_statistics(micro_batches[0][0][:4])
                     if rank() == 0:
                         self._write_log(row)
                     bar.set_postfix(loss=row.get("loss"), accuracy=row.get("accuracy"))
-                    if last or self.step % settings.checkpoint_every == 0:
+                    if last or self._passed(before, settings.checkpoint_every):
                         self.checkpoints.save(self._state())
                 if self._stopping:
                     break
@@ -145,6 +151,21 @@ class Trainer:
                 f"stopped by a signal after step {self.step}; the checkpoint is "
                 f"{self.checkpoints.kept()[-1]}: run the same command to go on"
             )
+
+    def _steps(self, total: int, made: deque[int]) -> Iterator[int]:
+        """The steps from the last checkpoint on, without those that settings.seconds leaves no time
+        for; each is appended to `made` as well."""
+        step = self.step
+        while step < total:
+            made.append(step)
+            yield step
+            step += 1
+            if self.settings.seconds and self._begun:
+                share = (time.perf_counter() - self._begun) / self.settings.seconds
+                step = max(step, min(int(total * share), total - 1))
+
+    def _passed(self, before: int, every: int) -> bool:
+        return self.step // every > before // every
 
     def _begin_row(self) -> None:
         """A row of the log covers the steps since the last one."""

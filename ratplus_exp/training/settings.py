@@ -64,6 +64,8 @@ class TrainSettings(Settings):
     decay: what decays, the "matrices" outside the memory or "all" parameters, as in P2.
     precision: "fp32", or "bf16": matmuls in bfloat16, weights and the memory's scan in fp32; or
         "auto", which `precision.fastest` resolves before there is a Trainer.
+    seconds: of training at most, after the first step: steps of the schedule are left out evenly to
+        reach its end in time, so it may be far longer. On one process. None: all steps.
     spike: stop where a loss exceeds the mean of the last 100 this many times; None: never.
     activation_checkpointing: keep only the input of each layer and recompute the rest.
     compile: torch.compile each decoder layer.
@@ -81,6 +83,7 @@ class TrainSettings(Settings):
     clip: Amount = 1.0
     rows_per_pass: Positive | None = None
     precision: Precision = "fp32"
+    seconds: Amount | None = None
     spike: Annotated[float, Field(gt=1, le=1e9)] | None = None
     activation_checkpointing: bool = False
     compile: bool = False

@@ -92,13 +92,22 @@ def test_pieces_end_within_their_limits_and_none_stops_another(gpu, monkeypatch,
         gpu.main(["lst"])
 
 
-def test_the_small_pair_gets_the_tokens_that_there_is_time_for(gpu):
-    shares = {"small_attention": 2, "small_ratplus": 1}
-    rates = dict.fromkeys(shares, 1e6)
-    # Attention is the slower one: 2 tokens of it for one of RAT+, and 4/15 of fine-tuning.
-    assert gpu.tokens_of(rates, shares, 34) == pytest.approx(34e6 * 15 / 34, rel=1e-6)
-    assert gpu.tokens_of(rates, shares, 1e6) == 300_000_000
-    assert gpu.tokens_of(rates | {"small_ratplus": 4e5}, shares, 34) < 34e6 * 15 / 34
+def test_the_small_pairs_trainings_share_the_time_that_is_left(gpu, monkeypatch, tmp_path):
+    now = [100.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    steps, given, limits = gpu.small(tmp_path), [], []
+    for _ in range(3):
+        limit, commands = next(steps)
+        found = {float(re.search(r"optimizer\.seconds=(\S+)", x)[1]) for x in commands}
+        assert len(found) == 1  # side by side
+        given += found
+        limits.append(100 + limit)
+        now[0] += given[-1] + gpu.START + (5 if len(given) == 1 else 0)  # a slow start
+        assert now[0] < limits[-1]
+    left = [limit for limit, _ in steps]
+    assert given[0] > given[1] > 30 and given[2] > 30
+    assert now[0] - 100 == pytest.approx(0.77 * gpu.SMALL, abs=1)  # the slow start is made up for
+    assert len(left) == 2 and left[-1] == gpu.SMALL
 
 
 def test_weights_are_joined_of_their_parts(gpu, monkeypatch, tmp_path):

@@ -102,6 +102,6 @@ def test_variants_differ_from_ratplus_in_one_thing_each(job):
         assert variant.to_dict() | {"memory_on": "kv", "shared_gate": True} == ratplus.to_dict()
         assert plain(cfg.stage) == plain(recipe.stage) | {"folder": cfg.stage.folder}
         assert cfg.stage.folder == f"{job.folder}/training/{name}"
-        sft = job.compose("experiment=small_sft", f"model={name}")
+        sft = job.compose(f"experiment={of}_sft", f"model={name}")
         assert sft.stage.init == f"{cfg.stage.folder}/model"
         assert sft.model.path == f"{sft.stage.folder}/model"

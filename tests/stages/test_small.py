@@ -10,18 +10,24 @@ from ratplus_exp.config import validate, validate_method
 from ratplus_exp.store import Store
 
 
-def test_the_attention_twin_has_twice_the_tokens_in_every_phase(job):
-    """RAT+ takes two optimizer steps a batch, so both take as many, at the same lengths."""
-    ratplus = job.compose("experiment=small_ratplus").stage
-    attention = job.compose("experiment=small_attention").stage
-    assert ratplus.joint.dilation == 64 and attention.joint is None
-    assert attention.drill_tokens == 2 * ratplus.drill_tokens
-    assert list(attention.schedule) == [[2 * tokens, n] for tokens, n in ratplus.schedule]
-    own = ("folder", "joint", "drill_tokens", "schedule")
+@pytest.mark.parametrize("kind", ["", "_sft"])
+def test_attention_takes_as_many_optimizer_steps_at_every_length(job, kind):
+    """RAT+ takes two a batch, but one through the pattern alone at first."""
+    ratplus = job.compose(f"experiment=small_ratplus{kind}").stage
+    attention = job.compose(f"experiment=small_attention{kind}").stage
+    assert ratplus.joint.dilation == 32 and attention.joint is None
+    alone = ratplus.sparse_only_tokens
+    for (tokens, length), phase in zip(ratplus.schedule, attention.schedule, strict=True):
+        steps = tokens if alone else 2 * tokens
+        alone -= min(alone, tokens)
+        assert list(phase) == [steps, length]
+    assert alone == 0
+    own = ("folder", "joint", "sparse_only_tokens", "schedule")
     rest = [
-        {k: v for k, v in OmegaConf.to_container(stage).items() if k not in own}
+        {k: v for k, v in OmegaConf.to_container(stage, resolve=True).items() if k not in own}
         for stage in (ratplus, attention)
     ]
+    rest[1]["init"] = rest[1]["init"].replace("small_attention", "small_ratplus")
     assert rest[0] == rest[1]
 
 
@@ -35,11 +41,10 @@ def test_the_geometry_is_the_papers(job, method):
 
 def test_from_nothing_to_a_cell(job):
     """What `make small DRY=1` runs, but for worker processes and the report."""
-    drills = "stage.drill_tokens=1024"
-    job("experiment=[small_ratplus,small_trial_training]", "stage.workers=0", drills)
-    tuned = "experiment=[small_sft,small_trial_training]"
-    job(tuned, "model=small_ratplus", "stage.workers=0")
-    log = (job.folder / "training/small_ratplus/log.jsonl").read_text().splitlines()
+    for name in ("small_base", "small_ratplus", "small_ratplus_sft"):
+        drills = ["stage.drill_tokens=1024"] if name == "small_base" else []
+        job(f"experiment=[{name},small_trial_training]", "stage.workers=0", *drills)
+    log = (job.folder / "training/small_base/log.jsonl").read_text().splitlines()
     assert [json.loads(row)["length"] for row in log] == [480, 480, 512, 512]
     job("model=small_ratplus", "experiment=small_trial", "method=quest", "budget=1/16")
     cells = tidy(Store(job.folder / "results"))

@@ -30,7 +30,7 @@ def batch(step, rows, length):
 @pytest.mark.parametrize("first", [0, 2, 4])
 def test_batches_come_in_the_order_of_steps(workers, first):
     wanted = [batch(0, 4, 8), batch(1, 4, 8), batch(2, 4, 8), batch(3, 2, 16)][first:]
-    made = list(Batches(batch, SCHEDULE).since(first, workers))
+    made = list(Batches(batch, SCHEDULE).of(range(first, SCHEDULE.steps), workers))
     assert len(made) == len(wanted)
     for pair, wanted_pair in zip(made, wanted, strict=True):
         for x, y in zip(pair, wanted_pair, strict=True):
@@ -51,7 +51,7 @@ def dying(step, rows, length):
 )
 def test_what_ends_a_worker_ends_the_training(made_by, message):
     with pytest.raises(ValueError, match=message):
-        next(Batches(made_by, SCHEDULE).since(0, 1))
+        next(Batches(made_by, SCHEDULE).of(range(SCHEDULE.steps), 1))
 
 
 def process(step, rows, length):
@@ -62,7 +62,7 @@ def process(step, rows, length):
 
 
 def test_workers_leave_signals_and_the_first_turn_to_the_training():
-    with closing(Batches(process, SCHEDULE).since(0, 1)) as batches:
+    with closing(Batches(process, SCHEDULE).of(range(SCHEDULE.steps), 1)) as batches:
         ids, niceness = next(batches)
         worker = int(ids[0, 0])
         assert niceness[0, 0] == min(19, os.nice(0) + NICE)
@@ -79,7 +79,7 @@ sys.path.insert(0, {here!r})
 from test_batches import SCHEDULE, process
 from ratplus_exp.training.batches import Batches
 if __name__ == "__main__":
-    with closing(Batches(process, SCHEDULE).since(0, 1)) as batches:
+    with closing(Batches(process, SCHEDULE).of(range(SCHEDULE.steps), 1)) as batches:
         print(int(next(batches)[0][0, 0]), flush=True)
         time.sleep(3600)
 """

@@ -6,6 +6,7 @@ import json
 import math
 import resource
 import signal
+import time
 from functools import partial
 
 import numpy as np
@@ -43,6 +44,28 @@ def test_a_schedule_gives_every_length_its_tokens():
     assert schedule.steps == 4 + 2 + 1  # rounded up
     assert [schedule.length_at(step) for step in range(7)] == [8, 8, 8, 8, 16, 16, 64]
     assert [schedule.rows_at(step) for step in range(7)] == [4, 4, 4, 4, 2, 2, 1]
+
+
+def test_steps_are_left_out_to_reach_the_schedules_end_in_time(make_model, tmp_path):
+    taken = []
+
+    class Slow(Trainer):
+        def _train_step(self, micro_batches):
+            ids = micro_batches[0][0]
+            assert ids.tolist() == batch(self.step, *ids.shape)[0].tolist()
+            taken.append((self.step, ids.shape[1]))
+            time.sleep(0.01)
+            return super()._train_step(micro_batches)
+
+    schedule = Schedule([(600 * 48, 12), (400 * 48, 16)], 48)
+    how = {"log_every": 50, "checkpoint_every": 100, "trainer": Slow}
+    run, rows = train(make_model(), tmp_path, schedule, seconds=1.0, **how)
+    steps = [step for step, _ in taken]
+    assert steps == sorted(set(steps)) and steps[-1] == 999 and 10 < len(steps) < 101
+    assert all(length == (12 if step < 600 else 16) for step, length in taken)
+    assert run.step == rows[-1]["step"] == 1000 and run.tokens == 48 * len(taken)
+    assert 1 <= rows[-1]["seconds"] < 2 and len(rows) <= 20
+    assert rows[-1]["lr"] == pytest.approx(3e-4, rel=0.01)  # min_lr_ratio of 3e-3
 
 
 @pytest.mark.parametrize("sparse", [None, DILATED], ids=["dense", "joint"])
