@@ -22,20 +22,21 @@ from torch import Tensor
 from ratplus_kernels.selection_triton import ranks, select_blocks
 
 FUSED = 128  # up to this many blocks the selection scores them itself
-SCORE_TILE = 32  # blocks that a program scores at a time
 
 
 class Plan(NamedTuple):
-    """How the attention is cut.
+    """How the work is cut.
 
-    programs: how many shall attend; alone: up to this many blocks one program does a whole query,
-        the selection included, in a short context; tile: tokens at a time; warps: of a program.
+    programs: how many shall attend; tile, warps: of each, tokens at a time and warps.
+    alone: in a short context a program does all of a query that selects up to this many blocks.
+    scored: blocks of a long context that a program scores.
     """
 
     programs: int = 2048
-    alone: int = 4
     tile: int = 64
     warps: int = 4
+    alone: int = 4
+    scored: int = 32
 
 
 PLAN = Plan()
@@ -49,7 +50,9 @@ def quest_decode_triton(
     positions: Tensor,
     block_size: int,
     top_k: int,
+    plan: Plan | None = None,
 ) -> Tensor:
+    plan = plan or PLAN
     batch, heads, queries, dim = q.shape
     kv_heads, blocks = representatives.shape[1:3]
     group, rows = heads // kv_heads, batch * heads * queries
@@ -57,8 +60,8 @@ def quest_decode_triton(
     top_k = min(top_k, blocks)
 
     scored = blocks > FUSED
-    share = triton.cdiv(top_k * rows, PLAN.programs)
-    if share > top_k // 2 or (top_k <= PLAN.alone and not scored):
+    share = triton.cdiv(top_k * rows, plan.programs)
+    if share > top_k // 2 or (top_k <= plan.alone and not scored):
         share = top_k
     splits = triton.cdiv(top_k, share)
     alone = splits == 1 and not scored
@@ -67,10 +70,10 @@ def quest_decode_triton(
 
     scores = q.new_empty(rows if scored else 0, blocks, dtype=torch.float32)
     if scored:
-        _score[(batch * kv_heads, triton.cdiv(blocks, SCORE_TILE))](
+        _score[(batch * kv_heads, triton.cdiv(blocks, plan.scored))](
             q, representatives, scores, *q.stride(), *representatives.stride(),
             kv_heads, group, queries, blocks,
-            D=dim, PADDED_D=sizes["PADDED_D"], TILE=SCORE_TILE,
+            D=dim, PADDED_D=sizes["PADDED_D"], TILE=plan.scored,
         )  # fmt: skip
     chosen = torch.empty(rows, top_k, dtype=torch.int32, device=q.device)
     arrived = torch.empty(rows, dtype=torch.int32, device=q.device)
@@ -92,10 +95,10 @@ def quest_decode_triton(
         k, v, out, partial, weights[0], weights[1], *k.stride(), *v.stride(),
         share, math.log2(math.e) / math.sqrt(dim),
         **sizes, **choice, ALONE=alone,
-        TILE=min(PLAN.tile, triton.next_power_of_2(share * block_size)),
+        TILE=min(plan.tile, triton.next_power_of_2(share * block_size)),
         SPLITS=splits, PADDED_SPLITS=triton.next_power_of_2(splits),
         COMBINED=min(32, triton.next_power_of_2(splits)),
-        num_warps=16 if alone and rows < 128 else PLAN.warps,
+        num_warps=16 if alone and rows < 128 else plan.warps,
     )  # fmt: skip
     return out
 
@@ -206,7 +209,8 @@ def _attend(
     head = row // queries % heads
     batch = row // (queries * heads)
     position = tl.load(positions + batch * queries + query)
-    selected = tl.minimum(top_k, position // SIZE + 1).to(tl.int32)
+    end = tl.minimum(split * share + share, position // SIZE + 1)  # of the slots of `chosen`
+    end = tl.minimum(end, top_k)
     d = tl.arange(0, PADDED_D)
     inside = d < D
     query_ptr = q + batch * q_b + head * q_h + query * q_t
@@ -217,21 +221,20 @@ def _attend(
     # Softmax with a running maximum, in powers of two.
     result = tl.zeros([PADDED_D], tl.float32)
     total = tl.zeros([TILE], tl.float32)
-    peak = -float("inf")
-    first = split * share
-    end = tl.minimum(first + share, selected) * SIZE
-    for start in range(first * SIZE, end, TILE):
+    peak = -1e30  # finite: a program may find less than its share of selected blocks
+    chosen += row * top_k
+    first = split * share * SIZE
+    for start in range(first, first + share * SIZE, TILE):
         place = start + tl.arange(0, TILE)  # a token's number among those of the selected blocks
-        slot = tl.minimum(place // SIZE, top_k - 1)
-        block = tl.load(chosen + row * top_k + slot, mask=place < end, other=0).to(tl.int64)
+        slot = place // SIZE
+        # Not masked by `end`, so that this load need not wait for that of the position.
+        block = tl.load(chosen + tl.minimum(slot, top_k - 1)).to(tl.int64)
         token = block * SIZE + place % SIZE
-        seen = (place < end) & (token <= position)
+        seen = (slot < end) & (token <= position)
         readable = seen[:, None] & inside[None, :]
         key = tl.load(k_ptr + token[:, None] * k_t, mask=readable, other=0.0).to(tl.float32)
         value = tl.load(v_ptr + token[:, None] * v_t, mask=readable, other=0.0).to(tl.float32)
         logit = tl.where(seen, tl.sum(query_row[None, :] * key, axis=1), -float("inf"))
-        # The first tile begins with a selected block's first token, which the query sees, so this
-        # is finite.
         new_peak = tl.maximum(peak, tl.max(logit, axis=0))
         weight, fade = tl.exp2(logit - new_peak), tl.exp2(peak - new_peak)
         result = result * fade + tl.sum(weight[:, None] * value, axis=0)

@@ -109,9 +109,8 @@ def test_ties_go_to_the_lowest_block(triton_device):
 def test_however_the_work_is_shared_out(triton_device, monkeypatch, programs, alone, fused):
     from ratplus_kernels import quest_decode_triton as kernel
 
-    monkeypatch.setattr(kernel, "PLAN", kernel.Plan(programs, alone))
+    monkeypatch.setattr(kernel, "PLAN", kernel.Plan(programs, alone=alone, scored=4))
     monkeypatch.setattr(kernel, "FUSED", fused)
-    monkeypatch.setattr(kernel, "SCORE_TILE", 4)
     args = inputs(batch=2, length=41, block_size=4, top_k=5, device=triton_device)
     check(quest_decode(*args, block_size=4, top_k=5), *args, 4, 5)
 
