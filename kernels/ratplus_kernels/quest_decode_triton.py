@@ -27,7 +27,8 @@ FUSED = 128  # up to this many blocks the selection scores them itself
 class Plan(NamedTuple):
     """How the work is cut.
 
-    programs: how many shall attend; tile, warps: of each, tokens at a time and warps.
+    programs: how many shall attend; tile, warps, stages: of each, tokens at a time, warps, and
+        stages of its loads.
     alone: in a short context a program does all of a query that selects up to this many blocks.
     scored: blocks of a long context that a program scores.
     """
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
     programs: int = 2048
     tile: int = 64
     warps: int = 4
+    stages: int = 2
     alone: int = 4
     scored: int = 32
 
@@ -95,7 +97,7 @@ def quest_decode_triton(
         k, v, out, partial, weights[0], weights[1], *k.stride(), *v.stride(),
         share, math.log2(math.e) / math.sqrt(dim),
         **sizes, **choice, ALONE=alone,
-        TILE=min(plan.tile, triton.next_power_of_2(share * block_size)),
+        TILE=min(plan.tile, triton.next_power_of_2(share * block_size)), STAGES=plan.stages,
         SPLITS=splits, PADDED_SPLITS=triton.next_power_of_2(splits),
         COMBINED=min(32, triton.next_power_of_2(splits)),
         num_warps=16 if alone and rows < 128 else plan.warps,
@@ -187,14 +189,14 @@ def _select(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def _attend(
     q, representatives, scores, positions, chosen, arrived,
     q_b, q_h, q_t, q_d, r_b, r_h, r_n, r_d,
     heads, group, queries, blocks, top_k,
     k, v, out, partial, peaks, totals, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, share, scale,
     SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_BLOCKS: tl.constexpr,
-    SCORED: tl.constexpr, ALONE: tl.constexpr, TILE: tl.constexpr,
+    SCORED: tl.constexpr, ALONE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr, COMBINED: tl.constexpr,
 ):  # fmt: skip
     if ALONE:
@@ -224,7 +226,7 @@ def _attend(
     peak = -1e30  # finite: a program may find less than its share of selected blocks
     chosen += row * top_k
     first = split * share * SIZE
-    for start in range(first, first + share * SIZE, TILE):
+    for start in tl.range(first, first + share * SIZE, TILE, num_stages=STAGES):
         place = start + tl.arange(0, TILE)  # a token's number among those of the selected blocks
         slot = place // SIZE
         # Not masked by `end`, so that this load need not wait for that of the position.
@@ -232,12 +234,13 @@ def _attend(
         token = block * SIZE + place % SIZE
         seen = (slot < end) & (token <= position)
         readable = seen[:, None] & inside[None, :]
-        key = tl.load(k_ptr + token[:, None] * k_t, mask=readable, other=0.0).to(tl.float32)
-        value = tl.load(v_ptr + token[:, None] * v_t, mask=readable, other=0.0).to(tl.float32)
-        logit = tl.where(seen, tl.sum(query_row[None, :] * key, axis=1), -float("inf"))
+        key = tl.load(k_ptr + token[:, None] * k_t, mask=readable, other=0.0)
+        value = tl.load(v_ptr + token[:, None] * v_t, mask=readable, other=0.0)
+        logit = tl.sum(query_row[None, :] * key.to(tl.float32), axis=1)
+        logit = tl.where(seen, logit, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(logit, axis=0))
         weight, fade = tl.exp2(logit - new_peak), tl.exp2(peak - new_peak)
-        result = result * fade + tl.sum(weight[:, None] * value, axis=0)
+        result = result * fade + tl.sum(weight[:, None] * value.to(tl.float32), axis=0)
         total = total * fade + weight
         peak = new_peak
     mass = tl.sum(total, axis=0)

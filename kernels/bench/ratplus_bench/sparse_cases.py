@@ -54,7 +54,8 @@ def plans(machine: Machine) -> Iterator[Case]:
 
     short = [PLAN._replace(alone=alone) for alone in (0, 16)]
     long = [PLAN._replace(programs=programs) for programs in (1024, 4096)]
-    long += [PLAN._replace(tile=128, warps=8), *(PLAN._replace(scored=n) for n in (16, 64))]
+    long += [PLAN._replace(stages=3), PLAN._replace(tile=128, warps=8), PLAN._replace(tile=32)]
+    long += [PLAN._replace(scored=scored) for scored in (16, 64)]
     sizes = [(4096, 4), (4096, 16), (32_768, 32), (131_072, 128)]
     for length, top_k in [(12, 2)] if machine.dry else sizes:
         shape, size = ((1, 2, 1, 12, 4), 4) if machine.dry else ((1, 32, 32, length, 128), 64)
