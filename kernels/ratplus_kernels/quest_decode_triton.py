@@ -189,7 +189,7 @@ def _select(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["share"])
+@triton.jit
 def _attend(
     q, representatives, scores, positions, chosen, arrived,
     q_b, q_h, q_t, q_d, r_b, r_h, r_n, r_d,
