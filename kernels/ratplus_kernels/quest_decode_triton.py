@@ -31,6 +31,8 @@ class Plan(NamedTuple):
         stages of its loads.
     alone: in a short context a program does all of a query that selects up to this many blocks.
     scored: blocks of a long context that a program scores.
+    chained: whether a launch's programs start while those of the one before still run, and wait
+        for its results (programmatic dependent launch).
     """
 
     programs: int = 2048
@@ -39,6 +41,7 @@ class Plan(NamedTuple):
     stages: int = 2
     alone: int = 4
     scored: int = 32
+    chained: bool = False
 
 
 PLAN = Plan()
@@ -67,15 +70,17 @@ def quest_decode_triton(
         share = top_k
     splits = triton.cdiv(top_k, share)
     alone = splits == 1 and not scored
+    chained = {"launch_pdl": True} if plan.chained else {}  # the interpreter refuses it
     sizes = {"SIZE": block_size, "D": dim, "PADDED_D": triton.next_power_of_2(dim)}
     choice = {"PADDED_BLOCKS": triton.next_power_of_2(blocks), "SCORED": scored}
+    choice["CHAINED"] = plan.chained
 
     scores = q.new_empty(rows if scored else 0, blocks, dtype=torch.float32)
     if scored:
         _score[(batch * kv_heads, triton.cdiv(blocks, plan.scored))](
             q, representatives, scores, *q.stride(), *representatives.stride(),
             kv_heads, group, queries, blocks,
-            D=dim, PADDED_D=sizes["PADDED_D"], TILE=plan.scored,
+            D=dim, PADDED_D=sizes["PADDED_D"], TILE=plan.scored, CHAINED=plan.chained,
         )  # fmt: skip
     chosen = torch.empty(rows, top_k, dtype=torch.int32, device=q.device)
     arrived = torch.empty(rows, dtype=torch.int32, device=q.device)
@@ -87,7 +92,8 @@ def quest_decode_triton(
     if not alone:
         # One warp finds a threshold without barriers; scoring needs many loads at once.
         warps = max(1, min(16, blocks // 512)) if scored else 8
-        _select[(rows,)](*shared, **sizes, **choice, num_warps=warps)
+        after = chained if scored else {}
+        _select[(rows,)](*shared, **sizes, **choice, num_warps=warps, **after)
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     partial = q.new_empty(rows, splits if splits > 1 else 0, dim, dtype=torch.float32)
@@ -100,7 +106,7 @@ def quest_decode_triton(
         TILE=min(plan.tile, triton.next_power_of_2(share * block_size)), STAGES=plan.stages,
         SPLITS=splits, PADDED_SPLITS=triton.next_power_of_2(splits),
         COMBINED=min(32, triton.next_power_of_2(splits)),
-        num_warps=16 if alone and rows < 128 else plan.warps,
+        num_warps=16 if alone and rows < 128 else plan.warps, **({} if alone else chained),
     )  # fmt: skip
     return out
 
@@ -128,8 +134,10 @@ def _score(
     q, representatives, scores,
     q_b, q_h, q_t, q_d, r_b, r_h, r_n, r_d,
     kv_heads, group, queries, blocks,
-    D: tl.constexpr, PADDED_D: tl.constexpr, TILE: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, TILE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
     batch = (tl.program_id(0) // kv_heads).to(tl.int64)
     kv_head = tl.program_id(0) % kv_heads
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -180,8 +188,12 @@ def _select(
     q_b, q_h, q_t, q_d, r_b, r_h, r_n, r_d,
     heads, group, queries, blocks, top_k,
     SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_BLOCKS: tl.constexpr,
-    SCORED: tl.constexpr,
+    SCORED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+        if SCORED:
+            tl.extra.cuda.gdc_wait()
     _choose(
         q, representatives, scores, positions, chosen, arrived,
         q_b, q_h, q_t, q_d, r_b, r_h, r_n, r_d,
@@ -196,8 +208,9 @@ def _attend(
     heads, group, queries, blocks, top_k,
     k, v, out, partial, peaks, totals, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, share, scale,
     SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_BLOCKS: tl.constexpr,
-    SCORED: tl.constexpr, ALONE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr, COMBINED: tl.constexpr,
+    SCORED: tl.constexpr, CHAINED: tl.constexpr, ALONE: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr, SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr,
+    COMBINED: tl.constexpr,
 ):  # fmt: skip
     if ALONE:
         _choose(
@@ -220,6 +233,8 @@ def _attend(
     k_ptr = k + batch * k_b + head // group * k_h + d[None, :] * k_d
     v_ptr = v + batch * v_b + head // group * v_h + d[None, :] * v_d
 
+    if CHAINED and not ALONE:
+        tl.extra.cuda.gdc_wait()
     # Softmax with a running maximum, in powers of two.
     result = tl.zeros([PADDED_D], tl.float32)
     total = tl.zeros([TILE], tl.float32)
