@@ -137,6 +137,7 @@ def test_no_room_for_the_forced_blocks_is_refused():
 def test_real_shapes_on_a_gpu(dtype, top_k, length, heads, kv_heads):
     top_k = length // 1024 if top_k == "1/16" else top_k
     sizes = {"heads": heads, "kv_heads": kv_heads, "length": length, "dim": 128, "dtype": dtype}
-    args = inputs(**sizes, block_size=64, top_k=top_k, device="cuda")
+    # Aligned, as caches are.
+    args = [x.contiguous() for x in inputs(**sizes, block_size=64, top_k=top_k, device="cuda")]
     out = quest_decode(*args, block_size=64, top_k=top_k)
     check(out, *args, 64, top_k, tolerance=1e-5 if dtype == torch.float32 else 2**-7)
