@@ -91,7 +91,7 @@ def quest_decode_triton(
     )  # fmt: skip
     if not alone:
         # One warp finds a threshold without barriers; scoring needs many loads at once.
-        warps = max(1, min(16, blocks // 512)) if scored else 8
+        warps = max(1, min(16, choice["PADDED_BLOCKS"] // 512)) if scored else 8
         after = chained if scored else {}
         _select[(rows,)](*shared, **sizes, **choice, num_warps=warps, **after)
 

@@ -40,8 +40,8 @@ def attend(query, keys, values, position, scores, block_size, top_k):
     margin = math.inf
     if 0 < room < len(between):
         margin = scores[between[room - 1]] - scores[between[room]]
-    tokens = [
-        t for n in chosen for t in range(n * block_size, min((n + 1) * block_size, position + 1))
-    ]
+    first = torch.tensor(chosen, device=keys.device)[:, None] * block_size
+    tokens = first + torch.arange(block_size, device=keys.device)
+    tokens = tokens[tokens <= position]
     logits = keys[tokens].double() @ query.double() / math.sqrt(len(query))
     return logits.softmax(0) @ values[tokens].double(), margin
