@@ -95,6 +95,11 @@ def quest_decode_triton(
         after = chained if scored else {}
         _select[(rows,)](*shared, **sizes, **choice, num_warps=warps, **after)
 
+    tile = min(plan.tile, triton.next_power_of_2(share * block_size))
+    warps, stages = plan.warps, plan.stages
+    if alone and rows < 128:  # a multiprocessor each, so it has to hide its own waits
+        loaded = 2 * tile * sizes["PADDED_D"] * k.element_size()
+        warps, stages = 16, max(2, min(4, 1 + 98_304 // loaded))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     partial = q.new_empty(rows, splits if splits > 1 else 0, dim, dtype=torch.float32)
     weights = q.new_empty(2, rows, splits, dtype=torch.float32)
@@ -102,11 +107,10 @@ def quest_decode_triton(
         *shared,
         k, v, out, partial, weights[0], weights[1], *k.stride(), *v.stride(),
         share, math.log2(math.e) / math.sqrt(dim),
-        **sizes, **choice, ALONE=alone,
-        TILE=min(plan.tile, triton.next_power_of_2(share * block_size)), STAGES=plan.stages,
+        **sizes, **choice, ALONE=alone, TILE=tile, STAGES=stages,
         SPLITS=splits, PADDED_SPLITS=triton.next_power_of_2(splits),
         COMBINED=min(32, triton.next_power_of_2(splits)),
-        num_warps=16 if alone and rows < 128 else plan.warps, **({} if alone else chained),
+        num_warps=warps, **({} if alone else chained),
     )  # fmt: skip
     return out
 
