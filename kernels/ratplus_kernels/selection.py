@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+CHUNK = 512  # of a running count
 
 
 def inner_products(q: Tensor, candidates: Tensor) -> Tensor:
@@ -21,7 +24,18 @@ def select(scores: Tensor, k: int, *, allowed: Tensor, forced: Tensor) -> Tensor
     last = ranked.topk(min(k, ranked.shape[-1]), sorted=False).values.amin(-1, keepdim=True)
     above, ties = ranked > last, ranked == last
     room = k - above.sum(-1, keepdim=True)
-    return (above | (ties & (ties.cumsum(-1) <= room))) & allowed
+    return (above | (ties & (running_count(ties) <= room))) & allowed
+
+
+def running_count(mask: Tensor) -> Tensor:
+    """mask.cumsum(-1) in int32. In chunks, since torch scans a row by one block of a GPU."""
+    if mask.shape[-1] <= CHUNK:
+        return mask.cumsum(-1, dtype=torch.int32)
+    parts = F.pad(mask, (0, -mask.shape[-1] % CHUNK)).unflatten(-1, (-1, CHUNK))
+    parts = parts.cumsum(-1, dtype=torch.int32)
+    ends = parts[..., -1:]
+    before = ends.cumsum(-2, dtype=torch.int32) - ends
+    return (parts + before).flatten(-2)[..., : mask.shape[-1]]
 
 
 def check_top_k(top_k: int) -> None:

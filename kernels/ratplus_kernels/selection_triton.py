@@ -1,9 +1,29 @@
-"""`selection.select_blocks` inside a Triton kernel, on scores that sit in registers."""
+"""`selection.select` inside a Triton kernel, on scores that sit in registers."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _sortable(scores):
+    """fp32 as int32 of the same order."""
+    scores = tl.where(scores == 0, 0.0, scores)  # −0 ties with 0
+    bits = scores.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def ranks(scores, free):
+    """How many of the free ones of scores (N,) fp32 come before each one, ties by index: (N,).
+
+    All pairs: the least latency for few scores.
+    """
+    key, index = _sortable(scores), tl.arange(0, scores.shape[0])
+    other, ours = key[None, :], key[:, None]
+    first = (other > ours) | ((other == ours) & (index[None, :] < index[:, None]))
+    return tl.sum((first & free[None, :]).to(tl.int32), axis=1)
 
 
 @triton.jit
@@ -18,10 +38,7 @@ def select_blocks(scores, own, top_k):
     block = tl.arange(0, scores.shape[1])[None, :]
     forced = (block == 0) | (block == own[:, None])
     free = (block > 0) & (block < own[:, None])
-    scores = tl.where(scores == 0, 0.0, scores)  # −0 ties with 0
-    bits = scores.to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    key = tl.where(free, key, -2147483647)  # below −inf
+    key = tl.where(free, _sortable(scores), -2147483647)  # below −inf
 
     # At least `wanted` keys reach low, fewer reach high.
     high = tl.max(key, axis=1) + 1

@@ -16,7 +16,7 @@ from ratplus_exp.methods.attention import attend
 from ratplus_exp.methods.base import EVICTING, Method
 from ratplus_exp.methods.selection import Selection, grouped
 from ratplus_exp.methods.selectors import TopK
-from ratplus_exp.methods.usage import Usage
+from ratplus_exp.methods.usage import Uncounted, Usage
 
 QUERY_CHUNK = 128  # prompt queries whose selection is held in memory together
 
@@ -32,6 +32,7 @@ class Engine(Selection):
     usage: Usage = field(default_factory=Usage)
     counted: frozenset[str] | None = None
     parts: dict[Method, "Engine"] = field(default_factory=dict, init=False, repr=False)
+    _step: tuple[Tensor, Tensor, Tensor | None] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.counted is None:
@@ -116,6 +117,20 @@ class Engine(Selection):
         choosing = self.method.choosing(positions, q.shape[-1], layer)
         self.usage.add(attended.expand(positions.shape), positions, choosing)
 
+    def _count_step(self, positions: Tensor, dim: int) -> None:
+        """`_count` of a fast decoding path, computed once for all layers of a step: its operations
+        are more launches than the path's own."""
+        if isinstance(self.usage, Uncounted):
+            return
+        if self._step is None or self._step[0] is not positions:
+            method = self.method
+            self._step = (
+                positions,
+                method.attended(positions).float(),
+                method.choosing(positions, dim),
+            )
+        self.usage.add(self._step[1], positions, self._step[2])
+
     def _sparse_prefill(
         self,
         q: Tensor,
@@ -176,7 +191,7 @@ class Engine(Selection):
         method = self.method
         out = self._fast(method.attend_decode, q, k, v, representatives, positions, all_seen)
         if out is not None:
-            self._count(method.attended(positions).float(), positions, q, layer)
+            self._count_step(positions, q.shape[-1])
             return out
         query = positions[:, None, None, :, None]
         slot = torch.arange(k.shape[2], device=q.device) if held is None else held[:, :, None, None]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ratplus_exp.methods.base import Dense, Method
 from ratplus_exp.methods.selectors import Candidates, Selector, TopK
-from ratplus_kernels.selection import inner_products, select
+from ratplus_kernels.selection import inner_products, running_count, select
 
 Recorder = Callable[[int, Tensor, Tensor, Tensor], None]
 EMPTY = torch.iinfo(torch.int64).max  # the position in a slot without a token
@@ -135,9 +135,12 @@ class Selection:
         self._record(layer, positions, selected)
         chosen = selected[:, :, 0, 0]
         most = int(chosen.sum(-1).max()) if method.pooled else method.k(layer, self.layers)
-        tokens = chosen.int().argsort(dim=-1, descending=True, stable=True)[..., :most]
-        scores = every[:, :, 0, 0].gather(-1, tokens)
-        return tokens.masked_fill(~chosen.gather(-1, tokens), EMPTY), scores
+        most = min(most, length)
+        # Each to its place; a sort takes longer.
+        place = torch.where(chosen, running_count(chosen) - 1, most + token)
+        tokens = token.new_full((*chosen.shape[:2], most + length), EMPTY)
+        tokens = tokens.scatter_(-1, place, token.expand_as(place))[..., :most]
+        return tokens, every[:, :, 0, 0].gather(-1, tokens.clamp(max=length - 1))
 
     def evict(
         self, q: Tensor, k: Tensor, held: Tensor, mass: Tensor, position: Tensor, layer: int

@@ -15,13 +15,15 @@ def states(
 
     integers: small whole numbers that repeat, so that scores are exact and many are equal.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     shapes = ((queries, heads), (length, kv_heads), (length, kv_heads))
-    tensors = [torch.randn(batch, t, h, dim + 3, generator=generator) for t, h in shapes]
+    tensors = [
+        torch.randn(batch, t, h, dim + 3, generator=generator, device=device) for t, h in shapes
+    ]
     if integers:
         tensors = [tensor.round() for tensor in tensors]
-        tensors[1] = tensors[1][:, torch.arange(length) % 12]
-    return [x.to(device, dtype)[..., 1 : dim + 1].transpose(1, 2) for x in tensors]
+        tensors[1] = tensors[1][:, torch.arange(length, device=device) % 12]
+    return [x.to(dtype)[..., 1 : dim + 1].transpose(1, 2) for x in tensors]
 
 
 def attend(query, keys, values, position, scores, block_size, top_k):
@@ -30,16 +32,16 @@ def attend(query, keys, values, position, scores, block_size, top_k):
     scores: a number for each block. Returns the result (D,) in float64, and by how much the worst
     block chosen by score beats the best one left out.
     """
-    own = position // block_size
-    between = sorted(range(1, own), key=lambda n: (-float(scores[n]), n))
+    own, scores = position // block_size, scores.tolist()
+    between = sorted(range(1, own), key=lambda n: (-scores[n], n))
     forced = {0, own}
     room = top_k - len(forced)
     chosen = sorted(forced | set(between[:room]))
     margin = math.inf
     if 0 < room < len(between):
-        margin = float(scores[between[room - 1]]) - float(scores[between[room]])
-    tokens = [
-        t for n in chosen for t in range(n * block_size, min((n + 1) * block_size, position + 1))
-    ]
+        margin = scores[between[room - 1]] - scores[between[room]]
+    first = torch.tensor(chosen, device=keys.device)[:, None] * block_size
+    tokens = first + torch.arange(block_size, device=keys.device)
+    tokens = tokens[tokens <= position]
     logits = keys[tokens].double() @ query.double() / math.sqrt(len(query))
     return logits.softmax(0) @ values[tokens].double(), margin

@@ -105,10 +105,10 @@ def snapkv() -> None:
 def quest_decode() -> None:
     from ratplus_kernels.quest_decode_triton import quest_decode_triton
 
-    for length in (4096, 131_072):
+    for length, top_k in ((4096, 4), (4096, 16), (32_768, 32), (131_072, 128)):
         q, k = meta(1, 32, 1, 128), meta(1, 8, length, 128)
         positions = meta(1, 1, dtype=torch.int64)
-        quest_decode_triton(q, k, k, meta(1, 8, length // 64, 256), positions, 64, length // 1024)
+        quest_decode_triton(q, k, k, meta(1, 8, length // 64, 256), positions, 64, top_k)
 
 
 def moba_prefill() -> None:

@@ -16,6 +16,7 @@ SHAPES = {
     "odd sizes": {"heads": 3, "kv_heads": 1, "dim": 5, "length": 23, "block_size": 5, "top_k": 3},
     "blocks of one token": {"length": 9, "block_size": 1, "top_k": 4},
     "long blocks": {"heads": 1, "kv_heads": 1, "length": 290, "block_size": 80, "top_k": 3},
+    "many blocks": {"length": 331, "block_size": 2, "top_k": 40},
     "forced blocks alone": {"length": 30, "block_size": 4, "top_k": 2},
     "more than there is": {"batch": 2, "length": 19, "block_size": 4, "top_k": 9},
 }
@@ -53,12 +54,14 @@ def check(out, q, k, v, reps, positions, block_size, top_k, tolerance=1e-5):
             low, high = reps[b, h // group].double().split(dim, dim=-1)
             for i, position in enumerate(positions[b].tolist()):
                 query = q[b, h, i].double()
-                scores = torch.maximum(query * low, query * high).sum(-1)
+                terms = torch.maximum(query * low, query * high)
                 wanted, margin = attend(
-                    query, k[b, h // group], v[b, h // group], position, scores, block_size, top_k
-                )
-                largest = float(scores[: position // block_size].abs().sum())
-                if margin == 0 or margin > 1e-6 * largest:  # no near-tie
+                    query, k[b, h // group], v[b, h // group], position, terms.sum(-1),
+                    block_size, top_k,
+                )  # fmt: skip
+                sizes = terms.abs().sum(-1)[: position // block_size]
+                rounding = 1e-6 * max(sizes.tolist(), default=0.0)
+                if margin == 0 or margin > rounding:  # no near-tie
                     compared += 1
                     torch.testing.assert_close(
                         out[b, h, i].double(), wanted, rtol=tolerance, atol=tolerance
@@ -101,14 +104,13 @@ def test_ties_go_to_the_lowest_block(triton_device):
     check(quest_decode(*args, block_size=4, top_k=5), *args, 4, 5)
 
 
-@pytest.mark.parametrize("programs", [1, 24, 512])
+@pytest.mark.parametrize(("programs", "alone"), [(1, 2), (24, 2), (512, 2), (512, 5)])
 @pytest.mark.parametrize("fused", [2, 128], ids=["scored apart", "scored while selecting"])
-def test_however_the_work_is_shared_out(triton_device, monkeypatch, programs, fused):
+def test_however_the_work_is_shared_out(triton_device, monkeypatch, programs, alone, fused):
     from ratplus_kernels import quest_decode_triton as kernel
 
-    monkeypatch.setattr(kernel, "PROGRAMS", programs)
+    monkeypatch.setattr(kernel, "PLAN", kernel.Plan(programs, alone=alone, scored=4))
     monkeypatch.setattr(kernel, "FUSED", fused)
-    monkeypatch.setattr(kernel, "SCORE_TILE", 4)
     args = inputs(batch=2, length=41, block_size=4, top_k=5, device=triton_device)
     check(quest_decode(*args, block_size=4, top_k=5), *args, 4, 5)
 
@@ -135,6 +137,7 @@ def test_no_room_for_the_forced_blocks_is_refused():
 def test_real_shapes_on_a_gpu(dtype, top_k, length, heads, kv_heads):
     top_k = length // 1024 if top_k == "1/16" else top_k
     sizes = {"heads": heads, "kv_heads": kv_heads, "length": length, "dim": 128, "dtype": dtype}
-    args = inputs(**sizes, block_size=64, top_k=top_k, device="cuda")
+    # Aligned, as caches are.
+    args = [x.contiguous() for x in inputs(**sizes, block_size=64, top_k=top_k, device="cuda")]
     out = quest_decode(*args, block_size=64, top_k=top_k)
     check(out, *args, 64, top_k, tolerance=1e-5 if dtype == torch.float32 else 2**-7)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ratplus_kernels.selection import select
+from ratplus_kernels.selection import running_count, select
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -56,3 +56,9 @@ def test_takes_the_best_between_the_first_and_the_own_block(triton_device, value
     block, last = torch.arange(32), own[:, None]
     forced = (block == 0) | (block == last)
     assert torch.equal(select(scores, top_k, allowed=block <= last, forced=forced), wanted)
+
+
+@pytest.mark.parametrize("length", [1, 512, 513, 1500])
+def test_running_count(length):
+    mask = torch.rand(2, 3, length, generator=torch.Generator().manual_seed(length)) < 0.3
+    assert torch.equal(running_count(mask).long(), mask.cumsum(-1))

@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.metadata import distributions
 from pathlib import Path
@@ -26,7 +26,11 @@ from ratplus_exp.provenance import REPOSITORY, provenance
 from ratplus_kernels.dispatch import interpreted
 
 PACKAGES = ("triton", "fla-core", "accelerated-scan", "flash-attn")
-CASES = {"scan": scan_cases.cases, "sparse": sparse_cases.cases, "plans": scan_cases.plans}
+CASES: dict[str, tuple[Callable[[Machine], Iterator[timing.Case]], ...]] = {
+    "scan": (scan_cases.cases,),
+    "sparse": (sparse_cases.cases,),
+    "plans": (scan_cases.plans, sparse_cases.plans),
+}
 PARTS = ("scan", "sparse", "models", "plans")
 
 
@@ -79,7 +83,7 @@ def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
         if part == "models":
             yield from models.rows(machine, matches)
             continue
-        for case in CASES[part](machine):
+        for case in (case for cases in CASES[part] for case in cases(machine)):
             name = f"{case.suite} | {case.name} | "
             forms = [form for form in case.forms if matches(name + form)]
             measure = timing.once if arguments.once else timing.measure
@@ -113,7 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cpu", action="store_true", help="the CPU's part: scan and models")
     add("--dry", action="store_true", help="tiny shapes once, interpreted without a GPU: a test")
-    add("--only", nargs="+", choices=PARTS, help="parts of the run (all); plans: cuts of the scan")
+    add(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        help="parts of the run (all); plans: cuts of kernels",
+    )
     add(
         "--once", action="store_true", help="not timed: each form compiled, then run for a profiler"
     )
