@@ -37,15 +37,15 @@ START, LATE = 20, 15  # seconds from a training's start to its first step and fo
 GRACE = 12  # seconds from SIGTERM to SIGKILL: trainings write a checkpoint
 ARCHIVE = 15 << 20  # bytes of a result at most; a file that comes back may have 16 MiB
 
-# Rows of the bench: our kernels, what they are compared with, cuts of the scan, what is profiled.
+# Rows of the bench: our kernels, ways to cut them, what to compare them with, what to profile.
 OURS = r"B=1 (T=\d+ )?H=32 (K=32 )?[TD]=.* \| kernel$"
+PLANS = r"memory.*: plans \| B=1 T=32768 H=32 |(Quest|MoBA).*: plans"
 SCANS = r"memory scan, .*B=1 T=(4096|32768|131072) H=32 .*\| (associative|chunk_hgrn \()"
 SPARSE = (
     r"SnapKV selection.*B=1 H=32 K=32 .*\| torch definition, compiled"
     r"|B=1 H=32 K=32 T=(4096 .*k=4|32768 .*k=32|131072 .*k=128) \| "
     r"(dense, SDPA (flash|cuDNN)|torch gather, compiled|FlexAttention)"
 )
-PLANS = r"T=(32768|131072|4096) H="
 PROFILED = (
     r"(memory scan, (forward|backward) \| B=1 T=32768 H=32 |SnapKV .*B=1 H=32 K=32 T=32768 "
     r"|(Quest.*|MoBA.*correlated.*) B=1 H=32 K=32 T=32768 .*k=32).*\| kernel$"
@@ -64,35 +64,32 @@ def kernels(out: Path) -> Steps:
         file = "tests/kernels/test_memory_scan_triton.py"
         yield 90, [f"{interpreted()} python -m pytest -v -k 'not gradients' {file}"]
     else:
-        files = "tests/kernels tests/models/test_decoding.py"
+        files = "tests/kernels"
         # SIGINT: pytest then writes what failed so far.
-        run_them = "timeout -s INT 85 python -m pytest -v -n 8 -m 'not slow' --timeout=60"
-        yield 100, [f"{run_them} -rf {files}"]
+        run_them = "timeout -s INT 70 python -m pytest -v -n 8 -m 'not slow' --timeout=60"
+        yield 85, [f"{run_them} -rf {files}"]
 
 
 def bench(out: Path) -> Steps:
-    """Kernels beside their floors first, then beside what else there is."""
-    measure = f"python -m ratplus_bench --out {out}/bench --only"
+    """Our kernels beside their floors, then cut in other ways."""
     if DRY:
-        yield 90, [f"{interpreted()} {measure} scan sparse --dry"]
+        yield 90, [measured(out, "scan sparse", "")]
         return
-    yield 75, [f"{measure} scan sparse --match {shlex.quote(OURS)}"]
-    yield 110, [f"{measure} sparse --match {shlex.quote(SPARSE)}"]
-    yield 150, [f"{measure} scan --match {shlex.quote(SCANS)}"]
-    yield 180, [f"{measure} plans --match {shlex.quote(PLANS)}"]
+    yield 60, [measured(out, "scan sparse", OURS)]
+    yield 140, [measured(out, "plans", PLANS)]
+
+
+def baselines(out: Path) -> Steps:
+    """What our kernels are compared with."""
+    yield 45, [measured(out, "sparse", SPARSE)]
+    yield 90, [measured(out, "scan", SCANS)]
 
 
 def warm(out: Path) -> Steps:
     """What bench compiles, into the compilers' caches: to be run beside other pieces."""
-    parts = {"sparse": (SPARSE, OURS), "scan": (SCANS, OURS), "plans": (PLANS,)}
-    yield (
-        150,
-        [
-            once(out / f"{part}_{i}", part, f"^(?!.*T=131072).*({match})")
-            for part, matches in parts.items()
-            for i, match in enumerate(matches)
-        ],
-    )
+    parts = {"sparse": OURS, "scan": OURS, "plans": PLANS}
+    short = "^(?!.*T=131072).*({})".format
+    yield 70, [measured(out / x, x, short(match), "--once") for x, match in parts.items()]
 
 
 def profile(out: Path) -> Steps:
@@ -100,13 +97,14 @@ def profile(out: Path) -> Steps:
     sections = ("SpeedOfLight", "WarpStateStats", "Occupancy", "LaunchStats")
     flags = " ".join(f"--section {x}" for x in sections)
     ncu = f"ncu --clock-control none --profile-from-start off --log-file {out}/ncu.txt {flags} "
-    yield 45, [("" if DRY else ncu) + once(out / "bench", "scan sparse", PROFILED)]
+    yield 45, [("" if DRY else ncu) + measured(out, "scan sparse", PROFILED, "--once")]
 
 
-def once(out: Path, parts: str, match: str) -> str:
-    match = " --dry" if DRY else f" --match {shlex.quote(match)}"
-    with_triton = f"{interpreted()} " if DRY else ""
-    return f"{with_triton}python -m ratplus_bench --out {out} --only {parts} --once{match}"
+def measured(out: Path, parts: str, match: str, *more: str) -> str:
+    """A part of the bench."""
+    which = ["--dry"] if DRY else ["--match", shlex.quote(match)]
+    command = f"python -m ratplus_bench --out {out}/bench --only {parts}"
+    return " ".join([interpreted()] * DRY + [command, *more, *which])
 
 
 def pocket(out: Path) -> Steps:
@@ -118,27 +116,13 @@ def pocket(out: Path) -> Steps:
         more, tuned = schedule([1024, 64], [1024, 128]), schedule([1024, 512])
         base, examples = f"{more} stage.drill_tokens=1024", "data.tasks=[S-1] data.examples=1"
     workers = f"pair.workers={1 if DRY else 4}"
-    yield (
-        90,
-        [
-            run(out, "experiment=pocket_base", base, rest),
-            run(
-                out,
-                "experiment=table3 pair=pocket",
-                examples,
-                workers,
-                f"stage.folder={out}/table3",
-            ),
-        ],
-    )
-    yield (
-        170,
-        [
-            f"{run(out, f'experiment={model}', more, rest)} && "
-            f"{run(out, f'experiment={model}_sft', tuned, rest)}"
-            for model in ("pocket_attention", "pocket_ratplus")
-        ],
-    )
+    table3 = f"experiment=table3 pair=pocket {examples} {workers}"
+    table3 = run(out, table3, f"stage.folder={out}/table3")
+    yield 120, [run(out, "experiment=pocket_base", base, rest), table3]
+    models = ("pocket_attention", "pocket_ratplus")
+    first = [run(out, f"experiment={model}", more, rest) for model in models]
+    then = [run(out, f"experiment={model}_sft", tuned, rest) for model in models]
+    yield 240, list(map(" && ".join, zip(first, then, strict=True)))
 
 
 def small(out: Path) -> Steps:
@@ -194,6 +178,7 @@ PIECES: dict[str, Callable[[Path], Steps]] = {
     "kernels": kernels,
     "warm": warm,
     "bench": bench,
+    "baselines": baselines,
     "profile": profile,
     "pocket": pocket,
     "small": small,

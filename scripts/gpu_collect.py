@@ -15,6 +15,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from ratplus_bench import report
+
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = Path("outputs", "reference")
 MARKS = "<!-- measured on a GPU: scripts/gpu_collect.py -->", "<!-- end of the measurements -->"
@@ -22,9 +24,10 @@ MARKS = "<!-- measured on a GPU: scripts/gpu_collect.py -->", "<!-- end of the m
 # Of each piece: where its record and which of its files go.
 PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
     "kernels": ("bench/{device}", ()),
-    "bench": ("bench/{device}", ("bench/*",)),
+    "bench": ("bench/{device}", ()),
+    "baselines": ("bench/{device}", ()),
+    "profile": ("bench/{device}", ("ncu.txt",)),
     "pocket": ("pocket/{device}/pocket", ("table3/*", "training/*/*.json*")),
-    "pocket_seeds": ("pocket/{device}/pocket_seeds", ("table3/*", "training/*/*.json*")),
     "small": (
         "small/{device}",
         ("report/*", "training/*/*.json*"),
@@ -71,18 +74,25 @@ def lay(archive: Path, root: Path) -> str:
     with tarfile.open(archive) as file:
         file.extractall(unpacked, filter="data")
     record = json.loads((unpacked / f"{archive.stem}.json").read_text())
-    if record["rc"] is None or record.get("dry") or "device" not in record:
-        return f"not laid: {record['note'] or 'a dry run, or on an unknown device'}"
-    place, patterns = PLACES[archive.stem]
+    place, patterns = PLACES.get(archive.stem, ("", ()))
+    if record["rc"] is None or record.get("dry") or "device" not in record or not place:
+        return (
+            f"not laid: {record['note'] or 'a dry run, on an unknown device, or nothing to keep'}"
+        )
     target = root / REFERENCE / place.format(device=slug(record["device"]))
     target.mkdir(parents=True, exist_ok=True)
     (target / f"{archive.stem}.record.json").write_text(json.dumps(record, indent=1) + "\n")
     source = unpacked / archive.stem
     for path in sorted(p for pattern in patterns for p in source.glob(pattern) if p.is_file()):
         name = path.relative_to(source)
-        copy = target / (name.name if archive.stem == "bench" else name)
+        copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
+    if (source / "bench" / "bench.json").exists() and archive.stem in ("bench", "baselines"):
+        new = json.loads((source / "bench" / "bench.json").read_text())["runs"]
+        about = new[-1]["about"]
+        runs = [*report.read(target, about), *report.read(source / "bench", about)]
+        report.write(target, sorted(runs, key=lambda run: run.about["date"]))
     return f"rc {record['rc']}, laid under {target.relative_to(root)}"
 
 

@@ -139,6 +139,7 @@ def test_what_came_back_is_laid_and_shown(gpu, monkeypatch, tmp_path):
         row(scan, case, "associative_scan, compiled (P2)", 6e-3),
         row(scan, case, "chunk_hgrn (fla-core)", None, note="not installed: fla"),
     ]
+    about |= {"versions": {}, "threads": 1, "command": "bench", "dry": False}
     made = json.dumps({"runs": [{"about": about, "rows": rows}]})
 
     def bench(out):
@@ -154,7 +155,8 @@ def test_what_came_back_is_laid_and_shown(gpu, monkeypatch, tmp_path):
         (tmp_path / "docs" / f"{page}.md").write_text(text)
     collect.main([str(tmp_path / "out")])
     laid = tmp_path / "outputs/reference/bench/card-1"
-    assert (laid / "bench.json").read_text() == made
+    (run,) = json.loads((laid / "bench.json").read_text())["runs"]
+    assert [x["seconds"] for x in run["rows"]] == [1.2e-3, 6e-3, None]
     assert json.loads((laid / "bench.record.json").read_text())["rc"] == 0
     page = (tmp_path / "docs" / "kernels.md").read_text()
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
@@ -170,18 +172,23 @@ def test_the_aims_and_the_patterns_name_rows_of_the_bench(gpu):
     import torch
 
     collect = importlib.import_module("gpu_collect")
-    machine = Machine(torch.device("cpu"), torch.float32, False, 1e9, 1e12)
+    pytest.importorskip("triton")
+    machine = Machine(torch.device("cuda"), torch.bfloat16, False, 1e9, 1e12)
     names = [
         f"{case.suite} | {case.name} | {getattr(form, 'name', form)}"
-        for cases in (scan_cases.cases, sparse_cases.cases)
+        for module in (scan_cases, sparse_cases)
+        for cases in (module.cases, module.plans)
         for case in cases(machine)
         for form in case.forms
     ]
     patterns = [
-        shlex.split(command)[-1] for _, commands in gpu.bench(Path("out")) for command in commands
+        shlex.split(command)[-1]
+        for piece in (gpu.bench, gpu.baselines, gpu.profile)
+        for _, commands in piece(Path("out"))
+        for command in commands
     ]
     chosen = [[n for n in names if re.search(pattern, n)] for pattern in patterns]
-    assert all(0 < len(found) < 70 for found in chosen), list(map(len, chosen))
+    assert all(0 < len(found) < 100 for found in chosen), list(map(len, chosen))
     for suite, case, *_ in collect.AIMS:
         assert any(f"{suite} | {case} | kernel" in found for found in chosen)
 
