@@ -67,7 +67,7 @@ def moba_prefill_triton(
             q, means, bits, *q.stride(), *means.stride(),
             start, length, complete, heads, group, words, block_size, top_k,
             D=dim, PADDED_D=padded_dim, ROWS=ROWS, BLOCKS=reach,
-            num_warps=min(16, max(4, reach // 128)), num_stages=2 if half else 1,
+            num_warps=min(16, max(4, reach // 64)), num_stages=2 if half else 1,
         )  # fmt: skip
         start, reach = end, 2 * reach
 
@@ -87,16 +87,16 @@ def moba_prefill_triton(
         here = min(count, sequences - first)
         for start in range(0, length, span):
             place = (first, start, span, length, picks)
-            tiles = triton.cdiv(min(span, length - start), tile)
+            tiles, lists = (triton.cdiv(min(span, length - start), size) for size in (tile, ROWS))
             if picks:
                 counts = torch.zeros(here, blocks, dtype=torch.int32, device=q.device)
                 listing = (bits, counts, *place, blocks, words, block_size)
-                kinds = {"ROWS": tile, "WORDS": triton.next_power_of_2(words)}
-                _list[(tiles, here)](*listing, entries, FILL=False, **kinds)
+                kinds = {"ROWS": ROWS, "WORDS": triton.next_power_of_2(words)}
+                _list[(lists, here)](*listing, entries, FILL=False, **kinds)
                 ends = counts.view(-1).cumsum(0, dtype=torch.int32)
                 cursors = ends - counts.view(-1)
                 listing = (bits, cursors, *place, blocks, words, block_size)
-                _list[(tiles, here)](*listing, entries, FILL=True, **kinds)
+                _list[(lists, here)](*listing, entries, FILL=True, **kinds)
                 _attend[(blocks, here, SHARES)](
                     q, k, v, counts, ends, entries, parts, shares,
                     *q.stride(), *k.stride(), *v.stride(),
@@ -107,7 +107,7 @@ def moba_prefill_triton(
                 q, k, v, parts, shares, out,
                 *q.stride(), *k.stride(), *v.stride(), *out.stride(),
                 *place, heads, group, scale, TILE=tile, **sizes,
-                num_warps=4, num_stages=2 if half else 1,
+                num_warps=4, num_stages=1,
             )  # fmt: skip
     return out
 
@@ -186,6 +186,26 @@ def _list(
 
 
 @triton.jit
+def _states(k_ptr, v_ptr, there, channels):
+    """Keys (D, S) and values (S, D)."""
+    key = tl.load(k_ptr, mask=there[None, :] & channels[:, None], other=0.0)
+    value = tl.load(v_ptr, mask=there[:, None] & channels[None, :], other=0.0)
+    return key, value
+
+
+@triton.jit
+def _add(query, key, value, seen, scale, values, total, peak):
+    """A step of the online softmax; the first one's rows must see some key."""
+    logit = tl.dot(query, key, input_precision="ieee") * scale
+    logit = tl.where(seen, logit, -float("inf"))
+    new_peak = tl.maximum(peak, tl.max(logit, axis=1))
+    weight, fade = tl.exp2(logit - new_peak[:, None]), tl.exp2(peak - new_peak)
+    total = total * fade + tl.sum(weight, axis=1)
+    values = tl.dot(weight.to(value.dtype), value, values * fade[:, None], input_precision="ieee")
+    return values, total, new_peak
+
+
+@triton.jit
 def _attend(
     q, k, v, counts, ends, entries, parts, shares,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,
@@ -204,6 +224,8 @@ def _attend(
     k_ptr = k + batch * k_b + head // group * k_h + token[None, :] * k_t + d[:, None] * k_d
     v_ptr = v + batch * v_b + head // group * v_h + token[:, None] * v_t + d[None, :] * v_d
     place = local.to(tl.int64) * picks * span
+    if SIZE <= PART:  # for all tiles
+        key, value = _states(k_ptr, v_ptr, offset < SIZE, d < D)
     for tile in range(tl.program_id(2) * TILE, count, SHARES * TILE):
         index = tile + tl.arange(0, TILE)
         entry = tl.load(entry_ptr + index, mask=index < count, other=0)
@@ -214,19 +236,12 @@ def _attend(
         total = tl.zeros([TILE], tl.float32)
         peak = tl.full([TILE], -float("inf"), tl.float32)
         for part in range(0, SIZE, PART):
-            key_there = (part + offset < SIZE)[None, :] & (d < D)[:, None]
-            key = tl.load(k_ptr + part * k_t, mask=key_there, other=0.0)
-            logit = tl.dot(query, key, input_precision="ieee") * scale
-            logit = tl.where((part + offset < SIZE)[None, :], logit, -float("inf"))
-            new_peak = tl.maximum(peak, tl.max(logit, axis=1))
-            weight, fade = tl.exp2(logit - new_peak[:, None]), tl.exp2(peak - new_peak)
-            total = total * fade + tl.sum(weight, axis=1)
-            value_there = (part + offset < SIZE)[:, None] & (d < D)[None, :]
-            value = tl.load(v_ptr + part * v_t, mask=value_there, other=0.0)
-            values = tl.dot(
-                weight.to(value.dtype), value, values * fade[:, None], input_precision="ieee"
+            there = part + offset < SIZE
+            if SIZE > PART:
+                key, value = _states(k_ptr + part * k_t, v_ptr + part * v_t, there, d < D)
+            values, total, peak = _add(
+                query, key, value, there[None, :], scale, values, total, peak
             )
-            peak = new_peak
         at = place + entry
         result = (values / total[:, None]).to(parts.dtype.element_ty)
         tl.store(parts + at[:, None] * D + d[None, :], result, mask=wanted)
@@ -267,22 +282,13 @@ def _combine(
         token = base + offset
         there = (token < tl.where(i < FIRST, SIZE, last)) & (token < length)
         token_offset = token.to(tl.int64)
-        key_there = there[None, :] & (d < D)[:, None]
-        key = tl.load(k_ptr + token_offset[None, :] * k_t, mask=key_there, other=0.0)
-        logit = tl.dot(query, key, input_precision="ieee") * scale
+        key, value = _states(
+            k_ptr + token_offset[None, :] * k_t, v_ptr + token_offset[:, None] * v_t, there, d < D
+        )
         near = (i < FIRST) | (token[None, :] // SIZE == row[:, None] // SIZE)
         seen = near & there[None, :] & (token[None, :] <= row[:, None])
-        logit = tl.where(seen, logit, -float("inf"))
-        # Finite from the first step on: every row sees the first token.
-        new_peak = tl.maximum(peak, tl.max(logit, axis=1))
-        weight, fade = tl.exp2(logit - new_peak[:, None]), tl.exp2(peak - new_peak)
-        total = total * fade + tl.sum(weight, axis=1)
-        value_there = there[:, None] & (d < D)[None, :]
-        value = tl.load(v_ptr + token_offset[:, None] * v_t, mask=value_there, other=0.0)
-        values = tl.dot(
-            weight.to(value.dtype), value, values * fade[:, None], input_precision="ieee"
-        )
-        peak = new_peak
+        # Every row sees the first token.
+        values, total, peak = _add(query, key, value, seen, scale, values, total, peak)
 
     place = local.to(tl.int64) * picks * span + at
     free = tl.minimum(row // SIZE - 1, picks)  # selected blocks between the first and the own
