@@ -24,8 +24,8 @@ def select_blocks(scores, own, top_k):
 
     # At least `wanted` keys reach low, fewer reach high, or no free one does.
     wanted = tl.minimum(top_k, own + 1)
-    low = tl.min(tl.where(free, key, 2147483647), axis=1)
-    high = tl.max(tl.where(free, key, -2147483647), axis=1) + 1
+    low = tl.min(tl.where(key == -2147483647, 2147483647, key), axis=1)
+    high = tl.max(tl.where(key == 2147483647, -2147483647, key), axis=1) + 1
     low = tl.where(wanted > 2, low, high)
     high = tl.where(wanted <= own, high, low + 1)
     step = 0
@@ -45,9 +45,17 @@ def select_blocks(scores, own, top_k):
     selected = key >= low[:, None]
     excess = tl.sum(selected.to(tl.int32), axis=1) - wanted
     if tl.max(excess, axis=0) > 0:
+        # The block behind the last of equal keys that has room, by bisection too: a cumulative sum
+        # would take more registers and shared memory than all of the above.
         tied = key == low[:, None]
         room = tl.sum(tied.to(tl.int32), axis=1) - excess
-        selected = selected & (~tied | (tl.cumsum(tied.to(tl.int32), axis=1) <= room[:, None]))
+        few, end = tl.zeros_like(own), tl.full(own.shape, scores.shape[1], tl.int32)
+        while tl.max((few + 1 < end).to(tl.int32), axis=0) > 0:
+            middle = (few + end) >> 1
+            count = tl.sum((tied & (block < middle[:, None])).to(tl.int32), axis=1)
+            few = tl.where(count < room, middle, few)
+            end = tl.where(count < room, end, middle)
+        selected = selected & (~tied | (block < end[:, None]))
     return selected
 
 
