@@ -30,11 +30,14 @@ SHARES = 4  # programs among which a block's list is divided
 
 
 class Plan(NamedTuple):
-    """tile: queries of a block's list that are handled together, by so many warps."""
+    """tile: queries of a block's list that are handled together."""
 
     tile: int
     warps: int
     stages: int
+
+
+PLAN = Plan(64, 4, 3)
 
 
 def moba_prefill_triton(
@@ -44,7 +47,7 @@ def moba_prefill_triton(
     block_size: int,
     top_k: int,
     means: Tensor | None = None,
-    plan: Plan = Plan(128, 8, 2),
+    plan: Plan = PLAN,
 ) -> Tensor:
     batch, heads, length, dim = q.shape
     group, sequences = heads // k.shape[1], batch * heads

@@ -46,9 +46,7 @@ def check(out, q, k, v, block_size, top_k, means=None):
                 wanted, margin = attend(q[b, h, i], keys, values, i, scores[i], block_size, top_k)
                 if margin == 0 or margin > 1e-5 * float(scores[i].abs().max()):  # no near-tie
                     compared += 1
-                    torch.testing.assert_close(
-                        out[b, h, i].double(), wanted, rtol=1e-5, atol=1e-5
-                    )
+                    torch.testing.assert_close(out[b, h, i].double(), wanted, rtol=1e-5, atol=1e-5)
     assert compared > 0.8 * len(q) * q.shape[1] * q.shape[2]
 
 

@@ -21,12 +21,19 @@ from typing import Any
 import torch
 
 from ratplus_bench import cpu_models, models, report, scan_cases, sparse_cases, timing
-from ratplus_bench.timing import Machine, Row
+from ratplus_bench.timing import Case, Machine, Row
 from ratplus_exp.provenance import REPOSITORY, provenance
 from ratplus_kernels.dispatch import interpreted
 
 PACKAGES = ("triton", "fla-core", "accelerated-scan", "flash-attn")
-CASES = {"scan": scan_cases.cases, "sparse": sparse_cases.cases, "plans": scan_cases.plans}
+
+
+def plans(machine: Machine) -> Iterator[Case]:
+    yield from scan_cases.plans(machine)
+    yield from sparse_cases.plans(machine)
+
+
+CASES = {"scan": scan_cases.cases, "sparse": sparse_cases.cases, "plans": plans}
 PARTS = ("scan", "sparse", "models", "plans")
 
 
@@ -113,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cpu", action="store_true", help="the CPU's part: scan and models")
     add("--dry", action="store_true", help="tiny shapes once, interpreted without a GPU: a test")
-    add("--only", nargs="+", choices=PARTS, help="parts of the run (all); plans: cuts of the scan")
+    add("--only", nargs="+", choices=PARTS, help="parts of the run (all); plans: cuts of kernels")
     add(
         "--once", action="store_true", help="not timed: each form compiled, then run for a profiler"
     )
