@@ -81,10 +81,13 @@ def moba_prefill_triton(
     parts = q.new_empty(count, picks, span, dim)
     shares = torch.empty(count, picks, span, dtype=torch.float32, device=q.device)
     entries = torch.empty(count * picks * span, dtype=torch.int32, device=q.device)
-    part = min(64 if half else 32, max(16, triton.next_power_of_2(block_size)))
+    # Keys at a time: a whole block if registers have room, so that it is loaded once.
+    few = 64 if half else 32
+    part = max(16, triton.next_power_of_2(block_size))
+    part = part if half and part <= 128 else min(part, few)
     # Heads inside, as the model wants them next.
     out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
-    sizes = {"SIZE": block_size, "PART": part, "D": dim, "PADDED_D": padded_dim}
+    sizes = {"SIZE": block_size, "D": dim, "PADDED_D": padded_dim}
     scale = math.log2(math.e) / math.sqrt(dim)
     for first in range(0, sequences, count):
         here = min(count, sequences - first)
@@ -100,16 +103,16 @@ def moba_prefill_triton(
                 cursors = ends - counts.view(-1)
                 listing = (bits, cursors, *place, blocks, words, block_size)
                 _list[(lists, here)](*listing, entries, FILL=True, **kinds)
-                _attend[(blocks, here, SHARES)](
+                _attend[(blocks, SHARES, here)](
                     q, k, v, counts, ends, entries, parts, shares,
                     *q.stride(), *k.stride(), *v.stride(),
-                    *place, heads, group, blocks, scale, TILE=plan.tile, SHARES=SHARES, **sizes,
-                    num_warps=plan.warps, num_stages=plan.stages,
+                    *place, heads, group, blocks, scale, TILE=plan.tile, SHARES=SHARES, PART=part,
+                    **sizes, num_warps=plan.warps, num_stages=plan.stages,
                 )  # fmt: skip
             _combine[(tiles, here)](
                 q, k, v, parts, shares, out,
                 *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-                *place, heads, group, scale, TILE=tile, **sizes,
+                *place, heads, group, scale, TILE=tile, PART=min(part, few), **sizes,
                 num_warps=4, num_stages=1,
             )  # fmt: skip
     return out
@@ -216,7 +219,7 @@ def _attend(
     TILE: tl.constexpr, SHARES: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr,
 ):  # fmt: skip
-    block, local = tl.program_id(0), tl.program_id(1)
+    block, local = tl.program_id(0), tl.program_id(2)  # one head's after the other
     sequence = (first + local).to(tl.int64)
     batch, head = sequence // heads, sequence % heads
     count = tl.load(counts + local * blocks + block)
@@ -229,7 +232,7 @@ def _attend(
     place = local.to(tl.int64) * picks * span
     if SIZE <= PART:  # for all tiles
         key, value = _states(k_ptr, v_ptr, offset < SIZE, d < D)
-    for tile in range(tl.program_id(2) * TILE, count, SHARES * TILE):
+    for tile in range(tl.program_id(1) * TILE, count, SHARES * TILE):
         index = tile + tl.arange(0, TILE)
         entry = tl.load(entry_ptr + index, mask=index < count, other=0)
         wanted = (index < count)[:, None] & (d < D)[None, :]
@@ -295,7 +298,7 @@ def _combine(
 
     place = local.to(tl.int64) * picks * span + at
     free = tl.minimum(row // SIZE - 1, picks)  # selected blocks between the first and the own
-    for pick in range(tl.minimum((last - 1) // SIZE - 1, picks)):
+    for pick in tl.range(0, tl.minimum((last - 1) // SIZE - 1, picks), num_stages=3):
         there = (row < length) & (pick < free)
         share = tl.load(shares + place + pick * span, mask=there, other=-float("inf"))
         part_ptr = parts + (place + pick * span)[:, None] * D + d[None, :]
