@@ -6,8 +6,8 @@
 3. A block attends for its list, gathered into tiles: one partial output and log Σ exp a pair.
 4. Queries attend to block 0 and their own, and add their partial outputs.
 
-Partial outputs take T · k · D elements a head, so 2 to 4 go over as many heads, or as long a span
-of queries, at a time as ROOM has space for.
+Partial outputs take T · k · D elements a head, so 2 to 4 take as many heads at a time as ROOM has
+space for, or a span of one head's queries.
 """
 
 from __future__ import annotations
@@ -97,13 +97,15 @@ def moba_prefill_triton(
             if picks:
                 counts = torch.zeros(here, blocks, dtype=torch.int32, device=q.device)
                 listing = (bits, counts, *place, blocks, words, block_size)
-                kinds = {"ROWS": ROWS, "WORDS": triton.next_power_of_2(words)}
+                width = triton.next_power_of_2(words)
+                kinds = {"ROWS": ROWS, "WORDS": width, "num_warps": min(4, max(1, width // 8))}
                 _list[(lists, here)](*listing, entries, FILL=False, **kinds)
                 ends = counts.view(-1).cumsum(0, dtype=torch.int32)
                 cursors = ends - counts.view(-1)
                 listing = (bits, cursors, *place, blocks, words, block_size)
                 _list[(lists, here)](*listing, entries, FILL=True, **kinds)
-                _attend[(blocks, SHARES, here)](
+                # Only its own queries select the last block: no list is of an unfinished one.
+                _attend[(blocks - 1, SHARES, here)](
                     q, k, v, counts, ends, entries, parts, shares,
                     *q.stride(), *k.stride(), *v.stride(),
                     *place, heads, group, blocks, scale, TILE=plan.tile, SHARES=SHARES, PART=part,

@@ -16,7 +16,7 @@ from ratplus_exp.methods.attention import attend
 from ratplus_exp.methods.base import EVICTING, Method
 from ratplus_exp.methods.selection import Selection, grouped
 from ratplus_exp.methods.selectors import TopK
-from ratplus_exp.methods.usage import Usage
+from ratplus_exp.methods.usage import Uncounted, Usage
 
 QUERY_CHUNK = 128  # prompt queries whose selection is held in memory together
 
@@ -79,7 +79,8 @@ class Engine(Selection):
             representatives = self.block_representatives(select_by)
         out = self._fast(self.method.attend_prefill, q, k, v, representatives)
         if out is not None:
-            self._count(self.method.attended(position).float(), position, q, layer, lengths)
+            if not isinstance(self.usage, Uncounted):
+                self._count(self.method.attended(position).float(), position, q, layer, lengths)
             return out
         if self.method.phase == "prefill":
             by = k if select_by is None else select_by
