@@ -47,7 +47,10 @@ AIMS = [
     ("memory scan, forward", SHAPE.format(32_768), "associative_scan, compiled (P2)", "kernel", 10),
     ("memory scan, forward", SHAPE.format(32_768), "chunk_hgrn (fla-core)", "kernel", 1),
     ("Quest decode step", SPARSE.format(131_072) + " k=128", "kernel", "floor", 1.4),
-    ("MoBA prefill, correlated queries", SPARSE.format(32_768) + " k=32", "kernel", "peak", 0.55),
+    *(
+        ("MoBA prefill, random queries", SPARSE.format(n) + f" k={k}", "dense, SDPA cuDNN", "kernel", 1)
+        for n, k in ((32_768, 32), (131_072, 128))
+    ),
     (
         "SnapKV scores, with the prefill's LSE",
         SPARSE.format(131_072) + " window=64 kept=8192",

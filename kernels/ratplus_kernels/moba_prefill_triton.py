@@ -1,15 +1,19 @@
-"""`moba_prefill` in Triton: gate, union, attention; no matrix of scores is ever stored.
+"""`moba_prefill` in Triton: only what was selected is computed.
 
 1. The gate keeps the scores of 16 queries for all blocks in registers, selects there, and writes
    one bit a query and block: T · N / 8 bytes a head.
-2. Each tile of queries lists the blocks that any of them selected.
-3. Attention walks over a tile's list, every row masked by its own bits. How fast it is depends on
-   how far the queries of a tile agree: the tile computes its whole list.
+2. Every block between a query's first and its own lists the queries that selected it.
+3. A block attends for its list, gathered into tiles: one partial output and log Σ exp a pair.
+4. Queries attend to block 0 and their own, and add their partial outputs.
+
+Partial outputs take T · k · D elements a head, so 2 to 4 take as many heads at a time as ROOM has
+space for, or a span of one head's queries.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,53 +24,99 @@ from ratplus_kernels.selection_triton import select_blocks
 
 ROWS = 16  # queries that a program gates at a time
 SEGMENT = 128  # blocks up to which gates of shorter reach don't pay (a multiple of 32)
+ROOM = 1 << 30  # bytes of partial outputs at a time
+TILE = 64  # queries that a program lists, and whose outputs it adds, at a time
+SHARES = 4  # programs among which a block's list is divided
+
+
+class Plan(NamedTuple):
+    """tile: queries of a block's list that are handled together."""
+
+    tile: int
+    warps: int
+    stages: int
+
+
+PLAN = Plan(64, 4, 3)
 
 
 def moba_prefill_triton(
-    q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int, means: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    top_k: int,
+    means: Tensor | None = None,
+    plan: Plan = PLAN,
 ) -> Tensor:
     batch, heads, length, dim = q.shape
-    group = heads // k.shape[1]
+    group, sequences = heads // k.shape[1], batch * heads
     blocks, complete = triton.cdiv(length, block_size), length // block_size
     if means is None:
         means = k[:, :, : complete * block_size].unflatten(2, (complete, block_size)).mean(3)
     padded_dim = max(16, triton.next_power_of_2(dim))  # 16: the least that tl.dot takes
+    half = q.dtype.itemsize == 2
     # fp32 is for tests: its exact products take no tensor cores, and much shared memory.
-    tile, warps, stages = (128, 8, 3) if q.dtype.itemsize == 2 else (32, 4, 1)
+    plan, tile = (plan, TILE) if half else (Plan(32, 4, 1), 32)
 
     words = triton.cdiv(blocks, 32)
-    bits = torch.empty(batch * heads, words, length, dtype=torch.int32, device=q.device)
-    gates, tiles = triton.cdiv(length, ROWS), triton.cdiv(length, tile)
-    unions = torch.empty(batch * heads, gates, words, dtype=torch.int32, device=q.device)
+    bits = torch.empty(sequences, length, words, dtype=torch.int32, device=q.device)
+    gates = triton.cdiv(length, ROWS)
     # Queries early in the context have few blocks before them, so they are gated among few.
     start, reach = 0, SEGMENT
     while start < gates:
         end = min(gates, reach * block_size // ROWS)
-        _gate[(end - start, batch * heads)](
-            q, means, bits, unions, *q.stride(), *means.stride(),
-            start, length, complete, heads, group, words, gates, block_size, top_k,
+        _gate[(end - start, sequences)](
+            q, means, bits, *q.stride(), *means.stride(),
+            start, length, complete, heads, group, words, block_size, top_k,
             D=dim, PADDED_D=padded_dim, ROWS=ROWS, BLOCKS=reach,
-            num_warps=min(16, max(4, reach // 128)), num_stages=min(2, stages),
+            num_warps=min(16, max(4, reach // 64)), num_stages=2 if half else 1,
         )  # fmt: skip
         start, reach = end, 2 * reach
 
-    lists = torch.empty(batch * heads, tiles, blocks, dtype=torch.int32, device=q.device)
-    counts = torch.empty(batch * heads, tiles, dtype=torch.int32, device=q.device)
-    _unite[(tiles, batch * heads)](
-        unions, lists, counts, length, blocks, words, gates, block_size,
-        TILE=tile, ROWS=ROWS, BLOCKS=triton.next_power_of_2(blocks),
-    )  # fmt: skip
-
+    picks = max(0, min(top_k, blocks) - 2)  # besides the forced
+    most = max(tile, ROOM // (max(1, picks) * dim * q.dtype.itemsize))  # queries at a time
+    count = min(sequences, max(1, most // length))
+    span = min(triton.cdiv(length, tile), most // tile) * tile
+    parts = q.new_empty(count, picks, span, dim)
+    shares = torch.empty(count, picks, span, dtype=torch.float32, device=q.device)
+    entries = torch.empty(count * picks * span, dtype=torch.int32, device=q.device)
+    # Keys at a time: a whole block if registers have room, so that it is loaded once.
+    few = 64 if half else 32
+    part = max(16, triton.next_power_of_2(block_size))
+    part = part if half and part <= 128 else min(part, few)
     # Heads inside, as the model wants them next.
     out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
-    part = min(64, max(16, triton.next_power_of_2(block_size)))
-    _attend[(tiles, batch * heads)](
-        q, k, v, bits, lists, counts, out,
-        *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-        length, heads, group, blocks, words, math.log2(math.e) / math.sqrt(dim),
-        SIZE=block_size, PART=part, TILE=tile, D=dim, PADDED_D=padded_dim,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    sizes = {"SIZE": block_size, "D": dim, "PADDED_D": padded_dim}
+    scale = math.log2(math.e) / math.sqrt(dim)
+    for first in range(0, sequences, count):
+        here = min(count, sequences - first)
+        for start in range(0, length, span):
+            place = (first, start, span, length, picks)
+            tiles, lists = (triton.cdiv(min(span, length - start), size) for size in (tile, ROWS))
+            if picks:
+                counts = torch.zeros(here, blocks, dtype=torch.int32, device=q.device)
+                listing = (bits, counts, *place, blocks, words, block_size)
+                width = triton.next_power_of_2(words)
+                kinds = {"ROWS": ROWS, "WORDS": width, "num_warps": min(4, max(1, width // 8))}
+                _list[(lists, here)](*listing, entries, FILL=False, **kinds)
+                ends = counts.view(-1).cumsum(0, dtype=torch.int32)
+                cursors = ends - counts.view(-1)
+                listing = (bits, cursors, *place, blocks, words, block_size)
+                _list[(lists, here)](*listing, entries, FILL=True, **kinds)
+                # Only its own queries select the last block: no list is of an unfinished one.
+                _attend[(blocks - 1, SHARES, here)](
+                    q, k, v, counts, ends, entries, parts, shares,
+                    *q.stride(), *k.stride(), *v.stride(),
+                    *place, heads, group, blocks, scale, TILE=plan.tile, SHARES=SHARES, PART=part,
+                    **sizes, num_warps=plan.warps, num_stages=plan.stages,
+                )  # fmt: skip
+            _combine[(tiles, here)](
+                q, k, v, parts, shares, out,
+                *q.stride(), *k.stride(), *v.stride(), *out.stride(),
+                *place, heads, group, scale, TILE=tile, PART=min(part, few), **sizes,
+                num_warps=4, num_stages=1,
+            )  # fmt: skip
     return out
 
 
@@ -80,9 +130,9 @@ def _pack(selected):
 
 @triton.jit
 def _gate(
-    q, means, bits, unions,
+    q, means, bits,
     q_b, q_h, q_t, q_d, m_b, m_h, m_n, m_d,
-    start, length, complete, heads, group, words, gates, block_size, top_k,
+    start, length, complete, heads, group, words, block_size, top_k,
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     gate, sequence = start + tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -102,91 +152,163 @@ def _gate(
     selected = select_blocks(score, row // block_size, top_k)
 
     word = tl.arange(0, BLOCKS // 32)[None, :]
-    bit_ptr = bits + (sequence * words + word) * length + row[:, None]
+    bit_ptr = bits + (sequence * length + row[:, None]) * words + word
     tl.store(bit_ptr, _pack(selected), mask=word < words)
-    union = _pack((tl.max(selected.to(tl.int32), axis=0) > 0)[None, :])
-    tl.store(unions + (sequence * gates + gate) * words + word, union, mask=word < words)
 
 
 @triton.jit
-def _unite(
-    unions, lists, counts, length, blocks, words, gates, block_size,
-    TILE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+def _list(
+    bits, cursors, first, start, span, length, picks, blocks, words, block_size, entries,
+    FILL: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    tile, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    block = tl.arange(0, BLOCKS)
-    found = tl.zeros([BLOCKS], tl.int32)
-    for i in range(TILE // ROWS):
-        gate = tile * (TILE // ROWS) + i
-        last = tl.minimum((gate + 1) * ROWS, length) - 1
-        # A gate has not written words for what lies behind its queries.
-        there = (gate < gates) & (block <= last // block_size)
-        pointer = unions + (sequence * gates + gate) * words + block // 32
-        found = found | tl.load(pointer, mask=there, other=0)
-    used = (found >> (block % 32)) & 1
-    place = sequence * tl.num_programs(0) + tile
-    rank = tl.cumsum(used, axis=0) - 1
-    tl.store(lists + place * blocks + rank, block, mask=used != 0)
-    tl.store(counts + place, tl.sum(used, axis=0))
+    """Count in cursors (sequences, N), or write from there on, the pairs of a block and a query.
+
+    A pair's entry is the place of its partial output: pick · span + (query − start).
+    """
+    local = tl.program_id(1)
+    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = start + at
+    own = row // block_size
+    word = tl.arange(0, WORDS)[None, :]
+    # A gate has not written words for what lies behind its queries.
+    there = (row < length) & (at < span) & (word <= own // 32) & (word < words)
+    row_ptr = bits + ((first + local).to(tl.int64) * length + row) * words
+    left = tl.load(row_ptr + word, mask=there, other=0)
+    left = tl.where(word == 0, left & -2, left)  # without the forced
+    left = tl.where(word == own // 32, left & ~(1 << (own % 32)), left)
+    taken = tl.zeros([ROWS, 1], tl.int32)
+    while tl.max(tl.max((left != 0).to(tl.int32), axis=1), axis=0) > 0:
+        some = left != 0
+        lowest = left & -left
+        # A power of two has its exponent in the upper bits of its float.
+        power = lowest.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
+        block = word * 32 + (power >> 23) - 127
+        cursor = cursors + local * blocks + block
+        place = tl.atomic_add(cursor, 1, mask=some, sem="relaxed")
+        if FILL:
+            one = some.to(tl.int32)
+            pick = taken + tl.cumsum(one, axis=1) - 1
+            taken += tl.sum(one, axis=1, keep_dims=True)
+            tl.store(entries + place, pick * span + at, mask=some)
+        left = left & ~lowest
+
+
+@triton.jit
+def _states(k_ptr, v_ptr, there, channels):
+    """Keys (D, S) and values (S, D)."""
+    key = tl.load(k_ptr, mask=there[None, :] & channels[:, None], other=0.0)
+    value = tl.load(v_ptr, mask=there[:, None] & channels[None, :], other=0.0)
+    return key, value
+
+
+@triton.jit
+def _add(query, key, value, seen, scale, values, total, peak):
+    """A step of the online softmax; the first one's rows must see some key."""
+    logit = tl.dot(query, key, input_precision="ieee") * scale
+    logit = tl.where(seen, logit, -float("inf"))
+    new_peak = tl.maximum(peak, tl.max(logit, axis=1))
+    weight, fade = tl.exp2(logit - new_peak[:, None]), tl.exp2(peak - new_peak)
+    total = total * fade + tl.sum(weight, axis=1)
+    values = tl.dot(weight.to(value.dtype), value, values * fade[:, None], input_precision="ieee")
+    return values, total, new_peak
 
 
 @triton.jit
 def _attend(
-    q, k, v, bits, lists, counts, out,
-    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d,
-    length, heads, group, blocks, words, scale,
-    SIZE: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr,
+    q, k, v, counts, ends, entries, parts, shares,
+    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,
+    first, start, span, length, picks, heads, group, blocks, scale,
+    TILE: tl.constexpr, SHARES: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr,
 ):  # fmt: skip
-    # The last tiles have the longest lists: they start first, so that no straggler remains.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
+    block, local = tl.program_id(0), tl.program_id(2)  # one head's after the other
+    sequence = (first + local).to(tl.int64)
     batch, head = sequence // heads, sequence % heads
-    row = tile * TILE + tl.arange(0, TILE)
-    d = tl.arange(0, PADDED_D)
-    offset = tl.arange(0, PART)
+    count = tl.load(counts + local * blocks + block)
+    entry_ptr = entries + tl.load(ends + local * blocks + block) - count
+    d, offset = tl.arange(0, PADDED_D), tl.arange(0, PART)
+    token = block.to(tl.int64) * SIZE + offset
+    q_ptr = q + batch * q_b + head * q_h + d[None, :] * q_d
+    k_ptr = k + batch * k_b + head // group * k_h + token[None, :] * k_t + d[:, None] * k_d
+    v_ptr = v + batch * v_b + head // group * v_h + token[:, None] * v_t + d[None, :] * v_d
+    place = local.to(tl.int64) * picks * span
+    if SIZE <= PART:  # for all tiles
+        key, value = _states(k_ptr, v_ptr, offset < SIZE, d < D)
+    for tile in range(tl.program_id(1) * TILE, count, SHARES * TILE):
+        index = tile + tl.arange(0, TILE)
+        entry = tl.load(entry_ptr + index, mask=index < count, other=0)
+        wanted = (index < count)[:, None] & (d < D)[None, :]
+        row = (start + entry % span).to(tl.int64)
+        query = tl.load(q_ptr + row[:, None] * q_t, mask=wanted, other=0.0)
+        values = tl.zeros([TILE, PADDED_D], tl.float32)
+        total = tl.zeros([TILE], tl.float32)
+        peak = tl.full([TILE], -float("inf"), tl.float32)
+        for part in range(0, SIZE, PART):
+            there = part + offset < SIZE
+            if SIZE > PART:
+                key, value = _states(k_ptr + part * k_t, v_ptr + part * v_t, there, d < D)
+            values, total, peak = _add(
+                query, key, value, there[None, :], scale, values, total, peak
+            )
+        at = place + entry
+        result = (values / total[:, None]).to(parts.dtype.element_ty)
+        tl.store(parts + at[:, None] * D + d[None, :], result, mask=wanted)
+        tl.store(shares + at, peak + tl.log2(total), mask=index < count)
+
+
+@triton.jit
+def _combine(
+    q, k, v, parts, shares, out,
+    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, o_b, o_h, o_t, o_d,
+    first, start, span, length, picks, heads, group, scale,
+    TILE: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr,
+):  # fmt: skip
+    local = tl.program_id(1)
+    sequence = (first + local).to(tl.int64)
+    batch, head = sequence // heads, sequence % heads
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    begin = start + tl.program_id(0) * TILE
+    row = begin + tl.arange(0, TILE)
+    d, offset = tl.arange(0, PADDED_D), tl.arange(0, PART)
     wanted = (row < length)[:, None] & (d < D)[None, :]
     row_offset = row[:, None].to(tl.int64)
     q_ptr = q + batch * q_b + head * q_h + row_offset * q_t + d[None, :] * q_d
     query = tl.load(q_ptr, mask=wanted, other=0.0)
     k_ptr = k + batch * k_b + head // group * k_h + d[:, None] * k_d
     v_ptr = v + batch * v_b + head // group * v_h + d[None, :] * v_d
-    place = sequence * tl.num_programs(0) + tile
 
     values = tl.zeros([TILE, PADDED_D], tl.float32)
     total = tl.zeros([TILE], tl.float32)
     peak = tl.full([TILE], -float("inf"), tl.float32)
-    PARTS: tl.constexpr = (SIZE + PART - 1) // PART
-    for i in range(tl.load(counts + place) * PARTS):
-        block = tl.load(lists + place * blocks + i // PARTS)
-        within = i % PARTS * PART + offset
-        token = block * SIZE + within
-        there = (within < SIZE) & (token < length)
+    # The keys of block 0, then those from the first query's own block on.
+    FIRST: tl.constexpr = (SIZE + PART - 1) // PART
+    own = tl.maximum(begin // SIZE, 1) * SIZE
+    last = tl.minimum(begin + TILE, length)
+    for i in range(FIRST + tl.cdiv(tl.maximum(last - own, 0), PART)):
+        base = tl.where(i < FIRST, i * PART, own + (i - FIRST) * PART)
+        token = base + offset
+        there = (token < tl.where(i < FIRST, SIZE, last)) & (token < length)
         token_offset = token.to(tl.int64)
-        key = tl.load(
-            k_ptr + token_offset[None, :] * k_t,
-            mask=there[None, :] & (d < D)[:, None],
-            other=0.0,
+        key, value = _states(
+            k_ptr + token_offset[None, :] * k_t, v_ptr + token_offset[:, None] * v_t, there, d < D
         )
-        logit = tl.dot(query, key, input_precision="ieee") * scale
-        # Rows behind the end select all, so that no row is without a token (they aren't stored).
-        word_ptr = bits + (sequence * words + block // 32) * length + row
-        word = tl.load(word_ptr, mask=row < length, other=-1)
-        selected = ((word >> (block % 32)) & 1) != 0
-        seen = selected[:, None] & there[None, :] & (token[None, :] <= row[:, None])
-        logit = tl.where(seen, logit, -float("inf"))
-        # Finite from the first step on: block 0 leads each list, and every row selects it.
-        new_peak = tl.maximum(peak, tl.max(logit, axis=1))
-        weight, fade = tl.exp2(logit - new_peak[:, None]), tl.exp2(peak - new_peak)
-        total = total * fade + tl.sum(weight, axis=1)
-        value = tl.load(
-            v_ptr + token_offset[:, None] * v_t,
-            mask=there[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        values = tl.dot(
-            weight.to(value.dtype), value, values * fade[:, None], input_precision="ieee"
-        )
+        near = (i < FIRST) | (token[None, :] // SIZE == row[:, None] // SIZE)
+        seen = near & there[None, :] & (token[None, :] <= row[:, None])
+        # Every row sees the first token.
+        values, total, peak = _add(query, key, value, seen, scale, values, total, peak)
+
+    place = local.to(tl.int64) * picks * span + at
+    free = tl.minimum(row // SIZE - 1, picks)  # selected blocks between the first and the own
+    for pick in tl.range(0, tl.minimum((last - 1) // SIZE - 1, picks), num_stages=3):
+        there = (row < length) & (pick < free)
+        share = tl.load(shares + place + pick * span, mask=there, other=-float("inf"))
+        part_ptr = parts + (place + pick * span)[:, None] * D + d[None, :]
+        part = tl.load(part_ptr, mask=there[:, None] & (d < D)[None, :], other=0.0)
+        new_peak = tl.maximum(peak, share)
+        weight, fade = tl.exp2(share - new_peak), tl.exp2(peak - new_peak)
+        total = total * fade + weight
+        values = values * fade[:, None] + weight[:, None] * part.to(tl.float32)
         peak = new_peak
     out_ptr = out + batch * o_b + head * o_h + row_offset * o_t + d[None, :] * o_d
     tl.store(out_ptr, (values / total[:, None]).to(out.dtype.element_ty), mask=wanted)

@@ -1,4 +1,4 @@
-"""`selection.select` inside a Triton kernel, on scores that sit in registers."""
+"""`selection.select_blocks` inside a Triton kernel, on scores that sit in registers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import triton.language as tl
 
 
 @triton.jit
+def _flip(bits):
+    """The bits of a float as an integer of the same order, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def _sortable(scores):
     """fp32 as int32 of the same order."""
     scores = tl.where(scores == 0, 0.0, scores)  # −0 ties with 0
-    bits = scores.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return _flip(scores.to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -30,28 +35,48 @@ def ranks(scores, free):
 def select_blocks(scores, own, top_k):
     """scores (R, N) fp32 of R queries, own (R,) their own blocks: (R, N) bool, what is selected.
 
-    A binary search over the scores' bits, read as integers of the same order, finds each row's k-th
-    best among the blocks that are not forced: exact, at most 32 counts, no sort.
+    Bisection finds a key of each row that as many as are wanted reach of the blocks that are not
+    forced, or the highest that more reach: exact, no sort. It halves the range of scores, and after
+    16 steps that of their bits, read as integers of the same order, which ends within 32.
     """
-    # How many free ones to take: min(top_k, own + 1) in all, the forced (one or two) among them.
-    wanted = tl.minimum(top_k, own + 1) - tl.minimum(own + 1, 2)
     block = tl.arange(0, scores.shape[1])[None, :]
     forced = (block == 0) | (block == own[:, None])
     free = (block > 0) & (block < own[:, None])
-    key = tl.where(free, _sortable(scores), -2147483647)  # below −inf
+    # The forced are above inf, those that nothing may select below −inf.
+    key = tl.where(free, _sortable(scores), tl.where(forced, 2147483647, -2147483647))
 
-    # At least `wanted` keys reach low, fewer reach high.
-    high = tl.max(key, axis=1) + 1
-    low = tl.where(wanted > 0, tl.min(tl.where(free, key, 2147483647), axis=1), high)
+    # At least `wanted` keys reach low, fewer reach high, or no free one does.
+    wanted = tl.minimum(top_k, own + 1)
+    low = tl.min(tl.where(key == -2147483647, 2147483647, key), axis=1)
+    high = tl.max(tl.where(key == 2147483647, -2147483647, key), axis=1) + 1
+    low = tl.where(wanted > 2, low, high)
+    high = tl.where(wanted <= own, high, low + 1)
+    step = 0
     while tl.max((low + 1 < high).to(tl.int32), axis=0) > 0:
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean without overflow
+        if step < 16:
+            score = 0.5 * _flip(low).to(tl.float32, bitcast=True)
+            score += 0.5 * _flip(high).to(tl.float32, bitcast=True)
+            middle = _flip(score.to(tl.int32, bitcast=True))
+            middle = tl.maximum(tl.minimum(middle, high - 1), tl.minimum(low + 1, high - 1))
+        else:
+            middle = (low & high) + ((low ^ high) >> 1)  # their mean without overflow
         count = tl.sum((key >= middle[:, None]).to(tl.int32), axis=1)
         low = tl.where(count >= wanted, middle, low)
         high = tl.where(count > wanted, high, tl.where(count == wanted, middle + 1, middle))
+        step += 1
 
-    above = key > low[:, None]
-    tied = key == low[:, None]
-    left = wanted - tl.sum(above.to(tl.int32), axis=1)
-    if tl.max(tl.sum(tied.to(tl.int32), axis=1) - left, axis=0) > 0:
-        tied = tied & (tl.cumsum(tied.to(tl.int32), axis=1) <= left[:, None])
-    return forced | above | tied
+    selected = key >= low[:, None]
+    excess = tl.sum(selected.to(tl.int32), axis=1) - wanted
+    if tl.max(excess, axis=0) > 0:
+        # The block behind the last of equal keys that has room, by bisection too: a cumulative sum
+        # would take more registers and shared memory than all of the above.
+        tied = key == low[:, None]
+        room = tl.sum(tied.to(tl.int32), axis=1) - excess
+        few, end = tl.zeros_like(own), tl.full(own.shape, scores.shape[1], tl.int32)
+        while tl.max((few + 1 < end).to(tl.int32), axis=0) > 0:
+            middle = (few + end) >> 1
+            count = tl.sum((tied & (block < middle[:, None])).to(tl.int32), axis=1)
+            few = tl.where(count < room, middle, few)
+            end = tl.where(count < room, end, middle)
+        selected = selected & (~tied | (block < end[:, None]))
+    return selected

@@ -80,7 +80,8 @@ class Engine(Selection):
             representatives = self.block_representatives(select_by)
         out = self._fast(self.method.attend_prefill, q, k, v, representatives)
         if out is not None:
-            self._count(self.method.attended(position).float(), position, q, layer, lengths)
+            if not isinstance(self.usage, Uncounted):
+                self._count(self.method.attended(position).float(), position, q, layer, lengths)
             return out
         if self.method.phase == "prefill":
             by = k if select_by is None else select_by

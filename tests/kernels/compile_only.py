@@ -114,8 +114,8 @@ def quest_decode() -> None:
 def moba_prefill() -> None:
     from ratplus_kernels.moba_prefill_triton import moba_prefill_triton
 
-    q, k = meta(1, 32, 131_072, 128), meta(1, 32, 131_072, 128)
-    moba_prefill_triton(q, k, k, 64, 128)
+    q = meta(1, 2, 131_072, 128)
+    moba_prefill_triton(q, q, q, 64, 16)
 
 
 if __name__ == "__main__":

@@ -28,5 +28,5 @@ def test_kernels_compile_and_keep_to_their_registers(case, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     spilled = [int(x) for x in re.findall(r"(\d+) bytes spilled", done.stdout)]
-    # MoBA's gate over 2048 blocks fills the registers: it spills 148 bytes.
-    assert spilled and max(spilled) <= 160, done.stdout
+    # MoBA's gate over 2048 blocks fills the registers: it spills 24 to 36 bytes.
+    assert spilled and max(spilled) <= 48, done.stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from block_attention import attend, states
@@ -32,24 +34,44 @@ def definition(q, k, v, block_size, top_k, means=None):
     return engine.prefill(q, k, v, None, layer=0, representatives=means)
 
 
-def check(out, q, k, v, block_size, top_k, rows=None, tolerance=1e-5, near=1e-5):
+def check(out, q, k, v, block_size, top_k, means=None):
     assert out.shape == q.shape and out.dtype == q.dtype
     group, compared = q.shape[1] // k.shape[1], 0
-    rows = range(q.shape[2]) if rows is None else rows
+    means = means_of(k.double(), block_size) if means is None else means.double().nan_to_num()
     for b in range(len(q)):
         for h in range(q.shape[1]):
             keys, values = k[b, h // group], v[b, h // group]
-            # In their own type, as a kernel has them.
-            means = torch.stack([block.double().mean(0) for block in keys.split(block_size)])
-            scores = q[b, h].double() @ means.to(k.dtype).double().T
-            for i in rows:
+            scores = q[b, h].double() @ means[b, h // group].T
+            for i in range(q.shape[2]):
                 wanted, margin = attend(q[b, h, i], keys, values, i, scores[i], block_size, top_k)
-                if margin == 0 or margin > near * float(scores[i].abs().max()):  # no near-tie
+                if margin == 0 or margin > 1e-5 * float(scores[i].abs().max()):  # no near-tie
                     compared += 1
-                    torch.testing.assert_close(
-                        out[b, h, i].double(), wanted, rtol=tolerance, atol=tolerance
-                    )
-    assert compared > 0.8 * len(q) * q.shape[1] * len(rows)
+                    torch.testing.assert_close(out[b, h, i].double(), wanted, rtol=1e-5, atol=1e-5)
+    assert compared > 0.8 * len(q) * q.shape[1] * q.shape[2]
+
+
+def check_rows(out, q, k, v, block_size, top_k, means, rows, tolerance):
+    """The same of some queries of a long prompt, all at once: one KV head, no ties."""
+    q, out, k, v, means = (x.double() for x in (q[0, :, rows], out[0, :, rows], k, v, means))
+    scores = q @ means[0, 0].T
+    block = torch.arange(means.shape[2], device=q.device)
+    own = rows[:, None] // block_size
+    free = (block > 0) & (block < own)
+    best = scores.masked_fill(~free, -torch.inf).sort(descending=True, stable=True)
+    room = top_k - 1 - (own > 0).int()
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen.scatter_(2, best.indices, ((block < room) & (best.values > -torch.inf)))
+    chosen |= (block == 0) | (block == own)
+    token = torch.arange(k.shape[2], device=q.device)
+    seen = chosen[:, :, token // block_size] & (token <= rows[:, None])
+    logits = (q @ k[0, 0].T / math.sqrt(q.shape[-1])).masked_fill(~seen, -torch.inf)
+    edge = best.values.gather(2, room.clamp(max=len(block) - 1).expand(len(q), -1, -1))
+    last = best.values.gather(2, (room - 1).clamp(0, len(block) - 1).expand(len(q), -1, -1))
+    clear = (last - edge > 1e-5 * scores.abs().amax(2, keepdim=True)) | (edge == -torch.inf)
+    clear |= room == 0
+    assert clear.double().mean() > 0.8
+    wanted = (logits.softmax(-1) @ v[0, 0]) * clear
+    torch.testing.assert_close(out * clear, wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture(params=["engine", "gathered", "gathered, a block at a time"])
@@ -80,14 +102,9 @@ def test_the_kernel_is_right(triton_device, shape):
     check(moba_prefill(q, k, v, block_size=size, top_k=top_k), q, k, v, size, top_k)
 
 
-@pytest.mark.parametrize("form", ["engine", "kernel"])
-def test_ties_go_to_the_lowest_block(triton_device, form):
+def test_ties_go_to_the_lowest_block(triton_device):
     q, k, v = inputs(4, 5, length=44, integers=True, device=triton_device)
-    if form == "engine":
-        out = definition(q, k, v, 4, 5)
-    else:
-        out = moba_prefill(q, k, v, block_size=4, top_k=5)
-    check(out, q, k, v, 4, 5)
+    check(moba_prefill(q, k, v, block_size=4, top_k=5), q, k, v, 4, 5)
 
 
 def test_many_blocks_are_gated_in_segments(triton_device, monkeypatch):
@@ -98,34 +115,56 @@ def test_many_blocks_are_gated_in_segments(triton_device, monkeypatch):
     check(moba_prefill(q, k, v, block_size=1, top_k=5), q, k, v, 1, 5)
 
 
-@pytest.mark.parametrize("form", ["engine", "kernel"])
-def test_nothing_behind_a_query_matters(triton_device, form):
-    q, k, v = inputs(4, 3, length=30, device=triton_device)
+@pytest.mark.parametrize("room", [1, 40 * 2 * 8 * 4], ids=["spans", "heads"])
+def test_partial_outputs_fit_their_room(triton_device, monkeypatch, room):
+    from ratplus_kernels import moba_prefill_triton as kernel
+
+    monkeypatch.setattr(kernel, "ROOM", room)
+    q, k, v = inputs(4, 4, length=40, heads=2, kv_heads=1, device=triton_device)
+    check(moba_prefill(q, k, v, block_size=4, top_k=4), q, k, v, 4, 4)
+
+
+def means_of(k, size):
+    return torch.stack([block.mean(2) for block in k.split(size, dim=2)], 2)
+
+
+def test_nothing_behind_a_query_matters_to_the_torch_forms(torch_form):
     outs = []
     for filler in (1.0, -50.0):
+        q, k, v = inputs(4, 3, length=30)
         k[:, :, 22:], v[:, :, 22:] = filler, filler
-        if form == "engine":
-            out = definition(q, k, v, 4, 3)
-        else:
-            out = moba_prefill(q, k, v, block_size=4, top_k=3)
-        outs.append(out[:, :, :22])
+        outs.append(torch_form(q, k, v, 4, 3)[:, :, :22])
     assert torch.equal(*outs)
 
 
-@pytest.mark.parametrize("form", ["engine", "kernel"])
-def test_means_that_are_there_are_used(triton_device, form):
+def test_nothing_behind_a_query_matters(triton_device):
+    outs = []
+    for filler in (1.0, -50.0):
+        q, k, v = inputs(4, 3, length=30, device=triton_device)
+        k[:, :, 22:], v[:, :, 22:] = filler, filler
+        outs.append(moba_prefill(q, k, v, block_size=4, top_k=3)[:, :, :22])
+    assert torch.equal(*outs)
+
+
+def test_means_that_are_there_are_used_by_the_torch_forms(torch_form):
+    q, k, v = inputs(4, 3, length=22)
+    means = means_of(k, 4).flip(3)
+    means[:, :, 5] = 0  # unfinished
+    check(torch_form(q, k, v, 4, 3, means), q, k, v, 4, 3, means=means)
+
+
+def test_means_that_are_there_are_used(triton_device):
     q, k, v = inputs(4, 3, length=22, device=triton_device)
-    means = torch.stack([block.mean(2) for block in k.split(4, dim=2)], 2)
-    means[:, :, 5] = torch.nan if form == "kernel" else 0  # unfinished
-    if form == "engine":
-        out = definition(q, k, v, 4, 3, means)
-    else:
-        out = moba_prefill(q, k, v, block_size=4, top_k=3, means=means)
-    check(out, q, k, v, 4, 3)
+    means = means_of(k, 4).flip(3)
+    means[:, :, 5] = torch.nan  # unfinished
+    out = moba_prefill(q, k, v, block_size=4, top_k=3, means=means)
+    check(out, q, k, v, 4, 3, means=means)
 
 
 def test_gradients_go_through_the_engine(triton_device):
-    q, k, v = (x.requires_grad_() for x in inputs(4, 3, length=20, device=triton_device))
+    # Packed: CUDA's attention to a mask takes rows of fp32 at multiples of 16 bytes alone.
+    q, k, v = (x.contiguous() for x in inputs(4, 3, length=20, device=triton_device))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
     assert moba_prefill(q, k, v, block_size=4, top_k=3) is None
     Engine(MoBA(4, 3)).prefill(q, k, v, None, layer=0).sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
@@ -139,15 +178,18 @@ def test_no_room_for_the_forced_blocks_is_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("top_k", [16, "1/16"])
-@pytest.mark.parametrize("length", [4096, 4100, 32_768, 131_072])
+@pytest.mark.parametrize("length", [4100, 32_768, 131_072])
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_real_shapes_on_a_gpu(dtype, top_k, length, block_size):
+    real_shape(dtype, top_k, length, block_size, "cuda")
+
+
+def real_shape(dtype, top_k, length, block_size, device):
     top_k = max(2, length // (16 * block_size)) if top_k == "1/16" else top_k
-    sizes = {"length": length, "dim": 128, "dtype": dtype}
-    q, k, v = inputs(block_size, top_k, **sizes, device="cuda")
-    out = moba_prefill(q, k, v, block_size=block_size, top_k=top_k)
-    rows = [*range(0, length, length // 40), length - 1]
-    exact = dtype == torch.float32
-    # A mean in bf16 may be rounded the other way, which moves scores by one part in 256.
-    near, tolerance = (1e-5, 1e-4) if exact else (2e-3, 2**-6)
-    check(out, q, k, v, block_size, top_k, rows, tolerance, near)
+    q, k, v = inputs(block_size, top_k, length=length, dim=128, dtype=dtype, device=device)
+    # Given, since in bf16 two sums may be rounded to two means, of other scores.
+    means = means_of(k, block_size)
+    out = moba_prefill(q, k, v, block_size=block_size, top_k=top_k, means=means)
+    rows = torch.tensor([*range(0, length, length // 40), length - 1], device=device)
+    tolerance = 1e-4 if dtype == torch.float32 else 2**-6
+    check_rows(out, q, k, v, block_size, top_k, means, rows, tolerance)

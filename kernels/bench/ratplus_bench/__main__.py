@@ -117,12 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cpu", action="store_true", help="the CPU's part: scan and models")
     add("--dry", action="store_true", help="tiny shapes once, interpreted without a GPU: a test")
-    add(
-        "--only",
-        nargs="+",
-        choices=PARTS,
-        help="parts of the run (all); plans: cuts of kernels",
-    )
+    add("--only", nargs="+", choices=PARTS, help="parts of the run (all); plans: cuts of kernels")
     add(
         "--once", action="store_true", help="not timed: each form compiled, then run for a profiler"
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from itertools import starmap
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ BACKENDS = {
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 in_torch = definitions()
-TILE = 128  # queries that FlexAttention, and our kernel in bf16, handle together
+TILE = 128  # queries that FlexAttention handles together
 
 
 def cases(machine: Machine) -> Iterator[Case]:
@@ -49,6 +50,11 @@ def cases(machine: Machine) -> Iterator[Case]:
 
 
 def plans(machine: Machine) -> Iterator[Case]:
+    yield from quest_plans(machine)
+    yield from moba_plans(machine)
+
+
+def quest_plans(machine: Machine) -> Iterator[Case]:
     """The ways to cut up Quest's step, each a form."""
     from ratplus_kernels.quest_decode_triton import PLAN, quest_decode_triton
 
@@ -152,14 +158,10 @@ def moba(shape: Shape, size: int, top_k: int, correlated: bool, machine: Machine
     def prefill(q: Tensor, k: Tensor, v: Tensor, means: Tensor | None = None) -> Tensor:
         return engine.prefill(q, k, v, None, layer=0, representatives=means)
 
-    gate = b * h * d * t * blocks  # its causal half
-
-    def executed(q: Tensor, k: Tensor, v: Tensor, means: Tensor) -> float:
-        tiles = sum(int(_union(x).sum()) for x in _selected(engine, q, means))
-        return tiles * min(TILE, t) * size * 4 * d + gate
-
+    seen = sum(min(n + 1, top_k) - 0.5 for n in range(blocks)) * size * size  # pairs a head
+    flops = b * h * d * (4 * seen + t * blocks)  # the causal half of the gate's scores
     forms = {
-        "kernel": Form(prefill, executed=executed),
+        "kernel": Form(prefill, executed=lambda *_: flops),  # no more
         "kernel, finding the means": Form(lambda q, k, v, _: prefill(q, k, v), comparable=False),
     }
     if not correlated:  # to dense attention queries make no difference
@@ -170,16 +172,40 @@ def moba(shape: Shape, size: int, top_k: int, correlated: bool, machine: Machine
         forms["FlexAttention over tiles' unions (selection not timed)"] = Form(
             flex,
             lambda q, k, v, means: (q, k, v, _mask(engine, q, k, means)),
-            executed=executed,
+            executed=lambda q, k, v, means: tile_flops(engine, q, means),
         )
-    seen = sum(min(n + 1, top_k) - 0.5 for n in range(blocks)) * size * size  # pairs a head
     return Case(
         f"MoBA prefill, {'correlated' if correlated else 'random'} queries",
         f"{_name(shape)} k={top_k}", inputs, forms,
         bytes=4 * b * h * t * d * machine.dtype.itemsize,
-        flops=b * h * d * 4 * seen + gate,
+        flops=flops,
         exact=t <= 4096,
     )  # fmt: skip
+
+
+def tile_flops(engine: Engine, q: Tensor, means: Tensor) -> float:
+    """Of attention in which every tile of queries computes all blocks that any of them selects."""
+    tiles = sum(int(_union(x).sum()) for x in _selected(engine, q, means))
+    return 4.0 * tiles * min(TILE, q.shape[2]) * engine.method.block_size * q.shape[3]
+
+
+def moba_plans(machine: Machine) -> Iterator[Case]:
+    """The tiles of a block's list, each a form: what `moba_prefill_triton` should take."""
+    from ratplus_kernels.moba_prefill_triton import Plan, moba_prefill_triton
+
+    def run(size: int, top_k: int, plan: Plan, *states: Tensor) -> Tensor:
+        q, k, v, means = states
+        return moba_prefill_triton(q, k, v, size, top_k, means, plan)
+
+    shapes: list[tuple[Shape, int, int]] = [((1, 2, 1, 12, 4), 4, 2)]
+    if not machine.dry:
+        shapes = [((1, 32, 32, 32_768, 128), 64, 32), ((1, 32, 32, 131_072, 128), 64, 16)]
+    for shape, size, top_k in shapes:
+        case = moba(shape, size, top_k, True, machine)
+        tiles = [(64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 8, 1), (128, 8, 2)]
+        every = {str(plan): Form(partial(run, size, top_k, plan)) for plan in starmap(Plan, tiles)}
+        forms = {"default": case.forms["kernel"]} | every
+        yield case._replace(suite=f"{case.suite}: plans", forms=forms)
 
 
 def _slow_walk(noise: Tensor) -> Tensor:
