@@ -2,14 +2,20 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
-SPAWN = get_context("spawn")  # a fork would copy locked threads and the GPU's state
+# A fork would copy locked threads and the GPU's state. On Linux, processes are forked from one that
+# has imported what they need and done nothing else; elsewhere each imports it anew, and one after
+# the other, since the pipe to it is shorter than a pickled tokenizer.
+CONTEXT = get_context("forkserver" if sys.platform == "linux" else "spawn")
+if sys.platform == "linux":
+    CONTEXT.set_forkserver_preload(["ratplus_exp.stages.train", "ratplus_exp.stages.pool"])
 
 
 class Workers(ProcessPoolExecutor):
@@ -22,8 +28,8 @@ class Workers(ProcessPoolExecutor):
         self, count: int, initialize: Callable[..., None] | None = None, *args: Any
     ) -> None:
         # The pipe closes with `stop`, or when this process ends for any reason.
-        lifeline, self._lifeline = SPAWN.Pipe(duplex=False)
-        super().__init__(count, SPAWN, _start, (lifeline, initialize, args))
+        lifeline, self._lifeline = CONTEXT.Pipe(duplex=False)
+        super().__init__(count, CONTEXT, _start, (lifeline, initialize, args))
 
     def submit(self, *args: Any, **settings: Any) -> Future[Any]:
         # New processes inherit the mask: this process handles Ctrl-C and stops them.
@@ -48,11 +54,16 @@ def _start(
     lifeline: Connection, initialize: Callable[..., None] | None, args: tuple[Any, ...]
 ) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
+    end_with(lifeline)
+    if initialize is not None:
+        initialize(*args)
+
+
+def end_with(pipe: Connection | int) -> None:
+    """End this process when the other end of the pipe closes; nothing is ever sent."""
 
     def watch() -> None:
-        lifeline.poll(None)  # nothing is ever sent
+        wait([pipe])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    if initialize is not None:
-        initialize(*args)

@@ -51,19 +51,21 @@ class Plan(NamedTuple):
         }  # fmt: skip
 
 
-def default_plan(k: Tensor, columns: int) -> Plan:
+def default_plan(k: Tensor, columns: int, backward: bool = False) -> Plan:
     """The plan for k (B, T, H, D) where a program takes its channels from the first `columns` of D
-    (half of them with RoPE, when it also takes their partners)."""
+    (half of them with RoPE, when it also takes their partners). Measured on an H100
+    (`--only plans`)."""
     batch, length, heads, dim = k.shape
     if not k.is_cuda:  # the interpreter: cost grows with the elements of a tile
         return Plan(4, min(4, triton.next_power_of_2(columns)), segments=2, stages=1)
     processors = torch.cuda.get_device_properties(k.device).multi_processor_count
-    block_t, block_d = 128, min(32 * columns // dim, triton.next_power_of_2(columns))
+    narrow = backward or columns < dim
+    block_d = min(16 if narrow else 32, triton.next_power_of_2(columns))
     tiles = batch * heads * triton.cdiv(columns, block_d)
     chunks = 1
     if tiles < 0.75 * processors:
-        chunks = min(triton.cdiv(2 * processors, tiles), triton.cdiv(length, 4 * block_t))
-    return Plan(block_t, block_d, segments=16, chunks=max(chunks, 1))
+        chunks = min(triton.cdiv(2 * processors, tiles), triton.cdiv(length, 256))
+    return Plan(64, block_d, 16 if narrow else 8, max(chunks, 1))
 
 
 def forward(
@@ -110,7 +112,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of z, k, v and the initial state from those of k̃, ṽ and the final state."""
     batch, length, heads, dim = k.shape
-    plan = plan or default_plan(k, dim)
+    plan = plan or default_plan(k, dim, backward=True)
     dz, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (z, k, v))
     z, k, v, dk_out, dv_out = map(_rows, (z, k, v, dk_out, dv_out))
     d_initial = None if initial is None else torch.empty_like(initial)

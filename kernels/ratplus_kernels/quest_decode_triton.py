@@ -1,10 +1,10 @@
-"""`quest_decode` in Triton: one launch for a short context and few blocks, else two or three.
+"""`quest_decode` in Triton: two launches for a short context, else three.
 
 1. Scores of all blocks, read once for all query heads of a KV head (long contexts).
 2. Each query head's selection, as block indices (short contexts are scored here).
 3. Attention over the selected blocks, which are shared out over many programs, so that a small
    batch fills the GPU and loads of one program hide the waits of others; the last program of a
-   query to finish combines what all have found. One program alone needs no launch of its own.
+   query to finish combines what all have found.
 
 Nothing depends on a number that only the GPU knows, so a step can be captured in a CUDA graph.
 """
@@ -29,19 +29,14 @@ class Plan(NamedTuple):
 
     programs: how many shall attend; tile, warps, stages: of each, tokens at a time, warps, and
         stages of its loads.
-    alone: in a short context a program does all of a query that selects up to this many blocks.
     scored: blocks of a long context that a program scores.
-    chained: whether a launch's programs start while those of the one before still run, and wait
-        for its results (programmatic dependent launch).
     """
 
-    programs: int = 2048
+    programs: int = 1024
     tile: int = 64
     warps: int = 4
     stages: int = 2
-    alone: int = 4
     scored: int = 32
-    chained: bool = False
 
 
 PLAN = Plan()
@@ -66,51 +61,39 @@ def quest_decode_triton(
 
     scored = blocks > FUSED
     share = triton.cdiv(top_k * rows, plan.programs)
-    if share > top_k // 2 or (top_k <= plan.alone and not scored):
+    if share > top_k // 2:
         share = top_k
     splits = triton.cdiv(top_k, share)
-    alone = splits == 1 and not scored
-    chained = {"launch_pdl": True} if plan.chained else {}  # the interpreter refuses it
     sizes = {"SIZE": block_size, "D": dim, "PADDED_D": triton.next_power_of_2(dim)}
-    choice = {"PADDED_BLOCKS": triton.next_power_of_2(blocks), "SCORED": scored}
-    choice["CHAINED"] = plan.chained
+    padded_blocks = triton.next_power_of_2(blocks)
 
     scores = q.new_empty(rows if scored else 0, blocks, dtype=torch.float32)
     if scored:
         _score[(batch * kv_heads, triton.cdiv(blocks, plan.scored))](
             q, representatives, scores, *q.stride(), *representatives.stride(),
             kv_heads, group, queries, blocks,
-            D=dim, PADDED_D=sizes["PADDED_D"], TILE=plan.scored, CHAINED=plan.chained,
+            D=dim, PADDED_D=sizes["PADDED_D"], TILE=plan.scored,
         )  # fmt: skip
     chosen = torch.empty(rows, top_k, dtype=torch.int32, device=q.device)
     arrived = torch.empty(rows, dtype=torch.int32, device=q.device)
-    shared = (
+    _select[(rows,)](
         q, representatives, scores, positions, chosen, arrived,
-        *q.stride(), *representatives.stride(),
-        heads, group, queries, blocks, top_k,
-    )  # fmt: skip
-    if not alone:
+        *q.stride(), *representatives.stride(), heads, group, queries, blocks, top_k,
+        **sizes, PADDED_BLOCKS=padded_blocks, SCORED=scored,
         # One warp finds a threshold without barriers; scoring needs many loads at once.
-        warps = max(1, min(16, choice["PADDED_BLOCKS"] // 512)) if scored else 8
-        after = chained if scored else {}
-        _select[(rows,)](*shared, **sizes, **choice, num_warps=warps, **after)
+        num_warps=max(1, min(16, padded_blocks // 512)) if scored else 8,
+    )  # fmt: skip
 
-    tile = min(plan.tile, triton.next_power_of_2(share * block_size))
-    warps, stages = plan.warps, plan.stages
-    if alone and rows < 128:  # a multiprocessor each, so it has to hide its own waits
-        loaded = 2 * tile * sizes["PADDED_D"] * k.element_size()
-        warps, stages = 16, max(2, min(4, 1 + 98_304 // loaded))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     partial = q.new_empty(rows, splits if splits > 1 else 0, dim, dtype=torch.float32)
     weights = q.new_empty(2, rows, splits, dtype=torch.float32)
     _attend[(rows, splits)](
-        *shared,
-        k, v, out, partial, weights[0], weights[1], *k.stride(), *v.stride(),
+        q, k, v, positions, chosen, arrived, out, partial, weights[0], weights[1],
+        *q.stride(), *k.stride(), *v.stride(), heads, group, queries, top_k,
         share, math.log2(math.e) / math.sqrt(dim),
-        **sizes, **choice, ALONE=alone, TILE=tile, STAGES=stages,
-        SPLITS=splits, PADDED_SPLITS=triton.next_power_of_2(splits),
-        COMBINED=min(32, triton.next_power_of_2(splits)),
-        num_warps=warps, **({} if alone else chained),
+        **sizes, TILE=min(plan.tile, triton.next_power_of_2(share * block_size)),
+        STAGES=plan.stages, SPLITS=splits, PADDED_SPLITS=triton.next_power_of_2(splits),
+        COMBINED=min(32, triton.next_power_of_2(splits)), num_warps=plan.warps,
     )  # fmt: skip
     return out
 
@@ -138,10 +121,8 @@ def _score(
     q, representatives, scores,
     q_b, q_h, q_t, q_d, r_b, r_h, r_n, r_d,
     kv_heads, group, queries, blocks,
-    D: tl.constexpr, PADDED_D: tl.constexpr, TILE: tl.constexpr, CHAINED: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
     batch = (tl.program_id(0) // kv_heads).to(tl.int64)
     kv_head = tl.program_id(0) % kv_heads
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -156,7 +137,7 @@ def _score(
 
 
 @triton.jit
-def _choose(
+def _select(
     q, representatives, scores, positions, chosen, arrived,
     q_b, q_h, q_t, q_d, r_b, r_h, r_n, r_d,
     heads, group, queries, blocks, top_k,
@@ -187,42 +168,14 @@ def _choose(
 
 
 @triton.jit
-def _select(
-    q, representatives, scores, positions, chosen, arrived,
-    q_b, q_h, q_t, q_d, r_b, r_h, r_n, r_d,
-    heads, group, queries, blocks, top_k,
-    SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_BLOCKS: tl.constexpr,
-    SCORED: tl.constexpr, CHAINED: tl.constexpr,
-):  # fmt: skip
-    if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
-        if SCORED:
-            tl.extra.cuda.gdc_wait()
-    _choose(
-        q, representatives, scores, positions, chosen, arrived,
-        q_b, q_h, q_t, q_d, r_b, r_h, r_n, r_d,
-        heads, group, queries, blocks, top_k, SIZE, D, PADDED_D, PADDED_BLOCKS, SCORED,
-    )  # fmt: skip
-
-
-@triton.jit
 def _attend(
-    q, representatives, scores, positions, chosen, arrived,
-    q_b, q_h, q_t, q_d, r_b, r_h, r_n, r_d,
-    heads, group, queries, blocks, top_k,
-    k, v, out, partial, peaks, totals, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, share, scale,
-    SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_BLOCKS: tl.constexpr,
-    SCORED: tl.constexpr, CHAINED: tl.constexpr, ALONE: tl.constexpr, TILE: tl.constexpr,
+    q, k, v, positions, chosen, arrived, out, partial, peaks, totals,
+    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,
+    heads, group, queries, top_k, share, scale,
+    SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, TILE: tl.constexpr,
     STAGES: tl.constexpr, SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr,
     COMBINED: tl.constexpr,
 ):  # fmt: skip
-    if ALONE:
-        _choose(
-            q, representatives, scores, positions, chosen, arrived,
-            q_b, q_h, q_t, q_d, r_b, r_h, r_n, r_d,
-            heads, group, queries, blocks, top_k, SIZE, D, PADDED_D, PADDED_BLOCKS, SCORED,
-        )  # fmt: skip
-        tl.debug_barrier()  # the indices that other threads of this program have stored
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     query = row % queries
     head = row // queries % heads
@@ -237,8 +190,6 @@ def _attend(
     k_ptr = k + batch * k_b + head // group * k_h + d[None, :] * k_d
     v_ptr = v + batch * v_b + head // group * v_h + d[None, :] * v_d
 
-    if CHAINED and not ALONE:
-        tl.extra.cuda.gdc_wait()
     # Softmax with a running maximum, in powers of two.
     result = tl.zeros([PADDED_D], tl.float32)
     total = tl.zeros([TILE], tl.float32)

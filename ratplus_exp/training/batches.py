@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Generator, Iterable
+from multiprocessing import parent_process
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
 from ratplus_exp.distributed import cores
 from ratplus_exp.training.settings import Batch, Schedule
+from ratplus_exp.workers import CONTEXT, end_with
 
 BatchOf = Callable[[int, int, int], Batch]  # a pure function of (step, rows, length)
 NICE = 10  # added to a worker's niceness: a waiting GPU has precedence
@@ -38,7 +40,7 @@ class Batches(Dataset[Batch]):
             batch_size=None,
             sampler=steps,
             num_workers=min(workers, cores()),
-            multiprocessing_context="spawn" if workers else None,
+            multiprocessing_context=CONTEXT if workers else None,
             collate_fn=_identity,  # tensors would need shared memory; a container has 64 MB of it
             worker_init_fn=_begin,
         )
@@ -62,7 +64,10 @@ def _identity(batch: Any) -> Any:
 
 
 def _begin(_: int) -> None:
-    """A worker has low priority and ignores signals, which are for the training."""
+    """A worker has low priority, ends with the training, and ignores signals, which are for it."""
+    training = parent_process()
+    assert training is not None
+    end_with(training.sentinel)
     os.nice(NICE)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

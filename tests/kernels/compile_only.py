@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
+SHARED = 227 << 10  # bytes of shared memory that a program of such a GPU has at most
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
@@ -68,6 +69,7 @@ def report(name: str, kernel) -> None:
     registers = re.search(r"Used (\d+) registers", words)
     spills = re.search(r"(\d+) bytes spill stores", words)
     ptx = kernel.asm["ptx"]
+    assert kernel.metadata.shared <= SHARED, f"{name}: {kernel.metadata.shared} bytes shared"
     print(
         f"{name}: {registers and registers[1]} registers, {spills and spills[1]} bytes spilled, "
         f"{kernel.metadata.shared} bytes shared, cp.async {ptx.count('cp.async.c')}, "
@@ -84,14 +86,17 @@ def memory_scan() -> None:
     from ratplus_kernels import memory_scan_triton as scan
     from ratplus_kernels import memory_step_triton
 
-    z, k, v = (meta(1, 4096, 32, 640)[..., i * 128 : (i + 1) * 128] for i in range(3))
-    state = meta(2, 1, 32, 128, dtype=torch.float32)
     rope = (meta(1, 4096, 1, 128, dtype=torch.float32),) * 2
-    for plan in (scan.Plan(128, 32, 16), scan.Plan(128, 32, 16, chunks=4, warps=8)):
-        k_out, v_out, final, _ = scan.forward(z, k, v, state, plan=plan)
-        scan.forward(z, k, v, None, rope, 64, plan=plan._replace(block_d=16))
-        scan.backward(plan, z, k, v, state, k_out, v_out, k_out, v_out, final)
-    memory_step_triton.step(z[:, 0], k[:, 0], v[:, 0], state)
+    state = meta(2, 1, 32, 128, dtype=torch.float32)
+    for dtype in (torch.bfloat16, torch.float32):
+        fused = meta(1, 4096, 32, 640, dtype=dtype)
+        z, k, v = (fused[..., i * 128 : (i + 1) * 128] for i in range(3))
+        for chunks in (1, 4):  # as default_plan has them on a GPU
+            wide, narrow = scan.Plan(64, 32, 8, chunks), scan.Plan(64, 16, 16, chunks)
+            k_out, v_out, final, _ = scan.forward(z, k, v, state, plan=wide)
+            scan.forward(z, k, v, None, rope, 64, plan=narrow)
+            scan.backward(narrow, z, k, v, state, k_out, v_out, k_out, v_out, final)
+        memory_step_triton.step(z[:, 0], k[:, 0], v[:, 0], state)
 
 
 def snapkv() -> None:

@@ -61,7 +61,7 @@ def chunks(request, monkeypatch, triton_device):
     monkeypatch.setattr(
         memory_scan_triton,
         "default_plan",
-        lambda k, columns: default(k, columns)._replace(chunks=request.param),
+        lambda *shape, **way: default(*shape, **way)._replace(chunks=request.param),
     )
 
 

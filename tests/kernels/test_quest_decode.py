@@ -104,12 +104,12 @@ def test_ties_go_to_the_lowest_block(triton_device):
     check(quest_decode(*args, block_size=4, top_k=5), *args, 4, 5)
 
 
-@pytest.mark.parametrize(("programs", "alone"), [(1, 2), (24, 2), (512, 2), (512, 5)])
+@pytest.mark.parametrize("programs", [1, 24, 512])
 @pytest.mark.parametrize("fused", [2, 128], ids=["scored apart", "scored while selecting"])
-def test_however_the_work_is_shared_out(triton_device, monkeypatch, programs, alone, fused):
+def test_however_the_work_is_shared_out(triton_device, monkeypatch, programs, fused):
     from ratplus_kernels import quest_decode_triton as kernel
 
-    monkeypatch.setattr(kernel, "PLAN", kernel.Plan(programs, alone=alone, scored=4))
+    monkeypatch.setattr(kernel, "PLAN", kernel.Plan(programs, scored=4))
     monkeypatch.setattr(kernel, "FUSED", fused)
     args = inputs(batch=2, length=41, block_size=4, top_k=5, device=triton_device)
     check(quest_decode(*args, block_size=4, top_k=5), *args, 4, 5)

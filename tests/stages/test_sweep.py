@@ -166,8 +166,10 @@ def started(pair, folder, *overrides):
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True)
 
 
-def children(pid):
-    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def descendants(pid):
+    """Child processes first, then theirs."""
+    children = [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [y for x in children for y in descendants(x)]
 
 
 @pytest.mark.slow
@@ -185,14 +187,11 @@ def test_a_sweep_ends_in_time(pair, tmp_path, how):
             while not any(p.stat().st_size for p in store.rglob("samples.jsonl")):
                 assert process.poll() is None
                 time.sleep(0.1)
-        workers = children(process.pid)
+        workers = descendants(process.pid)
         if how == "ctrl-c":
             os.killpg(process.pid, signal.SIGINT)
         elif how == "worker killed":
-            names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers}
-            os.kill(
-                next(pid for pid, name in names.items() if b"spawn_main" in name), signal.SIGKILL
-            )
+            os.kill(workers[-1], signal.SIGKILL)
         assert process.wait(timeout=60) != 0
         end = time.monotonic() + 20
         while any(Path(f"/proc/{pid}").exists() for pid in workers):

@@ -58,19 +58,14 @@ def quest_plans(machine: Machine) -> Iterator[Case]:
     """The ways to cut up Quest's step, each a form."""
     from ratplus_kernels.quest_decode_triton import PLAN, quest_decode_triton
 
-    chained = PLAN._replace(chained=True)
-    short = [*(PLAN._replace(alone=alone) for alone in (0, 16)), chained._replace(alone=0)]
-    long = [chained, *(PLAN._replace(programs=programs) for programs in (1024, 4096))]
-    long += [PLAN._replace(stages=3), PLAN._replace(tile=128, warps=8), PLAN._replace(tile=32)]
-    long += [PLAN._replace(scored=scored) for scored in (16, 64)]
+    cuts = [PLAN._replace(programs=programs) for programs in (512, 2048)]
+    cuts += [PLAN._replace(stages=3), PLAN._replace(tile=128, warps=8), PLAN._replace(scored=64)]
     sizes = [(4096, 4), (4096, 16), (32_768, 32), (131_072, 128)]
-    if machine.dry:
-        short = short[:2]  # no GPU, no dependent launches
     for length, top_k in [(12, 2)] if machine.dry else sizes:
         shape, size = ((1, 2, 1, 12, 4), 4) if machine.dry else ((1, 32, 32, length, 128), 64)
         case = quest(shape, size, top_k, machine)
         forms = {"default": case.forms["kernel"]}
-        for plan in short if length <= 4096 else long:
+        for plan in cuts:
             run = partial(quest_decode_triton, block_size=size, top_k=top_k, plan=plan)
             forms[str(plan)] = Form(run)
         yield case._replace(suite=f"{case.suite}: plans", forms=forms)
