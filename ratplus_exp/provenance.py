@@ -45,10 +45,11 @@ def _public(text: str) -> str:
 
 @cache
 def commit() -> str | None:
-    """The commit of the code, with "+" appended if tracked files have changed; outside a checkout
-    the environment's COMMIT, or None."""
-    if not (REPOSITORY / ".git").exists():  # git would search the folders above
-        return os.environ.get("COMMIT")
+    """The environment's COMMIT, for a copy of the code; else that of the checkout, with "+"
+    appended if tracked files have changed, or None."""
+    given = os.environ.get("COMMIT")
+    if given or not (REPOSITORY / ".git").exists():  # git would search the folders above
+        return given
     commands = ("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")
     pipes: Any = {"capture_output": True, "text": True, "check": True}
     try:

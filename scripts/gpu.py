@@ -4,7 +4,7 @@
     python scripts/gpu.py bench small   these, again where they have one (trainings resume)
     DRY=1 python scripts/gpu.py         all of it in miniature, on a CPU
 
-Environment: OUT, the folder whose files come back (outputs/gpu); COMMIT, of a copy without .git;
+Environment: OUT, the folder whose files come back (outputs/gpu); COMMIT, of the copy;
 SECONDS, of the small tier in all; SET, of its trainings. Packages: the host's, and wheels/*.whl
 (`make gpu-wheels`).
 """
@@ -96,7 +96,8 @@ def profile(out: Path) -> Steps:
     """What limits our kernels, by Nsight Compute."""
     sections = ("SpeedOfLight", "WarpStateStats", "Occupancy", "LaunchStats")
     flags = " ".join(f"--section {x}" for x in sections)
-    ncu = f"ncu --clock-control none --profile-from-start off --log-file {out}/ncu.txt {flags} "
+    flags = f"{flags} --kernel-name regex:^(_|totals) --log-file {out}/ncu.txt"
+    ncu = f"ncu --clock-control none --profile-from-start off {shlex.join(flags.split())} "
     yield 45, [("" if DRY else ncu) + measured(out, "scan sparse", PROFILED, "--once")]
 
 

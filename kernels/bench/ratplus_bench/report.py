@@ -21,6 +21,7 @@ import pandas as pd
 from ratplus_bench.timing import Row
 
 CASE = ["suite", "case"]
+COLUMNS = 3  # of panels in the plot
 PLANS = ": plans"  # ends the names of the suites whose forms are plans
 
 
@@ -173,6 +174,16 @@ def seconds(value: float | None) -> str:
     return f"{value / size:.3g} {unit}"
 
 
+def _length(case: str) -> int:
+    found = re.search(r"\bT=(\d+)", case)
+    return int(found[1]) if found else 0
+
+
+def _shape(case: str) -> str:
+    """Less the length and the tokens or blocks that are kept of it."""
+    return re.sub(r"\b(T|k|kept)=\d+", "", case)
+
+
 def _plot(path: Path, frame: pd.DataFrame, device: str) -> None:
     """A panel a suite: time of every form over the suite's cases, and the floor."""
     import matplotlib
@@ -184,18 +195,26 @@ def _plot(path: Path, frame: pd.DataFrame, device: str) -> None:
     suites = list(frame.groupby("suite", sort=False))
     if not suites:
         return
-    size = (10, 4.5 * len(suites))
-    figure, panels = plt.subplots(len(suites), squeeze=False, figsize=size, layout="constrained")
-    for panel, (suite, mine) in zip(panels.flat, suites, strict=True):
-        # With a gap where more than the length T changes.
-        shapes = groupby(mine["case"].unique(), lambda case: re.sub(r"T=\d+", "", case))
+    rows = math.ceil(len(suites) / COLUMNS)
+    figure, panels = plt.subplots(
+        rows, COLUMNS, squeeze=False, figsize=(6 * COLUMNS, 4 * rows), layout="constrained"
+    )
+    for panel in panels.flat[len(suites) :]:
+        panel.axis("off")
+    for panel, (suite, mine) in zip(panels.flat, suites, strict=False):
+        # By length, with a gap where the shape changes; words that all cases share are left out.
+        words = {case: case.split() for case in mine["case"].unique()}
+        shared = set.intersection(*map(set, words.values())) if len(words) > 1 else set()
+        ordered = sorted(words, key=lambda case: (_shape(case), _length(case)))
+        shapes = groupby(ordered, _shape)
         cases = [case for _, same in shapes for case in (*same, "")][:-1]
         times = mine.pivot(index="case", columns="form", values="seconds")
         times = times[mine["form"].unique()].reindex(cases).reset_index(drop=True)
         times.plot(ax=panel, marker="o", logy=True, ylabel="seconds")
         floors = mine.groupby("case")["floor"].first().reindex(cases)
         panel.plot(range(len(cases)), floors, "k--", label="floor")
-        panel.set_xticks(range(len(cases)), cases, rotation=30, ha="right", fontsize=7)
+        labels = [" ".join(x for x in words.get(case, ()) if x not in shared) for case in cases]
+        panel.set_xticks(range(len(cases)), labels, rotation=20, ha="right", fontsize=7)
         panel.set_title(suite, fontsize=10)
         panel.legend(fontsize=7)
     figure.suptitle(device)
