@@ -5,17 +5,35 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# A fork would copy locked threads and the GPU's state. On Linux, processes are forked from one that
-# has imported what they need and done nothing else; elsewhere each imports it anew, and one after
-# the other, since the pipe to it is shorter than a pickled tokenizer.
-CONTEXT = get_context("forkserver" if sys.platform == "linux" else "spawn")
-if sys.platform == "linux":
-    CONTEXT.set_forkserver_preload(["ratplus_exp.stages.train", "ratplus_exp.stages.pool"])
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # which this process handles
+
+
+@cache
+def context() -> Any:
+    """The multiprocessing context of all workers.
+
+    A fork would copy locked threads and the GPU's state. On Linux workers are forked from a server
+    that has imported what they need (if PYTHONPATH or an installation has the package) and done
+    nothing else; its environment is that of its start. Elsewhere each worker imports it anew, and
+    one after the other, since the pipe to it is shorter than a pickled tokenizer.
+    """
+    if sys.platform != "linux":
+        return get_context("spawn")
+    resource_tracker.ensure_running()
+    forkserver.set_forkserver_preload(["ratplus_exp.stages.train", "ratplus_exp.stages.pool"])
+    # The server and its workers inherit the mask: signals to the process group are for this one.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return get_context("forkserver")
 
 
 class Workers(ProcessPoolExecutor):
@@ -28,16 +46,8 @@ class Workers(ProcessPoolExecutor):
         self, count: int, initialize: Callable[..., None] | None = None, *args: Any
     ) -> None:
         # The pipe closes with `stop`, or when this process ends for any reason.
-        lifeline, self._lifeline = CONTEXT.Pipe(duplex=False)
-        super().__init__(count, CONTEXT, _start, (lifeline, initialize, args))
-
-    def submit(self, *args: Any, **settings: Any) -> Future[Any]:
-        # New processes inherit the mask: this process handles Ctrl-C and stops them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return super().submit(*args, **settings)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        lifeline, self._lifeline = context().Pipe(duplex=False)
+        super().__init__(count, context(), _start, (lifeline, initialize, args))
 
     def stop(self) -> None:
         """End the processes immediately."""
@@ -54,6 +64,8 @@ def _start(
     lifeline: Connection, initialize: Callable[..., None] | None, args: tuple[Any, ...]
 ) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the process that stops them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which a broken pool ends them
     end_with(lifeline)
     if initialize is not None:
         initialize(*args)

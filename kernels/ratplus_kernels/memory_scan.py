@@ -23,6 +23,9 @@ _TILE = 128 * 1024  # numbers of K's and V's states in a tile: it stays in a cor
 _OPERATION = 8 * 1024  # numbers that make one operation worth its launch
 
 
+LARGEST = 128  # tokens of a block that the prefill kernel holds at a time, with both halves of D
+
+
 class Blocks(NamedTuple):
     """Representatives of the keys' N blocks; a partial last one counts what it has."""
 
@@ -103,7 +106,7 @@ def memory_prefill(
     dim = k.shape[-1]
     if dim % 2:
         raise ValueError(f"RoPE needs an even head size, got {dim}")
-    if use_triton(z, k, v) and k.numel():
+    if use_triton(z, k, v) and k.numel() and block_size <= LARGEST:
         from ratplus_kernels import memory_scan_triton
 
         rope = (rope[0].contiguous(), rope[1].contiguous())

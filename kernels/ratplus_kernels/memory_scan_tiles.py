@@ -75,6 +75,7 @@ def states(a, x, y, state_x, state_y, W: tl.constexpr, L: tl.constexpr):
 def load(ptr, stride, first, row, d, seen, other, WHOLE: tl.constexpr, VECTOR: tl.constexpr):
     """The tokens `row` (W, L, 1), counted from `first`, of channels d (BD); `other` where not
     `seen`, which is not looked at if all is."""
+    # Lowers what the compiler finds: the channels of one thread decide how many have its segments.
     at = tl.max_contiguous(row * stride + d[None, None, :], [1, 1, VECTOR])
     ptr += first.to(tl.int64) * stride
     if WHOLE:
@@ -188,7 +189,7 @@ def totals_kernel(
     begin = chunk * chunk_length  # never the last chunk, so its tokens are all there
     for t in tl.range(begin, begin + chunk_length, W * L, num_stages=STAGES):
         first = t
-        seen = (row >= 0) & inside[None, None, :]
+        seen = (row >= 0) & inside[None, None, :]  # (W, L, BD)
         if REVERSE:
             a, x, y = load_gradients(
                 z_ptr, x_ptr, y_ptr, z_t, x_t, y_t, T - 1 - first, row, d, seen, T, WHOLE, VECTOR

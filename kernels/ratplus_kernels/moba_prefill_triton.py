@@ -85,7 +85,7 @@ def moba_prefill_triton(
     few = 64 if half else 32
     part = max(16, triton.next_power_of_2(block_size))
     part = part if half and part <= 128 else min(part, few)
-    # Heads inside, as the model wants them next.
+    # Heads inside: the model's next layout.
     out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
     sizes = {"SIZE": block_size, "D": dim, "PADDED_D": padded_dim}
     scale = math.log2(math.e) / math.sqrt(dim)

@@ -6,7 +6,7 @@
    batch fills the GPU and loads of one program hide the waits of others; the last program of a
    query to finish combines what all have found.
 
-Nothing depends on a number that only the GPU knows, so a step can be captured in a CUDA graph.
+The host never waits for a number from the GPU, so a step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def _attend(
         tl.store(partial + place * D + d, result, mask=inside)
         tl.store(peaks + place, peak)
         tl.store(totals + place, mass)
-        tl.debug_barrier()  # all threads have stored before one of them says so
+        tl.debug_barrier()  # all threads store before one counts the program
         if tl.atomic_add(arrived + row, 1, sem="acq_rel") == SPLITS - 1:
             # From the shared cache: other multiprocessors wrote these.
             every = tl.arange(0, PADDED_SPLITS)

@@ -21,7 +21,7 @@ from ratplus_exp.stages.common import device_of
 from ratplus_exp.stages.runner import Group, Session, fill
 from ratplus_exp.stages.samples import Samples
 from ratplus_exp.store import StoreBusy
-from ratplus_exp.workers import CONTEXT, Workers
+from ratplus_exp.workers import Workers, context
 
 MAX_WORKERS = 8  # on a CPU; more would compete for memory bandwidth
 MAX_FAILURES = 16  # cells that may fail before one succeeds
@@ -112,7 +112,7 @@ def _fill_in_workers(
     """`_fill_in_process` in several processes of one thread each; returns failures as well."""
     busy, finished, shown = 0, 0, 0
     failed: list[str] = []
-    samples = CONTEXT.Value("q")
+    samples = context().Value("q")
     while groups:
         again: list[Group] = []
         with Workers(workers, _begin, samples, workers) as pool:

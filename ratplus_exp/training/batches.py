@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ratplus_exp.distributed import cores
 from ratplus_exp.training.settings import Batch, Schedule
-from ratplus_exp.workers import CONTEXT, end_with
+from ratplus_exp.workers import context, end_with
 
 BatchOf = Callable[[int, int, int], Batch]  # a pure function of (step, rows, length)
 NICE = 10  # added to a worker's niceness: a waiting GPU has precedence
@@ -40,7 +40,7 @@ class Batches(Dataset[Batch]):
             batch_size=None,
             sampler=steps,
             num_workers=min(workers, cores()),
-            multiprocessing_context=CONTEXT if workers else None,
+            multiprocessing_context=context() if workers else None,
             collate_fn=_identity,  # tensors would need shared memory; a container has 64 MB of it
             worker_init_fn=_begin,
         )

@@ -94,7 +94,8 @@ def memory_scan() -> None:
         for chunks in (1, 4):  # as default_plan has them on a GPU
             wide, narrow = scan.Plan(64, 32, 8, chunks), scan.Plan(64, 16, 16, chunks)
             k_out, v_out, final, _ = scan.forward(z, k, v, state, plan=wide)
-            scan.forward(z, k, v, None, rope, 64, plan=narrow)
+            for block in (64, 128) if chunks == 1 else (16,):
+                scan.forward(z, k, v, None, rope, block, plan=narrow)
             scan.backward(narrow, z, k, v, state, k_out, v_out, k_out, v_out, final)
         memory_step_triton.step(z[:, 0], k[:, 0], v[:, 0], state)
 

@@ -97,3 +97,27 @@ def test_no_worker_outlives_the_training(tmp_path, number):
     while Path(f"/proc/{worker}").exists():
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+GROUP = """
+import multiprocessing, os, signal, sys, time
+from contextlib import closing
+sys.path.insert(0, {here!r})
+from test_batches import SCHEDULE, process
+from ratplus_exp.training.batches import Batches
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with closing(Batches(process, SCHEDULE).of(range(SCHEDULE.steps), 2)) as batches:
+        next(batches)
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(0.5)
+        print(len(multiprocessing.active_children()))
+"""
+
+
+def test_a_signal_to_the_process_group_is_for_the_training(tmp_path):
+    script = tmp_path / "group.py"
+    script.write_text(GROUP.format(here=os.path.dirname(__file__)))
+    command = [sys.executable, script]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    assert done.stdout == "2\n", done.stderr
