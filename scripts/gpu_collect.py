@@ -160,7 +160,7 @@ def aims(runs: list[dict[str, Any]]) -> str:
         if row["suite"].endswith(report.PLANS):
             fastest[row["suite"].removesuffix(report.PLANS), row["case"]] = row
     notes = {(x["suite"], x["case"], x["form"]): x["note"] for run in runs for x in run["rows"]}
-    lines = ["| suite | case | figure | aim | measured | fastest plan |", "|---|---|---|---|---|---|"]
+    lines = ["| suite | case | figure | aim | measured | fastest plan |", f"|{'---|' * 6}"]
     for suite, case, form, by, aim in AIMS:
         other, results = found.get((suite, case, form)), []
         for ours in (found.get((suite, case, "kernel")), fastest.get((suite, case))):

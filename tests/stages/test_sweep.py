@@ -36,7 +36,7 @@ def test_the_experiments_hold_the_papers_settings_and_share_cells(job):
     assert of["table3"].keys() == of["table4"].keys() >= of["fig1"].keys()
     assert of["table2"].keys() < of["table5"].keys()
     topk = {i for i, key in of["table5"].items() if key["selector"] == "topk"}
-    assert topk < of["table3"].keys() and len(topk) == 2 * 8 * 4
+    assert topk < of["table3"].keys() and len(topk) == 2 * 2 * 8 * 4
     for table, cells in of.items():
         if table == "fig1":
             continue
@@ -53,7 +53,7 @@ def test_the_experiments_hold_the_papers_settings_and_share_cells(job):
     whole = keys(job, "reproduce")
     assert all(cells.keys() < whole.keys() for cells in of.values())
     hits = [key for key in whole.values() if key["stage"] == "hit_rate"]
-    assert len(hits) == 2 * 2 * 3 * 8 and {key["method"] for key in hits} == {"quest", "snapkv"}
+    assert len(hits) == 2 * 2 * 2 * 3 * 8 and {key["method"] for key in hits} == {"quest", "snapkv"}
 
 
 def test_a_sweep_runs_what_is_missing_and_writes_the_report(job, pair, capsys):
