@@ -5,8 +5,8 @@
     DRY=1 python scripts/gpu.py         all of it in miniature, on a CPU
 
 Environment: OUT, the folder whose files come back (outputs/gpu); COMMIT, of the copy;
-SECONDS, of the small tier in all; SET, of its trainings. Packages: the host's, and wheels/*.whl
-(`make gpu-wheels`).
+SMALL_SECONDS, of the small tier in all; SET, of its trainings; SEED, of the pocket's. Packages:
+the host's, and wheels/*.whl (`make gpu-wheels`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DRY = os.environ.get("DRY") == "1"
 WORK = Path("outputs", "gpu_dry" if DRY else "gpu")  # below ROOT, where all commands run
 OUT = Path(os.environ["OUT"]).absolute() if os.environ.get("OUT") else WORK
-SMALL = float(os.environ.get("SECONDS", 290))  # of the small pair
+SMALL = float(os.environ.get("SMALL_SECONDS", 290))  # of the small pair
 START, LATE = 20, 15  # seconds from a training's start to its first step and for its end; and more
 GRACE = 12  # seconds from SIGTERM to SIGKILL: trainings write a checkpoint
 ARCHIVE = 15 << 20  # bytes of a result at most; a file that comes back may have 16 MiB

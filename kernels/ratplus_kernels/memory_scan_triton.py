@@ -266,26 +266,38 @@ def _backward_kernel(
     begin = chunk * chunk_length
     end = tl.minimum(begin + chunk_length, T)
     for back in tl.range(begin, end, W * L, num_stages=STAGES):
-        last = T - 1 - back
-        t = last - row
+        last_token = T - 1 - back
+        t = last_token - row
         seen = (t >= 0) & inside[None, None, :]
         a, grad_k, grad_v = load_gradients(
-            z_ptr, dk_out_ptr, dv_out_ptr, z_t, dk_t, dv_t, last, row, d, seen, T, WHOLE, VECTOR
+            z_ptr,
+            dk_out_ptr,
+            dv_out_ptr,
+            z_t,
+            dk_t,
+            dv_t,
+            last_token,
+            row,
+            d,
+            seen,
+            T,
+            WHOLE,
+            VECTOR,
         )
         grad_k, grad_v, x, y = states(a, grad_k, grad_v, x, y, W, L)  # D_t of both streams
-        z = load(z_ptr, z_t, last, -row, d, seen, 0.0, WHOLE, VECTOR)
-        k = load(k_ptr, k_t, last, -row, d, seen, 0.0, WHOLE, VECTOR)
-        v = load(v_ptr, v_t, last, -row, d, seen, 0.0, WHOLE, VECTOR)
+        z = load(z_ptr, z_t, last_token, -row, d, seen, 0.0, WHOLE, VECTOR)
+        k = load(k_ptr, k_t, last_token, -row, d, seen, 0.0, WHOLE, VECTOR)
+        v = load(v_ptr, v_t, last_token, -row, d, seen, 0.0, WHOLE, VECTOR)
         at = tl.where(t == 0, 0, -1) - row  # of the token before
-        before_k = load(k_out_ptr + own, H * D, last, at, d, seen, 0.0, WHOLE, VECTOR)
-        before_v = load(v_out_ptr + own, H * D, last, at, d, seen, 0.0, WHOLE, VECTOR)
+        before_k = load(k_out_ptr + own, H * D, last_token, at, d, seen, 0.0, WHOLE, VECTOR)
+        before_v = load(v_out_ptr + own, H * D, last_token, at, d, seen, 0.0, WHOLE, VECTOR)
         before_k = tl.where(t == 0, start_k[None, None, :], before_k)
         before_v = tl.where(t == 0, start_v[None, None, :], before_v)
         keep = 1.0 / (1.0 + tl.exp(z))
         dz = (1.0 - keep) * keep * (grad_k * (before_k - k) + grad_v * (before_v - v))
-        store(dz_ptr + own, dz, H * D, last, -row, d, seen, WHOLE, VECTOR)
-        store(dk_ptr + own, keep * grad_k, H * D, last, -row, d, seen, WHOLE, VECTOR)
-        store(dv_ptr + own, keep * grad_v, H * D, last, -row, d, seen, WHOLE, VECTOR)
+        store(dz_ptr + own, dz, H * D, last_token, -row, d, seen, WHOLE, VECTOR)
+        store(dk_ptr + own, keep * grad_k, H * D, last_token, -row, d, seen, WHOLE, VECTOR)
+        store(dv_ptr + own, keep * grad_v, H * D, last_token, -row, d, seen, WHOLE, VECTOR)
     if HAS_START and end == T:  # the walk ends with D_0
         z = tl.load(z_ptr + d, mask=inside, other=0.0).to(tl.float32)
         gate = 1.0 / (1.0 + tl.exp(-z))
