@@ -185,6 +185,8 @@ PIECES: dict[str, Callable[[Path], Steps]] = {
     "small": small,
     "smollm2": smollm2,
 }
+if DRY:
+    del PIECES["baselines"]  # in bench
 
 
 def run(out: Path, *settings: str) -> str:
