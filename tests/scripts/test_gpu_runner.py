@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -23,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def gpu(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     monkeypatch.chdir(ROOT)  # as the runner does
+    for name in ("PYTHONPATH", "PYTHONUNBUFFERED", "HF_HUB_OFFLINE", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, "1"))  # which it sets, and nothing puts back
     module = importlib.import_module("gpu")
     monkeypatch.setattr(module, "WORK", tmp_path / "work")
     monkeypatch.setattr(module, "OUT", tmp_path / "out")
