@@ -32,7 +32,7 @@ class Engine(Selection):
     usage: Usage = field(default_factory=Usage)
     counted: frozenset[str] | None = None
     parts: dict[Method, "Engine"] = field(default_factory=dict, init=False, repr=False)
-    _step: tuple[Tensor, Tensor, Tensor | None] | None = field(default=None, init=False, repr=False)
+    _step: tuple[int, Tensor, Tensor | None] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.counted is None:
@@ -118,18 +118,16 @@ class Engine(Selection):
         choosing = self.method.choosing(positions, q.shape[-1], layer)
         self.usage.add(attended.expand(positions.shape), positions, choosing)
 
-    def _count_step(self, positions: Tensor, dim: int) -> None:
-        """`_count` of a fast decoding path, computed once for all layers of a step: its operations
-        are more launches than the path's own."""
+    def _count_step(self, positions: Tensor, dim: int, layer: int) -> None:
+        """`_count` of a fast decoding path, computed in a step's first layer for all: it takes more
+        launches than the path itself. A replayed step has one positions tensor, so steps differ by
+        their layers."""
         if isinstance(self.usage, Uncounted):
             return
-        if self._step is None or self._step[0] is not positions:
-            method = self.method
-            self._step = (
-                positions,
-                method.attended(positions).float(),
-                method.choosing(positions, dim),
-            )
+        attended, choosing = self.method.attended, self.method.choosing
+        if self._step is None or layer <= self._step[0]:
+            self._step = layer, attended(positions).float(), choosing(positions, dim)
+        self._step = layer, *self._step[1:]
         self.usage.add(self._step[1], positions, self._step[2])
 
     def _sparse_prefill(
@@ -192,7 +190,7 @@ class Engine(Selection):
         method = self.method
         out = self._fast(method.attend_decode, q, k, v, representatives, positions, all_seen)
         if out is not None:
-            self._count_step(positions, q.shape[-1])
+            self._count_step(positions, q.shape[-1], layer)
             return out
         query = positions[:, None, None, :, None]
         slot = torch.arange(k.shape[2], device=q.device) if held is None else held[:, :, None, None]

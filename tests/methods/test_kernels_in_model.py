@@ -218,3 +218,17 @@ def test_dilated_prefill_in_chunks_is_its_mask(monkeypatch, length, chunk, at_on
     grads = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, wanted)]
     for grad, wanted_grad in zip(*grads, strict=True):
         torch.testing.assert_close(grad, wanted_grad)
+
+
+def test_a_replayed_step_counts_its_own_tokens():
+    """Its positions are one tensor, with another value in each step."""
+    engine = Engine(Quest(4, 3))
+    q, k, v = torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, 16, 8)
+    bounds, positions = engine.block_representatives(k), torch.tensor([[5]])
+    counted = []
+    for position in (5, 15):
+        positions.fill_(position)
+        for layer in (1, 2):
+            engine.decode(q, k, v, positions, bounds, layer=layer, all_seen=True)
+            counted.append(float(engine.usage.attended[-1]))
+    assert counted == [6, 6, 12, 12]  # blocks of 4: two of two so far, then three whole ones
