@@ -331,6 +331,7 @@ class Training(Settings):
     schedule: Annotated[list[Annotated[tuple[Tokens, Length], OF_LIST]], Field(min_length=1)]
     tokens_per_step: Positive
     joint: DilatedSettings | None
+    alternate: bool
     sparse_only_tokens: Annotated[int, Field(ge=0, le=10**15)]
     workers: Processes = 0
     dtype: Dtype | None = None  # of the saved weights; null: as they are trained

@@ -68,16 +68,18 @@ def shape_of(cfg: DictConfig) -> Shape:
 
 
 def training_flops(cfg: DictConfig, shape: Shape) -> float:
-    """FLOPs of a stage's whole schedule, with both passes of joint training."""
+    """FLOPs of a stage's whole schedule, with the dilated steps of joint training."""
     joint: Any = build(Dilated, plain(cfg.stage.joint), "stage.joint") if cfg.stage.joint else None
     sparse_only = cfg.stage.sparse_only_tokens if joint else 0
     flops = 0.0
     for tokens, length in cfg.stage.schedule:
-        dense = tokens - min(tokens, sparse_only)
-        sparse_only -= tokens - dense
+        alone = min(tokens, sparse_only)
+        sparse_only -= alone
+        dense = (tokens - alone) / (2 if joint and cfg.stage.alternate else 1)
         flops += dense * shape.training_flops(cost.attended_keys(None, length))
         if joint:
-            flops += tokens * shape.training_flops(cost.attended_keys(joint, length))
+            dilated = alone + dense
+            flops += dilated * shape.training_flops(cost.attended_keys(joint, length))
     return flops
 
 
@@ -103,8 +105,9 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
     seconds = cost.hours(flops, gpus.gpus, gpus.peak_tflops, gpus.mfu) * 3600
     passes = "1: dense"
     if cfg.stage.joint:
-        sparse_only = cfg.stage.sparse_only_tokens >= tokens
-        passes = "1: dilated" if sparse_only else "2: dilated and dense"
+        passes = "1: dilated and dense in turn" if cfg.stage.alternate else "2: dilated and dense"
+        if cfg.stage.sparse_only_tokens >= tokens:
+            passes = "1: dilated"
     work = [
         ("Tokens", f"{tokens:.3g} in {schedule.steps} steps of {schedule.tokens_per_step}"),
         ("Passes a batch", passes),

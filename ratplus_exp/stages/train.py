@@ -140,6 +140,7 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
                     settings,
                     folder,
                     sparse=sparse,
+                    alternate=cfg.stage.alternate,
                     sparse_only_steps=cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step,
                     log=tracker.log,
                     device=device,

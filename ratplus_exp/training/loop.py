@@ -57,7 +57,9 @@ class Trainer:
         sparse: a fixed pattern for P2's joint training: every batch gives one optimizer step
             through attention with this pattern, one through dense attention, and one scheduler
             step. None: dense steps alone.
-        sparse_only_steps: the first steps, without the dense one. A trained attention model with a
+        alternate: batches give a sparse and a dense step in turn, in place of both: as many
+            optimizer steps and FLOPs on twice the data.
+        sparse_only_steps: the first batches, without a dense step. A trained attention model with a
             new memory keeps its gates shut under dense steps, since it can retrieve without the
             memory; sparse steps alone open them.
         log: called with each logged row, on rank 0.
@@ -74,6 +76,7 @@ class Trainer:
         settings: TrainSettings,
         folder: Path,
         sparse: Method | None = None,
+        alternate: bool = False,
         sparse_only_steps: int = 0,
         log: Callable[[dict[str, Any]], None] = lambda row: None,
         device: torch.device | None = None,
@@ -88,7 +91,8 @@ class Trainer:
         self.batches, self.workers = Batches(batch, schedule), workers
         self.schedule, self.settings = schedule, settings
         self.folder, self.log, self.data = folder, log, data
-        self.sparse, self.sparse_only_steps = sparse, sparse_only_steps
+        self.sparse, self.alternate = sparse, alternate
+        self.sparse_only_steps = sparse_only_steps
         self.device = device or next(model.parameters()).device
         self.shape = Shape.of(model)
         self.peak = settings.peak_tflops or peak_tflops(self.device)
@@ -198,13 +202,22 @@ class Trainer:
 
     def _train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         row = {}
-        if self.sparse is not None:
-            engine = Engine(self.sparse, usage=Uncounted())
-            sparse = self._optimizer_step(micro_batches, engine)
-            row = {f"sparse_{name}": value for name, value in sparse.items()}
-            if self.step < self.sparse_only_steps:
-                return row
-        return row | self._optimizer_step(micro_batches, None)
+        for pattern in self._patterns():
+            engine = Engine(pattern, usage=Uncounted()) if pattern else None
+            prefix = "sparse_" if pattern else ""
+            for name, value in self._optimizer_step(micro_batches, engine).items():
+                row[prefix + name] = value
+        return row
+
+    def _patterns(self) -> list[Method | None]:
+        """A pattern, or None for dense attention, for each optimizer step on this batch."""
+        if self.sparse is None:
+            return [None]
+        if self.step < self.sparse_only_steps:
+            return [self.sparse]
+        if self.alternate:
+            return [None if self.step % 2 else self.sparse]
+        return [self.sparse, None]
 
     def _optimizer_step(
         self, micro_batches: list[tuple[Tensor, Tensor]], engine: Engine | None

@@ -124,6 +124,8 @@ def test_the_papers_training_of_a_7b_model(job, capsys):
     assert [number(few, what) for what in rest] == [number(text, what) for what in rest]
     alone = estimate(job, capsys, *P2_7B, "cluster.gpus=1")
     assert "too much" in alone
+    turns = estimate(job, capsys, *P2_7B, "cluster.gpus=64", "stage.alternate=true")
+    assert number(turns, "FLOPs") == pytest.approx(number(text, "FLOPs") / 2, rel=0.01)
 
 
 def test_what_the_job_would_refuse_the_estimate_refuses(job):

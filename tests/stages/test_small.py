@@ -11,18 +11,11 @@ from ratplus_exp.store import Store
 
 
 @pytest.mark.parametrize("kind", ["", "_sft"])
-def test_attention_takes_as_many_optimizer_steps_at_every_length(job, kind):
-    """RAT+ takes two a batch, but one through the pattern alone at first."""
+def test_attention_takes_as_many_optimizer_steps_on_the_same_batches(job, kind):
     ratplus = job.compose(f"experiment=small_ratplus{kind}").stage
     attention = job.compose(f"experiment=small_attention{kind}").stage
-    assert ratplus.joint.dilation == 32 and attention.joint is None
-    alone = ratplus.sparse_only_tokens
-    for (tokens, length), phase in zip(ratplus.schedule, attention.schedule, strict=True):
-        steps = tokens if alone else 2 * tokens
-        alone -= min(alone, tokens)
-        assert list(phase) == [steps, length]
-    assert alone == 0
-    own = ("folder", "joint", "sparse_only_tokens", "schedule")
+    assert ratplus.joint.dilation == 32 and ratplus.alternate and attention.joint is None
+    own = ("folder", "joint")
     rest = [
         {k: v for k, v in OmegaConf.to_container(stage, resolve=True).items() if k not in own}
         for stage in (ratplus, attention)

@@ -280,7 +280,8 @@ def test_gates_are_logged_where_there_are_any(make_model, tmp_path):
     assert not any("gate" in name or "memory" in name for name in row)
 
 
-def test_sparse_steps_alone_come_first(make_model, tmp_path):
+@pytest.mark.parametrize("alternate", [False, True])
+def test_sparse_steps_alone_come_first(make_model, tmp_path, alternate):
     rows = []
     trainer = Trainer(
         make_model(),
@@ -289,12 +290,16 @@ def test_sparse_steps_alone_come_first(make_model, tmp_path):
         settings(log_every=1, checkpoint_every=1),
         tmp_path,
         sparse=DILATED,
+        alternate=alternate,
         sparse_only_steps=3,
         log=rows.append,
     )
     trainer.run()
-    assert all("sparse_loss" in row for row in rows)
-    assert [("loss" in row) for row in rows] == [False] * 3 + [True] * (len(rows) - 3)
+    kinds = [("sparse_loss" in row, "loss" in row) for row in rows]
+    joint = [(i % 2 == 0, i % 2 == 1) if alternate else (True, True) for i in range(3, len(rows))]
+    assert len(joint) > 2 and kinds == [(True, False)] * 3 + joint
+    steps = sum(map(sum, kinds))
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {steps}
 
 
 def test_flops_are_logged_as_a_share_of_the_peak(make_model, tmp_path):
