@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ratplus_bench.timing import Row
+from ratplus_bench.timing import PLANS, Row
 
 CASE = ["suite", "case"]
 COLUMNS = 3  # of panels in the plot
-PLANS = ": plans"  # ends the names of the suites whose forms are plans
 
 
 class Run(NamedTuple):

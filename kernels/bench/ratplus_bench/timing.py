@@ -10,19 +10,20 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.benchmark import Timer
 
 COLD = 400e6  # bytes between two uses of the same input: more than any L2 cache holds
 MEMORY = 20e9  # bytes for all sets of inputs
+PLANS = ": plans"  # ends the names of the suites whose forms are plans of a kernel
 COMPILING = 20  # seconds for a form's first call on a CPU
 
 
@@ -53,6 +54,12 @@ class Case(NamedTuple):
     bytes: float = 0
     flops: float = 0
     exact: bool = False
+
+    def with_plans(self, run: Callable[..., Any], plans: Iterable[Any]) -> Case:
+        """The case whose forms are plans of its kernel, the default first; run: takes a `plan`."""
+        kernel = self.forms["kernel"]
+        forms = {str(plan): kernel._replace(run=partial(run, plan=plan)) for plan in plans}
+        return self._replace(suite=self.suite + PLANS, forms={"default": kernel} | forms)
 
 
 @dataclass
@@ -159,7 +166,10 @@ def measure(case: Case, machine: Machine, forms: Collection[str] | None = None) 
     @cache
     def wanted() -> list[Tensor] | None:
         first = next(iter(case.forms.values()))
-        return tensors(first.run(*map(_double, case.inputs(0)))) if case.exact else None
+        inputs = tree_map_only(
+            Tensor, lambda x: x.double() if x.is_floating_point() else x, case.inputs(0)
+        )
+        return tensors(first.run(*inputs)) if case.exact else None
 
     for name, form in case.forms.items():
         if forms is not None and name not in forms:
@@ -290,10 +300,6 @@ def _poison(out: Any) -> None:
     for x in tensors(out):
         if x.is_floating_point():
             x.detach().fill_(math.nan)
-
-
-def _double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def tensors(x: Any) -> list[Tensor]:
