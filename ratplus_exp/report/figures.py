@@ -17,7 +17,7 @@ import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Estimate
 from ratplus_exp.analysis.frame import BACKBONES, TASKS, grouped, select
-from ratplus_exp.analysis.hits import MEAN
+from ratplus_exp.analysis.hits import MEAN, estimate
 from ratplus_exp.analysis.pattern import DECISIVE
 from ratplus_exp.budget import Budget
 from ratplus_exp.report.prose import METHODS, SELECTORS, sentence
@@ -123,8 +123,8 @@ def heads_by_task(results: Results, folder: Path, name: str) -> Path | None:
     for panel, method in zip(panels, methods, strict=True):
         rates = best[best["method"] == method].set_index("task")
         tasks = [task for task in (*TASKS, MEAN) if task in rates.index]
-        ends = ("", " low", " high")
-        _bars(panel, tasks, {b: [rates.loc[tasks, f"{b}{end}"] for end in ends] for b in BACKBONES})
+        rows = [rates.loc[task] for task in tasks]
+        _bars(panel, tasks, {b: [estimate(row, b) for row in rows] for b in BACKBONES})
     return _save(panels, folder, name)
 
 
@@ -144,10 +144,7 @@ def selectors(results: Results, folder: Path, name: str) -> Path | None:
     panels = _panels(sentence("selectors_title", r=results), names, "mean accuracy, %", 3.6)
     for panel, frame in zip(panels, frames, strict=True):
         kinds = [k for k in SELECTORS if all((k, b) in frame.index for b in BACKBONES)]
-        sides = {}
-        for b in BACKBONES:
-            points = [frame.loc[(kind, b), "estimate"] for kind in kinds]
-            sides[b] = [pd.Series([getattr(x, end) for x in points]) for end in vars(points[0])]
+        sides = {b: [frame.loc[(kind, b), "estimate"] for kind in kinds] for b in BACKBONES}
         _bars(panel, [SELECTORS[kind] for kind in kinds], sides)
     return _save(panels, folder, name)
 
@@ -259,20 +256,24 @@ def _line(panel: Any, points: Sequence[Estimate], style: dict[str, Any]) -> None
     """The measured points with their intervals."""
     places = [i for i, x in enumerate(points) if np.isfinite(x.value)]
     if places:
-        y, low, high = np.array([tuple(vars(points[i]).values()) for i in places]).T
-        style |= {"marker": "o", "ms": 4, "capsize": 3}
-        panel.errorbar(places, y, [y - low, high - y], **style)
+        values, errors = _errors([points[i] for i in places])
+        panel.errorbar(places, values, errors, marker="o", ms=4, capsize=3, **style)
 
 
-def _bars(panel: Any, labels: Sequence[str], sides: dict[str, list[Any]]) -> None:
-    """Bars of both backbones; sides: values, lower and upper bounds of each."""
-    for shift, (backbone, (value, low, high)) in zip((-0.2, 0.2), sides.items(), strict=True):
-        errors = [(value - low).clip(lower=0), (high - value).clip(lower=0)]
-        places = [i + shift for i in range(len(labels))]
-        style = {"capsize": 2, "error_kw": {"ecolor": "#333333", "elinewidth": 1}}
-        color = COLORS[backbone]
-        panel.bar(places, value, 0.38, color=color, label=backbone, yerr=errors, **style)
+def _bars(panel: Any, labels: Sequence[str], sides: dict[str, list[Estimate]]) -> None:
+    """Bars of both backbones with their intervals."""
+    style = {"capsize": 2, "error_kw": {"ecolor": "#333333", "elinewidth": 1}}
+    for shift, (backbone, points) in zip((-0.2, 0.2), sides.items(), strict=True):
+        values, errors = _errors(points)
+        style |= {"color": COLORS[backbone], "label": backbone}
+        panel.bar(np.arange(len(labels)) + shift, values, 0.38, yerr=errors, **style)
     panel.set_xticks(range(len(labels)), labels, fontsize=9)
+
+
+def _errors(points: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
+    """The values (n,) and the lengths of their error bars (2, n)."""
+    values, low, high = np.array([(x.value, x.low, x.high) for x in points]).T
+    return values, np.stack((values - low, high - values)).clip(0)
 
 
 def _save(panels: Sequence[Any], folder: Path, name: str) -> Path:

@@ -27,7 +27,7 @@ def section(results: Results, output: str, folder: Path, brief: bool = False) ->
     if output in FIGURES:
         return _figure(results, output, folder)
     if output == "tasks":
-        table = _written(tasks_table(results), folder, output)
+        table = tasks_table(results).write(folder, output)
         return Section("Table of all tasks and protocols", tables=(table,))
     if output == "lengths":
         return _lengths(results, folder)
@@ -35,17 +35,13 @@ def section(results: Results, output: str, folder: Path, brief: bool = False) ->
     raise ValueError(f"stage.outputs has the unknown {output!r}: use some of {known}")
 
 
-def pattern_section(results: Results, folder: Path) -> Section:
-    """Paper against measured."""
-    words = (sentence("pattern_words"),)
-    table = _written(tables.pattern_table(results), folder, "pattern")
-    return Section("Paper against measured", words, tables=(table,))
-
-
-def rank_section(results: Results, folder: Path) -> Section:
-    """For a single model: its order of settings and tasks beside the paper's Table 4."""
-    table = _written(tables.rank_table(results), folder, "ranks")
-    return Section("Paper against measured, by rank", tables=(table,))
+def paper_section(results: Results, folder: Path, alone: bool) -> Section:
+    """Paper against measured; alone: attention's order of settings and tasks beside Table 4."""
+    if alone:
+        table = tables.rank_table(results).write(folder, "ranks")
+        return Section("Paper against measured, by rank", tables=(table,))
+    table = tables.pattern_table(results).write(folder, "pattern")
+    return Section("Paper against measured", (sentence("pattern_words"),), tables=(table,))
 
 
 def warning_section(results: Results) -> Section:
@@ -70,7 +66,7 @@ def page(
 ) -> list[Section]:
     """All sections, the long tables last. parts: tables, figures and the pattern; absent: why some
     of them are missing; settings: the configuration to show."""
-    findings = _written(tables.findings_table(results), folder, "findings")
+    findings = tables.findings_table(results).write(folder, "findings")
     order = ("Figure", "Paper", "Table")
     parts = sorted(parts, key=lambda part: (order.index(part.title.split()[0]), part.title))
     lacking = (*missing(results, outputs), *absent)
@@ -91,14 +87,14 @@ def page(
 
 
 def _table(results: Results, name: str, folder: Path, brief: bool) -> Section:
-    table = _written(accuracy_table(results, name), folder, name)
-    _written(tables.against_table(results, name), folder, f"{name}_against_paper")
+    table = accuracy_table(results, name).write(folder, name)
+    tables.against_table(results, name).write(folder, f"{name}_against_paper")
     shown, picture, caption = [table.without(TASKS) if brief else table], None, ""
     if name in ("table3", "table4"):
         picture = figures.gains(results, name, folder, f"{name}_gains")
         caption = sentence("gains_caption", r=results)
     if name == "table5" and len(results.selector_means):
-        shown.append(_written(tables.selector_table(results), folder, "selectors"))
+        shown.append(tables.selector_table(results).write(folder, "selectors"))
         picture = figures.selectors(results, folder, "selectors")
         caption = sentence("selectors_caption", r=results)
     words = (sentence(name), *paragraphs("table_files", name, brief))
@@ -120,8 +116,8 @@ def _figure(results: Results, name: str, folder: Path) -> Section:
         raise ValueError(f"no finished cells for {name}: run make {name}")
     if method:
         shown = (
-            _written(tables.heads_table(results, method), folder, f"{name}_heads"),
-            _written(tables.top_heads_table(results, method), folder, f"{name}_top_heads"),
+            tables.heads_table(results, method).write(folder, f"{name}_heads"),
+            tables.top_heads_table(results, method).write(folder, f"{name}_top_heads"),
         )
         curves = select(results.curves, {"method": method})
         curves.to_csv(folder / f"{name}_ranks.csv", index=False)
@@ -140,8 +136,3 @@ def _lengths(results: Results, folder: Path) -> Section:
     results.length_curves.to_csv(folder / "lengths.csv", index=False)
     caption = sentence("figure_caption", r=results, cells=results.cells)
     return Section("Figure of lengths", (sentence("lengths"),), picture=picture, caption=caption)
-
-
-def _written(table: Table, folder: Path, name: str) -> Table:
-    table.write(folder, name)
-    return table

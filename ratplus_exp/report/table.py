@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -49,7 +49,7 @@ class Table:
         columns: Sequence[str],
         rows: Sequence[tuple[str, ...]],
         group: int = 1,
-        hide: Container[str] = (),
+        hide: Iterable[str] = (),
         **values: Any,
     ) -> Table:
         """A table with title and caption from a macro of prose.j2, formatted with `values`; group:
@@ -57,17 +57,14 @@ class Table:
         pairs = enumerate(pairwise(rows), start=1)
         breaks = frozenset(i for i, (above, row) in pairs if above[:group] != row[:group])
         title, caption = paragraphs(macro, **values)
-        hides = frozenset(name for name in columns if name in hide)
-        return cls(title, caption, tuple(columns), tuple(rows), breaks, hides)
+        return cls(title, caption, tuple(columns), tuple(rows), breaks, frozenset(hide))
 
     def lines(self) -> list[tuple[str, ...]]:
-        """The columns' names, then the rows, with the methods' proper names."""
-        named = [name in ("Method", "Methods") for name in self.columns]
-        rows = (
-            tuple(METHODS.get(c, c) if method else c for c, method in zip(row, named, strict=True))
-            for row in self.rows
-        )
-        return [self.columns, *rows]
+        """The columns' names, then the rows, with the papers' names of the methods."""
+        frame = pd.DataFrame(self.rows, columns=self.columns)
+        for column in {"Method", "Methods"} & {*self.columns}:
+            frame[column] = frame[column].replace(METHODS)
+        return [self.columns, *frame.itertuples(index=False, name=None)]
 
     def without(self, columns: Container[str]) -> Table:
         """The table without some of its columns."""
@@ -127,13 +124,13 @@ class Table:
             index=False, lineterminator="\n"
         )
 
-    def write(self, folder: str | Path, name: str) -> None:
-        """Write name.md, name.csv and name.tex, each atomically."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{name}.md", self.to_markdown())
-        write_atomically(folder / f"{name}.csv", self.to_csv())
-        write_atomically(folder / f"{name}.tex", self.to_latex())
+    def write(self, folder: str | Path, name: str) -> Table:
+        """Write name.md, name.csv and name.tex, each atomically; returns the table."""
+        texts = {"md": self.to_markdown(), "csv": self.to_csv(), "tex": self.to_latex()}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for kind, text in texts.items():
+            write_atomically(Path(folder, f"{name}.{kind}"), text)
+        return self
 
 
 def _numbers(column: Sequence[str]) -> bool:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, spread
 from ratplus_exp.analysis.frame import BACKBONES, SCORERS, SETTING, TASKS, select
-from ratplus_exp.analysis.hits import MEAN, ranked_heads
+from ratplus_exp.analysis.hits import MEAN, estimate, ranked_heads
 from ratplus_exp.analysis.pattern import DECISIVE, FEWEST
 from ratplus_exp.analysis.ranks import SOLVED, rank_agreement
 from ratplus_exp.analysis.selectors import GAP
@@ -51,7 +51,7 @@ def findings_table(results: Results) -> Table:
 
     add("accuracy (Table 3)", "table3", TASKS)
     for row in select(results.curves, {"task": MEAN, "rank": 1}).to_dict("records"):
-        gain = _difference(row)
+        gain = estimate(row, "difference")
         both = (number(row[b]) for b in BACKBONES)
         place = ("hit rate of the best head (H1)", row["method"], row["budget"], *both)
         rows.append((*place, interval(gain), "> 0", verdict(gain, 1.0)))  # the paper prints none
@@ -125,7 +125,7 @@ def heads_table(results: Results, method: str) -> Table:
     for setting, group in curves.groupby(SETTING, sort=False):
         by_task = group.set_index("task").reindex([*TASKS, MEAN])
         mean = by_task.loc[MEAN]
-        gap = _difference(mean)
+        gap = estimate(mean, "difference")
         for backbone in BACKBONES:
             heads = ranked[(ranked[[*SETTING, "backbone"]] == [*setting, backbone]).all(axis=1)]
             best = heads[heads["rank"] == 1].sort_values("training")
@@ -146,7 +146,7 @@ def top_heads_table(results: Results, method: str) -> Table:
     rows: list[tuple[str, ...]] = []
     for setting, group in top.groupby(SETTING, sort=False):
         texts = {backbone: [number(x) for x in group[backbone]] for backbone in BACKBONES}
-        texts[GAP] = [interval(_difference(row)) for row in group.to_dict("records")]
+        texts[GAP] = [interval(estimate(row, "difference")) for row in group.to_dict("records")]
         n = str(group["n"].min())
         rows += [(*map(str, setting), side, *text, n) for side, text in texts.items()]
     ranks = sorted(top["rank"].unique())
@@ -227,11 +227,6 @@ def cost_table(cost: pd.DataFrame) -> Table:
         rows.append((row.stage, row.device, row.model, *counts))
     columns = ("Stage", "Device", "Model", "Cells", "Samples", "Seconds", "Samples/s")
     return Table.described("cost", columns, rows, group=0)
-
-
-def _difference(row: Any) -> Estimate:
-    """RAT+ minus Attention in a row of `rank_curves`."""
-    return Estimate(row["difference"], row["difference low"], row["difference high"])
 
 
 def rank_table(results: Results) -> Table:

@@ -15,14 +15,7 @@ from ratplus_exp.config import plain
 from ratplus_exp.report.page import write_page
 from ratplus_exp.report.prose import sentence
 from ratplus_exp.report.results import Results
-from ratplus_exp.report.sections import (
-    PAGE,
-    page,
-    pattern_section,
-    rank_section,
-    section,
-    warning_section,
-)
+from ratplus_exp.report.sections import PAGE, page, paper_section, section, warning_section
 from ratplus_exp.stages.common import checkpoint_of, job_folder, model_option, resolve
 from ratplus_exp.store import Cell, Store, remove_drafts, write_atomically
 from ratplus_exp.tracking import tracked
@@ -51,7 +44,7 @@ def run(cfg: DictConfig) -> None:
             absent.append(str(error))
     if PAGE in outputs or (any(part.tables for part in parts) and outputs != ["tasks"]):
         alone = "table4" in outputs and set(results.cells["backbone"]) == {BACKBONES[0]}
-        parts.append((rank_section if alone else pattern_section)(results, folder))
+        parts.append(paper_section(results, folder, alone))
     shown = list(results.protocols.values()) if "tasks" in outputs else [results]
     cells = pd.concat([part.cells for part in shown]).drop_duplicates("cell")
     for name, frame in (("cells", cells), ("hit_rates", results.rates)):
