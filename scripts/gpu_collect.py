@@ -31,10 +31,7 @@ PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
         "pocket/{device}",
         ("table3/cells.csv", "table3/table3.md", "table3/provenance.json", "training/*/*.json*"),
     ),
-    "small": (
-        "small/{device}",
-        ("report/*", "training/*/*.json*"),
-    ),
+    "small": ("small/{device}", ("report/*", "training/*/*.json*")),
     "smollm2": ("smollm2/{device}", ("training/*/*.json*", "reports/*/*")),
 }
 
