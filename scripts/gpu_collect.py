@@ -9,7 +9,6 @@ docs/kernels.md and docs/small-tier.md have the tables between two marks, and wh
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tarfile
 from pathlib import Path
@@ -83,7 +82,7 @@ def lay(archive: Path, root: Path) -> str:
         return (
             f"not laid: {record['note'] or 'a dry run, on an unknown device, or nothing to keep'}"
         )
-    target = root / REFERENCE / place.format(device=slug(record["device"]))
+    target = root / REFERENCE / place.format(device=report.slug(record["device"]))
     target.mkdir(parents=True, exist_ok=True)
     (target / f"{archive.stem}.record.json").write_text(json.dumps(record, indent=1) + "\n")
     source = unpacked / archive.stem
@@ -98,10 +97,6 @@ def lay(archive: Path, root: Path) -> str:
         runs = [*report.read(target, about), *report.read(source / "bench", about)]
         report.write(target, sorted(runs, key=lambda run: run.about["date"]))
     return f"rc {record['rc']}, laid under {target.relative_to(root)}"
-
-
-def slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def tables(root: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The paper's Tables 2-5 with measured numbers."""
 
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -52,16 +53,13 @@ def accuracy_table(results: Results, name: str) -> Table:
         gain = results.draws.gain(groups[1], groups[0], tasks)
         paper_gain = values["RAT+"] - values["Attention"] if values["RAT+"] is not None else None
         gains = (number(gain.value, sign="+"), bounds(gain), number(paper_gain, sign="+"))
-        for backbone in BACKBONES:
-            side = of_setting[of_setting["backbone"] == backbone]
+        for backbone, texts, n, side in _sides(of_setting, tasks, results.scorer):
             draws = side.drop_duplicates(["training", "seed", "selector_seed"])
             seeds = draws.groupby("training").size()
             counts = (str(len(seeds)), str(seeds.max())) if len(side) else (MISSING, MISSING)
-            kept = number(side["budget_measured"].mean(), digits=3)
-            means = (*_means(side, tasks, results.scorer), number(values[backbone]))
             shown = gains if backbone == "RAT+" else ("", "", "")
-            place = (method, *sizes, budget, kept, backbone)
-            rows.append((*place, *means, *shown, span(side["n"]), *counts))
+            means = (*texts, number(values[backbone]))
+            rows.append((method, *sizes, budget, *means, *shown, n, *counts))
     columns = ("Method", "Block", "k", "Budget", "Kept", "Backbone", *tasks, "Mean", "Paper")
     columns = (*columns, "Δ", "Δ 95 %", "Paper Δ", *COUNTS)
     distinct = [{row[i] for row in rows} - {MISSING} for i in range(-len(COUNTS), 0)]
@@ -101,21 +99,24 @@ def tasks_table(results: Results) -> Table:
         draws = results.protocols["split" if protocol == "split" else "whole"].draws
         gain = draws.gain((*group[:4], "RAT+"), (*group[:4], "Attention"), tasks)
         label = (method, "" if group[:3] == DENSE else str(block), budget, protocol)
-        for backbone in BACKBONES:
-            side = of_group[of_group["backbone"] == backbone]
-            kept = number(side["budget_measured"].mean(), digits=3)
-            shown = interval(gain) if backbone == "RAT+" else ""
-            means = _means(side, tasks, results.scorer)
-            rows.append((*label, kept, backbone, *means, shown, span(side["n"])))
+        for backbone, texts, n, _ in _sides(of_group, tasks, results.scorer):
+            rows.append((*label, *texts, interval(gain) if backbone == "RAT+" else "", n))
     columns = ("Method", "Block", "Budget", "Protocol", "Kept", "Backbone", *tasks)
     return Table.described("tasks", (*columns, "Mean", "Δ", "n"), rows, group=4, r=results)
 
 
-def _means(side: pd.DataFrame, tasks: list[str], scorer: str) -> list[str]:
-    """The mean of each task, and over all tasks if none is missing."""
-    of_task = dict(iter(side.groupby("task")))
-    parts = [*map(of_task.get, tasks), side if len(of_task) == len(tasks) else None]
-    return [MISSING if x is None else plus_minus(*spread(x, scorer)[:2]) for x in parts]
+def _sides(
+    cells: pd.DataFrame, tasks: list[str], scorer: str
+) -> Iterator[tuple[str, tuple[str, ...], str, pd.DataFrame]]:
+    """Of each backbone its name; the texts of Kept and Backbone, of each task's mean, and of the
+    mean over all tasks if none is missing; n; and its cells."""
+    for backbone in BACKBONES:
+        side = cells[cells["backbone"] == backbone]
+        of_task = dict(iter(side.groupby("task")))
+        parts = [*map(of_task.get, tasks), side if len(of_task) == len(tasks) else None]
+        means = (MISSING if x is None else plus_minus(*spread(x, scorer)[:2]) for x in parts)
+        kept = number(side["budget_measured"].mean(), digits=3)
+        yield backbone, (kept, backbone, *means), span(side["n"]), side
 
 
 def check_unmixed(cells: pd.DataFrame) -> None:

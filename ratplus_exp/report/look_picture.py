@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm, to_rgb
 
+from ratplus_exp.report.prose import paragraphs
+
 if TYPE_CHECKING:
     from ratplus_exp.report.look import Look, View
 
@@ -23,10 +25,6 @@ COLORS = {
     "asked": "#8f7bd6",
     "good": "#2b8a3e",
 }
-LEGEND = (
-    "Blue: kept (paler: at some of the steps). Red: kept, and holds a token of the answer. Orange "
-    "▼: where the answer stands. Violet: the question. ● at the right of a row: the head holds it."
-)
 
 
 def draw(look: Look) -> bytes:
@@ -50,20 +48,8 @@ def draw(look: Look) -> bytes:
         if memory.gates.size:
             label = f"{memory.model}: gate, mean over channels (1 keeps all)"
             _heat(panels[-1][1], memory.gates, label, "token position", "gate", None)
-    needles = " ".join(look.text(*span) for span in look.needles)
-    asked = look.text(look.question, look.prompt)
-    figure.suptitle(
-        "\n".join(
-            textwrap.fill(line, 150)
-            for line in (
-                look.title,
-                f"The prompt ends “{asked}”; the right answer is {', '.join(look.answers)}, from "
-                f"the needle “{needles}”",
-                LEGEND,
-            )
-        ),
-        fontsize=11,
-    )
+    lines = (textwrap.fill(line, 150) for line in paragraphs("look", look))
+    figure.suptitle("\n".join(lines), fontsize=11)
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=130)
     plt.close(figure)

@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     torch._dynamo.config.recompile_limit = 64  # a baseline is compiled anew for every shape
     machine = Machine.measure(device, torch.float32 if on_cpu else torch.bfloat16, dry)
     run = report.Run(_about(arguments, machine), [])
-    slug = re.sub(r"[^a-z0-9]+", "-", run.about["device"].lower()).strip("-")
-    folder = arguments.out or REPOSITORY / "outputs" / "bench" / slug
+    folder = arguments.out or REPOSITORY / "outputs" / "bench" / report.slug(run.about["device"])
     try:
         earlier = report.read(folder, run.about)
     except ValueError as error:

@@ -173,6 +173,11 @@ def seconds(value: float | None) -> str:
     return f"{value / size:.3g} {unit}"
 
 
+def slug(device: str) -> str:
+    """A device's name as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 def _length(case: str) -> int:
     found = re.search(r"\bT=(\d+)", case)
     return int(found[1]) if found else 0
