@@ -25,9 +25,9 @@ WHEN = {
 
 @dataclass(frozen=True)
 class Step:
-    """The selection of the query at a position: kept (layers, heads, candidates) bool.
+    """What the query at a position selects: kept (layers, heads, candidates) bool.
 
-    gold: for each answer token that it should serve, the positions where that stands.
+    gold: of each answer token that this query needs, the token's positions in the prompt.
     """
 
     query: int
@@ -37,7 +37,7 @@ class Step:
 
 @dataclass(frozen=True)
 class View:
-    """One method on one model; size: tokens of a candidate; read: the measured budget."""
+    """One method on one model. size: tokens of a candidate; read: the measured budget."""
 
     method: str
     model: str
@@ -49,7 +49,8 @@ class View:
     steps: list[Step]
 
     def hits(self) -> np.ndarray:
-        """Of the answer tokens the share that each head holds, mean over steps: (layers, heads)."""
+        """The share of the needed answer tokens that each head keeps, mean over steps: (layers,
+        heads)."""
         shares = [
             np.mean([step.kept[..., np.array(x) // self.size].any(-1) for x in step.gold], axis=0)
             for step in self.steps
@@ -78,8 +79,8 @@ class Memories:
 
 @dataclass(frozen=True)
 class Look:
-    """A prompt and its right answer as `tokens`, the first `prompt` being the prompt's, whose
-    question begins at `question`; values: [start, end) of each gold value."""
+    """A prompt and its right answer as `tokens`: the first `prompt` of them are the prompt, and the
+    question begins at `question`. values: [start, end) of each gold value."""
 
     id: str
     budget: str
@@ -126,7 +127,7 @@ class Look:
         return page, picture
 
     def _data(self) -> dict[str, Any]:
-        """What the page draws, a row a head; what is kept as candidates' numbers."""
+        """The page's data, a row a head, with the indices of the candidates that are kept."""
         views = [
             vars(view)
             | {

@@ -112,8 +112,7 @@ class Machine:
         row.floor = max(bytes / self.bandwidth, flops / self.matmul) or None
 
     def normal(self, seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-        """Random tensors that leave the device's own generator alone, which a capture that failed
-        may have left unusable."""
+        """Random tensors from a new generator: a failed capture may break the device's own."""
         draw = torch.Generator(self.device).manual_seed(seed)
         empty = (torch.empty(x, dtype=self.dtype, device=self.device) for x in shapes)
         return [x.normal_(generator=draw) for x in empty]
@@ -140,8 +139,8 @@ class Machine:
 
 @contextmanager
 def noted(row: Row, machine: Machine) -> Iterator[None]:
-    """What goes wrong inside ends the measurement and becomes the row's note. Peak memory is that
-    of the process where nothing else is set."""
+    """An exception inside ends the measurement and becomes the row's note. The peak memory is the
+    process's, unless it was set inside."""
     machine.allocated()
     try:
         yield
@@ -226,10 +225,10 @@ def _fill(
 
 
 def copies(inputs: float, touched: float, held: float, memory: float = math.inf) -> int:
-    """How many sets of inputs to go round, so that none is in the L2 cache when its turn comes.
+    """How many sets of inputs to use in turn, so that none is still in the L2 cache.
 
-    Bytes: of one set's inputs; those touched, as a sparse form reads few of its inputs; held, with
-    all that is made of a set.
+    Bytes of a set: inputs: all of them; touched: those that are read, few in sparse forms; held:
+    with everything that is computed from the set. memory: bytes that are free.
     """
     enough = 1 + int(COLD / max(1, min(inputs, touched or inputs)))
     return max(1, min(enough, int(min(memory, MEMORY) / max(1, held)), 4096))
