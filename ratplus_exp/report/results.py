@@ -11,9 +11,9 @@ import pandas as pd
 from ratplus_exp.analysis import frame, hits
 from ratplus_exp.analysis.bootstrap import Bootstrap
 from ratplus_exp.analysis.lengths import length_curves
-from ratplus_exp.analysis.pattern import Pattern, compare, patterns, scaled
+from ratplus_exp.analysis.pattern import compare, scaled
 from ratplus_exp.analysis.selectors import selector_means
-from ratplus_exp.report.paper import PAPER_TABLES, paper_tables
+from ratplus_exp.report.paper import paper_tables
 from ratplus_exp.store import Cell, Store
 
 
@@ -118,12 +118,6 @@ class Results:
     @cached_property
     def selector_means(self) -> pd.DataFrame:
         return selector_means(self.draws)
-
-    @cached_property
-    def patterns(self) -> list[Pattern]:
-        """Of every table of the paper that has a measured cell."""
-        by_table = (patterns(self.paper(table), self.draws) for table in PAPER_TABLES)
-        return [pattern for table in by_table if table[0].measured for pattern in table]
 
     def paper(self, table: str) -> pd.DataFrame:
         """One of the paper's tables, its block sizes scaled to this context."""

@@ -1,5 +1,9 @@
-"""The sections of a report: each table and figure of the paper, from the results of one pair."""
+"""The page of a report and its sections: each table and figure of the paper, from the results of
+one pair."""
 
+import base64
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from ratplus_exp.analysis import checks
@@ -8,15 +12,36 @@ from ratplus_exp.analysis.hits import ranked_heads
 from ratplus_exp.report import figures, tables
 from ratplus_exp.report.accuracy import accuracy_table, check_unmixed, tasks_table
 from ratplus_exp.report.missing import missing
-from ratplus_exp.report.page import Section
 from ratplus_exp.report.paper import PAPER_TABLES
-from ratplus_exp.report.prose import paragraphs, sentence
+from ratplus_exp.report.prose import paragraphs, render, sentence
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
+from ratplus_exp.store import write_atomically
 
 FIGURES = {"fig1": None, "fig2": "quest", "fig3": "snapkv", "fig4": None}
 """Each figure's method, where it is about one."""
 PAGE = "report"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page, in the order of its fields.
+
+    words: paragraphs; points: items of a list; picture: a PNG file; code: collapsed text.
+    """
+
+    title: str
+    words: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    picture: Path | None = None
+    caption: str = ""
+    code: str = ""
+
+    def base64(self) -> str:
+        """The picture."""
+        assert self.picture is not None
+        return base64.b64encode(self.picture.read_bytes()).decode()
 
 
 def section(results: Results, output: str, folder: Path, brief: bool = False) -> Section:
@@ -84,6 +109,17 @@ def page(
         Section("Models, seeds, configuration", (sentence("files"),), tuple(points), code=settings),
         Section("Cost", tables=(tables.cost_table(cost(results.used)),)),
     ]
+
+
+def write_page(title: str, sections: list[Section], folder: Path, name: str) -> list[Path]:
+    """Write name.html, which includes its pictures, and name.md, which links them."""
+    html = render("page.html.j2", title=title, sections=sections)
+    markdown = render("page.md.j2", title=title, sections=sections)
+    markdown = re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n"
+    pages = {f"{name}.html": html, f"{name}.md": markdown}
+    for file, text in pages.items():
+        write_atomically(folder / file, text)
+    return [folder / file for file in pages]
 
 
 def _table(results: Results, name: str, folder: Path, brief: bool) -> Section:

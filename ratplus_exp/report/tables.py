@@ -9,9 +9,9 @@ import pandas as pd
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, spread
 from ratplus_exp.analysis.frame import BACKBONES, SCORERS, SETTING, TASKS, select
 from ratplus_exp.analysis.hits import MEAN, estimate, ranked_heads
-from ratplus_exp.analysis.pattern import DECISIVE, FEWEST
-from ratplus_exp.analysis.ranks import SOLVED, rank_agreement
+from ratplus_exp.analysis.pattern import DECISIVE, FEWEST, SOLVED, patterns, rank_agreement
 from ratplus_exp.analysis.selectors import GAP
+from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import (
     METHODS,
     MISSING,
@@ -78,7 +78,8 @@ def verdict(gain: Estimate, paper: float) -> str:
 
 
 def pattern_table(results: Results) -> Table:
-    """All patterns as one table."""
+    """The patterns of every table of the paper that has a measured cell."""
+    by_table = (patterns(results.paper(table), results.draws) for table in PAPER_TABLES)
     rows = [
         (
             f"Table {p.table[-1]}",
@@ -88,7 +89,9 @@ def pattern_table(results: Results) -> Table:
             str(p.settings),
             *(interval(x, 2, sign="-") for x in (p.gain, p.attention, p.ratplus)),
         )
-        for p in results.patterns
+        for whole, *methods in by_table
+        if whole.measured
+        for p in (whole, *methods)
     ]
     columns = (
         *("Of paper", "Methods", "Decisive", "Measured", "agree", "against", "tied"),
@@ -230,11 +233,11 @@ def cost_table(cost: pd.DataFrame) -> Table:
 
 
 def rank_table(results: Results) -> Table:
-    """The table of `analysis.ranks.rank_agreement`: attention beside the paper's Table 4."""
+    """The table of `rank_agreement`: attention beside the paper's Table 4."""
     agreement = rank_agreement(results.paper("table4"), results.draws)
-    rows = tuple(
+    rows = [
         (over, str(count), interval(Estimate(*rho), 2, "-"), ", ".join(tasks))
         for over, tasks, count, *rho in agreement.itertuples(index=False, name=None)
-    )
+    ]
     columns = ("Over", "Count", "ρ", "Tasks")
     return Table.described("ranks", columns, rows, group=0, r=results, solved=f"{SOLVED:.0f}")

@@ -12,10 +12,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from ratplus_exp.analysis.frame import BACKBONES
 from ratplus_exp.config import plain
-from ratplus_exp.report.page import write_page
 from ratplus_exp.report.prose import sentence
 from ratplus_exp.report.results import Results
-from ratplus_exp.report.sections import PAGE, page, paper_section, section, warning_section
+from ratplus_exp.report.sections import (
+    PAGE,
+    page,
+    paper_section,
+    section,
+    warning_section,
+    write_page,
+)
 from ratplus_exp.stages.common import checkpoint_of, job_folder, model_option, resolve
 from ratplus_exp.store import Cell, Store, remove_drafts, write_atomically
 from ratplus_exp.tracking import tracked

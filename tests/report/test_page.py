@@ -3,7 +3,7 @@
 import re
 from html.parser import HTMLParser
 
-from ratplus_exp.report.page import Section, write_page
+from ratplus_exp.report.sections import Section, write_page
 from ratplus_exp.report.table import Table
 
 PIXEL = bytes.fromhex("89504e470d0a1a0a")
