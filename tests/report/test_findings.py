@@ -25,15 +25,8 @@ def paper_cells(*tables: str) -> pd.DataFrame:
 
 def results(cells, samples=None, rates=None, hits=None) -> Results:
     nothing = cells[:0].assign(hits=None, values=0, id="")
-    return Results(
-        cells,
-        nothing if samples is None else samples,
-        nothing if rates is None else rates,
-        nothing if hits is None else hits,
-        {},
-        "exact",
-        "prefill",
-    )
+    samples, rates, hits = (nothing if x is None else x for x in (samples, rates, hits))
+    return Results(cells, samples, rates, hits, {}, "exact", "prefill")
 
 
 def findings(table: str, right) -> dict[tuple[str, str, str], tuple[str, ...]]:
