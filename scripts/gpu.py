@@ -149,14 +149,11 @@ def small(out: Path) -> Steps:
     workers = {"small_attention": 9, "small_ratplus": 5}
     yield tuned + LATE, [training(f"{x}_sft", n, tuned) for x, n in workers.items()]
     rest = f"pair=small {'data.examples=1' if DRY else 'data.examples=50 pair.random_examples=25'}"
-    cells = (
-        f"experiment=[table3,table5{',small_trial' * DRY}] {rest} pair.workers={1 if DRY else 5}"
-    )
-    cells = f"{cells} stage.batch_size=25 stage.outputs.table3=false stage.outputs.table5=false"
-    yield (
-        tables,
-        [run(out, f"{cells} pair.models=[{x}] stage.folder={out}/cells/{x}") for x in models],
-    )
+    cells = f"experiment=[table3,table5{',small_trial' * DRY}] {rest} stage.batch_size=25"
+    cells = f"{cells} pair.workers={1 if DRY else 5}"
+    cells = f"{cells} stage.outputs.table3=false stage.outputs.table5=false"
+    ours = [f"{cells} pair.models=[{x}] stage.folder={out}/cells/{x}" for x in models]
+    yield tables, [run(out, x) for x in ours]
     rest = f"stage=report {'experiment=small_trial ' * DRY}{rest} stage.folder={out}/report"
     unwanted = ("table2", "fig1", "fig2", "fig3", "fig4", "report")
     yield SMALL, [run(out, rest, *(f"stage.outputs.{x}=false" for x in unwanted))]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
 
 import pandas as pd
 
@@ -38,9 +37,8 @@ def accuracy_table(results: Results, name: str) -> Table:
     measured = {tuple(s) for s in cells[SETTING].itertuples(index=False)}
     extra = sorted(measured, key=lambda s: (s[0], s[1], -Fraction(s[2])))
     rows: list[tuple[str, ...]] = []
-    for setting in dict.fromkeys(
-        [DENSE, *paper[SETTING].itertuples(index=False, name=None), *extra]
-    ):
+    printed_settings = paper[SETTING].itertuples(index=False, name=None)
+    for setting in dict.fromkeys([DENSE, *printed_settings, *extra]):
         method, block, budget = setting
         if block < 0:  # the paper's block size has no counterpart in this context
             continue
@@ -65,15 +63,10 @@ def accuracy_table(results: Results, name: str) -> Table:
     distinct = [{row[i] for row in rows} - {MISSING} for i in range(-len(COUNTS), 0)]
     uniform = [name for name, x in zip(COUNTS, distinct, strict=True) if len(x) == 1]
     models = cells.groupby(["backbone", "model", "checkpoint"])["effective_memory_length"].mean()
-    caption: dict[str, Any] = {
-        "table": name[-1],
-        "of": PAPER_TABLES[name],
-        "cells": cells,
-        "n": span(cells["n"]),
-        "models": [(*model, number(memory)) for model, memory in models.items()],
-    }
     hide = ("Paper", *uniform)  # the caption has what all rows share
-    return Table.described("accuracy", columns, rows, hide=hide, r=results, **caption)
+    caption = {"r": results, "table": name[-1], "of": PAPER_TABLES[name], "cells": cells}
+    caption["models"] = [(*model, number(memory)) for model, memory in models.items()]
+    return Table.described("accuracy", columns, rows, hide=hide, n=span(cells["n"]), **caption)
 
 
 def tasks_table(results: Results) -> Table:

@@ -97,8 +97,8 @@ def pattern_table(results: Results) -> Table:
         *("Of paper", "Methods", "Decisive", "Measured", "agree", "against", "tied"),
         *("Agreement, %", "Settings", "ρ of gain", "ρ of Attention", "ρ of RAT+"),
     )
-    limits: dict[str, Any] = {"decisive": f"{DECISIVE:g}", "fewest": FEWEST}
-    return Table.described("pattern", columns, rows, r=results, **limits)
+    decisive = f"{DECISIVE:g}"
+    return Table.described("pattern", columns, rows, r=results, decisive=decisive, fewest=FEWEST)
 
 
 def against_table(results: Results, name: str) -> Table:
