@@ -44,7 +44,8 @@ Cells = Store | Sequence[Cell]
 
 
 def finished(cells: Cells, stage: str) -> list[Cell]:
-    """The finished cells of a stage; without those, with a warning, that hold no numbers."""
+    """The finished cells of a stage. A cell with a value of a wrong type is left out with a
+    warning."""
     listed = cells.cells(stage) if isinstance(cells, Store) else cells
     return [c for c in listed if c.key["stage"] == stage and c.done() and _fits(c)]
 

@@ -1,5 +1,5 @@
-"""Figures of finished cells, in one style. Each function writes NAME.png and NAME.pdf and returns
-the PNG, or None if nothing was measured."""
+"""Figures of finished cells, in one style. Each function writes a PNG and a PDF, and returns the
+PNG's path or, if nothing was measured, None."""
 
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ METHOD_COLORS = {"quest": "#1f77b4", "moba": "#2a9d5c", "snapkv": "#c98a1b"}
 DASHES = {"Attention": (0, (4, 4)), "RAT+": (4, (4, 4))}  # alternate, so that both stay visible
 
 
-def accuracy_by_budget(results: Results, folder: Path, name: str) -> Path | None:
+def accuracy_by_budget(results: Results, folder: Path) -> Path | None:
     """Mean accuracy over the tasks against the budget: a panel a method, a line a backbone. Bars
     are 95 % bootstrap intervals, dashed lines dense accuracies. Only a method's most frequent block
     size is drawn, and only points with every task."""
@@ -58,10 +58,10 @@ def accuracy_by_budget(results: Results, folder: Path, name: str) -> Path | None
             _line(panel, points, style | {"label": backbone})
         panel.set_xticks(range(len(budgets)), budgets)
         panel.set_xlabel("budget")
-    return _save(panels, folder, name)
+    return _save(panels, folder, "fig1")
 
 
-def accuracy_by_length(results: Results, folder: Path, name: str) -> Path | None:
+def accuracy_by_length(results: Results, folder: Path) -> Path | None:
     """Mean accuracy over the tasks against the context length, at equal budget: a panel a budget
     and backbone, a line a method, dashed if its block size is fixed. Bars are 95 % intervals."""
     curves = results.length_curves
@@ -82,7 +82,7 @@ def accuracy_by_length(results: Results, folder: Path, name: str) -> Path | None
                 _line(panel, points, style | {"ls": "--" if " of " in blocks else "-"})
         panel.set_xticks(range(len(results.by_length)), [*results.by_length])
         panel.set_xlabel("context length, tokens")
-    return _save(panels, folder, name)
+    return _save(panels, folder, "lengths")
 
 
 def ranked_heads(results: Results, method: str, folder: Path, name: str) -> Path | None:
@@ -109,7 +109,7 @@ def ranked_heads(results: Results, method: str, folder: Path, name: str) -> Path
     return _save(panels, folder, name)
 
 
-def heads_by_task(results: Results, folder: Path, name: str) -> Path | None:
+def heads_by_task(results: Results, folder: Path) -> Path | None:
     """Hit rate of the best head at the smallest budget, task by task: a panel a method, a bar a
     backbone."""
     budgets = by_size(results.curves["budget"])
@@ -125,10 +125,10 @@ def heads_by_task(results: Results, folder: Path, name: str) -> Path | None:
         tasks = [task for task in (*TASKS, MEAN) if task in rates.index]
         rows = [rates.loc[task] for task in tasks]
         _bars(panel, tasks, {b: [estimate(row, b) for row in rows] for b in BACKBONES})
-    return _save(panels, folder, name)
+    return _save(panels, folder, "fig4")
 
 
-def selectors(results: Results, folder: Path, name: str) -> Path | None:
+def selectors(results: Results, folder: Path) -> Path | None:
     """Mean accuracy by selector: a panel a method, a bar a backbone."""
     means = results.selector_means
     sides = means.groupby(["method", "selector"])["side"].agg(set)
@@ -146,10 +146,10 @@ def selectors(results: Results, folder: Path, name: str) -> Path | None:
         kinds = [k for k in SELECTORS if all((k, b) in frame.index for b in BACKBONES)]
         sides = {b: [frame.loc[(kind, b), "estimate"] for kind in kinds] for b in BACKBONES}
         _bars(panel, [SELECTORS[kind] for kind in kinds], sides)
-    return _save(panels, folder, name)
+    return _save(panels, folder, "selectors")
 
 
-def gains(results: Results, table: str, folder: Path, name: str) -> Path | None:
+def gains(results: Results, table: str, folder: Path) -> Path | None:
     """RAT+ minus Attention, paper (x) against measured (y): a point a setting and task, filled in
     the paper's decisive cells."""
     place = ["method", "paper_block", "budget", "task"]
@@ -173,7 +173,7 @@ def gains(results: Results, table: str, folder: Path, name: str) -> Path | None:
     panel.axvline(0, color="black", lw=0.8)
     panel.autoscale()
     panel.set_xlabel(f"paper: RAT+ − Attention, points (filled: {DECISIVE:g} or more)")
-    return _save([panel], folder, name)
+    return _save([panel], folder, f"{table}_gains")
 
 
 def losses(frame: pd.DataFrame, folder: Path, **what: Any) -> list[Path]:

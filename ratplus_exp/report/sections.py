@@ -111,15 +111,13 @@ def page(
     ]
 
 
-def write_page(title: str, sections: list[Section], folder: Path, name: str) -> list[Path]:
-    """Write name.html, which includes its pictures, and name.md, which links them."""
-    html = render("page.html.j2", title=title, sections=sections)
-    markdown = render("page.md.j2", title=title, sections=sections)
-    markdown = re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n"
-    pages = {f"{name}.html": html, f"{name}.md": markdown}
-    for file, text in pages.items():
-        write_atomically(folder / file, text)
-    return [folder / file for file in pages]
+def write_page(title: str, sections: list[Section], folder: Path) -> tuple[Path, Path]:
+    """Write report.html, which includes its pictures, and report.md, which links them."""
+    html, markdown = folder / f"{PAGE}.html", folder / f"{PAGE}.md"
+    write_atomically(html, render("page.html.j2", title=title, sections=sections))
+    text = render("page.md.j2", title=title, sections=sections)
+    write_atomically(markdown, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    return html, markdown
 
 
 def _table(results: Results, name: str, folder: Path, brief: bool) -> Section:
@@ -127,11 +125,11 @@ def _table(results: Results, name: str, folder: Path, brief: bool) -> Section:
     tables.against_table(results, name).write(folder, f"{name}_against_paper")
     shown, picture, caption = [table.without(TASKS) if brief else table], None, ""
     if name in ("table3", "table4"):
-        picture = figures.gains(results, name, folder, f"{name}_gains")
+        picture = figures.gains(results, name, folder)
         caption = sentence("gains_caption", r=results)
     if name == "table5" and len(results.selector_means):
         shown.append(tables.selector_table(results).write(folder, "selectors"))
-        picture = figures.selectors(results, folder, "selectors")
+        picture = figures.selectors(results, folder)
         caption = sentence("selectors_caption", r=results)
     words = (sentence(name), *paragraphs("table_files", name, brief))
     return Section(f"Table {name[-1]}", words, (), tuple(shown), picture, caption)
@@ -144,10 +142,10 @@ def _figure(results: Results, name: str, folder: Path) -> Section:
         picture = figures.ranked_heads(results, method, folder, name)
         cells = cells[cells["method"] == method]
     elif name == "fig1":
-        picture = figures.accuracy_by_budget(results, folder, name)
+        picture = figures.accuracy_by_budget(results, folder)
         cells = results.cells[results.cells["selector"] == "topk"]
     else:
-        picture = figures.heads_by_task(results, folder, name)
+        picture = figures.heads_by_task(results, folder)
     if picture is None:
         raise ValueError(f"no finished cells for {name}: run make {name}")
     if method:
@@ -166,7 +164,7 @@ def _figure(results: Results, name: str, folder: Path) -> Section:
 def _lengths(results: Results, folder: Path) -> Section:
     for part in results.by_length.values():
         check_unmixed(part.cells)
-    picture = figures.accuracy_by_length(results, folder, "lengths")
+    picture = figures.accuracy_by_length(results, folder)
     if picture is None:
         raise ValueError("no finished cells of several lengths: run make lengths")
     results.length_curves.to_csv(folder / "lengths.csv", index=False)

@@ -15,6 +15,7 @@ import pandas as pd
 from ratplus_exp.report.prose import METHODS, MISSING, paragraphs
 from ratplus_exp.store import write_atomically
 
+WIDTH = 120  # characters of a terminal's line
 _LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -77,12 +78,12 @@ class Table:
         columns = ([row[i] for row in self.rows] for i in range(len(self.columns)))
         return "".join("r" if _numbers(column) else "l" for column in columns)
 
-    def to_text(self, width: int = 120) -> str:
-        """For a terminal, with less space between columns if wider than `width` characters."""
+    def to_text(self) -> str:
+        """For a terminal; two spaces between columns if that fits in WIDTH, else one."""
         shown = self.without(self.text_hides)
         lines, align = shown.lines(), shown.align()
         sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        gap = "  " if sum(sizes) + 2 * (len(sizes) - 1) <= width else " "
+        gap = "  " if sum(sizes) + 2 * (len(sizes) - 1) <= WIDTH else " "
         rule = "─" * (sum(sizes) + len(gap) * (len(sizes) - 1))
         text = [self.title, rule]
         for i, line in enumerate(lines, start=-1):  # the header is row -1

@@ -68,7 +68,7 @@ def run(cfg: DictConfig) -> None:
     if PAGE in outputs:
         title = f"Decaying memory and query-aware KV sparsity: {sentence('at', results)}"
         sections = page(results, parts, warnings, outputs, absent, _settings(cfg), folder)
-        pages = write_page(title, sections, folder, PAGE)
+        pages = write_page(title, sections, folder)
         print(f"The whole report: {pages[0]} and {pages[1].name}.")
     print(f"Written to {folder}.")
     with tracked(cfg, job_folder()) as tracker:

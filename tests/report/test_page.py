@@ -31,7 +31,7 @@ def test_the_page_stands_alone_and_says_everything(tmp_path):
     table = Table("T & co", "Caption <here>.", ("Who", "x"), (("a<b", "1.0"), ("c", "—")))
     parts = (("Some words.",), ("A point.",), (table,), tmp_path / "fig.png", "Drawn of n = 5.")
     sections = [Section("One", *parts), Section("Two", code="a: 1\n")]
-    html, markdown = write_page("Title", sections, tmp_path, "report")
+    html, markdown = write_page("Title", sections, tmp_path)
     page = Checker()
     page.feed(html.read_text())
     assert page.open == []

@@ -32,7 +32,7 @@ class Form(NamedTuple):
 
     run: takes a case's inputs, or what `setup` makes of them before the clock starts.
     comparable: its first outputs are those of the case's first form.
-    executed: FLOPs that it does on given inputs, where it must do more than the case's.
+    executed: its FLOPs on given inputs, if it has to compute more than the case requires.
     """
 
     run: Callable[..., Any]
@@ -260,7 +260,8 @@ def _captured(run: Callable[[], list], row: Row) -> tuple[Callable[[], Any], lis
 
 
 def checked(replay: Callable[[], Any], outputs: list, wanted: list[Tensor] | None) -> float | None:
-    """The error of what one replay writes into outputs, one a set of inputs, NaN before it."""
+    """The error of the first of `outputs` (one a set of inputs), which are filled with NaN and then
+    written by one replay. ValueError if a NaN is left."""
     _poison(outputs)
     replay()
     if any(x.isnan().any() for x in tensors(outputs) if x.is_floating_point()):
@@ -269,7 +270,7 @@ def checked(replay: Callable[[], Any], outputs: list, wanted: list[Tensor] | Non
 
 
 def error(out: Any, wanted: list[Tensor] | None) -> float | None:
-    """‖out − wanted‖ / ‖wanted‖, the largest of all tensors'; NaN where out has one."""
+    """‖out − wanted‖ / ‖wanted‖, the largest over all tensors; NaN if one has a NaN."""
     if wanted is None:
         return None
     pairs = zip(wanted, tensors(out), strict=False)
