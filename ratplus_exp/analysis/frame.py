@@ -19,6 +19,7 @@ SCORERS = ("exact", "substring")
 comma-separated parts of the answer (the RAT+ paper's), or anywhere in it (RULER's)."""
 LABELS = {"attention": "Attention", "ratplus": "RAT+"}  # the paper's names of the backbones
 SETTING = ["method", "block_size", "budget"]
+DENSE = ("dense", 1, "1", "dense")  # the setting and selector of dense attention
 GROUP = [*SETTING, "selector", "backbone"]
 """Cells that are equal in these columns differ in task, training and seeds alone."""
 COLUMNS = (

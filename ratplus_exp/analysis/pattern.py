@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, rank_correlation, spread
-from ratplus_exp.analysis.frame import BACKBONES, GROUP, SETTING
+from ratplus_exp.analysis.frame import BACKBONES, DENSE, GROUP, SETTING
 
 DECISIVE = 5.0
 """Least difference in points of the paper's backbones in a decisive cell."""
@@ -135,7 +135,7 @@ def rank_agreement(paper: pd.DataFrame, draws: Bootstrap) -> pd.DataFrame:
     def measured(task: str, *group: object) -> np.ndarray:
         return 100 * draws.mean((*group, backbone), [task])
 
-    dense = {t: measured(t, "dense", 1, "1", "dense") for t in paper["task"].unique()}
+    dense = {t: measured(t, *DENSE) for t in paper["task"].unique()}
     dense = {t: x for t, x in dense.items() if np.isfinite(x[0])}
     settings = dict.fromkeys(x[:-1] for x in printed.index)
     by_setting = {s: np.array([measured(t, *s, selector) for t in dense]) for s in settings}

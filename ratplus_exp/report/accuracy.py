@@ -6,13 +6,12 @@ from fractions import Fraction
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import spread
-from ratplus_exp.analysis.frame import ALL_TASKS, BACKBONES, GROUP, SETTING, grouped
+from ratplus_exp.analysis.frame import ALL_TASKS, BACKBONES, DENSE, GROUP, SETTING, grouped
 from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import MISSING, bounds, interval, number, plus_minus, span
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
 
-DENSE = ("dense", 1, "1")
 COUNTS = ("n", "trainings", "seeds")
 
 
@@ -38,16 +37,17 @@ def accuracy_table(results: Results, name: str) -> Table:
     extra = sorted(measured, key=lambda s: (s[0], s[1], -Fraction(s[2])))
     rows: list[tuple[str, ...]] = []
     printed_settings = paper[SETTING].itertuples(index=False, name=None)
-    for setting in dict.fromkeys([DENSE, *printed_settings, *extra]):
+    for setting in dict.fromkeys([DENSE[:3], *printed_settings, *extra]):
         method, block, budget = setting
         if block < 0:  # the paper's block size has no counterpart in this context
             continue
         of_setting = cells[(cells[SETTING] == list(setting)).all(axis=1)]
         stored = of_setting["top_k"].dropna()
         top_k = stored.iloc[0] if len(stored) else Fraction(budget) * results.context / block
-        sizes = ("", "") if setting == DENSE else (str(block), str(top_k))
+        dense = setting == DENSE[:3]
+        sizes = ("", "") if dense else (str(block), str(top_k))
         values = printed.loc[setting] if setting in printed.index else dict.fromkeys(BACKBONES)
-        groups = [(*setting, "dense" if setting == DENSE else selector, b) for b in BACKBONES]
+        groups = [(*setting, "dense" if dense else selector, b) for b in BACKBONES]
         gain = results.draws.gain(groups[1], groups[0], tasks)
         paper_gain = values["RAT+"] - values["Attention"] if values["RAT+"] is not None else None
         gains = (number(gain.value, sign="+"), bounds(gain), number(paper_gain, sign="+"))
@@ -85,13 +85,13 @@ def tasks_table(results: Results) -> Table:
     rows: list[tuple[str, ...]] = []
     for group in sorted(
         set(cells[place].itertuples(index=False, name=None)),
-        key=lambda g: (g[:3] != DENSE, *g[:2], -Fraction(g[2]), g[4] == "split"),
+        key=lambda g: (g[:4] != DENSE, *g[:2], -Fraction(g[2]), g[4] == "split"),
     ):
         method, block, budget, _, protocol = group
         of_group = cells[(cells[place] == list(group)).all(axis=1)]
         draws = results.protocols["split" if protocol == "split" else "whole"].draws
         gain = draws.gain((*group[:4], "RAT+"), (*group[:4], "Attention"), tasks)
-        label = (method, "" if group[:3] == DENSE else str(block), budget, protocol)
+        label = (method, "" if group[:4] == DENSE else str(block), budget, protocol)
         for backbone, texts, n, _ in _sides(of_group, tasks, results.scorer):
             rows.append((*label, *texts, interval(gain) if backbone == "RAT+" else "", n))
     columns = ("Method", "Block", "Budget", "Protocol", "Kept", "Backbone", *tasks)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Estimate
-from ratplus_exp.analysis.frame import BACKBONES, TASKS, grouped, select
+from ratplus_exp.analysis.frame import BACKBONES, DENSE, TASKS, grouped, select
 from ratplus_exp.analysis.hits import MEAN, estimate
 from ratplus_exp.analysis.pattern import DECISIVE
 from ratplus_exp.budget import Budget
@@ -48,7 +48,7 @@ def accuracy_by_budget(results: Results, folder: Path) -> Path | None:
         budgets = by_size(of_method.loc[of_method["block_size"] == block, "budget"])
         for backbone in BACKBONES:
             style: dict[str, Any] = {"color": COLORS[backbone]}
-            mean = results.draws.mean(("dense", 1, "1", "dense", backbone), tasks)
+            mean = results.draws.mean((*DENSE, backbone), tasks)
             dense = 100 * float(mean[0])
             if np.isfinite(dense):
                 label = f"{backbone}, dense"

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import pandas as pd
 
-from ratplus_exp.analysis.frame import BACKBONES, SETTING, TASKS, grouped
+from ratplus_exp.analysis.frame import BACKBONES, DENSE, SETTING, TASKS, grouped
 from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import METHODS, setting_name
 from ratplus_exp.report.results import Results
@@ -40,7 +40,7 @@ def _needs(output: str, results: Results) -> Iterator[tuple[Setting, tuple[str, 
     table3 = results.paper("table3")
     blocks = table3[table3["paper_block"].isin([1, 64])].groupby("method")["block_size"].first()
     if output in ("table3", "table4", "table5", "fig1"):
-        yield ("dense", 1, "1", "dense"), TASKS
+        yield DENSE, TASKS
     if output in PAPER_TABLES:
         paper = results.paper(output)
         tasks = tuple(paper["task"].unique())
