@@ -3,7 +3,8 @@
 The pocket pair in batches of 25, and Llama's shape with 135M parameters (random weights), whose
 prefill is cut by layers so that none takes minutes; decoding runs whole models on a cache of random
 states. SnapKV's examples stand beside kvpress's, where `make kvpress` has installed it. Times are
-medians of processor seconds, which other processes disturb less than the clock on the wall.
+medians of processor seconds, which other processes disturb less than the clock on the wall, and so
+are the rates of the floors here.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ KVPRESS = Path(os.environ.get("KVPRESS_PYTHON", REPOSITORY / ".venv-kvpress/bin/
 @torch.inference_mode()
 def rows(machine: Machine) -> Iterator[Row]:
     """Every model and length: dense, Quest or MoBA at 1/16, transformers with SDPA."""
+    matmul, bandwidth = _rates(256 if machine.dry else 1024)
+    machine = replace(machine, matmul=matmul, bandwidth=bandwidth)
     for name in ("attention", "ratplus"):
         model, batch = load_model(POCKET / name / "0", machine.device), 2 if machine.dry else 25
         yield from _Case(machine, model, f"pocket {name} B={batch} T=992", batch, 992, 16).ours()
@@ -185,3 +188,12 @@ def _median(run: Callable[[], Any], repeats: int) -> float:
         run()
         taken.append(time.thread_time() - start)
     return median(taken)
+
+
+def _rates(size: int) -> tuple[float, float]:
+    """FLOP a second of a product, and bytes, read and written, of a copy larger than a cache."""
+    a, b = torch.randn(2, size, size)
+    source = torch.randn(16 * size**2)
+    target = torch.empty_like(source)
+    product = _median(lambda: a @ b, 15)
+    return 2 * size**3 / product, 2 * source.nbytes / _median(lambda: target.copy_(source), 7)
