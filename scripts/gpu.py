@@ -1,12 +1,12 @@
-"""What only a GPU can show, in a quarter of an hour: pieces in order of worth, each within a limit.
+"""All that needs a GPU, in a quarter of an hour: pieces with time limits, the main ones first.
 
-    python scripts/gpu.py               the pieces that have no result yet, in order
-    python scripts/gpu.py bench small   these, again where they have one (trainings resume)
-    DRY=1 python scripts/gpu.py         all of it in miniature, on a CPU
+    python scripts/gpu.py               the pieces without a result, in order
+    python scripts/gpu.py bench small   these pieces, with or without a result (trainings resume)
+    DRY=1 python scripts/gpu.py         all pieces on a CPU, with tiny sizes
 
-Environment: OUT, the folder whose files come back (outputs/gpu); COMMIT, of the copy;
-SMALL_SECONDS, of the small tier in all; SET, of its trainings; SEED, of the pocket's. Packages:
-the host's, and wheels/*.whl (`make gpu-wheels`).
+Environment: OUT, the folder for the results (outputs/gpu); COMMIT, the commit of this copy;
+SMALL_SECONDS, the time limit of the small tier; SET, settings of its trainings; SEED, the seed of
+the pocket training. Packages: the host's, and wheels/*.whl (`make gpu-wheels`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ DRY = os.environ.get("DRY") == "1"
 WORK = Path("outputs", "gpu_dry" if DRY else "gpu")  # below ROOT, where all commands run
 OUT = Path(os.environ["OUT"]).absolute() if os.environ.get("OUT") else WORK
 SMALL = float(os.environ.get("SMALL_SECONDS", 290))  # of the small pair
-START, LATE = 20, 15  # seconds from a training's start to its first step and for its end; and more
+START = 20  # seconds of a training for its start and its end
+LATE = 15  # more seconds for a slow start
 GRACE = 12  # seconds from SIGTERM to SIGKILL: trainings write a checkpoint
 ARCHIVE = 15 << 20  # bytes of a result at most; a file that comes back may have 16 MiB
 
@@ -86,7 +87,7 @@ def baselines(out: Path) -> Steps:
 
 
 def warm(out: Path) -> Steps:
-    """What bench compiles, into the compilers' caches: to be run beside other pieces."""
+    """Fill the compilers' caches for `bench`, beside other pieces."""
     parts = {"sparse": OURS, "scan": OURS, "plans": PLANS}
     short = "^(?!.*T=131072).*({})".format
     yield 70, [measured(out / x, x, short(match), "--once") for x, match in parts.items()]
@@ -148,21 +149,19 @@ def small(out: Path) -> Steps:
     workers = {"small_attention": 9, "small_ratplus": 5}
     yield tuned + LATE, [training(f"{x}_sft", n, tuned) for x, n in workers.items()]
     rest = f"pair=small {'data.examples=1' if DRY else 'data.examples=50 pair.random_examples=25'}"
-    cells = (
-        f"experiment=[table3,table5{',small_trial' * DRY}] {rest} pair.workers={1 if DRY else 5}"
-    )
-    cells = f"{cells} stage.batch_size=25 stage.outputs.table3=false stage.outputs.table5=false"
-    yield (
-        tables,
-        [run(out, f"{cells} pair.models=[{x}] stage.folder={out}/cells/{x}") for x in models],
-    )
+    cells = f"experiment=[table3,table5{',small_trial' * DRY}] {rest} stage.batch_size=25"
+    cells = f"{cells} pair.workers={1 if DRY else 5}"
+    cells = f"{cells} stage.outputs.table3=false stage.outputs.table5=false"
+    ours = [f"{cells} pair.models=[{x}] stage.folder={out}/cells/{x}" for x in models]
+    yield tables, [run(out, x) for x in ours]
     rest = f"stage=report {'experiment=small_trial ' * DRY}{rest} stage.folder={out}/report"
     unwanted = ("table2", "fig1", "fig2", "fig3", "fig4", "report")
     yield SMALL, [run(out, rest, *(f"stage.outputs.{x}=false" for x in unwanted))]
 
 
 def smollm2(out: Path) -> Steps:
-    """Pretrained weights with the memory added, where they, maybe in parts, and tokens are."""
+    """A training of pretrained weights with the memory, if weights (or their parts) and a corpus
+    were carried."""
     model, corpus = Path("outputs/models/smollm2_135m"), Path("outputs/corpus/local")
     parts = sorted(model.parent.glob("smollm2.gguf.*"))
     if not corpus.exists() or not (parts or model.exists()):
@@ -254,7 +253,7 @@ def describe() -> dict[str, Any]:
 
 
 def run_piece(name: str, steps: Callable[[Path], Steps], about: dict[str, Any]) -> dict[str, Any]:
-    """Run a piece and write its record, whatever becomes of it."""
+    """Run a piece and write its record, even if the piece fails."""
     folder, started, used = WORK / name, time.monotonic(), sum(os.times()[2:4])
     folder.mkdir(parents=True, exist_ok=True)
     record = {"piece": name, "rc": 1, "note": "stopped from outside", "dry": DRY, **about}
@@ -310,8 +309,8 @@ def side_by_side(commands: list[str], end: float, folder: Path) -> list[dict[str
 
 
 def pack(folder: Path, record: dict[str, Any]) -> None:
-    """The record, and an archive of it and the piece's files: the small ones first, as far as they
-    fit, no checkpoints and no model that is still to be fine-tuned."""
+    """Write the record, and an archive with it and the piece's files: smallest first while there is
+    room, without checkpoints and models before their fine-tuning."""
     sizes = {x: x.stat().st_size for x in folder.rglob("*") if x.is_file()}
     room, left_out, path = ARCHIVE, [], WORK / f"{record['piece']}.json"
     with tarfile.open(path.with_suffix(".tgz"), "w:gz") as archive:

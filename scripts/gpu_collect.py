@@ -1,15 +1,14 @@
-"""Lay what a GPU measured (scripts/gpu.py) under outputs/reference, and its tables into the docs.
+"""Copy the results of scripts/gpu.py to outputs/reference, and their tables into the docs.
 
-    python scripts/gpu_collect.py FOLDER   the archives that came back
+    python scripts/gpu_collect.py FOLDER   the archives of a GPU, then the tables
     python scripts/gpu_collect.py          the tables alone
 
-docs/kernels.md and docs/small-tier.md have the tables between two marks, and what is missing.
+docs/kernels.md and docs/small-tier.md have the tables between two marks.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tarfile
 from pathlib import Path
@@ -31,10 +30,7 @@ PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
         "pocket/{device}",
         ("table3/cells.csv", "table3/table3.md", "table3/provenance.json", "training/*/*.json*"),
     ),
-    "small": (
-        "small/{device}",
-        ("report/*", "training/*/*.json*"),
-    ),
+    "small": ("small/{device}", ("report/*", "training/*/*.json*")),
     "smollm2": ("smollm2/{device}", ("training/*/*.json*", "reports/*/*")),
 }
 
@@ -76,7 +72,8 @@ def main(arguments: list[str]) -> None:
 
 
 def lay(archive: Path, root: Path) -> str:
-    """Unpack a piece's archive, for a next run to know it by, and copy what is kept of it."""
+    """Unpack a piece's archive into outputs/gpu, where the next run finds it, and copy the files of
+    PLACES; returns what was done."""
     unpacked = root / "outputs" / "gpu"
     with tarfile.open(archive) as file:
         file.extractall(unpacked, filter="data")
@@ -86,7 +83,7 @@ def lay(archive: Path, root: Path) -> str:
         return (
             f"not laid: {record['note'] or 'a dry run, on an unknown device, or nothing to keep'}"
         )
-    target = root / REFERENCE / place.format(device=slug(record["device"]))
+    target = root / REFERENCE / place.format(device=report.slug(record["device"]))
     target.mkdir(parents=True, exist_ok=True)
     (target / f"{archive.stem}.record.json").write_text(json.dumps(record, indent=1) + "\n")
     source = unpacked / archive.stem
@@ -103,12 +100,8 @@ def lay(archive: Path, root: Path) -> str:
     return f"rc {record['rc']}, laid under {target.relative_to(root)}"
 
 
-def slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
 def tables(root: Path) -> dict[str, str]:
-    """By page, what its files say and what is missing."""
+    """The text of each page: its results, and those that are missing."""
     reference = root / REFERENCE
     found = sorted(x for x in reference.glob("bench/*/bench.json") if x.parent.name[-4:] != "-cpu")
     kernels = [summary(path) for path in sorted(reference.glob("bench/*/kernels.record.json"))]
@@ -141,7 +134,7 @@ def summary(path: Path) -> str:
 
 
 def rates(device: str, about: dict[str, Any]) -> str:
-    """What a device's floors are made of."""
+    """The rates of which a device's floors are made."""
     return (
         f"{about['device']}, {about['date'][:10]}, commit {str(about['commit'])[:12]}: device copy "
         f"{about['copy_bytes_per_second'] / 1e12:.2f} TB/s, matrix product ({about['dtype']}) "
@@ -151,8 +144,7 @@ def rates(device: str, about: dict[str, Any]) -> str:
 
 
 def aims(runs: list[dict[str, Any]]) -> str:
-    """Every aim beside what was measured, of the plan that was the default then and of the
-    fastest one."""
+    """Every aim beside its measured figure, for the default plan of that time and the fastest."""
     rows = [row for run in runs for row in run["rows"] if row["seconds"]]
     found = {(row["suite"], row["case"], row["form"]): row for row in rows}
     fastest: dict[tuple[str, str], dict[str, Any]] = {}

@@ -71,11 +71,8 @@ def test_a_form_that_fails_is_a_row_without_a_number(monkeypatch):
     forms = {"a": Form(missing), "b": Form(broken), "c": Form(endless)}
     rows = list(timing.measure(Case("s", "c", lambda seed: (1,), forms), MACHINE))
     assert [row.seconds for row in rows] == [None] * 3
-    assert [row.note for row in rows] == [
-        "not installed: a_package_that_is_not_there",
-        "failed: RuntimeError: first line",
-        "timed out",
-    ]
+    absent = "not installed: a_package_that_is_not_there"
+    assert [x.note for x in rows] == [absent, "failed: RuntimeError: first line", "timed out"]
 
 
 @pytest.mark.parametrize(

@@ -44,14 +44,9 @@ class Bootstrap:
     """
 
     def __init__(
-        self,
-        samples: pd.DataFrame,
-        score: str,
-        by: Sequence[str],
-        n_boot: int = RESAMPLES,
-        seed: int = 0,
+        self, samples: pd.DataFrame, score: str, by: Sequence[str], n_boot: int = RESAMPLES
     ) -> None:
-        self.n_boot, self.seed = n_boot, seed
+        self.n_boot = n_boot
         columns = [*by, "training"]
         rows = samples[["task", "id", *columns, score]]
         self._scores: dict[str, np.ndarray] = {}  # of a task: (samples, columns)
@@ -107,11 +102,11 @@ class Bootstrap:
             return np.full(self.n_boot + 1, np.nan)
         key = (task, rows.tobytes())
         if key not in self._cache:  # all columns together; NaN if a column lacks some of the rows
-            counts = sample_counts(task, int(rows.sum()), self.n_boot, self.seed)
+            counts = sample_counts(task, int(rows.sum()), self.n_boot)
             self._cache[key] = counts @ self._scores[task][rows] / rows.sum()
         columns, numbers = zip(*self._columns[task][group], strict=True)
         means = self._cache[key][:, list(columns)]
-        return over_trainings(means, numbers, self.trainings[group], self.seed)
+        return over_trainings(means, numbers, self.trainings[group])
 
 
 def sample_counts(task: str, n: int, n_boot: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -123,16 +118,14 @@ def sample_counts(task: str, n: int, n_boot: int = RESAMPLES, seed: int = 0) -> 
     return _draws(n, n_boot, (seed, *task.encode())).astype(float)
 
 
-def over_trainings(
-    means: np.ndarray, numbers: Sequence[int], drawn: Iterable[int], seed: int = 0
-) -> np.ndarray:
+def over_trainings(means: np.ndarray, numbers: Sequence[int], drawn: Iterable[int]) -> np.ndarray:
     """The mean over trainings in every resample of them.
 
     means: (n_boot + 1, trainings, …), of the trainings `numbers`. drawn: the trainings to draw
     from; those that `numbers` lacks are skipped, and a resample without any other is NaN.
     """
     order = sorted(drawn)
-    counts = _draws(len(order), len(means) - 1, (seed, len(order), *order))
+    counts = _draws(len(order), len(means) - 1, (0, len(order), *order))
     weights = counts[:, [order.index(n) for n in numbers]] / len(order)
     with np.errstate(invalid="ignore"):
         weights = weights / weights.sum(axis=1, keepdims=True)

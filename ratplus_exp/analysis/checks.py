@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, Group
-from ratplus_exp.analysis.frame import TASKS
+from ratplus_exp.analysis.frame import DENSE, TASKS
 from ratplus_exp.budget import Budget
 
 LEVEL = 0.999
@@ -35,7 +35,7 @@ def doubts(draws: Bootstrap) -> list[Doubt]:
     groups = [group for group in draws.trainings if group[3] == "topk"]
     compared = []
     for group in groups:
-        dense = ("dense", 1, "1", "dense", group[-1])
+        dense = (*DENSE, group[-1])
         compared += [(group, dense, "dense", task) for task in (None, *TASKS)]
     for start in dict.fromkeys((*group[:2], *group[3:]) for group in groups):
         same = [group for group in groups if (*group[:2], *group[3:]) == start]

@@ -19,6 +19,7 @@ SCORERS = ("exact", "substring")
 comma-separated parts of the answer (the RAT+ paper's), or anywhere in it (RULER's)."""
 LABELS = {"attention": "Attention", "ratplus": "RAT+"}  # the paper's names of the backbones
 SETTING = ["method", "block_size", "budget"]
+DENSE = ("dense", 1, "1", "dense")  # the setting and selector of dense attention
 GROUP = [*SETTING, "selector", "backbone"]
 """Cells that are equal in these columns differ in task, training and seeds alone."""
 COLUMNS = (
@@ -44,7 +45,8 @@ Cells = Store | Sequence[Cell]
 
 
 def finished(cells: Cells, stage: str) -> list[Cell]:
-    """The finished cells of a stage; without those, with a warning, that hold no numbers."""
+    """The finished cells of a stage. A cell with a value of a wrong type is left out with a
+    warning."""
     listed = cells.cells(stage) if isinstance(cells, Store) else cells
     return [c for c in listed if c.key["stage"] == stage and c.done() and _fits(c)]
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ratplus_exp.analysis.bootstrap import RESAMPLES, over_trainings, sample_counts
+from ratplus_exp.analysis.bootstrap import RESAMPLES, Estimate, over_trainings, sample_counts
 from ratplus_exp.analysis.frame import BACKBONES, SETTING, Cells, finished, select, tidy
 
 STAGE = "hit_rate"
 MEAN = "mean"  # in the task column: the mean over tasks
+ENDS = ("", " low", " high")  # of the columns of an estimate
 
 
 def hit_rates(cells: Cells, **where: Any) -> pd.DataFrame:
@@ -60,7 +61,7 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
         RAT+ and difference (RAT+ minus Attention at the same rank) the value, and "… low" and
         "… high"; n is the number of samples of a task.
     """
-    bounds = [f"{x}{end}" for x in (*BACKBONES, "difference") for end in ("", " low", " high")]
+    bounds = [f"{x}{end}" for x in (*BACKBONES, "difference") for end in ENDS]
     frames = [pd.DataFrame(columns=[*SETTING, "task", "rank", *bounds, "n"])]
     settings = samples.groupby(SETTING)
     for setting, rows in sorted(settings, key=lambda x: (*x[0][:2], -Fraction(x[0][2]))):
@@ -88,6 +89,11 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
     return pd.concat(frames[1:] or frames, ignore_index=True)[list(frames[0].columns)]
 
 
+def estimate(row: Any, name: str) -> Estimate:
+    """A backbone's value in a row of `rank_curves`, or their "difference"."""
+    return Estimate(*(float(row[f"{name}{end}"]) for end in ENDS))
+
+
 def _rates(
     task: str, samples: pd.DataFrame, n_boot: int
 ) -> tuple[dict[tuple[str, int], np.ndarray], int]:
@@ -113,6 +119,6 @@ def _curve(attention: np.ndarray, ratplus: np.ndarray) -> pd.DataFrame:
     columns: dict[str, Any] = {"rank": np.arange(1, heads + 1)}
     curves = (attention, ratplus, ratplus - attention)
     for name, values in zip((*BACKBONES, "difference"), curves, strict=True):
-        low, high = np.quantile(values[1:], (0.025, 0.975), axis=0)
-        columns |= {name: values[0], f"{name} low": low, f"{name} high": high}
+        ends = (values[0], *np.quantile(values[1:], (0.025, 0.975), axis=0))
+        columns |= {f"{name}{end}": x for end, x in zip(ENDS, ends, strict=True)}
     return pd.DataFrame(columns)

@@ -12,9 +12,9 @@ LINE = ["backbone", "budget", "method", "blocks"]
 def length_curves(draws: Mapping[int, Bootstrap]) -> pd.DataFrame:
     """Means over the tasks that all lengths have, in percent with their 95 % intervals.
 
-    draws: of each context length, by `GROUP`. A line (LINE) has a fixed size or number of blocks:
-    its points are of one size, or of one number; the point that both have is in both. Those of a
-    single length are left out. n: samples a task.
+    draws: the accuracies of each context length, by `GROUP`. The columns LINE name a line of a
+    plot: of a method with blocks, one line has a fixed block size and another a fixed number of
+    blocks; a point may be in both. Lines of a single length are left out. n: samples a task.
     """
     tasks = sorted(set.intersection(*(set(x.tasks) for x in draws.values()))) if draws else []
     rows = []

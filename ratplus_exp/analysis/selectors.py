@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate
-from ratplus_exp.analysis.frame import BACKBONES, SETTING, TASKS
+from ratplus_exp.analysis.frame import BACKBONES, DENSE, SETTING, TASKS
 
 SELECTORS = ("random", "topk", "oracle", "dense")
 GAP = "RAT+ − Attention"
@@ -30,7 +30,7 @@ def selector_means(draws: Bootstrap) -> pd.DataFrame:
             (side, kind): group
             for side in BACKBONES
             for kind in SELECTORS
-            for group in [(*(("dense", 1, "1") if kind == "dense" else setting), kind, side)]
+            for group in [(*(DENSE if kind == "dense" else (*setting, kind)), side)]
             if group in draws.trainings
         }
         counts = {task: draws.count(task, groups.values()) for task in TASKS}

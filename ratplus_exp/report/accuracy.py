@@ -1,18 +1,17 @@
 """The paper's Tables 2-5 with measured numbers."""
 
+from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
 
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import spread
-from ratplus_exp.analysis.frame import ALL_TASKS, BACKBONES, GROUP, SETTING, grouped
+from ratplus_exp.analysis.frame import ALL_TASKS, BACKBONES, DENSE, GROUP, SETTING, grouped
 from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import MISSING, bounds, interval, number, plus_minus, span
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
 
-DENSE = ("dense", 1, "1")
 COUNTS = ("n", "trainings", "seeds")
 
 
@@ -37,45 +36,37 @@ def accuracy_table(results: Results, name: str) -> Table:
     measured = {tuple(s) for s in cells[SETTING].itertuples(index=False)}
     extra = sorted(measured, key=lambda s: (s[0], s[1], -Fraction(s[2])))
     rows: list[tuple[str, ...]] = []
-    for setting in dict.fromkeys(
-        [DENSE, *paper[SETTING].itertuples(index=False, name=None), *extra]
-    ):
+    printed_settings = paper[SETTING].itertuples(index=False, name=None)
+    for setting in dict.fromkeys([DENSE[:3], *printed_settings, *extra]):
         method, block, budget = setting
         if block < 0:  # the paper's block size has no counterpart in this context
             continue
         of_setting = cells[(cells[SETTING] == list(setting)).all(axis=1)]
         stored = of_setting["top_k"].dropna()
         top_k = stored.iloc[0] if len(stored) else Fraction(budget) * results.context / block
-        sizes = ("", "") if setting == DENSE else (str(block), str(top_k))
+        dense = setting == DENSE[:3]
+        sizes = ("", "") if dense else (str(block), str(top_k))
         values = printed.loc[setting] if setting in printed.index else dict.fromkeys(BACKBONES)
-        groups = [(*setting, "dense" if setting == DENSE else selector, b) for b in BACKBONES]
+        groups = [(*setting, "dense" if dense else selector, b) for b in BACKBONES]
         gain = results.draws.gain(groups[1], groups[0], tasks)
         paper_gain = values["RAT+"] - values["Attention"] if values["RAT+"] is not None else None
         gains = (number(gain.value, sign="+"), bounds(gain), number(paper_gain, sign="+"))
-        for backbone in BACKBONES:
-            side = of_setting[of_setting["backbone"] == backbone]
+        for backbone, texts, n, side in _sides(of_setting, tasks, results.scorer):
             draws = side.drop_duplicates(["training", "seed", "selector_seed"])
             seeds = draws.groupby("training").size()
             counts = (str(len(seeds)), str(seeds.max())) if len(side) else (MISSING, MISSING)
-            kept = number(side["budget_measured"].mean(), digits=3)
-            means = (*_means(side, tasks, results.scorer), number(values[backbone]))
             shown = gains if backbone == "RAT+" else ("", "", "")
-            place = (method, *sizes, budget, kept, backbone)
-            rows.append((*place, *means, *shown, span(side["n"]), *counts))
+            means = (*texts, number(values[backbone]))
+            rows.append((method, *sizes, budget, *means, *shown, n, *counts))
     columns = ("Method", "Block", "k", "Budget", "Kept", "Backbone", *tasks, "Mean", "Paper")
     columns = (*columns, "Δ", "Δ 95 %", "Paper Δ", *COUNTS)
     distinct = [{row[i] for row in rows} - {MISSING} for i in range(-len(COUNTS), 0)]
     uniform = [name for name, x in zip(COUNTS, distinct, strict=True) if len(x) == 1]
     models = cells.groupby(["backbone", "model", "checkpoint"])["effective_memory_length"].mean()
-    caption: dict[str, Any] = {
-        "table": name[-1],
-        "of": PAPER_TABLES[name],
-        "cells": cells,
-        "n": span(cells["n"]),
-        "models": [(*model, number(memory)) for model, memory in models.items()],
-    }
     hide = ("Paper", *uniform)  # the caption has what all rows share
-    return Table.described("accuracy", columns, rows, hide=hide, r=results, **caption)
+    caption = {"r": results, "table": name[-1], "of": PAPER_TABLES[name], "cells": cells}
+    caption["models"] = [(*model, number(memory)) for model, memory in models.items()]
+    return Table.described("accuracy", columns, rows, hide=hide, n=span(cells["n"]), **caption)
 
 
 def tasks_table(results: Results) -> Table:
@@ -94,28 +85,31 @@ def tasks_table(results: Results) -> Table:
     rows: list[tuple[str, ...]] = []
     for group in sorted(
         set(cells[place].itertuples(index=False, name=None)),
-        key=lambda g: (g[:3] != DENSE, *g[:2], -Fraction(g[2]), g[4] == "split"),
+        key=lambda g: (g[:4] != DENSE, *g[:2], -Fraction(g[2]), g[4] == "split"),
     ):
         method, block, budget, _, protocol = group
         of_group = cells[(cells[place] == list(group)).all(axis=1)]
         draws = results.protocols["split" if protocol == "split" else "whole"].draws
         gain = draws.gain((*group[:4], "RAT+"), (*group[:4], "Attention"), tasks)
-        label = (method, "" if group[:3] == DENSE else str(block), budget, protocol)
-        for backbone in BACKBONES:
-            side = of_group[of_group["backbone"] == backbone]
-            kept = number(side["budget_measured"].mean(), digits=3)
-            shown = interval(gain) if backbone == "RAT+" else ""
-            means = _means(side, tasks, results.scorer)
-            rows.append((*label, kept, backbone, *means, shown, span(side["n"])))
+        label = (method, "" if group[:4] == DENSE else str(block), budget, protocol)
+        for backbone, texts, n, _ in _sides(of_group, tasks, results.scorer):
+            rows.append((*label, *texts, interval(gain) if backbone == "RAT+" else "", n))
     columns = ("Method", "Block", "Budget", "Protocol", "Kept", "Backbone", *tasks)
     return Table.described("tasks", (*columns, "Mean", "Δ", "n"), rows, group=4, r=results)
 
 
-def _means(side: pd.DataFrame, tasks: list[str], scorer: str) -> list[str]:
-    """The mean of each task, and over all tasks if none is missing."""
-    of_task = dict(iter(side.groupby("task")))
-    parts = [*map(of_task.get, tasks), side if len(of_task) == len(tasks) else None]
-    return [MISSING if x is None else plus_minus(*spread(x, scorer)[:2]) for x in parts]
+def _sides(
+    cells: pd.DataFrame, tasks: list[str], scorer: str
+) -> Iterator[tuple[str, tuple[str, ...], str, pd.DataFrame]]:
+    """Of each backbone its name; the texts of Kept and Backbone, of each task's mean, and of the
+    mean over all tasks if none is missing; n; and its cells."""
+    for backbone in BACKBONES:
+        side = cells[cells["backbone"] == backbone]
+        of_task = dict(iter(side.groupby("task")))
+        parts = [*map(of_task.get, tasks), side if len(of_task) == len(tasks) else None]
+        means = (MISSING if x is None else plus_minus(*spread(x, scorer)[:2]) for x in parts)
+        kept = number(side["budget_measured"].mean(), digits=3)
+        yield backbone, (kept, backbone, *means), span(side["n"]), side
 
 
 def check_unmixed(cells: pd.DataFrame) -> None:

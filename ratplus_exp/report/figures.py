@@ -1,5 +1,5 @@
-"""Figures of finished cells, in one style. Each function writes NAME.png and NAME.pdf and returns
-the PNG, or None if nothing was measured."""
+"""Figures of finished cells, in one style. Each function writes a PNG and a PDF, and returns the
+PNG's path or, if nothing was measured, None."""
 
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Estimate
-from ratplus_exp.analysis.frame import BACKBONES, TASKS, grouped, select
-from ratplus_exp.analysis.hits import MEAN
+from ratplus_exp.analysis.frame import BACKBONES, DENSE, TASKS, grouped, select
+from ratplus_exp.analysis.hits import MEAN, estimate
 from ratplus_exp.analysis.pattern import DECISIVE
 from ratplus_exp.budget import Budget
 from ratplus_exp.report.prose import METHODS, SELECTORS, sentence
@@ -29,7 +29,7 @@ METHOD_COLORS = {"quest": "#1f77b4", "moba": "#2a9d5c", "snapkv": "#c98a1b"}
 DASHES = {"Attention": (0, (4, 4)), "RAT+": (4, (4, 4))}  # alternate, so that both stay visible
 
 
-def accuracy_by_budget(results: Results, folder: Path, name: str) -> Path | None:
+def accuracy_by_budget(results: Results, folder: Path) -> Path | None:
     """Mean accuracy over the tasks against the budget: a panel a method, a line a backbone. Bars
     are 95 % bootstrap intervals, dashed lines dense accuracies. Only a method's most frequent block
     size is drawn, and only points with every task."""
@@ -48,7 +48,7 @@ def accuracy_by_budget(results: Results, folder: Path, name: str) -> Path | None
         budgets = by_size(of_method.loc[of_method["block_size"] == block, "budget"])
         for backbone in BACKBONES:
             style: dict[str, Any] = {"color": COLORS[backbone]}
-            mean = results.draws.mean(("dense", 1, "1", "dense", backbone), tasks)
+            mean = results.draws.mean((*DENSE, backbone), tasks)
             dense = 100 * float(mean[0])
             if np.isfinite(dense):
                 label = f"{backbone}, dense"
@@ -58,10 +58,10 @@ def accuracy_by_budget(results: Results, folder: Path, name: str) -> Path | None
             _line(panel, points, style | {"label": backbone})
         panel.set_xticks(range(len(budgets)), budgets)
         panel.set_xlabel("budget")
-    return _save(panels, folder, name)
+    return _save(panels, folder, "fig1")
 
 
-def accuracy_by_length(results: Results, folder: Path, name: str) -> Path | None:
+def accuracy_by_length(results: Results, folder: Path) -> Path | None:
     """Mean accuracy over the tasks against the context length, at equal budget: a panel a budget
     and backbone, a line a method, dashed if its block size is fixed. Bars are 95 % intervals."""
     curves = results.length_curves
@@ -82,7 +82,7 @@ def accuracy_by_length(results: Results, folder: Path, name: str) -> Path | None
                 _line(panel, points, style | {"ls": "--" if " of " in blocks else "-"})
         panel.set_xticks(range(len(results.by_length)), [*results.by_length])
         panel.set_xlabel("context length, tokens")
-    return _save(panels, folder, name)
+    return _save(panels, folder, "lengths")
 
 
 def ranked_heads(results: Results, method: str, folder: Path, name: str) -> Path | None:
@@ -109,7 +109,7 @@ def ranked_heads(results: Results, method: str, folder: Path, name: str) -> Path
     return _save(panels, folder, name)
 
 
-def heads_by_task(results: Results, folder: Path, name: str) -> Path | None:
+def heads_by_task(results: Results, folder: Path) -> Path | None:
     """Hit rate of the best head at the smallest budget, task by task: a panel a method, a bar a
     backbone."""
     budgets = by_size(results.curves["budget"])
@@ -123,12 +123,12 @@ def heads_by_task(results: Results, folder: Path, name: str) -> Path | None:
     for panel, method in zip(panels, methods, strict=True):
         rates = best[best["method"] == method].set_index("task")
         tasks = [task for task in (*TASKS, MEAN) if task in rates.index]
-        ends = ("", " low", " high")
-        _bars(panel, tasks, {b: [rates.loc[tasks, f"{b}{end}"] for end in ends] for b in BACKBONES})
-    return _save(panels, folder, name)
+        rows = [rates.loc[task] for task in tasks]
+        _bars(panel, tasks, {b: [estimate(row, b) for row in rows] for b in BACKBONES})
+    return _save(panels, folder, "fig4")
 
 
-def selectors(results: Results, folder: Path, name: str) -> Path | None:
+def selectors(results: Results, folder: Path) -> Path | None:
     """Mean accuracy by selector: a panel a method, a bar a backbone."""
     means = results.selector_means
     sides = means.groupby(["method", "selector"])["side"].agg(set)
@@ -144,15 +144,12 @@ def selectors(results: Results, folder: Path, name: str) -> Path | None:
     panels = _panels(sentence("selectors_title", r=results), names, "mean accuracy, %", 3.6)
     for panel, frame in zip(panels, frames, strict=True):
         kinds = [k for k in SELECTORS if all((k, b) in frame.index for b in BACKBONES)]
-        sides = {}
-        for b in BACKBONES:
-            points = [frame.loc[(kind, b), "estimate"] for kind in kinds]
-            sides[b] = [pd.Series([getattr(x, end) for x in points]) for end in vars(points[0])]
+        sides = {b: [frame.loc[(kind, b), "estimate"] for kind in kinds] for b in BACKBONES}
         _bars(panel, [SELECTORS[kind] for kind in kinds], sides)
-    return _save(panels, folder, name)
+    return _save(panels, folder, "selectors")
 
 
-def gains(results: Results, table: str, folder: Path, name: str) -> Path | None:
+def gains(results: Results, table: str, folder: Path) -> Path | None:
     """RAT+ minus Attention, paper (x) against measured (y): a point a setting and task, filled in
     the paper's decisive cells."""
     place = ["method", "paper_block", "budget", "task"]
@@ -176,7 +173,7 @@ def gains(results: Results, table: str, folder: Path, name: str) -> Path | None:
     panel.axvline(0, color="black", lw=0.8)
     panel.autoscale()
     panel.set_xlabel(f"paper: RAT+ − Attention, points (filled: {DECISIVE:g} or more)")
-    return _save([panel], folder, name)
+    return _save([panel], folder, f"{table}_gains")
 
 
 def losses(frame: pd.DataFrame, folder: Path, **what: Any) -> list[Path]:
@@ -259,20 +256,24 @@ def _line(panel: Any, points: Sequence[Estimate], style: dict[str, Any]) -> None
     """The measured points with their intervals."""
     places = [i for i, x in enumerate(points) if np.isfinite(x.value)]
     if places:
-        y, low, high = np.array([tuple(vars(points[i]).values()) for i in places]).T
-        style |= {"marker": "o", "ms": 4, "capsize": 3}
-        panel.errorbar(places, y, [y - low, high - y], **style)
+        values, errors = _errors([points[i] for i in places])
+        panel.errorbar(places, values, errors, marker="o", ms=4, capsize=3, **style)
 
 
-def _bars(panel: Any, labels: Sequence[str], sides: dict[str, list[Any]]) -> None:
-    """Bars of both backbones; sides: values, lower and upper bounds of each."""
-    for shift, (backbone, (value, low, high)) in zip((-0.2, 0.2), sides.items(), strict=True):
-        errors = [(value - low).clip(lower=0), (high - value).clip(lower=0)]
-        places = [i + shift for i in range(len(labels))]
-        style = {"capsize": 2, "error_kw": {"ecolor": "#333333", "elinewidth": 1}}
-        color = COLORS[backbone]
-        panel.bar(places, value, 0.38, color=color, label=backbone, yerr=errors, **style)
+def _bars(panel: Any, labels: Sequence[str], sides: dict[str, list[Estimate]]) -> None:
+    """Bars of both backbones with their intervals."""
+    style = {"capsize": 2, "error_kw": {"ecolor": "#333333", "elinewidth": 1}}
+    for shift, (backbone, points) in zip((-0.2, 0.2), sides.items(), strict=True):
+        values, errors = _errors(points)
+        style |= {"color": COLORS[backbone], "label": backbone}
+        panel.bar(np.arange(len(labels)) + shift, values, 0.38, yerr=errors, **style)
     panel.set_xticks(range(len(labels)), labels, fontsize=9)
+
+
+def _errors(points: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
+    """The values (n,) and the lengths of their error bars (2, n)."""
+    values, low, high = np.array([(x.value, x.low, x.high) for x in points]).T
+    return values, np.stack((values - low, high - values)).clip(0)
 
 
 def _save(panels: Sequence[Any], folder: Path, name: str) -> Path:

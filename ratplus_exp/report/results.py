@@ -11,19 +11,19 @@ import pandas as pd
 from ratplus_exp.analysis import frame, hits
 from ratplus_exp.analysis.bootstrap import Bootstrap
 from ratplus_exp.analysis.lengths import length_curves
-from ratplus_exp.analysis.pattern import Pattern, compare, patterns, scaled
+from ratplus_exp.analysis.pattern import compare, scaled
 from ratplus_exp.analysis.selectors import selector_means
-from ratplus_exp.report.paper import PAPER_TABLES, paper_tables
+from ratplus_exp.report.paper import paper_tables
 from ratplus_exp.store import Cell, Store
 
 
 @dataclass(frozen=True)
 class Results:
-    """Finished cells of one pair, at one tier and, but for `by_length`, one context length, and
-    statistics of them.
+    """Finished cells of one pair at one tier, with their statistics. Except in `by_length`, all
+    have the same context length.
 
     cells, rates: rows of `tidy` and `hit_rates`; samples, hit_samples: of `sample_scores`; stored:
-    all cells of the store by id; protocols: the results of each protocol, this one's among them.
+    all cells of the store by id; protocols: the results by protocol, including these.
     """
 
     cells: pd.DataFrame
@@ -48,24 +48,27 @@ class Results:
         """where: for `select` on `tidy`; first_token: for methods that it affects.
         ValueError if no finished cell fits."""
         stored = list(store.cells())
-        frames = [
-            frame.select(frame.tidy(stored), where),
-            frame.sample_scores(stored, **where),
-            hits.hit_rates(stored, **where),
-            frame.sample_scores(stored, hits.STAGE, **where),
-        ]
-        by_id = {cell.id: cell for cell in stored}
-        protocols: dict[str, Results] = {}
+        every = cls(
+            cells=frame.select(frame.tidy(stored), where),
+            samples=frame.sample_scores(stored, **where),
+            rates=hits.hit_rates(stored, **where),
+            hit_samples=frame.sample_scores(stored, hits.STAGE, **where),
+            stored={cell.id: cell for cell in stored},
+            scorer=scorer,
+            first_token=first_token,
+        )
         for name, token in (("whole", first_token), ("split", "split")):
-            cells, samples, rates, hit_samples = (
-                x[x["first_token"].isna() | (x["first_token"] == token)] for x in frames
-            )
-            frames_of = (cells, samples, rates, hit_samples, by_id)
-            protocols[name] = cls(*frames_of, scorer, first_token, name, protocols)
-        if protocols[protocol].every.empty:
+            part = every._only(first_token=[None, token])
+            every.protocols[name] = replace(part, protocol=name)
+        if every.protocols[protocol].every.empty:
             choice = ", ".join(f"{name}={value}" for name, value in where.items())
             raise ValueError(f"no finished cells with {choice} in {store.root}: evaluate first")
-        return protocols[protocol]
+        return every.protocols[protocol]
+
+    def _only(self, **where: Any) -> Results:
+        """The rows of all frames that `select` keeps."""
+        names = ("cells", "samples", "rates", "hit_samples")
+        return replace(self, **{name: frame.select(getattr(self, name), where) for name in names})
 
     @cached_property
     def every(self) -> pd.DataFrame:
@@ -93,15 +96,7 @@ class Results:
         lengths = sorted(map(int, self.every["context_length"].unique()))
         if len(lengths) == 1:
             return {lengths[0]: self}
-        parts = {}
-        for length in lengths:
-            frames = {
-                name: frame[frame["context_length"] == length]
-                for name in ("cells", "samples", "rates", "hit_samples")
-                for frame in [getattr(self, name)]
-            }
-            parts[length] = replace(self, **frames)
-        return parts
+        return {length: self._only(context_length=length) for length in lengths}
 
     @cached_property
     def length_curves(self) -> pd.DataFrame:
@@ -123,12 +118,6 @@ class Results:
     @cached_property
     def selector_means(self) -> pd.DataFrame:
         return selector_means(self.draws)
-
-    @cached_property
-    def patterns(self) -> list[Pattern]:
-        """Of every table of the paper that has a measured cell."""
-        by_table = (patterns(self.paper(table), self.draws) for table in PAPER_TABLES)
-        return [pattern for table in by_table if table[0].measured for pattern in table]
 
     def paper(self, table: str) -> pd.DataFrame:
         """One of the paper's tables, its block sizes scaled to this context."""

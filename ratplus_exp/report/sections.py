@@ -1,5 +1,9 @@
-"""The sections of a report: each table and figure of the paper, from the results of one pair."""
+"""The page of a report and its sections: each table and figure of the paper, from the results of
+one pair."""
 
+import base64
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from ratplus_exp.analysis import checks
@@ -8,15 +12,36 @@ from ratplus_exp.analysis.hits import ranked_heads
 from ratplus_exp.report import figures, tables
 from ratplus_exp.report.accuracy import accuracy_table, check_unmixed, tasks_table
 from ratplus_exp.report.missing import missing
-from ratplus_exp.report.page import Section
 from ratplus_exp.report.paper import PAPER_TABLES
-from ratplus_exp.report.prose import paragraphs, sentence
+from ratplus_exp.report.prose import paragraphs, render, sentence
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
+from ratplus_exp.store import write_atomically
 
 FIGURES = {"fig1": None, "fig2": "quest", "fig3": "snapkv", "fig4": None}
 """Each figure's method, where it is about one."""
 PAGE = "report"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page, in the order of its fields.
+
+    words: paragraphs; points: items of a list; picture: a PNG file; code: collapsed text.
+    """
+
+    title: str
+    words: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    picture: Path | None = None
+    caption: str = ""
+    code: str = ""
+
+    def base64(self) -> str:
+        """The picture."""
+        assert self.picture is not None
+        return base64.b64encode(self.picture.read_bytes()).decode()
 
 
 def section(results: Results, output: str, folder: Path, brief: bool = False) -> Section:
@@ -27,7 +52,7 @@ def section(results: Results, output: str, folder: Path, brief: bool = False) ->
     if output in FIGURES:
         return _figure(results, output, folder)
     if output == "tasks":
-        table = _written(tasks_table(results), folder, output)
+        table = tasks_table(results).write(folder, output)
         return Section("Table of all tasks and protocols", tables=(table,))
     if output == "lengths":
         return _lengths(results, folder)
@@ -35,17 +60,13 @@ def section(results: Results, output: str, folder: Path, brief: bool = False) ->
     raise ValueError(f"stage.outputs has the unknown {output!r}: use some of {known}")
 
 
-def pattern_section(results: Results, folder: Path) -> Section:
-    """Paper against measured."""
-    words = (sentence("pattern_words"),)
-    table = _written(tables.pattern_table(results), folder, "pattern")
-    return Section("Paper against measured", words, tables=(table,))
-
-
-def rank_section(results: Results, folder: Path) -> Section:
-    """For a single model: its order of settings and tasks beside the paper's Table 4."""
-    table = _written(tables.rank_table(results), folder, "ranks")
-    return Section("Paper against measured, by rank", tables=(table,))
+def paper_section(results: Results, folder: Path, alone: bool) -> Section:
+    """Paper against measured; alone: attention's order of settings and tasks beside Table 4."""
+    if alone:
+        table = tables.rank_table(results).write(folder, "ranks")
+        return Section("Paper against measured, by rank", tables=(table,))
+    table = tables.pattern_table(results).write(folder, "pattern")
+    return Section("Paper against measured", (sentence("pattern_words"),), tables=(table,))
 
 
 def warning_section(results: Results) -> Section:
@@ -70,7 +91,7 @@ def page(
 ) -> list[Section]:
     """All sections, the long tables last. parts: tables, figures and the pattern; absent: why some
     of them are missing; settings: the configuration to show."""
-    findings = _written(tables.findings_table(results), folder, "findings")
+    findings = tables.findings_table(results).write(folder, "findings")
     order = ("Figure", "Paper", "Table")
     parts = sorted(parts, key=lambda part: (order.index(part.title.split()[0]), part.title))
     lacking = (*missing(results, outputs), *absent)
@@ -90,16 +111,25 @@ def page(
     ]
 
 
+def write_page(title: str, sections: list[Section], folder: Path) -> tuple[Path, Path]:
+    """Write report.html, which includes its pictures, and report.md, which links them."""
+    html, markdown = folder / f"{PAGE}.html", folder / f"{PAGE}.md"
+    write_atomically(html, render("page.html.j2", title=title, sections=sections))
+    text = render("page.md.j2", title=title, sections=sections)
+    write_atomically(markdown, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    return html, markdown
+
+
 def _table(results: Results, name: str, folder: Path, brief: bool) -> Section:
-    table = _written(accuracy_table(results, name), folder, name)
-    _written(tables.against_table(results, name), folder, f"{name}_against_paper")
+    table = accuracy_table(results, name).write(folder, name)
+    tables.against_table(results, name).write(folder, f"{name}_against_paper")
     shown, picture, caption = [table.without(TASKS) if brief else table], None, ""
     if name in ("table3", "table4"):
-        picture = figures.gains(results, name, folder, f"{name}_gains")
+        picture = figures.gains(results, name, folder)
         caption = sentence("gains_caption", r=results)
     if name == "table5" and len(results.selector_means):
-        shown.append(_written(tables.selector_table(results), folder, "selectors"))
-        picture = figures.selectors(results, folder, "selectors")
+        shown.append(tables.selector_table(results).write(folder, "selectors"))
+        picture = figures.selectors(results, folder)
         caption = sentence("selectors_caption", r=results)
     words = (sentence(name), *paragraphs("table_files", name, brief))
     return Section(f"Table {name[-1]}", words, (), tuple(shown), picture, caption)
@@ -112,16 +142,16 @@ def _figure(results: Results, name: str, folder: Path) -> Section:
         picture = figures.ranked_heads(results, method, folder, name)
         cells = cells[cells["method"] == method]
     elif name == "fig1":
-        picture = figures.accuracy_by_budget(results, folder, name)
+        picture = figures.accuracy_by_budget(results, folder)
         cells = results.cells[results.cells["selector"] == "topk"]
     else:
-        picture = figures.heads_by_task(results, folder, name)
+        picture = figures.heads_by_task(results, folder)
     if picture is None:
         raise ValueError(f"no finished cells for {name}: run make {name}")
     if method:
         shown = (
-            _written(tables.heads_table(results, method), folder, f"{name}_heads"),
-            _written(tables.top_heads_table(results, method), folder, f"{name}_top_heads"),
+            tables.heads_table(results, method).write(folder, f"{name}_heads"),
+            tables.top_heads_table(results, method).write(folder, f"{name}_top_heads"),
         )
         curves = select(results.curves, {"method": method})
         curves.to_csv(folder / f"{name}_ranks.csv", index=False)
@@ -134,14 +164,9 @@ def _figure(results: Results, name: str, folder: Path) -> Section:
 def _lengths(results: Results, folder: Path) -> Section:
     for part in results.by_length.values():
         check_unmixed(part.cells)
-    picture = figures.accuracy_by_length(results, folder, "lengths")
+    picture = figures.accuracy_by_length(results, folder)
     if picture is None:
         raise ValueError("no finished cells of several lengths: run make lengths")
     results.length_curves.to_csv(folder / "lengths.csv", index=False)
     caption = sentence("figure_caption", r=results, cells=results.cells)
     return Section("Figure of lengths", (sentence("lengths"),), picture=picture, caption=caption)
-
-
-def _written(table: Table, folder: Path, name: str) -> Table:
-    table.write(folder, name)
-    return table

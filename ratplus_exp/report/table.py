@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ import pandas as pd
 from ratplus_exp.report.prose import METHODS, MISSING, paragraphs
 from ratplus_exp.store import write_atomically
 
+WIDTH = 120  # characters of a terminal's line
 _LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -49,7 +50,7 @@ class Table:
         columns: Sequence[str],
         rows: Sequence[tuple[str, ...]],
         group: int = 1,
-        hide: Container[str] = (),
+        hide: Iterable[str] = (),
         **values: Any,
     ) -> Table:
         """A table with title and caption from a macro of prose.j2, formatted with `values`; group:
@@ -57,17 +58,14 @@ class Table:
         pairs = enumerate(pairwise(rows), start=1)
         breaks = frozenset(i for i, (above, row) in pairs if above[:group] != row[:group])
         title, caption = paragraphs(macro, **values)
-        hides = frozenset(name for name in columns if name in hide)
-        return cls(title, caption, tuple(columns), tuple(rows), breaks, hides)
+        return cls(title, caption, tuple(columns), tuple(rows), breaks, frozenset(hide))
 
     def lines(self) -> list[tuple[str, ...]]:
-        """The columns' names, then the rows, with the methods' proper names."""
-        named = [name in ("Method", "Methods") for name in self.columns]
-        rows = (
-            tuple(METHODS.get(c, c) if method else c for c, method in zip(row, named, strict=True))
-            for row in self.rows
-        )
-        return [self.columns, *rows]
+        """The columns' names, then the rows, with the papers' names of the methods."""
+        frame = pd.DataFrame(self.rows, columns=self.columns)
+        for column in {"Method", "Methods"} & {*self.columns}:
+            frame[column] = frame[column].replace(METHODS)
+        return [self.columns, *frame.itertuples(index=False, name=None)]
 
     def without(self, columns: Container[str]) -> Table:
         """The table without some of its columns."""
@@ -80,12 +78,12 @@ class Table:
         columns = ([row[i] for row in self.rows] for i in range(len(self.columns)))
         return "".join("r" if _numbers(column) else "l" for column in columns)
 
-    def to_text(self, width: int = 120) -> str:
-        """For a terminal, with less space between columns if wider than `width` characters."""
+    def to_text(self) -> str:
+        """For a terminal; two spaces between columns if that fits in WIDTH, else one."""
         shown = self.without(self.text_hides)
         lines, align = shown.lines(), shown.align()
         sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        gap = "  " if sum(sizes) + 2 * (len(sizes) - 1) <= width else " "
+        gap = "  " if sum(sizes) + 2 * (len(sizes) - 1) <= WIDTH else " "
         rule = "─" * (sum(sizes) + len(gap) * (len(sizes) - 1))
         text = [self.title, rule]
         for i, line in enumerate(lines, start=-1):  # the header is row -1
@@ -127,13 +125,13 @@ class Table:
             index=False, lineterminator="\n"
         )
 
-    def write(self, folder: str | Path, name: str) -> None:
-        """Write name.md, name.csv and name.tex, each atomically."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{name}.md", self.to_markdown())
-        write_atomically(folder / f"{name}.csv", self.to_csv())
-        write_atomically(folder / f"{name}.tex", self.to_latex())
+    def write(self, folder: str | Path, name: str) -> Table:
+        """Write name.md, name.csv and name.tex, each atomically; returns the table."""
+        texts = {"md": self.to_markdown(), "csv": self.to_csv(), "tex": self.to_latex()}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for kind, text in texts.items():
+            write_atomically(Path(folder, f"{name}.{kind}"), text)
+        return self
 
 
 def _numbers(column: Sequence[str]) -> bool:

@@ -8,10 +8,10 @@ import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, spread
 from ratplus_exp.analysis.frame import BACKBONES, SCORERS, SETTING, TASKS, select
-from ratplus_exp.analysis.hits import MEAN, ranked_heads
-from ratplus_exp.analysis.pattern import DECISIVE, FEWEST
-from ratplus_exp.analysis.ranks import SOLVED, rank_agreement
+from ratplus_exp.analysis.hits import MEAN, estimate, ranked_heads
+from ratplus_exp.analysis.pattern import DECISIVE, FEWEST, SOLVED, patterns, rank_agreement
 from ratplus_exp.analysis.selectors import GAP
+from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import (
     METHODS,
     MISSING,
@@ -51,7 +51,7 @@ def findings_table(results: Results) -> Table:
 
     add("accuracy (Table 3)", "table3", TASKS)
     for row in select(results.curves, {"task": MEAN, "rank": 1}).to_dict("records"):
-        gain = _difference(row)
+        gain = estimate(row, "difference")
         both = (number(row[b]) for b in BACKBONES)
         place = ("hit rate of the best head (H1)", row["method"], row["budget"], *both)
         rows.append((*place, interval(gain), "> 0", verdict(gain, 1.0)))  # the paper prints none
@@ -78,7 +78,8 @@ def verdict(gain: Estimate, paper: float) -> str:
 
 
 def pattern_table(results: Results) -> Table:
-    """All patterns as one table."""
+    """The patterns of every table of the paper that has a measured cell."""
+    by_table = (patterns(results.paper(table), results.draws) for table in PAPER_TABLES)
     rows = [
         (
             f"Table {p.table[-1]}",
@@ -88,14 +89,16 @@ def pattern_table(results: Results) -> Table:
             str(p.settings),
             *(interval(x, 2, sign="-") for x in (p.gain, p.attention, p.ratplus)),
         )
-        for p in results.patterns
+        for whole, *methods in by_table
+        if whole.measured
+        for p in (whole, *methods)
     ]
     columns = (
         *("Of paper", "Methods", "Decisive", "Measured", "agree", "against", "tied"),
         *("Agreement, %", "Settings", "ρ of gain", "ρ of Attention", "ρ of RAT+"),
     )
-    limits: dict[str, Any] = {"decisive": f"{DECISIVE:g}", "fewest": FEWEST}
-    return Table.described("pattern", columns, rows, r=results, **limits)
+    decisive = f"{DECISIVE:g}"
+    return Table.described("pattern", columns, rows, r=results, decisive=decisive, fewest=FEWEST)
 
 
 def against_table(results: Results, name: str) -> Table:
@@ -125,7 +128,7 @@ def heads_table(results: Results, method: str) -> Table:
     for setting, group in curves.groupby(SETTING, sort=False):
         by_task = group.set_index("task").reindex([*TASKS, MEAN])
         mean = by_task.loc[MEAN]
-        gap = _difference(mean)
+        gap = estimate(mean, "difference")
         for backbone in BACKBONES:
             heads = ranked[(ranked[[*SETTING, "backbone"]] == [*setting, backbone]).all(axis=1)]
             best = heads[heads["rank"] == 1].sort_values("training")
@@ -146,7 +149,7 @@ def top_heads_table(results: Results, method: str) -> Table:
     rows: list[tuple[str, ...]] = []
     for setting, group in top.groupby(SETTING, sort=False):
         texts = {backbone: [number(x) for x in group[backbone]] for backbone in BACKBONES}
-        texts[GAP] = [interval(_difference(row)) for row in group.to_dict("records")]
+        texts[GAP] = [interval(estimate(row, "difference")) for row in group.to_dict("records")]
         n = str(group["n"].min())
         rows += [(*map(str, setting), side, *text, n) for side, text in texts.items()]
     ranks = sorted(top["rank"].unique())
@@ -229,17 +232,12 @@ def cost_table(cost: pd.DataFrame) -> Table:
     return Table.described("cost", columns, rows, group=0)
 
 
-def _difference(row: Any) -> Estimate:
-    """RAT+ minus Attention in a row of `rank_curves`."""
-    return Estimate(row["difference"], row["difference low"], row["difference high"])
-
-
 def rank_table(results: Results) -> Table:
-    """The table of `analysis.ranks.rank_agreement`: attention beside the paper's Table 4."""
+    """The table of `rank_agreement`: attention beside the paper's Table 4."""
     agreement = rank_agreement(results.paper("table4"), results.draws)
-    rows = tuple(
+    rows = [
         (over, str(count), interval(Estimate(*rho), 2, "-"), ", ".join(tasks))
         for over, tasks, count, *rho in agreement.itertuples(index=False, name=None)
-    )
+    ]
     columns = ("Over", "Count", "ρ", "Tasks")
     return Table.described("ranks", columns, rows, group=0, r=results, solved=f"{SOLVED:.0f}")

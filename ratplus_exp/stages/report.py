@@ -12,17 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ratplus_exp.analysis.frame import BACKBONES
 from ratplus_exp.config import plain
-from ratplus_exp.report.page import write_page
+from ratplus_exp.report import sections
 from ratplus_exp.report.prose import sentence
 from ratplus_exp.report.results import Results
-from ratplus_exp.report.sections import (
-    PAGE,
-    page,
-    pattern_section,
-    rank_section,
-    section,
-    warning_section,
-)
+from ratplus_exp.report.sections import PAGE
 from ratplus_exp.stages.common import checkpoint_of, job_folder, model_option, resolve
 from ratplus_exp.store import Cell, Store, remove_drafts, write_atomically
 from ratplus_exp.tracking import tracked
@@ -44,14 +37,14 @@ def run(cfg: DictConfig) -> None:
     for name in (name for name in outputs if name != PAGE):
         brief = PAGE in outputs and name == "table4" and "table3" in outputs
         try:
-            parts.append(section(results, name, folder, brief))
+            parts.append(sections.section(results, name, folder, brief))
         except ValueError as error:
             if len(outputs) == 1:
                 raise
             absent.append(str(error))
     if PAGE in outputs or (any(part.tables for part in parts) and outputs != ["tasks"]):
         alone = "table4" in outputs and set(results.cells["backbone"]) == {BACKBONES[0]}
-        parts.append((rank_section if alone else pattern_section)(results, folder))
+        parts.append(sections.paper_section(results, folder, alone))
     shown = list(results.protocols.values()) if "tasks" in outputs else [results]
     cells = pd.concat([part.cells for part in shown]).drop_duplicates("cell")
     for name, frame in (("cells", cells), ("hit_rates", results.rates)):
@@ -63,14 +56,14 @@ def run(cfg: DictConfig) -> None:
         print(table.to_text())
     for reason in absent:
         print(f"Left out: {reason}")
-    warnings = warning_section(results)
+    warnings = sections.warning_section(results)
     for point in warnings.points:
         print("No warnings." if point == "None." else f"Warning: {point}")
     if PAGE in outputs:
         title = f"Decaying memory and query-aware KV sparsity: {sentence('at', results)}"
-        sections = page(results, parts, warnings, outputs, absent, _settings(cfg), folder)
-        pages = write_page(title, sections, folder, PAGE)
-        print(f"The whole report: {pages[0]} and {pages[1].name}.")
+        every = sections.page(results, parts, warnings, outputs, absent, _settings(cfg), folder)
+        html, markdown = sections.write_page(title, every, folder)
+        print(f"The whole report: {html} and {markdown.name}.")
     print(f"Written to {folder}.")
     with tracked(cfg, job_folder()) as tracker:
         for part in parts:

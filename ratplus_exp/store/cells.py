@@ -12,8 +12,8 @@ Files are written in this order, so `done` implies the rest. The number of sampl
 the key: a later run can extend the cell. Samples are identified by id, in whichever file.
 
 A file that no kill can explain, such as an empty one, is damaged. Its cell counts as missing, with
-a warning. The next run renames the folder to <folder>.damaged and starts again, or recomputes
-metrics.json and done if the other files are intact.
+a warning. The next run recomputes a damaged metrics.json or done. If another file is damaged, it
+renames the folder to <folder>.damaged1 and starts again.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Store:
         return Cell(self.root, key)
 
     def cells(self, stage: str = "*") -> Iterator[Cell]:
-        """All cells, finished or not, sorted by name; without those, with a warning, whose
-        config.json is damaged or does not match the folder."""
+        """All cells, finished or not, sorted by name. A cell whose config.json is damaged or does
+        not match its folder is left out with a warning."""
         for path in sorted(self.root.glob(f"{stage}/*/config.json")):
             if DAMAGED in path.parent.name:
                 continue

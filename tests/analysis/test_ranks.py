@@ -5,7 +5,7 @@ import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap
 from ratplus_exp.analysis.frame import GROUP
-from ratplus_exp.analysis.ranks import rank_agreement
+from ratplus_exp.analysis.pattern import rank_agreement
 
 SETTINGS = {
     ("quest", 16, "1/4"): 90,

@@ -25,15 +25,8 @@ def paper_cells(*tables: str) -> pd.DataFrame:
 
 def results(cells, samples=None, rates=None, hits=None) -> Results:
     nothing = cells[:0].assign(hits=None, values=0, id="")
-    return Results(
-        cells,
-        nothing if samples is None else samples,
-        nothing if rates is None else rates,
-        nothing if hits is None else hits,
-        {},
-        "exact",
-        "prefill",
-    )
+    samples, rates, hits = (nothing if x is None else x for x in (samples, rates, hits))
+    return Results(cells, samples, rates, hits, {}, "exact", "prefill")
 
 
 def findings(table: str, right) -> dict[tuple[str, str, str], tuple[str, ...]]:
@@ -84,13 +77,7 @@ def test_h2_has_both_sets_of_tasks_and_those_against_the_paper():
     quest = {key[0]: row[2:] for key, row in rows.items() if key[1] == "quest"}
     hard, every, *single = quest.items()
     assert (
-        "Table 2" in hard[0]
-        and hard[1][0].startswith("+30.0 [")
-        and hard[1][1:]
-        == (
-            "+25.5",
-            AS,
-        )
+        "Table 2" in hard[0] and hard[1][0].startswith("+30.0 [") and hard[1][1:] == ("+25.5", AS)
     )
     assert "all tasks" in every[0] and every[1][0].startswith("+0.0 [")
     assert every[1][1:] == ("+27.3", UNDECIDED)

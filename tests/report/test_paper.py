@@ -15,12 +15,8 @@ def test_snapkv_gains_of_table_3_are_those_of_the_introduction():
 
 def test_paper_tables_are_whole_and_say_what_was_inferred():
     frame = paper_tables()
-    assert frame.groupby("table").size().to_dict() == {
-        "table2": 20,
-        "table3": 192,
-        "table4": 192,
-        "table5": 48,
-    }
+    sizes = {"table2": 20, "table3": 192, "table4": 192, "table5": 48}
+    assert frame.groupby("table").size().to_dict() == sizes
     assert set(frame["backbone"]) == set(BACKBONES) and set(frame["task"]) == set(TASKS)
     assert set(frame["budget"]) == {"1/4", "1/8", "1/16", "1/64"}
     assert set(frame.loc[frame["inferred"], "table"]) == {"table2", "table5"}

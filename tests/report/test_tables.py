@@ -131,12 +131,7 @@ def test_table3_shows_means_gain_and_paper(store):
     assert (attention["Δ"], attention["Δ 95 %"], attention["Paper Δ"]) == ("", "", "")
     low, high = (float(bound) for bound in ratplus["Δ 95 %"].strip("[]").split(", "))
     assert 15 < low < 30 < high < 45
-    assert (ratplus["k"], ratplus["Kept"], ratplus["n"], ratplus["seeds"]) == (
-        "4",
-        "0.070",
-        "10",
-        "1",
-    )
+    assert [ratplus[x] for x in ("k", "Kept", "n", "seeds")] == ["4", "0.070", "10", "1"]
     assert [row["Method"] for row in lines(table)[:3]] == ["dense", "dense", "quest"]
     assert lines(table)[1]["Δ"] == "+20.0" and lines(table)[1]["Paper Δ"] == "—"
     for fact in ("exact match", "512 tokens", "n = 10 samples", "60.0 tokens", "digest-ratplus"):
@@ -158,22 +153,15 @@ def test_what_was_not_measured_is_missing_and_never_zero(store):
     assert {partial[name] for name in ("S-1", "MQ", "Mean", "Δ", "Δ 95 %")} == {"—"}
     assert partial["Paper Δ"] == "+9.1"
     # All of the paper's settings are there, with as many blocks a context as in P1, and dense.
+    main = [("8", "16", "1/4"), ("8", "8", "1/8"), ("8", "4", "1/16")]
+    sizes = {
+        "dense": [("", "", "1")],
+        "quest": [*main, ("2", "4", "1/64")],
+        "moba": [*main, ("16", "4", "1/8"), ("16", "2", "1/16")],
+        "snapkv": [("1", "128", "1/4"), ("1", "64", "1/8"), ("1", "32", "1/16")],
+    }
     layout = [(row["Method"], row["Block"], row["k"], row["Budget"]) for row in lines(table)[::2]]
-    assert layout == [
-        ("dense", "", "", "1"),
-        ("quest", "8", "16", "1/4"),
-        ("quest", "8", "8", "1/8"),
-        ("quest", "8", "4", "1/16"),
-        ("quest", "2", "4", "1/64"),
-        ("moba", "8", "16", "1/4"),
-        ("moba", "8", "8", "1/8"),
-        ("moba", "8", "4", "1/16"),
-        ("moba", "16", "4", "1/8"),
-        ("moba", "16", "2", "1/16"),
-        ("snapkv", "1", "128", "1/4"),
-        ("snapkv", "1", "64", "1/8"),
-        ("snapkv", "1", "32", "1/16"),
-    ]
+    assert layout == [(method, *x) for method, of_method in sizes.items() for x in of_method]
     empty = lines(table, Method="snapkv", Budget="1/4", Backbone="Attention")[0]
     assert {empty[name] for name in (*TASKS, "Mean", "Kept", "n", "seeds")} == {"—"}
 
@@ -258,11 +246,8 @@ def test_protocols_stand_in_one_table_of_all_tasks(store):
     add_all(store, 9, 9, **DENSE, first_token=None)
     add(store, "ratplus", "vt", 5, first_token="split")
     table = tasks_table(Results.read(store, {}))
-    assert [row["Protocol"] for row in lines(table, Backbone="RAT+")] == [
-        "either",
-        "whole",
-        "split",
-    ]
+    protocols = [row["Protocol"] for row in lines(table, Backbone="RAT+")]
+    assert protocols == ["either", "whole", "split"]
     split = lines(table, Protocol="split")
     assert [row["S-1"] for row in split] == ["20.0", "30.0"]
     assert [row["vt"] for row in split] == ["—", "50.0"]
@@ -307,11 +292,9 @@ def test_methods_have_their_names_where_people_read_them(store):
 def test_all_formats_are_written(tmp_path):
     table = Table("A_title", "50 % of {x} & ~y^2 \\ #1 $", ("name", "Δ"), (("a|b", "−1.5"),))
     table.write(tmp_path / "tables", "demo")
-    paths = [tmp_path / "tables" / f"demo.{suffix}" for suffix in ("md", "csv", "tex")]
-    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == sorted(
-        path.name for path in paths
-    )
-    markdown, comma, latex = (path.read_text() for path in paths)
+    texts = {path.name: path.read_text() for path in (tmp_path / "tables").iterdir()}
+    assert set(texts) == {"demo.md", "demo.csv", "demo.tex"}
+    markdown, comma, latex = (texts[f"demo.{suffix}"] for suffix in ("md", "csv", "tex"))
     assert r"| a\|b | −1.5 |" in markdown and "| --- | ---: |" in markdown
     assert comma == "name,Δ\na|b,-1.5\n"
     assert (

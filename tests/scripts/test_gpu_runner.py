@@ -45,13 +45,8 @@ def test_pieces_end_within_their_limits_and_none_stops_another(gpu, monkeypatch,
     def slow(out):  # a child of a child that heeds no signal writes on until it is killed
         write = f"import time\nwhile True: open({str(out / 'beat')!r}, 'w'); time.sleep(.02)"
         save = f"trap 'sleep .2; touch {out}/saved; exit 1' TERM; while true; do sleep .02; done"
-        yield (
-            1.0,
-            [
-                f"trap '' TERM; echo begun; (trap '' TERM; python -c {shlex.quote(write)})",
-                f"bash -c {shlex.quote(save)} && touch {out}/next",
-            ],
-        )
+        first = f"trap '' TERM; echo begun; (trap '' TERM; python -c {shlex.quote(write)})"
+        yield 1.0, [first, f"bash -c {shlex.quote(save)} && touch {out}/next"]
         yield 1.0, ["echo too late"]
 
     def broken(out):

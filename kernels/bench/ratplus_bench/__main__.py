@@ -1,8 +1,8 @@
 """Measure the kernels and the models on this machine: `make bench` (GPU), `make bench-cpu`.
 
-bench.json, a table (bench.md) and a plot (bench.png) go into outputs/bench/<device>/, anew after
-every row, so that a run that is cut short leaves what it has. Runs of parts (--only, --match) add
-to what the folder has, and take the place of what they measure again.
+bench.json, a table (bench.md) and a plot (bench.png) go into outputs/bench/<device>/. The first two
+are written after every row, so that an interrupted run keeps its rows. Runs of parts (--only,
+--match) add to the folder's rows and replace those that they measure again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.metadata import distributions
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,21 @@ from ratplus_exp.provenance import REPOSITORY, provenance
 from ratplus_kernels.dispatch import interpreted
 
 PACKAGES = ("triton", "fla-core", "accelerated-scan", "flash-attn")
-CASES: dict[str, tuple[Callable[[Machine], Iterator[timing.Case]], ...]] = {
+Cases = dict[str, tuple[Callable[[Machine], Iterator[timing.Case]], ...]]
+CASES: Cases = {
     "scan": (scan_cases.cases,),
     "sparse": (sparse_cases.cases,),
+    "models": (),  # no cases: see `models.rows`
     "plans": (scan_cases.plans, sparse_cases.plans),
 }
-PARTS = ("scan", "sparse", "models", "plans")
+CPU_CASES: Cases = {"scan": (scan_cases.cpu_cases,), "models": ()}
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     dry, on_cpu = arguments.dry, device.type == "cpu"
-    if arguments.cpu and (arguments.match or {*(arguments.only or ())} - {"scan", "models"}):
+    if arguments.cpu and (arguments.match or {*(arguments.only or ())} - {*CPU_CASES}):
         sys.exit("--match and other parts than scan and models: leave them out with --cpu")
     if on_cpu and not (arguments.cpu or dry):
         sys.exit("no CUDA GPU is there: run `make bench-cpu`, or with --dry to test the bench")
@@ -50,8 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     torch._dynamo.config.recompile_limit = 64  # a baseline is compiled anew for every shape
     machine = Machine.measure(device, torch.float32 if on_cpu else torch.bfloat16, dry)
     run = report.Run(_about(arguments, machine), [])
-    slug = re.sub(r"[^a-z0-9]+", "-", run.about["device"].lower()).strip("-")
-    folder = arguments.out or REPOSITORY / "outputs" / "bench" / slug
+    folder = arguments.out or REPOSITORY / "outputs" / "bench" / report.slug(run.about["device"])
     try:
         earlier = report.read(folder, run.about)
     except ValueError as error:
@@ -68,26 +70,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
-    if arguments.cpu:
-        parts = arguments.only or ("scan", "models")
-        for case in scan_cases.cpu_cases(machine) if "scan" in parts else ():
-            yield from timing.measure(case, machine)
-        if "models" in parts:
-            yield from cpu_models.rows(machine)
-        return
-
     def matches(name: str) -> bool:
         return re.search(arguments.match, name) is not None
 
-    for part in arguments.only or PARTS:
+    parts = CPU_CASES if arguments.cpu else CASES
+    measure = timing.once if arguments.once else timing.measure
+    for part in arguments.only or parts:
         if part == "models":
-            yield from models.rows(machine, matches)
-            continue
-        for case in (case for cases in CASES[part] for case in cases(machine)):
+            yield from cpu_models.rows(machine) if arguments.cpu else models.rows(machine, matches)
+        for case in chain.from_iterable(cases(machine) for cases in parts[part]):
             name = f"{case.suite} | {case.name} | "
-            forms = [form for form in case.forms if matches(name + form)]
-            measure = timing.once if arguments.once else timing.measure
-            yield from measure(case, machine, forms)
+            yield from measure(case, machine, [x for x in case.forms if matches(name + x)])
 
 
 def _about(arguments: argparse.Namespace, machine: Machine) -> dict[str, Any]:
@@ -117,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cpu", action="store_true", help="the CPU's part: scan and models")
     add("--dry", action="store_true", help="tiny shapes once, interpreted without a GPU: a test")
-    add("--only", nargs="+", choices=PARTS, help="parts of the run (all); plans: cuts of kernels")
+    add(
+        "--only", nargs="+", choices=[*CASES], help="parts of the run (all); plans: cuts of kernels"
+    )
     add(
         "--once", action="store_true", help="not timed: each form compiled, then run for a profiler"
     )

@@ -1,6 +1,6 @@
 """Prefill and decoding of models on one CPU thread, beside transformers' own: `make bench-cpu`.
 
-The pocket pair in batches of 50, and Llama's shape with 135M parameters (random weights), whose
+The pocket pair in batches of 25, and Llama's shape with 135M parameters (random weights), whose
 prefill is cut by layers so that none takes minutes; decoding runs whole models on a cache of random
 states. SnapKV's examples stand beside kvpress's, where `make kvpress` has installed it. Times are
 medians of processor seconds, which other processes disturb less than the clock on the wall, and so
@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,17 +36,18 @@ POCKET = REPOSITORY / "outputs/reference/pocket/models"
 LAYERS, LENGTHS = 30, {1024: 30, 4096: 10, 16_384: 2}  # tokens, and layers of the prefill
 STEPS, SUITES = 9, ("prefill on a CPU, a prompt", "decoding step on a CPU")
 EXAMPLES = "an example on a CPU: prompt, SnapKV, answer"
+STOCK = "transformers, SDPA"
 KVPRESS = Path(os.environ.get("KVPRESS_PYTHON", REPOSITORY / ".venv-kvpress/bin/python"))
 
 
 @torch.inference_mode()
 def rows(machine: Machine) -> Iterator[Row]:
     """Every model and length: dense, Quest or MoBA at 1/16, transformers with SDPA."""
-    rates = _rates(256 if machine.dry else 1024)
+    matmul, bandwidth = _rates(256 if machine.dry else 1024)
+    machine = replace(machine, matmul=matmul, bandwidth=bandwidth)
     for name in ("attention", "ratplus"):
         model, batch = load_model(POCKET / name / "0", machine.device), 2 if machine.dry else 25
-        case = _Case(model, f"pocket {name} B={batch} T=992", batch, 992, 16, *rates, machine.dry)
-        yield from [*case.prefill(), *case.decode()]
+        yield from _Case(machine, model, f"pocket {name} B={batch} T=992", batch, 992, 16).ours()
     shape = {
         "hidden_size": 576, "intermediate_size": 1536,
         "num_hidden_layers": 1 if machine.dry else LAYERS,
@@ -54,16 +55,14 @@ def rows(machine: Machine) -> Iterator[Row]:
         "vocab_size": 49_152, "tie_word_embeddings": True,
     }  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).eval()
-    lengths = {64: 1} if machine.dry else LENGTHS
     cases = [
-        _Case(model, f"Llama 135M T={n}", 1, n, 64, *rates, machine.dry, layers)
-        for n, layers in lengths.items()
+        _Case(machine, model, f"Llama 135M T={n}", 1, n, 64, layers)
+        for n, layers in ({64: 1} if machine.dry else LENGTHS).items()
     ]
-    # transformers' own first: `attach_engine` changes the model in place.
-    stock = [[*case.stock_prefill(), *case.stock_decode()] for case in cases]
+    stock = [list(case.stock()) for case in cases]  # first: `attach_engine` changes the model
     attach_engine(model)
     for case, others in zip(cases, stock, strict=True):
-        yield from [*case.prefill(), *case.decode(), *others]
+        yield from [*case.ours(), *others]
     yield from _examples(model, shape, machine.dry)
 
 
@@ -100,35 +99,36 @@ def _examples(model: Any, config: dict[str, Any], dry: bool) -> Iterator[Row]:
 
 @dataclass
 class _Case:
+    machine: Machine
     model: Any
     name: str
     batch: int
     length: int
     block: int
-    matmul: float
-    bandwidth: float
-    dry: bool
     cut: int | None = None  # layers of the prefill, if not all
 
-    def __post_init__(self) -> None:
-        self.shape = Shape.of(self.model)
-        self.ids = torch.randint(10, 500, (self.batch, self.length))
-        size = {"block_size": self.block, "top_k": max(2, self.length // self.block // 16)}
-        self.quest, self.moba = Quest(**size), MoBA(**size)
+    @cached_property
+    def shape(self) -> Shape:
+        return Shape.of(self.model)
 
-    def prefill(self) -> Iterator[Row]:
+    @cached_property
+    def ids(self) -> torch.Tensor:
+        return torch.randint(10, 500, (self.batch, self.length))
+
+    def ours(self) -> Iterator[Row]:
+        sparse = {"block_size": self.block, "top_k": max(2, self.length // self.block // 16)}
         prompts = PromptBatch(self.model, self.ids, torch.ones_like(self.ids))
-        for name, method in (("dense", Dense()), ("MoBA 1/16", self.moba)):
+        methods: dict[str, Method] = {"dense": Dense(), "MoBA 1/16": MoBA(**sparse)}
+        for name, method in methods.items():
 
             def run(method: Method = method) -> None:
                 prompts.prefill(self.model.new_cache(Engine(method), room=STEPS))
 
             yield self._prefill(name, run, method)
-
-    def decode(self) -> Iterator[Row]:
         q, k, v = self._states()
         step = Step(torch.arange(self.length)[None])
-        for name, method in (("dense", Dense()), ("Quest 1/16", self.quest)):
+        methods = {"dense": Dense(), "Quest 1/16": Quest(**sparse)}
+        for name, method in methods.items():
             cache = self.model.new_cache(Engine(method), room=STEPS + 1)
             for layer in range(self.shape.layers):
                 cache.store_prompt(layer, q, k, v, step, None)
@@ -137,50 +137,47 @@ class _Case:
             cache.advance(step, self.batch)
             yield self._decode(name, cache, method)
 
-    def stock_prefill(self) -> Iterator[Row]:
+    def stock(self) -> Iterator[Row]:
+        """transformers' own model."""
         run = partial(self.model, self.ids, use_cache=True, logits_to_keep=1)
-        yield self._prefill("transformers, SDPA", run, Dense())
-
-    def stock_decode(self) -> Iterator[Row]:
+        yield self._prefill(STOCK, run, Dense())
         _, k, v = self._states()
         cache = DynamicCache()
         for layer in range(self.shape.layers):
             cache.update(k, v, layer)
-        yield self._decode("transformers, SDPA", cache, Dense())
+        yield self._decode(STOCK, cache, Dense())
 
     def _states(self) -> list[torch.Tensor]:
         heads = (self.shape.heads, self.shape.kv_heads, self.shape.kv_heads)
         return [torch.randn(self.batch, x, self.length, self.shape.head_dim) for x in heads]
 
     def _prefill(self, form: str, run: Callable[[], Any], method: Method) -> Row:
-        every, shape, name, layers = torch.arange(self.length), self.shape, self.name, self.cut
-        if layers is not None and layers != shape.layers:
+        every, shape, row = torch.arange(self.length), self.shape, Row(SUITES[0], self.name, form)
+        if self.cut is not None and self.cut != shape.layers:
             per_layer = sum(x.numel() for x in self.model.model.layers[0].parameters())
-            rest = shape.multiplied - (shape.layers - layers) * per_layer
-            name = f"{name}, {layers} of {shape.layers} layers"
-            shape = replace(shape, layers=layers, multiplied=rest)
+            rest = shape.multiplied - (shape.layers - self.cut) * per_layer
+            row.case += f", {self.cut} of {shape.layers} layers"
+            shape = replace(shape, layers=self.cut, multiplied=rest)
         keys = method.attended(every) if method.phase == "prefill" else every + 1
         flops = self.length * shape.forward_flops(float(keys.double().mean()))
         flops -= 2 * (self.length - 1) * shape.vocabulary * shape.hidden  # one token's logits
+        self.machine.set_floor(row, flops=flops)
         self.model.config.num_hidden_layers = shape.layers
-        seconds = _median(run, 1 if self.dry else 3) / self.batch
+        row.seconds = _median(run, 1 if self.machine.dry else 3) / self.batch
         self.model.config.num_hidden_layers = self.shape.layers
-        row = Row(SUITES[0], name, form, seconds, flops / self.matmul, flops=flops)
-        row.note = f"{1 / seconds:.3g} prompts/s"
+        row.note = f"{1 / row.seconds:.3g} prompts/s"
         return row
 
     def _decode(self, form: str, cache: Any, method: Method) -> Row:
-        states = float(self.length)
+        states, row = float(self.length), Row(SUITES[1], self.name, form)
         if method.phase == "decode":  # and two vectors of each block
             states = float(method.attended(torch.tensor(self.length))) + self.length / self.block
         moved = 4 * self.shape.multiplied + self.batch * self.shape.kv_bytes(1, 4) * states
-        flops = self.batch * self.shape.forward_flops(states)
-        floor = max(moved / self.bandwidth, flops / self.matmul)
+        self.machine.set_floor(row, moved, self.batch * self.shape.forward_flops(states))
         run = partial(self.model, self.ids[:, :1], past_key_values=cache)
         run()
-        seconds = _median(run, 1 if self.dry else STEPS)
-        row = Row(SUITES[1], self.name, form, seconds, floor, bytes=moved, flops=flops)
-        row.note = f"{1 / seconds:.3g} steps/s"
+        row.seconds = _median(run, 1 if self.machine.dry else STEPS)
+        row.note = f"{1 / row.seconds:.3g} steps/s"
         return row
 
 

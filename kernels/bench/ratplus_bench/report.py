@@ -1,8 +1,8 @@
-"""The bench on paper: bench.json, a table (bench.md) and a plot (bench.png).
+"""The report of the bench: bench.json, a table (bench.md) and a plot (bench.png).
 
-A folder holds the bench of one device, measured by one run or by several, a part each. A run keeps
-its provenance and the rates that its floors are made of. Its rows take the place of earlier runs'
-rows of the same suite, case and form.
+A folder has the results of one device, from one run or from several runs of parts. Each run keeps
+its provenance and the rates of which its floors are made. Its rows replace earlier rows of the same
+suite, case and form.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ratplus_bench.timing import Row
+from ratplus_bench.timing import PLANS, Row
 
 CASE = ["suite", "case"]
 COLUMNS = 3  # of panels in the plot
-PLANS = ": plans"  # ends the names of the suites whose forms are plans
 
 
 class Run(NamedTuple):
@@ -71,8 +70,8 @@ def _key(row: Row) -> tuple[str, str, str]:
 
 
 def _frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """All rows, those of one case together. Where a later run was cut short in a case, its rows
-    come first: they have the first form."""
+    """All rows, grouped by case. Within a case the latest run's rows come first: a run measures a
+    case's first form first, even if it is cut short."""
     frame = pd.DataFrame(
         asdict(row) | {"run": i, "matmul": run.about["matmul_flop_per_second"]}
         for i, run in enumerate(runs)
@@ -154,7 +153,7 @@ def _table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def note(row: Any, matmul: float) -> str:
-    """What a row says of itself, its GPU time, and how well it used the FLOPs that it did."""
+    """A row's own note, its GPU time, and the share of the matrix peak that it reached."""
     parts = [row.note] if row.note else []
     if pd.notna(row.gpu_seconds):
         parts.append(f"GPU {seconds(row.gpu_seconds)}")
@@ -174,18 +173,13 @@ def seconds(value: float | None) -> str:
     return f"{value / size:.3g} {unit}"
 
 
-def _length(case: str) -> int:
-    found = re.search(r"\bT=(\d+)", case)
-    return int(found[1]) if found else 0
-
-
-def _shape(case: str) -> str:
-    """Less the length and the tokens or blocks that are kept of it."""
-    return re.sub(r"\b(T|k|kept)=\d+", "", case)
+def slug(device: str) -> str:
+    """A device's name as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _plot(path: Path, frame: pd.DataFrame, device: str) -> None:
-    """A panel a suite: time of every form over the suite's cases, and the floor."""
+    """A panel a suite: the time of every form in each case, and the floor."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -202,18 +196,14 @@ def _plot(path: Path, frame: pd.DataFrame, device: str) -> None:
     for panel in panels.flat[len(suites) :]:
         panel.axis("off")
     for panel, (suite, mine) in zip(panels.flat, suites, strict=False):
-        # By length, with a gap where the shape changes; words that all cases share are left out.
-        words = {case: case.split() for case in mine["case"].unique()}
-        shared = set.intersection(*map(set, words.values())) if len(words) > 1 else set()
-        ordered = sorted(words, key=lambda case: (_shape(case), _length(case)))
-        shapes = groupby(ordered, _shape)
-        cases = [case for _, same in shapes for case in (*same, "")][:-1]
+        cases = [*mine["case"].unique()]
         times = mine.pivot(index="case", columns="form", values="seconds")
-        times = times[mine["form"].unique()].reindex(cases).reset_index(drop=True)
-        times.plot(ax=panel, marker="o", logy=True, ylabel="seconds")
-        floors = mine.groupby("case")["floor"].first().reindex(cases)
-        panel.plot(range(len(cases)), floors, "k--", label="floor")
-        labels = [" ".join(x for x in words.get(case, ()) if x not in shared) for case in cases]
+        times = times[mine["form"].unique()].assign(floor=mine.groupby("case")["floor"].first())
+        marks = [*["o"] * (times.shape[1] - 1), "k_"]
+        times.loc[cases].plot(ax=panel, style=marks, logy=True, xlabel="", ylabel="seconds")
+        words = [case.split() for case in cases]
+        shared = set.intersection(*map(set, words)) if len(words) > 1 else set()
+        labels = [" ".join(x for x in of_case if x not in shared) for of_case in words]
         panel.set_xticks(range(len(cases)), labels, rotation=20, ha="right", fontsize=7)
         panel.set_title(suite, fontsize=10)
         panel.legend(fontsize=7)

@@ -60,18 +60,12 @@ def plans(machine: Machine) -> Iterator[Case]:
     from ratplus_kernels.memory_scan_triton import Plan, forward
 
     cuts = PLANS if not machine.dry else [(4, 4, 2, chunks, 4, 1) for chunks in (1, 2)]
+    every = [Plan(*cut) for cut in cuts]
     for shape in TINY if machine.dry else PLANNED:
         scan, prefill, back, _ = _of_shape(shape, machine)
-        for case, run, setup in (
-            (scan, partial(forward, initial=None), None),
-            (back, _backward, _backward_inputs),
-            (prefill, partial(_planned_prefill, 4 if machine.dry else 64), None),
-        ):
-            forms = {"default": case.forms["kernel"]}
-            for plan in (Plan(*cut) for cut in cuts):
-                form = Form(partial(run, plan=plan))
-                forms[str(plan)] = form if setup is None else form._replace(setup=setup)
-            yield case._replace(suite=f"{case.suite}: plans", forms=forms)
+        yield scan.with_plans(partial(forward, initial=None), every)
+        yield back.with_plans(_backward, every)
+        yield prefill.with_plans(partial(_planned_prefill, _block(machine)), every)
 
 
 def cpu_cases(machine: Machine) -> Iterator[Case]:
@@ -95,7 +89,7 @@ def _of_shape(shape: Shape, machine: Machine) -> tuple[Case, Case, Case, Case]:
     b, t, h, d = shape
     name, inputs, exact = _name(*shape), _inputs(shape, machine), t <= 4096
     tensor = b * t * h * d * machine.dtype.itemsize  # bytes
-    block = 4 if machine.dry else 64
+    block = _block(machine)
     scans, gradients = {"kernel": Form(memory_scan)}, {"kernel": Form(both(memory_scan))}
     if t <= 8192:  # a launch a token
         scans["torch"], gradients["torch"] = Form(in_torch), Form(both(in_torch))
@@ -142,6 +136,10 @@ def _step(b: int, h: int, d: int, machine: Machine) -> Case:
         {"kernel": Form(memory_step), "torch": Form(definitions()(memory_step))},
         bytes=b * h * d * (5 * machine.dtype.itemsize + 16), exact=True,
     )  # fmt: skip
+
+
+def _block(machine: Machine) -> int:
+    return 4 if machine.dry else 64
 
 
 def _name(b: int, t: int, h: int, d: int) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from itertools import starmap
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ TILE = 128  # queries that FlexAttention handles together
 
 def cases(machine: Machine) -> Iterator[Case]:
     if machine.dry:
-        tiny = (1, 2, 1, 12, 4)
+        tiny = _shape(12, machine)
         yield quest(tiny, 4, 2, machine)
         for correlated in (False, True):
             yield moba(tiny, 4, 2, correlated, machine)
@@ -50,25 +50,30 @@ def cases(machine: Machine) -> Iterator[Case]:
 
 
 def plans(machine: Machine) -> Iterator[Case]:
-    yield from quest_plans(machine)
-    yield from moba_plans(machine)
-
-
-def quest_plans(machine: Machine) -> Iterator[Case]:
-    """The ways to cut up Quest's step, each a form."""
+    """The ways to cut up Quest's step, and the tiles of MoBA's list of a block."""
+    from ratplus_kernels.moba_prefill_triton import Plan
     from ratplus_kernels.quest_decode_triton import PLAN, quest_decode_triton
 
     cuts = [PLAN._replace(programs=programs) for programs in (512, 2048)]
     cuts += [PLAN._replace(stages=3), PLAN._replace(tile=128, warps=8), PLAN._replace(scored=64)]
-    sizes = [(4096, 4), (4096, 16), (32_768, 32), (131_072, 128)]
-    for length, top_k in [(12, 2)] if machine.dry else sizes:
-        shape, size = ((1, 2, 1, 12, 4), 4) if machine.dry else ((1, 32, 32, length, 128), 64)
-        case = quest(shape, size, top_k, machine)
-        forms = {"default": case.forms["kernel"]}
-        for plan in cuts:
-            run = partial(quest_decode_triton, block_size=size, top_k=top_k, plan=plan)
-            forms[str(plan)] = Form(run)
-        yield case._replace(suite=f"{case.suite}: plans", forms=forms)
+    tiles = [Plan(64, 4, 1), Plan(64, 4, 2), Plan(64, 4, 3), Plan(128, 8, 1), Plan(128, 8, 2)]
+    steps, prefills = (
+        [(4096, 4), (4096, 16), (32_768, 32), (131_072, 128)],
+        [(32_768, 32), (131_072, 16)],
+    )
+    if machine.dry:
+        steps = prefills = [(12, 2)]
+    size = 4 if machine.dry else 64
+    for length, top_k in steps:
+        case = quest(_shape(length, machine), size, top_k, machine)
+        yield case.with_plans(partial(quest_decode_triton, block_size=size, top_k=top_k), cuts)
+    for length, top_k in prefills:
+        case = moba(_shape(length, machine), size, top_k, True, machine)
+        yield case.with_plans(partial(_planned_moba, size, top_k), tiles)
+
+
+def _shape(length: int, machine: Machine) -> Shape:
+    return (1, 2, 1, length, 4) if machine.dry else (1, 32, 32, length, 128)
 
 
 def _engine(method: Method) -> Engine:
@@ -184,23 +189,11 @@ def tile_flops(engine: Engine, q: Tensor, means: Tensor) -> float:
     return 4.0 * tiles * min(TILE, q.shape[2]) * engine.method.block_size * q.shape[3]
 
 
-def moba_plans(machine: Machine) -> Iterator[Case]:
-    """The tiles of a block's list, each a form: what `moba_prefill_triton` should take."""
-    from ratplus_kernels.moba_prefill_triton import Plan, moba_prefill_triton
+def _planned_moba(size: int, top_k: int, *states: Tensor, plan: Any) -> Tensor:
+    from ratplus_kernels.moba_prefill_triton import moba_prefill_triton
 
-    def run(size: int, top_k: int, plan: Plan, *states: Tensor) -> Tensor:
-        q, k, v, means = states
-        return moba_prefill_triton(q, k, v, size, top_k, means, plan)
-
-    shapes: list[tuple[Shape, int, int]] = [((1, 2, 1, 12, 4), 4, 2)]
-    if not machine.dry:
-        shapes = [((1, 32, 32, 32_768, 128), 64, 32), ((1, 32, 32, 131_072, 128), 64, 16)]
-    for shape, size, top_k in shapes:
-        case = moba(shape, size, top_k, True, machine)
-        tiles = [(64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 8, 1), (128, 8, 2)]
-        every = {str(plan): Form(partial(run, size, top_k, plan)) for plan in starmap(Plan, tiles)}
-        forms = {"default": case.forms["kernel"]} | every
-        yield case._replace(suite=f"{case.suite}: plans", forms=forms)
+    q, k, v, means = states
+    return moba_prefill_triton(q, k, v, size, top_k, means, plan)
 
 
 def _slow_walk(noise: Tensor) -> Tensor:

@@ -10,19 +10,20 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.benchmark import Timer
 
 COLD = 400e6  # bytes between two uses of the same input: more than any L2 cache holds
 MEMORY = 20e9  # bytes for all sets of inputs
+PLANS = ": plans"  # ends the names of the suites whose forms are plans of a kernel
 COMPILING = 20  # seconds for a form's first call on a CPU
 
 
@@ -31,7 +32,7 @@ class Form(NamedTuple):
 
     run: takes a case's inputs, or what `setup` makes of them before the clock starts.
     comparable: its first outputs are those of the case's first form.
-    executed: FLOPs that it does on given inputs, where it must do more than the case's.
+    executed: its FLOPs on given inputs, if it has to compute more than the case requires.
     """
 
     run: Callable[..., Any]
@@ -53,6 +54,12 @@ class Case(NamedTuple):
     bytes: float = 0
     flops: float = 0
     exact: bool = False
+
+    def with_plans(self, run: Callable[..., Any], plans: Iterable[Any]) -> Case:
+        """The case whose forms are plans of its kernel, the default first; run: takes a `plan`."""
+        kernel = self.forms["kernel"]
+        forms = {str(plan): kernel._replace(run=partial(run, plan=plan)) for plan in plans}
+        return self._replace(suite=self.suite + PLANS, forms={"default": kernel} | forms)
 
 
 @dataclass
@@ -105,8 +112,7 @@ class Machine:
         row.floor = max(bytes / self.bandwidth, flops / self.matmul) or None
 
     def normal(self, seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-        """Random tensors that leave the device's own generator alone, which a capture that failed
-        may have left unusable."""
+        """Random tensors from a new generator: a failed capture may break the device's own."""
         draw = torch.Generator(self.device).manual_seed(seed)
         empty = (torch.empty(x, dtype=self.dtype, device=self.device) for x in shapes)
         return [x.normal_(generator=draw) for x in empty]
@@ -133,8 +139,8 @@ class Machine:
 
 @contextmanager
 def noted(row: Row, machine: Machine) -> Iterator[None]:
-    """What goes wrong inside ends the measurement and becomes the row's note. Peak memory is that
-    of the process where nothing else is set."""
+    """An exception inside ends the measurement and becomes the row's note. The peak memory is the
+    process's, unless it was set inside."""
     machine.allocated()
     try:
         yield
@@ -159,7 +165,10 @@ def measure(case: Case, machine: Machine, forms: Collection[str] | None = None) 
     @cache
     def wanted() -> list[Tensor] | None:
         first = next(iter(case.forms.values()))
-        return tensors(first.run(*map(_double, case.inputs(0)))) if case.exact else None
+        inputs = tree_map_only(
+            Tensor, lambda x: x.double() if x.is_floating_point() else x, case.inputs(0)
+        )
+        return tensors(first.run(*inputs)) if case.exact else None
 
     for name, form in case.forms.items():
         if forms is not None and name not in forms:
@@ -216,10 +225,10 @@ def _fill(
 
 
 def copies(inputs: float, touched: float, held: float, memory: float = math.inf) -> int:
-    """How many sets of inputs to go round, so that none is in the L2 cache when its turn comes.
+    """How many sets of inputs to use in turn, so that none is still in the L2 cache.
 
-    Bytes: of one set's inputs; those touched, as a sparse form reads few of its inputs; held, with
-    all that is made of a set.
+    Bytes of a set: inputs: all of them; touched: those that are read, few in sparse forms; held:
+    with everything that is computed from the set. memory: bytes that are free.
     """
     enough = 1 + int(COLD / max(1, min(inputs, touched or inputs)))
     return max(1, min(enough, int(min(memory, MEMORY) / max(1, held)), 4096))
@@ -251,7 +260,8 @@ def _captured(run: Callable[[], list], row: Row) -> tuple[Callable[[], Any], lis
 
 
 def checked(replay: Callable[[], Any], outputs: list, wanted: list[Tensor] | None) -> float | None:
-    """The error of what one replay writes into outputs, one a set of inputs, NaN before it."""
+    """The error of the first of `outputs` (one a set of inputs), which are filled with NaN and then
+    written by one replay. ValueError if a NaN is left."""
     _poison(outputs)
     replay()
     if any(x.isnan().any() for x in tensors(outputs) if x.is_floating_point()):
@@ -260,7 +270,7 @@ def checked(replay: Callable[[], Any], outputs: list, wanted: list[Tensor] | Non
 
 
 def error(out: Any, wanted: list[Tensor] | None) -> float | None:
-    """‖out − wanted‖ / ‖wanted‖, the largest of all tensors'; NaN where out has one."""
+    """‖out − wanted‖ / ‖wanted‖, the largest over all tensors; NaN if one has a NaN."""
     if wanted is None:
         return None
     pairs = zip(wanted, tensors(out), strict=False)
@@ -290,10 +300,6 @@ def _poison(out: Any) -> None:
     for x in tensors(out):
         if x.is_floating_point():
             x.detach().fill_(math.nan)
-
-
-def _double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def tensors(x: Any) -> list[Tensor]:
