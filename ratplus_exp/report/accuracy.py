@@ -35,6 +35,7 @@ def accuracy_table(results: Results, name: str) -> Table:
     printed = paper.groupby([*SETTING, "backbone"], sort=False)["accuracy"].mean().unstack()
     measured = {tuple(s) for s in cells[SETTING].itertuples(index=False)}
     extra = sorted(measured, key=lambda s: (s[0], s[1], -Fraction(s[2])))
+    backbones = _measured(cells)
     rows: list[tuple[str, ...]] = []
     printed_settings = paper[SETTING].itertuples(index=False, name=None)
     for setting in dict.fromkeys([DENSE[:3], *printed_settings, *extra]):
@@ -51,7 +52,7 @@ def accuracy_table(results: Results, name: str) -> Table:
         gain = results.draws.gain(groups[1], groups[0], tasks)
         paper_gain = values["RAT+"] - values["Attention"] if values["RAT+"] is not None else None
         gains = (number(gain.value, sign="+"), bounds(gain), number(paper_gain, sign="+"))
-        for backbone, texts, n, side in _sides(of_setting, tasks, results.scorer):
+        for backbone, texts, n, side in _sides(of_setting, backbones, tasks, results.scorer):
             draws = side.drop_duplicates(["training", "seed", "selector_seed"])
             seeds = draws.groupby("training").size()
             counts = (str(len(seeds)), str(seeds.max())) if len(side) else (MISSING, MISSING)
@@ -66,7 +67,9 @@ def accuracy_table(results: Results, name: str) -> Table:
     hide = ("Paper", *uniform)  # the caption has what all rows share
     caption = {"r": results, "table": name[-1], "of": PAPER_TABLES[name], "cells": cells}
     caption["models"] = [(*model, number(memory)) for model, memory in models.items()]
-    return Table.described("accuracy", columns, rows, hide=hide, n=span(cells["n"]), **caption)
+    caption |= {"pair": len(backbones) > 1, "n": span(cells["n"])}
+    table = Table.described("accuracy", columns, rows, hide=hide, **caption)
+    return table if caption["pair"] else table.without(("Δ", "Δ 95 %", "Paper Δ"))
 
 
 def tasks_table(results: Results) -> Table:
@@ -92,18 +95,23 @@ def tasks_table(results: Results) -> Table:
         draws = results.protocols["split" if protocol == "split" else "whole"].draws
         gain = draws.gain((*group[:4], "RAT+"), (*group[:4], "Attention"), tasks)
         label = (method, "" if group[:4] == DENSE else str(block), budget, protocol)
-        for backbone, texts, n, _ in _sides(of_group, tasks, results.scorer):
+        for backbone, texts, n, _ in _sides(of_group, _measured(cells), tasks, results.scorer):
             rows.append((*label, *texts, interval(gain) if backbone == "RAT+" else "", n))
     columns = ("Method", "Block", "Budget", "Protocol", "Kept", "Backbone", *tasks)
     return Table.described("tasks", (*columns, "Mean", "Δ", "n"), rows, group=4, r=results)
 
 
+def _measured(cells: pd.DataFrame) -> list[str]:
+    """The backbones of the cells: a model without its twin has no empty rows beside it."""
+    return [backbone for backbone in BACKBONES if backbone in set(cells["backbone"])]
+
+
 def _sides(
-    cells: pd.DataFrame, tasks: list[str], scorer: str
+    cells: pd.DataFrame, backbones: list[str], tasks: list[str], scorer: str
 ) -> Iterator[tuple[str, tuple[str, ...], str, pd.DataFrame]]:
     """Of each backbone its name; the texts of Kept and Backbone, of each task's mean, and of the
     mean over all tasks if none is missing; n; and its cells."""
-    for backbone in BACKBONES:
+    for backbone in backbones:
         side = cells[cells["backbone"] == backbone]
         of_task = dict(iter(side.groupby("task")))
         parts = [*map(of_task.get, tasks), side if len(of_task) == len(tasks) else None]

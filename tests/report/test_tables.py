@@ -138,6 +138,15 @@ def test_table3_shows_means_gain_and_paper(store):
         assert fact in table.caption
 
 
+def test_a_model_without_its_twin_has_no_empty_rows_beside_it(store):
+    for task in TASKS:
+        add(store, "attention", task, 4)
+    table = make(store)
+    assert {row["Backbone"] for row in lines(table)} == {"Attention"}
+    assert not any("Δ" in column for column in table.columns) and "Δ" not in table.caption
+    assert lines(table, Method="quest", Budget="1/16", Block="8")[0]["Mean"] == "40.0"
+
+
 def test_both_scorers(store):
     add_all(store, 4, 7)
     row = lines(make(store, scorer="substring"), Method="quest", Budget="1/16", Backbone="RAT+")[0]
