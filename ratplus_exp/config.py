@@ -18,7 +18,7 @@ from omegaconf.errors import MissingMandatoryValue
 from ratplus_exp.budget import Budget
 from ratplus_exp.schema import METHOD_SETTINGS, Config, Convert, MethodConfig, Pretrain, Sft
 from ratplus_exp.settings import build
-from ratplus_exp.tasks import GOLDEN, TASKS, Forms, Others
+from ratplus_exp.tasks import GOLDEN, Forms, Others
 
 if TYPE_CHECKING:
     from ratplus_exp.methods import Method
@@ -150,12 +150,6 @@ def others_of(cfg: DictConfig) -> Others:
 def reserve_of(cfg: DictConfig, task: str) -> int:
     """Tokens that a task's prompts reserve for the answer."""
     return others_of(cfg).reserve(task, forms_of(cfg))
-
-
-def question_template(cfg: DictConfig, task: str) -> str:
-    """The part of a task's prompt template after the context."""
-    texts = forms_of(cfg) if task in TASKS else others_of(cfg).of(task)
-    return str(texts.template.rpartition("{context}")[2])
 
 
 def rope_of(cfg: DictConfig) -> dict[str, Any] | None:

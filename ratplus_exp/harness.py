@@ -17,13 +17,13 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from ratplus_exp.config import budget_name, method_of, rope_of, validate
+from ratplus_exp.config import budget_name, method_of, validate
 from ratplus_exp.main import CONF
 from ratplus_exp.methods import Engine
-from ratplus_exp.models.loading import check_length, load_model, load_tokenizer
+from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.stages.cells import DECODING
-from ratplus_exp.stages.common import device_of, first_token_of, resolve
+from ratplus_exp.stages.common import check_context, first_token_of, model_of, resolve
 from ratplus_exp.stages.evaluate import answers
 
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1}
@@ -72,9 +72,9 @@ class RatPlus(HFLM):
         self.fed = int(first_token_of(cfg) == "decode" and self.method.phase in DECODING)
         self.measured: list[float] = []  # budget of each answer
         tokenizer = load_tokenizer(self.path)
-        check_length(self.path, cfg.data.length, rope_of(cfg), cfg.positions)
+        check_context(cfg)
         super().__init__(
-            load_model(self.path, device_of(cfg), cfg.dtype, rope_of(cfg)),
+            model_of(cfg),
             tokenizer=tokenizer,
             backend="causal",
             batch_size=size,

@@ -21,6 +21,7 @@ from ratplus_exp.report import MISSING, Table
 from ratplus_exp.stages.cells import Job, Records, selector_of
 from ratplus_exp.stages.common import model_name, show
 from ratplus_exp.stages.runner import fill_missing
+from ratplus_exp.stages.samples import Samples
 from ratplus_exp.store import Cell, Store
 from ratplus_exp.tasks import Sample, exact, substring
 
@@ -39,6 +40,8 @@ def run(cfg: DictConfig) -> None:
 
 class Accuracy:
     """The measuring stage: answers and their scores."""
+
+    samples = Samples
 
     def check(self, method: Method, name: str) -> None:
         """All methods can answer."""

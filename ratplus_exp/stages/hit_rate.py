@@ -25,6 +25,7 @@ from ratplus_exp.report.prose import number
 from ratplus_exp.stages.cells import Job, Records, selector_of
 from ratplus_exp.stages.common import job_folder, model_name, show
 from ratplus_exp.stages.runner import fill_missing
+from ratplus_exp.stages.samples import Samples
 from ratplus_exp.store import write_atomically
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.golden import golden_answer
@@ -43,6 +44,8 @@ def run(cfg: DictConfig) -> None:
 
 class HitRate:
     """The measuring stage: gold values hit, by layer and head."""
+
+    samples = Samples
 
     def check(self, method: Method, name: str) -> None:
         """The method must select for decoding steps."""

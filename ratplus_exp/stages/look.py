@@ -30,7 +30,7 @@ from ratplus_exp.stages.samples import Samples
 from ratplus_exp.stages.sweep import configuration, job_of
 from ratplus_exp.tasks import Sample, exact
 from ratplus_exp.tasks.golden import golden_answer
-from ratplus_exp.tasks.sample import question_tokens, target
+from ratplus_exp.tasks.sample import target
 from ratplus_exp.tracking import tracked
 
 
@@ -55,7 +55,6 @@ def look_at(cfg: DictConfig) -> Look:
     with closing(Session()) as session:
         source = session.source(every[0][0])
         sample = source(cfg.stage.task, cfg.stage.index)
-        asked = question_tokens(sample, source.questions[sample.task], source.tokenizer)
         text = sample.prompt + target(sample)
         offsets = source.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ends = [0, *(end for _, end in offsets.offset_mapping)]
@@ -64,7 +63,7 @@ def look_at(cfg: DictConfig) -> Look:
             budget=str(cfg.budget),
             tokens=[text[a:b] for a, b in pairwise(ends)],
             prompt=sample.length,
-            question=sample.length - asked,
+            question=sample.length - source.question_tokens(sample),
             values=[span for spans in sample.gold_spans.values() for span in spans],
             answers=sample.answers,
         )

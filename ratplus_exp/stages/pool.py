@@ -19,7 +19,6 @@ from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.stages.cells import Job, MeasuringStage
 from ratplus_exp.stages.common import device_of
 from ratplus_exp.stages.runner import Group, Session, fill
-from ratplus_exp.stages.samples import Samples
 from ratplus_exp.store import StoreBusy
 from ratplus_exp.workers import Workers, context
 
@@ -48,7 +47,7 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
     for job, task in missing:
         groups.setdefault(job.prefill(task), Group([], task)).jobs.append(job)
     for job in {(job.path, job.cfg.data.length): job for job, _ in missing}.values():
-        source = Samples(job.cfg, load_tokenizer(job.path))
+        source = job.stage.samples(job.cfg, load_tokenizer(job.path))
         for task in job.cells:
             source(task, 0)  # invalid prompts are refused before anything is written
     examples = sum(job.examples for job, _ in missing)

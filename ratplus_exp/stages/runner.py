@@ -19,13 +19,13 @@ import torch
 from tqdm import tqdm
 
 from ratplus_exp import provenance
-from ratplus_exp.config import plain, reserve_of
+from ratplus_exp.config import plain
 from ratplus_exp.cost import Shape
 from ratplus_exp.distributed import barrier, from_rank_0, process_group, rank, world_size
-from ratplus_exp.models.loading import load_model, load_tokenizer
+from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.stages.cells import Job
-from ratplus_exp.stages.common import device_of, job_folder
+from ratplus_exp.stages.common import device_of, job_folder, model_of
 from ratplus_exp.stages.samples import Samples
 from ratplus_exp.store import Cell, warn
 from ratplus_exp.tracking import tracked
@@ -63,12 +63,12 @@ class Session:
         """One for each data configuration, since it reads RULER's files."""
         name = str((job.path, plain(job.cfg.data), job.cfg.seed))
         if name not in self.sources:
-            self.sources[name] = Samples(job.cfg, load_tokenizer(job.path))
+            self.sources[name] = job.stage.samples(job.cfg, load_tokenizer(job.path))
         return self.sources[name]
 
     def model(self, job: Job) -> Any:
         if job.path != self.path:
-            self.loaded = load_model(job.path, device_of(job.cfg), job.cfg.dtype, job.rope)
+            self.loaded = model_of(job.cfg)
             self.path = job.path
         return self.loaded
 
@@ -122,7 +122,7 @@ def fill(group: Group, session: Session, done: Callable[[int], None]) -> None:
             filled = [jobs[i] for i in lacking]
             shares, left = indices[rank() :: world_size()], len(indices)
             source.prefetch(task, shares)
-            shared, size = _sharing(filled, task, model, session.workers)
+            shared, size = _sharing(filled, source, task, model, session.workers)
             for start in range(0, len(shares), size):
                 samples = [source(task, index) for index in shares[start : start + size]]
                 new = min(len(samples) * world_size(), left)
@@ -171,7 +171,7 @@ def _lacking(jobs: list[Job], task: str, source: Samples) -> list[tuple[list[int
 
 
 def _sharing(
-    jobs: list[Job], task: str, model: Any, workers: int
+    jobs: list[Job], source: Samples, task: str, model: Any, workers: int
 ) -> tuple[tuple[int, int] | None, int]:
     """What a prefill must keep for the jobs, as in `PromptBatch`, and the prompts of a batch.
 
@@ -187,7 +187,7 @@ def _sharing(
     if fits < size:
         warn(f"{size} prefilled prompts need more than {memory / 1e9:.2g} GB: {fits} at a time.")
     window = max(job.method.observed for job in jobs)
-    return (window, reserve_of(cfg, task)), fits
+    return (window, source.reserve[task]), fits
 
 
 def total_memory(device: torch.device) -> int:

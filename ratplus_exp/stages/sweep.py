@@ -153,7 +153,7 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
                 f"{job.model.name} is of the tier {job.model.tier}, but the data of the tier "
                 f"{cfg.model.tier}: set model={job.model.name}, and only models of its tier"
             )
-        own = "loss" if cfg.stage.name == "loss" else "eval"
+        own = cfg.stage.name if cfg.stage.name in MEASURING else "eval"
         job.stage = option("stage", entry.get("stage", own))
         for field in ("first_token", "protocol", "batch_size"):
             job.stage[field] = entry.get(field, cfg.stage[field])
