@@ -113,11 +113,6 @@ def _one_method(cfg: DictConfig, settings: dict[str, Any]) -> Method:
     return method
 
 
-def budget_name(cfg: DictConfig, method: Method) -> str:
-    """The nominal budget as tables print it; "1" for dense attention."""
-    return str(Budget(method.fraction(cfg.data.length)))
-
-
 def expected_sha256(model: DictConfig) -> str | None:
     """The digest of this training in model.sha256, where a single digest is that of training 0;
     ValueError if it has none."""

@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from ratplus_exp.config import budget_name, method_of, validate
+from ratplus_exp.config import method_of, validate
 from ratplus_exp.main import CONF
 from ratplus_exp.methods import Engine
 from ratplus_exp.models.loading import load_tokenizer
@@ -37,10 +37,10 @@ class RatPlus(HFLM):
     Args:
         pretrained: a model's folder.
         cut: where prompts longer than data.length lose tokens: "left" or "middle" (LongBench).
-        words: as of `run.py`, with model=hf: method, budget, data, method.block_size, dtype, …;
-            those of HARNESS go to the harness's own model type.
+        words: overrides as for `run.py model=hf` (method, budget, data, method.block_size, …), and
+            HARNESS, which go to the harness's own model type.
 
-    Raises ValueError for words that `run.py` refuses, and for what the harness can't have.
+    Raises ValueError for what `run.py` refuses, and for settings that have no meaning here.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class RatPlus(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness's results say of the model, beside its arguments."""
-        nominal = budget_name(self.cfg, self.method)
+        nominal = str(self.method.fraction(self.cfg.data.length))
         measured = sum(self.measured) / len(self.measured) if self.measured else None
         return {"method": repr(self.method), "budget": nominal, "budget_measured": measured}
 

@@ -11,12 +11,7 @@ from typing import Any, Protocol
 import torch
 from omegaconf import DictConfig
 
-from ratplus_exp.config import (
-    budget_name,
-    oracle_heads,
-    rope_of,
-    validate_method,
-)
+from ratplus_exp.config import oracle_heads, rope_of, validate_method
 from ratplus_exp.methods import Method, Oracle, Random, Selector, TopK
 from ratplus_exp.methods.base import EVICTING
 from ratplus_exp.models.loading import dtype_on, interface_digest, load_config
@@ -30,7 +25,6 @@ from ratplus_exp.stages.common import (
     store_of,
 )
 from ratplus_exp.stages.samples import Samples
-from ratplus_exp.store import Cell
 from ratplus_exp.tasks import Sample
 
 Records = Mapping[Any, Mapping[str, Any]]
@@ -79,13 +73,12 @@ class Job:
 
     @property
     def first_token(self) -> str:
-        """See `first_token_of`. Methods that select in the prefill select for every token by that
-        token alone, and dense attention does not select, so their answers don't depend on it."""
+        """`first_token_of`; it changes answers only of methods that select after the prompt."""
         return first_token_of(self.cfg) if self.method.phase in DECODING else "prefill"
 
-    def missing(self) -> dict[str, Cell]:
-        """Cells that lack samples, by task."""
-        return {task: x for task, x in self.cells.items() if not x.is_done(self.examples)}
+    def missing(self) -> list[str]:
+        """Tasks whose cells lack samples."""
+        return [task for task, cell in self.cells.items() if not cell.is_done(self.examples)]
 
     def prefill(self, task: str) -> str:
         """A key of the prefill that a cell begins with; cells with an equal key share it."""
@@ -114,7 +107,7 @@ class Job:
             "settings": asdict(method),
             "block_size": method.block_size if method.unit == "block" else 1,
             "top_k": method.top_k,
-            "budget": budget_name(cfg, method),
+            "budget": str(method.fraction(cfg.data.length)),
             "first_token": self.first_token if method.phase in DECODING else None,
             "selector": cfg.selector + self._oracle_heads(),
             "selector_seed": cfg.selector_seed if cfg.selector == "random" else 0,

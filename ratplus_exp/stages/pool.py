@@ -10,15 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from ratplus_exp.config import plain
 from ratplus_exp.distributed import cores
 from ratplus_exp.models.loading import load_tokenizer
-from ratplus_exp.stages.cells import Job, MeasuringStage
+from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import device_of
-from ratplus_exp.stages.runner import Group, Session, fill
+from ratplus_exp.stages.runner import Group, Session, fill, progress_bar
 from ratplus_exp.store import StoreBusy
 from ratplus_exp.workers import Workers, context
 
@@ -50,10 +49,8 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
         source = job.stage.samples(job.cfg, load_tokenizer(job.path))
         for task in job.cells:
             source(task, 0)  # invalid prompts are refused before anything is written
-    examples = sum(job.examples for job, _ in missing)
-    have = sum(min(len(job.cells[task].records()), job.examples) for job, task in missing)
     done = len(cells) - len(missing)
-    with tqdm(total=examples, initial=have, unit="example", smoothing=0.02) as bar:
+    with progress_bar(missing) as bar:
 
         def progress(samples: int, finished: int) -> None:
             nonlocal done
@@ -115,12 +112,7 @@ def _fill_in_workers(
     while groups:
         again: list[Group] = []
         with Workers(workers, _begin, samples, workers) as pool:
-            running = {
-                pool.submit(_fill, [(plain(job.cfg), job.stage) for job in jobs], task): Group(
-                    jobs, task
-                )
-                for jobs, task in groups
-            }
+            running = {pool.submit(_fill, group): group for group in groups}
             while running:
                 over, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
                 ended = 0
@@ -165,14 +157,13 @@ def _begin(samples: Any, workers: int) -> None:
     _session, _samples = Session(workers), samples
 
 
-def _fill(configs: list[tuple[dict[str, Any], MeasuringStage]], task: str) -> tuple[str, str]:
+def _fill(group: Group) -> tuple[str, str]:
     """Fill a group; "done", "busy", "failed" with the error, or, if the GPU is lost, "again"."""
     global _gpu_lost
     if _gpu_lost:
         return "again", ""
-    jobs = [Job(OmegaConf.create(config), stage) for config, stage in configs]
     try:
-        fill(Group(jobs, task), _session, _count)
+        fill(group, _session, _count)
     except StoreBusy:
         return "busy", ""
     except Exception as error:
@@ -181,7 +172,8 @@ def _fill(configs: list[tuple[dict[str, Any], MeasuringStage]], task: str) -> tu
                 torch.cuda.synchronize()
         except RuntimeError:  # after some errors this process can't use its GPU again
             _gpu_lost = True
-        return "failed", f"{jobs[0].cells[task].path.name}: {type(error).__name__}: {error}"
+        cell = group.jobs[0].cells[group.task]
+        return "failed", f"{cell.path.name}: {type(error).__name__}: {error}"
     return "done", ""
 
 

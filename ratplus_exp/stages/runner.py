@@ -27,7 +27,7 @@ from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import device_of, job_folder, model_of
 from ratplus_exp.stages.samples import Samples
-from ratplus_exp.store import Cell, warn
+from ratplus_exp.store import warn
 from ratplus_exp.tracking import tracked
 
 FIRST = 16  # prompts of a cell that its metrics can use
@@ -38,10 +38,6 @@ class Group(NamedTuple):
 
     jobs: list[Job]
     task: str
-
-    @property
-    def cells(self) -> list[Cell]:
-        return [job.cells[self.task] for job in self.jobs]
 
     def halves(self) -> list[Group]:
         middle = len(self.jobs) // 2
@@ -80,30 +76,33 @@ class Session:
 def fill_missing(job: Job, log: Callable[[Any], None]) -> None:
     """Fill a job's missing cells with a progress bar, in a W&B run that `log` completes; several
     processes share the samples."""
-    with process_group(device_of(job.cfg), timedelta(hours=2)):
-        if missing := from_rank_0(lambda: list(job.missing())):
-            _fill_all(job, missing, log)
-        elif rank() == 0:
-            print(f"All {len(job.cells)} cells are there already; nothing to run.")
-
-
-def _fill_all(job: Job, missing: list[str], log: Callable[[Any], None]) -> None:
     cfg = job.cfg
-    with closing(Session()) as session, tracked(cfg, job_folder()) as tracker:
-        source = session.source(job)
-        for task in missing:
-            source(task, 0)  # invalid prompts are refused before anything is written
-        for _, indices in _lacking([job], missing[0], source)[:1]:  # while the model is loaded
-            source.prefetch(missing[0], indices[rank() :: world_size()])
-        session.model(job)
-        have = sum(min(len(job.cells[t].records()), job.examples) for t in missing)
-        total = job.examples * len(missing)
-        with tqdm(total=total, initial=have, unit="example", disable=rank() > 0) as bar:
+    with process_group(device_of(cfg), timedelta(hours=2)):
+        missing = from_rank_0(job.missing)
+        if not missing:
+            if rank() == 0:
+                print(f"All {len(job.cells)} cells are there already; nothing to run.")
+            return
+        with closing(Session()) as session, tracked(cfg, job_folder()) as tracker:
+            source = session.source(job)
             for task in missing:
-                bar.set_description(f"{cfg.model.name} {cfg.method.name} {task}")
-                fill(Group([job], task), session, bar.update)
-        if rank() == 0:
-            log(tracker)
+                source(task, 0)  # invalid prompts are refused before anything is written
+            for _, indices in _lacking([job], missing[0], source)[:1]:  # while the model is loaded
+                source.prefetch(missing[0], indices[rank() :: world_size()])
+            session.model(job)
+            with progress_bar([(job, task) for task in missing]) as bar:
+                for task in missing:
+                    bar.set_description(f"{cfg.model.name} {cfg.method.name} {task}")
+                    fill(Group([job], task), session, bar.update)
+            if rank() == 0:
+                log(tracker)
+
+
+def progress_bar(missing: list[tuple[Job, str]]) -> tqdm:
+    """A bar over the samples of cells, of which some may be there."""
+    have = sum(min(len(job.cells[task].records()), job.examples) for job, task in missing)
+    total = sum(job.examples for job, _ in missing)
+    return tqdm(total=total, initial=have, unit="example", smoothing=0.02, disable=rank() > 0)
 
 
 def fill(group: Group, session: Session, done: Callable[[int], None]) -> None:
@@ -152,7 +151,8 @@ def _finish(group: Group, source: Samples, model: Any) -> None:
         samples = [source(group.task, index) for index in range(count)]
         return PromptBatch(model, *source.padded(samples))
 
-    for job, cell in zip(group.jobs, group.cells, strict=True):
+    for job in group.jobs:
+        cell = job.cells[group.task]
         records = cell.records()
         seconds = round(sum(record.get("seconds", 0.0) for record in records.values()), 3)
         metrics = job.stage.metrics(records, first(min(FIRST, job.examples)))
@@ -202,10 +202,11 @@ def _opened(group: Group) -> Iterator[None]:
     """Rank 0 locks the cells; then the other ranks open their files beside it."""
     with ExitStack() as stack:
         if rank() == 0:
-            for job, cell in zip(group.jobs, group.cells, strict=True):
-                stack.enter_context(cell.open(provenance.provenance(plain(job.cfg))))
+            for job in group.jobs:
+                opened = job.cells[group.task].open(provenance.provenance(plain(job.cfg)))
+                stack.enter_context(opened)
         barrier()
         if rank() > 0:
-            for cell in group.cells:
-                stack.enter_context(cell.open_share(rank()))
+            for job in group.jobs:
+                stack.enter_context(job.cells[group.task].open_share(rank()))
         yield
