@@ -35,8 +35,9 @@ def run(cfg: DictConfig) -> None:
     frame = means(filled(cfg))
     path = job_folder() / "methods.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = frame["method"].unique()
-    phases = {name: method_of(configuration(cfg, {"method": name})).phase for name in names}
+    phases: dict[str, str | None] = {
+        name: method_of(configuration(cfg, {"method": name})).phase for name in set(frame["method"])
+    }
     draw(frame, phases).savefig(path, dpi=160)
     plt.close()
     print(f"Figure: {path}.")

@@ -1,7 +1,7 @@
 """Fills the cells of measuring stages, batch by batch.
 
-Cells with the same prefill of the same prompts form a group: each batch of prompts is prefilled
-once, and then answered under the method of one cell after the other.
+Cells with the same prefill of the same prompts are filled together: each batch of prompts is
+prefilled once, and then answered under the method of one cell after the other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -27,21 +27,10 @@ from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import device_of, job_folder, model_of
 from ratplus_exp.stages.samples import Samples
-from ratplus_exp.store import warn
+from ratplus_exp.store import StoreBusy, warn
 from ratplus_exp.tracking import tracked
 
 FIRST = 16  # prompts of a cell that its metrics can use
-
-
-class Group(NamedTuple):
-    """Jobs whose cells of one task share a prefill."""
-
-    jobs: list[Job]
-    task: str
-
-    def halves(self) -> list[Group]:
-        middle = len(self.jobs) // 2
-        return [Group(jobs, self.task) for jobs in (self.jobs[:middle], self.jobs[middle:])]
 
 
 class Session:
@@ -93,7 +82,8 @@ def fill_missing(job: Job, log: Callable[[Any], None]) -> None:
             with progress_bar([(job, task) for task in missing]) as bar:
                 for task in missing:
                     bar.set_description(f"{cfg.model.name} {cfg.method.name} {task}")
-                    fill(Group([job], task), session, bar.update)
+                    for busy in fill([job], task, session, bar.update):
+                        raise busy
             if rank() == 0:
                 log(tracker)
 
@@ -105,18 +95,20 @@ def progress_bar(missing: list[tuple[Job, str]]) -> tqdm:
     return tqdm(total=total, initial=have, unit="example", smoothing=0.02, disable=rank() > 0)
 
 
-def fill(group: Group, session: Session, done: Callable[[int], None]) -> None:
-    """Append the samples that a group's cells lack, batch by batch, and finish the cells.
+def fill(
+    jobs: list[Job], task: str, session: Session, done: Callable[[int], None]
+) -> list[StoreBusy]:
+    """Append the samples that the jobs' cells of a task lack, batch by batch, and finish the cells.
+    Returns an error for each cell that is left out, since another process is writing it.
 
-    Rank 0 reads what is missing and the ranks deal it out in turn, so any number of processes can
-    complete what others left.
+    jobs: with the same prefill of the task's prompts. Rank 0 reads what is missing and the ranks
+    deal it out in turn, so any number of processes can complete what others left.
 
     done: called with the number of appended samples, of all ranks together.
     """
-    jobs, task = group
     largest = max(jobs, key=lambda job: job.examples)
     source, model = session.source(largest), session.model(largest)
-    with _opened(group):
+    with _opened(jobs, task) as (jobs, busy):
         for lacking, indices in from_rank_0(lambda: _lacking(jobs, task, source)):
             filled = [jobs[i] for i in lacking]
             shares, left = indices[rank() :: world_size()], len(indices)
@@ -142,17 +134,18 @@ def fill(group: Group, session: Session, done: Callable[[int], None]) -> None:
                     done(new)
         barrier()
         if rank() == 0:
-            _finish(group, source, model)
+            _finish(jobs, task, source, model)
+    return busy
 
 
-def _finish(group: Group, source: Samples, model: Any) -> None:
+def _finish(jobs: list[Job], task: str, source: Samples, model: Any) -> None:
     @cache
     def first(count: int) -> PromptBatch:
-        samples = [source(group.task, index) for index in range(count)]
+        samples = [source(task, index) for index in range(count)]
         return PromptBatch(model, *source.padded(samples))
 
-    for job in group.jobs:
-        cell = job.cells[group.task]
+    for job in jobs:
+        cell = job.cells[task]
         records = cell.records()
         seconds = round(sum(record.get("seconds", 0.0) for record in records.values()), 3)
         metrics = job.stage.metrics(records, first(min(FIRST, job.examples)))
@@ -163,7 +156,7 @@ def _lacking(jobs: list[Job], task: str, source: Samples) -> list[tuple[list[int
     """Which jobs lack which samples: numbers of jobs with the indices of samples, in order."""
     have = [job.cells[task].records() for job in jobs]
     lacking: dict[tuple[int, ...], list[int]] = {}
-    for index in range(max(job.examples for job in jobs)):
+    for index in range(max((job.examples for job in jobs), default=0)):
         name = source.id(task, index)
         key = tuple(i for i, x in enumerate(jobs) if index < x.examples and name not in have[i])
         lacking.setdefault(key, []).append(index)
@@ -198,15 +191,24 @@ def total_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def _opened(group: Group) -> Iterator[None]:
-    """Rank 0 locks the cells; then the other ranks open their files beside it."""
+def _opened(jobs: list[Job], task: str) -> Iterator[tuple[list[Job], list[StoreBusy]]]:
+    """The jobs with their cells open for writing, without those that another process is writing,
+    and an error for each of these. Rank 0 locks a cell; other ranks open a file beside its own."""
+    busy: list[StoreBusy] = []
     with ExitStack() as stack:
-        if rank() == 0:
-            for job in group.jobs:
-                opened = job.cells[group.task].open(provenance.provenance(plain(job.cfg)))
-                stack.enter_context(opened)
-        barrier()
+
+        def lock() -> list[int]:
+            free = []
+            for i, job in enumerate(jobs):
+                try:
+                    stack.enter_context(job.cells[task].open(provenance.provenance(plain(job.cfg))))
+                    free.append(i)
+                except StoreBusy as error:
+                    busy.append(error)
+            return free
+
+        opened = [jobs[i] for i in from_rank_0(lock)]
         if rank() > 0:
-            for job in group.jobs:
-                stack.enter_context(job.cells[group.task].open_share(rank()))
-        yield
+            for job in opened:
+                stack.enter_context(job.cells[task].open_share(rank()))
+        yield opened, busy
