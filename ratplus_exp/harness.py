@@ -67,11 +67,11 @@ class RatPlus(HFLM):
                 raise ValueError(f"{name}={value} has no meaning here: use {' or '.join(use)}")
         if not str(size := batch_size or cfg.stage.batch_size).isdigit():
             raise ValueError(f"batch_size={size}: use a number")
-        self.cfg, self.cut, self.path = cfg, cut, resolve(cfg.model.path)
+        self.cfg, self.cut, path = cfg, cut, resolve(cfg.model.path)
         self.method = method_of(cfg)
         self.fed = int(first_token_of(cfg) == "decode" and self.method.phase in DECODING)
         self.measured: list[float] = []  # budget of each answer
-        tokenizer = load_tokenizer(self.path)
+        tokenizer = load_tokenizer(path)
         check_context(cfg)
         super().__init__(
             model_of(cfg),
@@ -81,10 +81,10 @@ class RatPlus(HFLM):
             max_length=cfg.data.length,
             **{"add_bos_token": False} | own,
         )
-        self.pretrained = str(self.path)
+        self.pretrained = str(path)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness's results say of the model, beside its arguments."""
+        """What the harness's results report of the model, beside its arguments."""
         nominal = str(self.method.fraction(self.cfg.data.length))
         measured = sum(self.measured) / len(self.measured) if self.measured else None
         return {"method": repr(self.method), "budget": nominal, "budget_measured": measured}
@@ -110,8 +110,7 @@ class RatPlus(HFLM):
         prompts = PromptBatch(self.model, context, options["attention_mask"], self.fed)
         engine = Engine(self.method)
         room = max_length - context.shape[1]
-        graphs = self.cfg.cuda_graphs
-        out, last = answers(prompts, engine, room, self.path, self.tokenizer, graphs)
+        out, last = answers(prompts, engine, room, self.tokenizer, self.cfg)
         self.measured += engine.usage.fractions(len(out), last).tolist()
         return torch.cat((context, out), 1)
 

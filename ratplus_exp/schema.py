@@ -239,7 +239,7 @@ class Grid(Settings):
     """Cells of a sweep: every combination of the lists (`stages.sweep`)."""
 
     stage: Literal["eval", "hit_rate"] | None = None
-    model: Name | Names | None = None  # in the place of stage.models
+    model: Name | Names | None = None  # instead of stage.models
     method: Name | Names | None = None
     budget: Fraction | list[Fraction] | None = None
     blocks: Positive | list[Positive] | None = None

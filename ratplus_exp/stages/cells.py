@@ -34,7 +34,10 @@ PROMPTS = ("checkpoint", "interface", "dtype", "rope", "task", "seed", "data", "
 
 
 class MeasuringStage(Protocol):
-    """Measures a model under a method, sample by sample."""
+    """Measures a model under a method, sample by sample.
+
+    samples: the class of its samples, which determines the tasks.
+    """
 
     samples: type[Samples]
 
@@ -44,11 +47,11 @@ class MeasuringStage(Protocol):
     def measure(
         self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
     ) -> list[dict[str, Any]]:
-        """A record for each sample of a batch, plain JSON with "id"; prompts: of the samples."""
+        """A record for each sample of a batch, plain JSON with "id"; prompts: the samples'."""
         ...
 
     def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
-        """Aggregates of all records of a cell, by id; first: some of its prompts."""
+        """Aggregates of a cell's records, which are by id; first: a batch of its first prompts."""
         ...
 
 

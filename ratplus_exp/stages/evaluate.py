@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,7 +18,7 @@ from ratplus_exp.models.loading import end_tokens
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import MISSING, Table
 from ratplus_exp.stages.cells import Job, Records, selector_of
-from ratplus_exp.stages.common import model_name, show
+from ratplus_exp.stages.common import model_name, resolve, show
 from ratplus_exp.stages.runner import fill_missing
 from ratplus_exp.stages.samples import Samples
 from ratplus_exp.store import Cell, Store
@@ -86,23 +85,23 @@ def generate(
     """Greedy answers to a batch of prompts, what was read, and each one's last position (B,)."""
     engine = Engine(job.method, selector_of(job.cfg, samples, prompts.ids.device))
     room = reserve_of(job.cfg, samples[0].task)
-    out, last = answers(prompts, engine, room, job.path, tokenizer, job.cfg.cuda_graphs)
+    out, last = answers(prompts, engine, room, tokenizer, job.cfg)
     return tokenizer.batch_decode(out, skip_special_tokens=True), engine.usage, last
 
 
 def answers(
-    prompts: PromptBatch, engine: Engine, room: int, path: Path, tokenizer: Any, graphs: bool
+    prompts: PromptBatch, engine: Engine, room: int, tokenizer: Any, cfg: DictConfig
 ) -> tuple[Tensor, Tensor]:
-    """Greedy answers (B, at most `room`) of the model in `path`, padded from EOS on, and each
+    """Greedy answers (B, at most `room`) of the configured model, padded from EOS on, and each
     row's last position (B,)."""
-    eos = end_tokens(path) or [tokenizer.eos_token_id]
+    eos = end_tokens(resolve(cfg.model.path)) or [tokenizer.eos_token_id]
     out = greedy(
         prompts,
         engine,
         room,
         eos=eos,
         pad=tokenizer.pad_token_id,
-        capture=cuda_graphs if graphs and prompts.ids.is_cuda else None,
+        capture=cuda_graphs if cfg.cuda_graphs and prompts.ids.is_cuda else None,
     )
     # Neither the last generated token nor anything behind a row's EOS is fed back.
     ended = torch.isin(out, out.new_tensor(eos)).cumsum(1) > 0

@@ -1,8 +1,8 @@
 """stage=look: what each layer and head keeps of one prompt (task, seed, index), under several
 methods and on both backbones, as a page and a picture.
 
-Answers are each method's own. What is kept is shown along the right answer, which is fed token by
-token as for H1 (`stages.hit_rate`).
+The answers shown are those of the methods. What a method keeps is recorded at the tokens of the right
+answer, which is fed as for H1 (`stages.hit_rate`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ratplus_exp.report.prose import METHODS
 from ratplus_exp.stages.cells import Job, selector_of
 from ratplus_exp.stages.common import job_folder
 from ratplus_exp.stages.evaluate import generate
+from ratplus_exp.stages.hit_rate import feed
 from ratplus_exp.stages.runner import Session
 from ratplus_exp.stages.samples import Samples
 from ratplus_exp.stages.sweep import configuration, job_of
@@ -92,12 +93,7 @@ def _view(job: Job, model: Any, sample: Sample, source: Samples, look: Look, lab
 
     answer = golden_answer(sample, source.tokenizer)
     engine = Engine(method, selector_of(job.cfg, [sample], prompts.ids.device), record)
-    cache = model.new_cache(engine)
-    prompts.prefill(cache)
-    right = prompts.ids.new_tensor([answer.ids[:-2]])  # what predicts EOS is no step
-    steps = torch.cat((prompts.ids[:, sample.length - fed :], right), dim=1)
-    if steps.shape[1]:
-        model(steps, past_key_values=cache, logits_to_keep=1)
+    feed(prompts, engine, prompts.ids.new_tensor([answer.ids[:-2]]))  # what predicts EOS is no step
     first = 0 if fed else 1  # the answer's first token with a step
     gold = [sorted(places) for places in answer.positions[first:-1]]
     if method.phase in ("decode", "step"):  # the query behind token t − 1 predicts token t

@@ -61,7 +61,7 @@ class Samples:
         return sample
 
     def _check(self, sample: Sample) -> None:
-        """ValueError for a task that no training could make the model solve."""
+        """ValueError for a sample that no model with this tokenizer could answer."""
         answer = len(self.tokenizer(target(sample), add_special_tokens=False).input_ids)
         if answer > (reserve := self.reserve[sample.task]):
             where = sample.task if sample.task in ("vt", "cwe", "fwe") else "forms"

@@ -1,8 +1,8 @@
 """Stages that run grids of cells: sweep, ablation, loss and random_selector.
 
-`stage.cells`, for instance in conf/experiment/table2.yaml, has the grids of a sweep. The lists of a
-grid are multiplied out and run for each of `stage.trainings` of the grid's model or else of
-`stage.models`, or for the model of the configuration. Finished cells are skipped, so a killed sweep
+`stage.cells`, for instance in conf/experiment/table2.yaml, has the grids of a sweep. Every
+combination of a grid's lists is run for all `stage.trainings` of the grid's models, or else of
+`stage.models`, or else for the configured model. Finished cells are skipped, so a killed sweep
 resumes. The cells are those of stage=eval and stage=hit_rate, so all stages share them.
 """
 
