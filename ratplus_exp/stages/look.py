@@ -1,8 +1,8 @@
 """stage=look: what each layer and head keeps of one prompt (task, seed, index), under several
 methods and on both backbones, as a page and a picture.
 
-The answers shown are those of the methods. What a method keeps is recorded at the tokens of the right
-answer, which is fed as for H1 (`stages.hit_rate`).
+The answers shown are those of the methods. What a method keeps is recorded at the tokens of the
+right answer, which is fed as for H1 (`stages.hit_rate`).
 """
 
 from __future__ import annotations
