@@ -171,7 +171,8 @@ def validate_method(cfg: DictConfig) -> Method:
         )
     if cfg.selector != "topk" and method.phase is None:
         raise ValueError(
-            f"selector={cfg.selector} needs a method that selects, not {cfg.method.name}"
+            f"selector={cfg.selector} needs a method that selects, not {cfg.method.name}: "
+            "use quest, moba or snapkv"
         )
     return method
 

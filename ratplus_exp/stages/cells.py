@@ -39,10 +39,11 @@ class MeasuringStage(Protocol):
     samples: the class of its samples, which determines the tasks.
     """
 
-    samples: type[Samples]
+    samples: type[Samples] = Samples
 
     def check(self, method: Method, name: str) -> None:
         """ValueError, with the remedy, for a method (of this name) that it can't measure."""
+        return
 
     def measure(
         self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any

@@ -12,15 +12,14 @@ from torch import Tensor
 from ratplus_exp.analysis.frame import COLUMNS, EXTRA, SCORERS, accuracies, tidy
 from ratplus_exp.config import reserve_of
 from ratplus_exp.distributed import rank
-from ratplus_exp.methods import Engine, Method, Usage
+from ratplus_exp.methods import Engine, Usage
 from ratplus_exp.models.decoding import cuda_graphs, greedy
 from ratplus_exp.models.loading import end_tokens
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import MISSING, Table
-from ratplus_exp.stages.cells import Job, Records, selector_of
+from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
 from ratplus_exp.stages.common import model_name, resolve, show
 from ratplus_exp.stages.runner import fill_missing
-from ratplus_exp.stages.samples import Samples
 from ratplus_exp.store import Cell, Store
 from ratplus_exp.tasks import Sample, exact, substring
 
@@ -37,13 +36,8 @@ def run(cfg: DictConfig) -> None:
         _report(cfg, _frame(job.store, job.cells))
 
 
-class Accuracy:
+class Accuracy(MeasuringStage):
     """The measuring stage: answers and their scores."""
-
-    samples = Samples
-
-    def check(self, method: Method, name: str) -> None:
-        """All methods can answer."""
 
     def measure(
         self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any

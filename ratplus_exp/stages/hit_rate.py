@@ -23,10 +23,9 @@ from ratplus_exp.methods.hits import HitCounter
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
 from ratplus_exp.report.prose import number
-from ratplus_exp.stages.cells import Job, Records, selector_of
+from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
 from ratplus_exp.stages.common import job_folder, model_name, show
 from ratplus_exp.stages.runner import fill_missing
-from ratplus_exp.stages.samples import Samples
 from ratplus_exp.store import write_atomically
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.golden import golden_answer
@@ -43,10 +42,8 @@ def run(cfg: DictConfig) -> None:
     write_atomically(job_folder() / "hit_rate.csv", frame.to_csv(index=False))
 
 
-class HitRate:
+class HitRate(MeasuringStage):
     """The measuring stage: gold values hit, by layer and head."""
-
-    samples = Samples
 
     def check(self, method: Method, name: str) -> None:
         """The method must select for decoding steps."""

@@ -22,7 +22,7 @@ from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
 from ratplus_exp.report.figures import losses
 from ratplus_exp.report.prose import number
-from ratplus_exp.stages.cells import Job, Records, selector_of
+from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
 from ratplus_exp.stages.common import corpus_folder, resolve, tokenizer_name
 from ratplus_exp.stages.samples import Samples
 from ratplus_exp.store import Cell
@@ -80,10 +80,10 @@ def _corpus(cfg: DictConfig) -> Corpus | None:
     return Corpus(corpus_folder(cfg, path), tokenizer_name(path))
 
 
-class Loss:
+class Loss(MeasuringStage):
     """The measuring stage: of all tokens, and of those that can be recalled (`text.facts`)."""
 
-    samples: type[Samples] = Documents
+    samples = Documents
 
     def check(self, method: Method, name: str) -> None:
         """The method must be dense throughout or sparse in the prompt."""
