@@ -20,7 +20,7 @@ from ratplus_exp.report import MISSING, Table
 from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
 from ratplus_exp.stages.common import model_name, resolve, show
 from ratplus_exp.stages.runner import fill_missing
-from ratplus_exp.store import Cell, Store
+from ratplus_exp.store import Cell
 from ratplus_exp.tasks import Sample, exact, substring
 
 MEASURED = ("budget_measured", "choosing_measured", "slots_measured")
@@ -31,9 +31,9 @@ bytes of all keys and values; slots of the cache for what is kept."""
 def run(cfg: DictConfig) -> None:
     """Fill the missing cells, log them, and print and write the table of this job."""
     job = Job(cfg, Accuracy())
-    fill_missing(job, lambda tracker: _log(tracker, _frame(job.store, job.cells)))
+    fill_missing(job, lambda tracker: _log(tracker, _frame(job)))
     if rank() == 0:
-        _report(cfg, _frame(job.store, job.cells))
+        _report(cfg, _frame(job))
 
 
 class Accuracy(MeasuringStage):
@@ -103,13 +103,13 @@ def answers(
     return out.masked_fill(ended, tokenizer.pad_token_id), prompts.mask.sum(1) - 1 + fed
 
 
-def _frame(store: Store, cells: dict[str, Cell]) -> pd.DataFrame:
+def _frame(job: Job) -> pd.DataFrame:
     """The job's cells as a tidy frame, in the order of its tasks, with the other backbone's
     accuracy if the store has it for the same setting."""
-    every = tidy(store, "eval").set_index("cell")
-    frame = every.loc[[cell.id for cell in cells.values()]].reset_index()
-    settings = [_setting(cell) for cell in cells.values()]
-    done = (cell for cell in store.cells("eval") if cell.done())
+    every = tidy(job.store, "eval").set_index("cell")
+    frame = every.loc[[cell.id for cell in job.cells.values()]].reset_index()
+    settings = [_setting(cell) for cell in job.cells.values()]
+    done = (cell for cell in job.store.cells("eval") if cell.done())
     other = every.loc[[cell.id for cell in done if _setting(cell) in settings]]
     other = other[other["backbone"] != frame.loc[0, "backbone"]]
     if other["checkpoint"].nunique() != 1:

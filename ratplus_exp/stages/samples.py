@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ratplus_exp import provenance
-from ratplus_exp.config import forms_of, others_of, reserve_of
+from ratplus_exp.config import forms_of, others_of
 from ratplus_exp.distributed import cores
 from ratplus_exp.stages.common import device_of, resolve, source_of
-from ratplus_exp.tasks import RULER_NAMES, TASKS, Sample, read_jsonl
+from ratplus_exp.tasks import RULER_NAMES, TASKS, Forms, Others, Sample, read_jsonl
 from ratplus_exp.tasks.niah import sample_name
 from ratplus_exp.tasks.prompts import prompts_of
 from ratplus_exp.tasks.qa import QA_FILES, no_file
@@ -31,21 +31,25 @@ class Samples:
     @staticmethod
     def keys(cfg: DictConfig) -> dict[str, dict[str, Any]]:
         """Of each configured task what determines its samples, for the keys of its cells."""
+        forms, others = forms_of(cfg), others_of(cfg)
         files = ruler_files(cfg, cfg.data.tasks)
-        keys = {}
+        data: dict[str, dict[str, Any]] = {}
         for task in cfg.data.tasks:
             if files:
-                file = {"file": _digest(files[task], "data.path")}
-                keys[task] = {"seed": 0, "data": file | {"reserve": reserve_of(cfg, task)}}
+                reserve = others.reserve(task, forms)
+                data[task] = {"file": _digest(files[task], "data.path"), "reserve": reserve}
+            elif task in TASKS:
+                data[task] = _niah(forms, cfg.data.essay)
             else:
-                keys[task] = {"seed": cfg.seed, "data": _generated(cfg, task)}
-        return keys
+                data[task] = _beyond_niah(task, others, forms)
+        seed = 0 if files else cfg.seed
+        return {task: {"seed": seed, "data": x} for task, x in data.items()}
 
     def __init__(self, cfg: DictConfig, tokenizer: Any) -> None:
         self.cfg, self.seed, self.tokenizer = cfg, cfg.seed, tokenizer
-        self.reserve = {task: reserve_of(cfg, task) for task in RULER_NAMES}
         self.device = device_of(cfg)
-        self.source = source_of(cfg, tokenizer, cfg.data.length)
+        self.source = source = source_of(cfg, tokenizer, cfg.data.length)
+        self.reserve = {task: source.others.reserve(task, source.forms) for task in RULER_NAMES}
         self.prompts = prompts_of(self.source, cfg.seed, _workers(self.device))
         self.read: dict[str, list[Sample]] = {}
         for task, file in ruler_files(cfg, cfg.data.tasks).items():
@@ -120,15 +124,18 @@ def _workers(device: torch.device) -> int:
     return min(MAX_WORKERS, cores() - 1)
 
 
-def _generated(cfg: DictConfig, task: str) -> dict[str, Any]:
-    """What determines the generated samples of a task."""
-    essay, forms = cfg.data.essay, forms_of(cfg)
-    if task in TASKS:
-        data = {"forms": asdict(forms), "essay": essay and _digest(resolve(essay), "data.essay")}
-        if essay or forms.answer_order == "creation":
-            data["sampler"] = 2  # an earlier version made other prompts
-        return data
-    texts = asdict(others_of(cfg).of(task))
+def _niah(forms: Forms, essay: str | None) -> dict[str, Any]:
+    """What determines the generated samples of a NIAH task; essay: its file."""
+    digest = essay and _digest(resolve(essay), "data.essay")
+    data: dict[str, Any] = {"forms": asdict(forms), "essay": digest}
+    if essay or forms.answer_order == "creation":
+        data["sampler"] = 2  # an earlier version made other prompts
+    return data
+
+
+def _beyond_niah(task: str, others: Others, forms: Forms) -> dict[str, Any]:
+    """What determines the generated samples of another task."""
+    texts = asdict(others.of(task))
     files = {name: texts.pop(name) for name in QA_FILES.values() if name in texts}
     data = {"texts": texts, "with": asdict(forms), "reserve": texts["reserve"]}
     if name := QA_FILES.get(task):
