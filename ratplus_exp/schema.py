@@ -268,11 +268,14 @@ class OneCell(Measuring):
 
 @dataclass(frozen=True, kw_only=True)
 class Grids(Measuring):
-    """A stage that fills grids of cells: each for every training of its models or of `models`."""
+    """A stage that fills grids of cells for every training of `models`.
+
+    Subclasses end with `cells`, which repeat other fields by interpolation: of several errors the
+    first field's is reported.
+    """
 
     models: Names
     trainings: Seeds = field(default_factory=lambda: [0])
-    cells: dict[Name, Grid]
     workers: Processes
 
 
@@ -280,6 +283,7 @@ class Grids(Measuring):
 class RandomSelector(Grids):
     name: Literal["random_selector"]
     selector_seeds: Seeds
+    cells: dict[Name, Grid] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,11 +291,13 @@ class Ablation(Grids):
     name: Literal["ablation"]
     models: Annotated[Names, Field(min_length=2)]
     methods: Annotated[Names, Field(min_length=1)]
+    cells: dict[Name, Grid] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss(Grids):
     name: Literal["loss"]
+    cells: dict[Name, Grid]
 
 
 @dataclass(frozen=True, kw_only=True)
