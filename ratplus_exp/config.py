@@ -18,7 +18,7 @@ from omegaconf.errors import MissingMandatoryValue
 from ratplus_exp.budget import Budget
 from ratplus_exp.schema import METHOD_SETTINGS, Config, Convert, MethodConfig, Pretrain, Sft
 from ratplus_exp.settings import build
-from ratplus_exp.tasks import GOLDEN, TASKS, Forms, Others
+from ratplus_exp.tasks import GOLDEN, Forms, Others
 
 if TYPE_CHECKING:
     from ratplus_exp.methods import Method
@@ -113,11 +113,6 @@ def _one_method(cfg: DictConfig, settings: dict[str, Any]) -> Method:
     return method
 
 
-def budget_name(cfg: DictConfig, method: Method) -> str:
-    """The nominal budget as tables print it; "1" for dense attention."""
-    return str(Budget(method.fraction(cfg.data.length)))
-
-
 def expected_sha256(model: DictConfig) -> str | None:
     """The digest of this training in model.sha256, where a single digest is that of training 0;
     ValueError if it has none."""
@@ -152,12 +147,6 @@ def reserve_of(cfg: DictConfig, task: str) -> int:
     return others_of(cfg).reserve(task, forms_of(cfg))
 
 
-def question_template(cfg: DictConfig, task: str) -> str:
-    """The part of a task's prompt template after the context."""
-    texts = forms_of(cfg) if task in TASKS else others_of(cfg).of(task)
-    return str(texts.template.rpartition("{context}")[2])
-
-
 def rope_of(cfg: DictConfig) -> dict[str, Any] | None:
     """The changes of a model's rope_parameters."""
     return plain(cfg.rope) if cfg.rope else None
@@ -171,8 +160,8 @@ def oracle_heads(cfg: DictConfig) -> tuple[tuple[int, int], ...]:
 
 def validate_method(cfg: DictConfig) -> Method:
     """The method, after checks of budget, selector and prompt length."""
-    method = method_of(cfg)
-    reserve = max(reserve_of(cfg, task) for task in cfg.data.tasks)
+    method, forms, others = method_of(cfg), forms_of(cfg), others_of(cfg)
+    reserve = max(others.reserve(task, forms) for task in cfg.data.tasks)
     prompt = cfg.data.length - reserve
     if method.phase in ("once", "step") and prompt < method.forced:
         raise ValueError(
@@ -182,7 +171,8 @@ def validate_method(cfg: DictConfig) -> Method:
         )
     if cfg.selector != "topk" and method.phase is None:
         raise ValueError(
-            f"selector={cfg.selector} needs a method that selects, not {cfg.method.name}"
+            f"selector={cfg.selector} needs a method that selects, not {cfg.method.name}: "
+            "use quest, moba or snapkv"
         )
     return method
 

@@ -17,13 +17,13 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from ratplus_exp.config import budget_name, method_of, rope_of, validate
+from ratplus_exp.config import method_of, validate
 from ratplus_exp.main import CONF
 from ratplus_exp.methods import Engine
-from ratplus_exp.models.loading import check_length, load_model, load_tokenizer
+from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.stages.cells import DECODING
-from ratplus_exp.stages.common import device_of, first_token_of, resolve
+from ratplus_exp.stages.common import check_context, first_token_of, model_of, resolve
 from ratplus_exp.stages.evaluate import answers
 
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1}
@@ -37,10 +37,10 @@ class RatPlus(HFLM):
     Args:
         pretrained: a model's folder.
         cut: where prompts longer than data.length lose tokens: "left" or "middle" (LongBench).
-        words: as of `run.py`, with model=hf: method, budget, data, method.block_size, dtype, …;
-            those of HARNESS go to the harness's own model type.
+        words: overrides as for `run.py model=hf` (method, budget, data, method.block_size, …), and
+            HARNESS, which go to the harness's own model type.
 
-    Raises ValueError for words that `run.py` refuses, and for what the harness can't have.
+    Raises ValueError for what `run.py` refuses, and for settings that have no meaning here.
     """
 
     def __init__(
@@ -67,25 +67,25 @@ class RatPlus(HFLM):
                 raise ValueError(f"{name}={value} has no meaning here: use {' or '.join(use)}")
         if not str(size := batch_size or cfg.stage.batch_size).isdigit():
             raise ValueError(f"batch_size={size}: use a number")
-        self.cfg, self.cut, self.path = cfg, cut, resolve(cfg.model.path)
+        self.cfg, self.cut, path = cfg, cut, resolve(cfg.model.path)
         self.method = method_of(cfg)
         self.fed = int(first_token_of(cfg) == "decode" and self.method.phase in DECODING)
         self.measured: list[float] = []  # budget of each answer
-        tokenizer = load_tokenizer(self.path)
-        check_length(self.path, cfg.data.length, rope_of(cfg), cfg.positions)
+        tokenizer = load_tokenizer(path)
+        check_context(cfg)
         super().__init__(
-            load_model(self.path, device_of(cfg), cfg.dtype, rope_of(cfg)),
+            model_of(cfg),
             tokenizer=tokenizer,
             backend="causal",
             batch_size=size,
             max_length=cfg.data.length,
             **{"add_bos_token": False} | own,
         )
-        self.pretrained = str(self.path)
+        self.pretrained = str(path)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness's results say of the model, beside its arguments."""
-        nominal = budget_name(self.cfg, self.method)
+        """What the harness's results report of the model, beside its arguments."""
+        nominal = str(self.method.fraction(self.cfg.data.length))
         measured = sum(self.measured) / len(self.measured) if self.measured else None
         return {"method": repr(self.method), "budget": nominal, "budget_measured": measured}
 
@@ -110,8 +110,7 @@ class RatPlus(HFLM):
         prompts = PromptBatch(self.model, context, options["attention_mask"], self.fed)
         engine = Engine(self.method)
         room = max_length - context.shape[1]
-        graphs = self.cfg.cuda_graphs
-        out, last = answers(prompts, engine, room, self.path, self.tokenizer, graphs)
+        out, last = answers(prompts, engine, room, self.tokenizer, self.cfg)
         self.measured += engine.usage.fractions(len(out), last).tolist()
         return torch.cat((context, out), 1)
 

@@ -96,7 +96,7 @@ def command() -> None:
     """`main` as a command that prints users' errors in one line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise the exception instead of printing it
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may be ASCII
-    if os.environ.get("RANK", "0") != "0":  # the job's folder is the first process's
+    if os.environ.get("RANK", "0") != "0":  # rank 0 writes the job's folder
         sys.argv += ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=disabled"]
     try:
         main()

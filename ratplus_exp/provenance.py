@@ -19,28 +19,21 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def provenance(config: dict[str, Any]) -> dict[str, Any]:
-    """The record that is stored with every result."""
+    """The record that is stored with every result. Its command has no folder of this machine."""
+    name = Path(sys.argv[0]).name
+    program = f"python {name}" if name.endswith(".py") else name
+    cpu = f"{platform.processor() or platform.machine()} CPU"
+    command = " ".join((program, *sys.argv[1:]))
     return {
         "config": config,
-        "command": _public(" ".join((*_program(sys.argv[0]), *sys.argv[1:]))),
+        "command": command.replace(f"{REPOSITORY}/", "").replace(str(Path.home()), "~"),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
-        "device": device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "threads": torch.get_num_threads(),
     }
-
-
-def _program(path: str) -> tuple[str, ...]:
-    """For a script "python script.py", for an installed command its name."""
-    name = Path(path).name
-    return ("python", name) if name.endswith(".py") else (name,)
-
-
-def _public(text: str) -> str:
-    """The text without this machine's folders."""
-    return text.replace(f"{REPOSITORY}/", "").replace(str(Path.home()), "~")
 
 
 @cache
@@ -60,12 +53,6 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changes else "")
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()} CPU"
 
 
 def sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from omegaconf import MISSING
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -18,19 +18,13 @@ from ratplus_exp.settings import (
     Amount,
     BlockSettings,
     DilatedSettings,
-    Distinct,
-    Length,
-    Name,
     NoSettings,
     Positive,
-    Processes,
     Rate,
-    Seed,
     Settings,
     Share,
     SnapKVSettings,
     Text,
-    Tokens,
     Whole,
     matching,
 )
@@ -47,12 +41,31 @@ else:
     Golden = Literal[tuple(GOLDEN)]
 
 
+T = TypeVar("T")
+
+
+def _distinct(values: list[T]) -> list[T]:
+    if len({str(value) for value in values}) < len(values):
+        raise ValueError("use each of them once")
+    return values
+
+
 def _fraction(value: Any) -> str:
     if not re.fullmatch(r"\d{1,9}(/\d{1,9})?|\d?\.\d{1,12}", str(value)):
         raise ValueError("write it as 1/16")
     return str(Budget.parse(str(value)))
 
 
+Name = Annotated[
+    str,
+    # Names appear unescaped in tables, CSV files, folders and pages.
+    matching(r"[^\W_][\w./-]{0,99}", "use letters, digits and ._/- behind a first letter or digit"),
+]
+Distinct = AfterValidator(_distinct)
+Length = Annotated[int, Field(ge=2, le=10**8)]  # of a context, in tokens
+Tokens = Annotated[int, Field(ge=1, le=10**15)]
+Processes = Annotated[int, Field(ge=0, le=1024)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Selector = Literal["topk", "random", "oracle"]
 FirstToken = Literal["prefill", "decode"]
 Protocol = Literal["whole", "split"]
@@ -226,7 +239,7 @@ class Grid(Settings):
     """Cells of a sweep: every combination of the lists (`stages.sweep`)."""
 
     stage: Literal["eval", "hit_rate"] | None = None
-    model: Name | Names | None = None  # in the place of stage.models
+    model: Name | Names | None = None  # instead of stage.models
     method: Name | Names | None = None
     budget: Fraction | list[Fraction] | None = None
     blocks: Positive | list[Positive] | None = None
@@ -254,44 +267,47 @@ class OneCell(Measuring):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomSelector(Measuring):
+class Grids(Measuring):
+    """A stage that fills grids of cells for every training of `models`.
+
+    Subclasses end with `cells`, which repeat other fields by interpolation: of several errors the
+    first field's is reported.
+    """
+
+    models: Names
+    trainings: Seeds = field(default_factory=lambda: [0])
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSelector(Grids):
     name: Literal["random_selector"]
     selector_seeds: Seeds
-    models: Names = field(default_factory=list)
     cells: dict[Name, Grid] = field(default_factory=dict)
-    workers: Processes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablation(Measuring):
+class Ablation(Grids):
     name: Literal["ablation"]
     models: Annotated[Names, Field(min_length=2)]
-    trainings: Seeds
     methods: Annotated[Names, Field(min_length=1)]
     cells: dict[Name, Grid] = field(default_factory=dict)
-    workers: Processes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss(Measuring):
+class Loss(Grids):
     name: Literal["loss"]
-    models: Names
-    trainings: Seeds
     cells: dict[Name, Grid]
-    workers: Processes
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodsStage(Measuring):
+class MethodsStage(Grids):
     name: Literal["methods"]
-    models: Names
-    trainings: Seeds
     budgets: list[Fraction]
     patterns: Names
     selecting: Names
     cells: Annotated[dict[Name, Grid], AfterValidator(_not_empty)]
     random_examples: Examples
-    workers: Processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,11 +333,10 @@ class Report(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Report, Measuring):
+class Sweep(Report, Grids):
     name: Literal["sweep"]  # type: ignore[assignment]
     cells: Annotated[dict[Name, Grid], AfterValidator(_not_empty)]
     random_examples: Examples
-    workers: Processes
 
 
 @dataclass(frozen=True, kw_only=True)

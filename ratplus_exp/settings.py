@@ -57,30 +57,14 @@ def _odd(number: int) -> int:
     return number
 
 
-def _distinct(values: list[T]) -> list[T]:
-    if len({str(value) for value in values}) < len(values):
-        raise ValueError("use each of them once")
-    return values
-
-
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 Whole = Annotated[int, Field(ge=0, le=10**9)]
-Length = Annotated[int, Field(ge=2, le=10**8)]  # of a context, in tokens
-Tokens = Annotated[int, Field(ge=1, le=10**15)]
-Processes = Annotated[int, Field(ge=0, le=1024)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 Amount = Annotated[float, Field(gt=0, le=1e9)]
 Rate = Annotated[float, Field(ge=0, le=1e3)]
 Odd = Annotated[int, Field(ge=1, lt=10**6), AfterValidator(_odd)]
-Name = Annotated[
-    str,
-    # Names appear unescaped in tables, CSV files, folders and pages.
-    matching(r"[^\W_][\w./-]{0,99}", "use letters, digits and ._/- behind a first letter or digit"),
-]
 Text = Annotated[str, matching(r"(?!\s)[^\0-\x1f\x7f]{1,4096}", "use some text in one line")]
-Distinct = AfterValidator(_distinct)
 OF_LIST = Field(strict=False)  # a tuple, given as a list
 
 

@@ -18,10 +18,9 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # which this process 
 def context() -> Any:
     """The multiprocessing context of all workers.
 
-    A fork would copy locked threads and the GPU's state. On Linux workers are forked from a server
-    that has imported what they need (if PYTHONPATH or an installation has the package) and done
-    nothing else; its environment is that of its start. Elsewhere each worker imports it anew, and
-    one after the other, since the pipe to it is shorter than a pickled tokenizer.
+    A fork of this process would copy locked threads and the GPU's state. On Linux workers are
+    forked from a server that has only imported what they need (PYTHONPATH or an installation must
+    have the package); they have the environment of its start. Elsewhere every worker imports it.
     """
     if sys.platform != "linux":
         return get_context("spawn")

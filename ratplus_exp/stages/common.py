@@ -13,11 +13,12 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_method
 from omegaconf import DictConfig, open_dict
+from transformers import PreTrainedModel
 
 from ratplus_exp import provenance
-from ratplus_exp.config import expected_sha256, forms_of, others_of, validate
+from ratplus_exp.config import expected_sha256, forms_of, others_of, rope_of, validate
 from ratplus_exp.distributed import local_rank, world_size
-from ratplus_exp.models.loading import check_model
+from ratplus_exp.models.loading import check_length, check_model, load_model, weight_files
 from ratplus_exp.report import Table
 from ratplus_exp.store import Store
 from ratplus_exp.tasks import Ruler
@@ -47,8 +48,6 @@ SHARED = ("pretrain", "continued_pretrain", "sft", "eval", "hit_rate")
 def run(cfg: DictConfig) -> None:
     """Validate the configuration and run its stage, or estimate the cost with dry_run."""
     validate(cfg)
-    if cfg.stage.name not in STAGES:
-        raise ValueError(f"stage={cfg.stage.name} is unknown: use one of {', '.join(STAGES)}")
     if world_size() > 1 and (cfg.dry_run or cfg.stage.name not in SHARED):
         what = "dry_run=true" if cfg.dry_run else f"stage={cfg.stage.name}"
         raise ValueError(
@@ -83,13 +82,32 @@ def model_name(cfg: DictConfig) -> str:
 
 
 def checkpoint_of(model: DictConfig) -> str:
-    """The digest of a configured model's weights: see `check_model`."""
-    return check_model(resolve(model.path), expected_sha256(model), model.backbone)
+    """The digest of a configured model's weights (`check_model`), computed once for all jobs of a
+    process unless the files change."""
+    path = resolve(model.path)
+    stats = [file.stat() for file in weight_files(path) if file.exists()]
+    stamp = tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)
+    return _digest(path, expected_sha256(model), model.backbone, stamp)
+
+
+@cache
+def _digest(path: Path, sha256: str | None, backbone: str, stamp: Any) -> str:
+    return check_model(path, sha256, backbone)
+
+
+def check_context(cfg: DictConfig) -> None:
+    """ValueError if data.length is more than the configured model has positions."""
+    check_length(resolve(cfg.model.path), cfg.data.length, rope_of(cfg), cfg.positions)
+
+
+def model_of(cfg: DictConfig) -> PreTrainedModel:
+    """The configured model, loaded as device, dtype and rope require."""
+    return load_model(resolve(cfg.model.path), device_of(cfg), cfg.dtype, rope_of(cfg))
 
 
 def first_token_of(cfg: DictConfig) -> str:
-    """Which tokens of a prompt are fed under the method, as cells and captions name it: none after
-    the "prefill", the last one ("decode"), or the question ("split")."""
+    """Which tokens of a prompt run under the method after the prefill, as keys and captions name
+    it: none ("prefill"), the last one ("decode"), or the question ("split")."""
     return "split" if cfg.stage.protocol == "split" else str(cfg.stage.first_token)
 
 

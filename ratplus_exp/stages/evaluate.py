@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -13,15 +12,15 @@ from torch import Tensor
 from ratplus_exp.analysis.frame import COLUMNS, EXTRA, SCORERS, accuracies, tidy
 from ratplus_exp.config import reserve_of
 from ratplus_exp.distributed import rank
-from ratplus_exp.methods import Engine, Method, Usage
+from ratplus_exp.methods import Engine, Usage
 from ratplus_exp.models.decoding import cuda_graphs, greedy
 from ratplus_exp.models.loading import end_tokens
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import MISSING, Table
-from ratplus_exp.stages.cells import Job, Records, selector_of
-from ratplus_exp.stages.common import model_name, show
+from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
+from ratplus_exp.stages.common import model_name, resolve, show
 from ratplus_exp.stages.runner import fill_missing
-from ratplus_exp.store import Cell, Store
+from ratplus_exp.store import Cell
 from ratplus_exp.tasks import Sample, exact, substring
 
 MEASURED = ("budget_measured", "choosing_measured", "slots_measured")
@@ -32,16 +31,13 @@ bytes of all keys and values; slots of the cache for what is kept."""
 def run(cfg: DictConfig) -> None:
     """Fill the missing cells, log them, and print and write the table of this job."""
     job = Job(cfg, Accuracy())
-    fill_missing(job, lambda tracker: _log(tracker, _frame(job.store, job.cells)))
+    fill_missing(job, lambda tracker: _log(tracker, _frame(job)))
     if rank() == 0:
-        _report(cfg, _frame(job.store, job.cells))
+        _report(cfg, _frame(job))
 
 
-class Accuracy:
+class Accuracy(MeasuringStage):
     """The measuring stage: answers and their scores."""
-
-    def check(self, method: Method, name: str) -> None:
-        """All methods can answer."""
 
     def measure(
         self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
@@ -83,23 +79,23 @@ def generate(
     """Greedy answers to a batch of prompts, what was read, and each one's last position (B,)."""
     engine = Engine(job.method, selector_of(job.cfg, samples, prompts.ids.device))
     room = reserve_of(job.cfg, samples[0].task)
-    out, last = answers(prompts, engine, room, job.path, tokenizer, job.cfg.cuda_graphs)
+    out, last = answers(prompts, engine, room, tokenizer, job.cfg)
     return tokenizer.batch_decode(out, skip_special_tokens=True), engine.usage, last
 
 
 def answers(
-    prompts: PromptBatch, engine: Engine, room: int, path: Path, tokenizer: Any, graphs: bool
+    prompts: PromptBatch, engine: Engine, room: int, tokenizer: Any, cfg: DictConfig
 ) -> tuple[Tensor, Tensor]:
-    """Greedy answers (B, at most `room`) of the model in `path`, padded from EOS on, and each
+    """Greedy answers (B, at most `room`) of the configured model, padded from EOS on, and each
     row's last position (B,)."""
-    eos = end_tokens(path) or [tokenizer.eos_token_id]
+    eos = end_tokens(resolve(cfg.model.path)) or [tokenizer.eos_token_id]
     out = greedy(
         prompts,
         engine,
         room,
         eos=eos,
         pad=tokenizer.pad_token_id,
-        capture=cuda_graphs if graphs and prompts.ids.is_cuda else None,
+        capture=cuda_graphs if cfg.cuda_graphs and prompts.ids.is_cuda else None,
     )
     # Neither the last generated token nor anything behind a row's EOS is fed back.
     ended = torch.isin(out, out.new_tensor(eos)).cumsum(1) > 0
@@ -107,13 +103,13 @@ def answers(
     return out.masked_fill(ended, tokenizer.pad_token_id), prompts.mask.sum(1) - 1 + fed
 
 
-def _frame(store: Store, cells: dict[str, Cell]) -> pd.DataFrame:
+def _frame(job: Job) -> pd.DataFrame:
     """The job's cells as a tidy frame, in the order of its tasks, with the other backbone's
     accuracy if the store has it for the same setting."""
-    every = tidy(store, "eval").set_index("cell")
-    frame = every.loc[[cell.id for cell in cells.values()]].reset_index()
-    settings = [_setting(cell) for cell in cells.values()]
-    done = (cell for cell in store.cells("eval") if cell.done())
+    every = tidy(job.store, "eval").set_index("cell")
+    frame = every.loc[[cell.id for cell in job.cells.values()]].reset_index()
+    settings = [_setting(cell) for cell in job.cells.values()]
+    done = (cell for cell in job.store.cells("eval") if cell.done())
     other = every.loc[[cell.id for cell in done if _setting(cell) in settings]]
     other = other[other["backbone"] != frame.loc[0, "backbone"]]
     if other["checkpoint"].nunique() != 1:

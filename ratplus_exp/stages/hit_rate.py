@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from ratplus_exp.analysis.hits import hit_rates
 from ratplus_exp.distributed import rank
@@ -22,7 +23,7 @@ from ratplus_exp.methods.hits import HitCounter
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
 from ratplus_exp.report.prose import number
-from ratplus_exp.stages.cells import Job, Records, selector_of
+from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
 from ratplus_exp.stages.common import job_folder, model_name, show
 from ratplus_exp.stages.runner import fill_missing
 from ratplus_exp.store import write_atomically
@@ -41,7 +42,7 @@ def run(cfg: DictConfig) -> None:
     write_atomically(job_folder() / "hit_rate.csv", frame.to_csv(index=False))
 
 
-class HitRate:
+class HitRate(MeasuringStage):
     """The measuring stage: gold values hit, by layer and head."""
 
     def check(self, method: Method, name: str) -> None:
@@ -61,9 +62,8 @@ class HitRate:
         self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
     ) -> list[dict[str, Any]]:
         """Hits, by layer and head."""
-        model, ids, mask = prompts.model, prompts.ids, prompts.mask
+        ids, lengths = prompts.ids, prompts.mask.sum(1)
         answers = [golden_answer(sample, tokenizer) for sample in samples]
-        lengths = mask.sum(1)
         width = max(len(answer.ids) for answer in answers) - 1  # EOS is not fed
         golden = torch.zeros(len(samples), width, job.cfg.data.length, dtype=torch.bool)
         forced = torch.full((len(samples), width), tokenizer.pad_token_id)
@@ -73,8 +73,6 @@ class HitRate:
             for token, positions in enumerate(answer.positions[:width]):
                 golden[row, token, list(positions)] = True
         # The query that predicts answer token a is the prompt's last token (a = 0) or token a − 1.
-        fed = ids[:, ids.shape[1] - prompts.fed :]
-        steps = torch.cat((fed, forced[:, :-1].to(ids.device)), dim=1)
         if not prompts.fed:
             owners = [[-1, *tokens[1:]] for tokens in owners]
         if all(owner < 0 for tokens in owners for owner in tokens):
@@ -82,13 +80,10 @@ class HitRate:
                 f"{samples[0].task}: every answer is one token long, so no decoding step has a "
                 "golden position: set stage.first_token=decode"
             )
-        layers = model.config.num_hidden_layers
+        layers = prompts.model.config.num_hidden_layers
         counter = HitCounter(job.method, golden.to(ids.device), lengths, layers)
         engine = Engine(job.method, selector_of(job.cfg, samples, ids.device), counter)
-        cache = model.new_cache(engine)
-        prompts.prefill(cache)
-        if steps.shape[1]:
-            model(steps, past_key_values=cache, logits_to_keep=1)
+        feed(prompts, engine, forced[:, :-1])
         last = lengths.cpu() + torch.tensor([len(answer.ids) - 3 for answer in answers])
         fractions = engine.usage.fractions(len(samples), last)
         values, hits = counter.values(owners)
@@ -114,6 +109,16 @@ class HitRate:
             "values": values,
             "budget_measured": round(measured, 5),
         }
+
+
+def feed(prompts: PromptBatch, engine: Engine, answers: Tensor) -> None:
+    """Run the model over prompts and given answers (B, T): prefill, then decoding steps."""
+    ids = prompts.ids
+    cache = prompts.model.new_cache(engine)
+    prompts.prefill(cache)
+    steps = torch.cat((ids[:, ids.shape[1] - prompts.fed :], answers.to(ids.device)), dim=1)
+    if steps.shape[1]:
+        prompts.model(steps, past_key_values=cache, logits_to_keep=1)
 
 
 def _frame(job: Job) -> pd.DataFrame:

@@ -1,8 +1,8 @@
 """stage=look: what each layer and head keeps of one prompt (task, seed, index), under several
 methods and on both backbones, as a page and a picture.
 
-Answers are each method's own. What is kept is shown along the right answer, which is fed token by
-token as for H1 (`stages.hit_rate`).
+The answers shown are those of the methods. What a method keeps is recorded at the tokens of the
+right answer, which is fed as for H1 (`stages.hit_rate`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from ratplus_exp.report.prose import METHODS
 from ratplus_exp.stages.cells import Job, selector_of
 from ratplus_exp.stages.common import job_folder
 from ratplus_exp.stages.evaluate import generate
+from ratplus_exp.stages.hit_rate import feed
 from ratplus_exp.stages.runner import Session
 from ratplus_exp.stages.samples import Samples
 from ratplus_exp.stages.sweep import configuration, job_of
 from ratplus_exp.tasks import Sample, exact
 from ratplus_exp.tasks.golden import golden_answer
-from ratplus_exp.tasks.sample import question_tokens, target
+from ratplus_exp.tasks.sample import target
 from ratplus_exp.tracking import tracked
 
 
@@ -55,7 +56,6 @@ def look_at(cfg: DictConfig) -> Look:
     with closing(Session()) as session:
         source = session.source(every[0][0])
         sample = source(cfg.stage.task, cfg.stage.index)
-        asked = question_tokens(sample, source.questions[sample.task], source.tokenizer)
         text = sample.prompt + target(sample)
         offsets = source.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ends = [0, *(end for _, end in offsets.offset_mapping)]
@@ -64,7 +64,7 @@ def look_at(cfg: DictConfig) -> Look:
             budget=str(cfg.budget),
             tokens=[text[a:b] for a, b in pairwise(ends)],
             prompt=sample.length,
-            question=sample.length - asked,
+            question=sample.length - source.question_tokens(sample),
             values=[span for spans in sample.gold_spans.values() for span in spans],
             answers=sample.answers,
         )
@@ -93,12 +93,7 @@ def _view(job: Job, model: Any, sample: Sample, source: Samples, look: Look, lab
 
     answer = golden_answer(sample, source.tokenizer)
     engine = Engine(method, selector_of(job.cfg, [sample], prompts.ids.device), record)
-    cache = model.new_cache(engine)
-    prompts.prefill(cache)
-    right = prompts.ids.new_tensor([answer.ids[:-2]])  # what predicts EOS is no step
-    steps = torch.cat((prompts.ids[:, sample.length - fed :], right), dim=1)
-    if steps.shape[1]:
-        model(steps, past_key_values=cache, logits_to_keep=1)
+    feed(prompts, engine, prompts.ids.new_tensor([answer.ids[:-2]]))  # what predicts EOS is no step
     first = 0 if fed else 1  # the answer's first token with a step
     gold = [sorted(places) for places in answer.positions[first:-1]]
     if method.phase in ("decode", "step"):  # the query behind token t − 1 predicts token t

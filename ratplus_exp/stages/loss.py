@@ -3,30 +3,87 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from omegaconf import DictConfig
 from torch.nn.functional import cross_entropy
 
 from ratplus_exp.analysis.frame import LABELS
+from ratplus_exp.config import forms_of
 from ratplus_exp.methods import Engine, Method
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
 from ratplus_exp.report.figures import losses
 from ratplus_exp.report.prose import number
-from ratplus_exp.stages.cells import Job, Records, selector_of
+from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
+from ratplus_exp.stages.common import corpus_folder, resolve, tokenizer_name
+from ratplus_exp.stages.samples import Samples
 from ratplus_exp.store import Cell
 from ratplus_exp.tasks import Sample
+from ratplus_exp.tasks.niah import sample_name
+from ratplus_exp.text.corpus import Corpus
+from ratplus_exp.text.facts import Facts
+from ratplus_exp.training.settings import IGNORE, Batch
 
 BINS = 8  # equal parts of the context
 KINDS = ("all", "recallable")  # tokens; of a corpus none counts as recallable
 
 
-class Loss:
+class Documents(Samples):
+    """Held-out documents of a context's length: generated, or of the configured corpus."""
+
+    @staticmethod
+    def keys(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+        corpus = _corpus(cfg)
+        data = {"corpus": corpus.id} if corpus else {"forms": asdict(forms_of(cfg))}
+        return {"documents": {"seed": cfg.seed, "data": data}}
+
+    def __call__(self, task: str, index: int) -> Sample:
+        """A document, and with generated text the places of what can be recalled."""
+        (ids,), (labels,) = self._batch(index)
+        places = (np.flatnonzero(labels[:-1] != IGNORE) + 1).tolist()
+        spans = {"recallable": tuple((i, i + 1) for i in places)}
+        return Sample(self.id(task, index), task, "", tuple(ids.tolist()), (), spans, len(ids))
+
+    @cached_property
+    def _batch(self) -> Callable[[int], Batch]:
+        """Ids and next-token labels (1, length) of a document, as `Facts.batch`."""
+        length, examples = self.cfg.data.length, self.cfg.data.examples
+        if (corpus := _corpus(self.cfg)) is None:
+            facts = Facts(self.tokenizer, forms_of(self.cfg), other_rate=0.0)
+            return lambda index: facts.batch(f"held-out/{self.seed}", index, 1, length)
+        corpus.check(length)
+        if (windows := corpus.windows(length)) < examples:
+            raise ValueError(f"the corpus has {windows} contexts: set data.examples={windows}")
+        nothing = np.full((1, length), IGNORE)
+        return lambda index: (corpus.batch(self.seed, index, 1, length)[0], nothing)
+
+    def id(self, task: str, index: int) -> str:
+        return sample_name(task, self.seed, index)
+
+    def prefetch(self, task: str, indices: list[int]) -> None:
+        """Documents take less time than their evaluation."""
+
+
+def _corpus(cfg: DictConfig) -> Corpus | None:
+    """The corpus that stage=tokenize wrote for the model's tokenizer, if one is configured."""
+    if cfg.corpus is None:
+        return None
+    path = resolve(cfg.model.path)
+    return Corpus(corpus_folder(cfg, path), tokenizer_name(path))
+
+
+class Loss(MeasuringStage):
     """The measuring stage: of all tokens, and of those that can be recalled (`text.facts`)."""
+
+    samples = Documents
 
     def check(self, method: Method, name: str) -> None:
         """The method must be dense throughout or sparse in the prompt."""

@@ -22,8 +22,8 @@ from ratplus_exp.config import method_of
 from ratplus_exp.report import Table
 from ratplus_exp.report.figures import by_size
 from ratplus_exp.report.prose import METHODS, interval, number
-from ratplus_exp.stages.common import job_folder, option
-from ratplus_exp.stages.sweep import filled, show_tracked
+from ratplus_exp.stages.common import job_folder
+from ratplus_exp.stages.sweep import configuration, filled, show_tracked
 from ratplus_exp.store import Cell
 
 SETTING = ["method", "budget"]
@@ -35,7 +35,10 @@ def run(cfg: DictConfig) -> None:
     frame = means(filled(cfg))
     path = job_folder() / "methods.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(frame, {m: phase_of(cfg, m) for m in frame["method"].unique()}).savefig(path, dpi=160)
+    phases: dict[str, str | None] = {
+        name: method_of(configuration(cfg, {"method": name})).phase for name in set(frame["method"])
+    }
+    draw(frame, phases).savefig(path, dpi=160)
     plt.close()
     print(f"Figure: {path}.")
     show_tracked(cfg, table(frame))
@@ -140,10 +143,3 @@ def draw(frame: pd.DataFrame, phases: dict[str, str | None]) -> Any:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     return figure
-
-
-def phase_of(cfg: DictConfig, method: str) -> str | None:
-    """The phase in which a method of conf/method selects."""
-    job = cfg.copy()
-    job.method = option("method", method)
-    return method_of(job).phase

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, wait
 from contextlib import closing
@@ -10,22 +9,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from ratplus_exp.config import plain
 from ratplus_exp.distributed import cores
 from ratplus_exp.models.loading import load_tokenizer
-from ratplus_exp.stages.cells import Job, MeasuringStage
+from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import device_of
-from ratplus_exp.stages.runner import Group, Session, fill
-from ratplus_exp.stages.samples import Samples
-from ratplus_exp.store import StoreBusy
+from ratplus_exp.stages.runner import Session, fill, progress_bar
 from ratplus_exp.workers import Workers, context
 
 MAX_WORKERS = 8  # on a CPU; more would compete for memory bandwidth
+GPU_LOST = "the worker's GPU is lost"  # so that another one has to fill its groups
 MAX_FAILURES = 16  # cells that may fail before one succeeds
 
+Group = tuple[list[Job], str]  # jobs whose cells of a task begin with the same prefill
 Progress = Callable[[int, int], None]  # called with new samples and newly finished cells
 
 
@@ -46,15 +44,13 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
         return []
     groups: dict[str, Group] = {}
     for job, task in missing:
-        groups.setdefault(job.prefill(task), Group([], task)).jobs.append(job)
+        groups.setdefault(job.prefill(task), ([], task))[0].append(job)
     for job in {(job.path, job.cfg.data.length): job for job, _ in missing}.values():
-        source = Samples(job.cfg, load_tokenizer(job.path))
+        source = job.stage.samples(job.cfg, load_tokenizer(job.path))
         for task in job.cells:
             source(task, 0)  # invalid prompts are refused before anything is written
-    examples = sum(job.examples for job, _ in missing)
-    have = sum(min(len(job.cells[task].records()), job.examples) for job, task in missing)
     done = len(cells) - len(missing)
-    with tqdm(total=examples, initial=have, unit="example", smoothing=0.02) as bar:
+    with progress_bar(missing) as bar:
 
         def progress(samples: int, finished: int) -> None:
             nonlocal done
@@ -87,61 +83,48 @@ def _workers(cfg: DictConfig) -> int:
 
 
 def _fill_in_process(groups: list[Group], progress: Progress) -> tuple[int, list[str]]:
-    """Fill the groups' cells; returns how many are busy, and no failures: it raises them.
-
-    A group with a busy cell is halved, so that only this cell is left out.
-    """
-    busy, left = 0, deque(groups)
+    """Fill the groups' cells; returns how many another process is writing, and no failures: it
+    raises them."""
+    busy = 0
     with closing(Session()) as session:
-        while left:
-            group = left.popleft()
-            try:
-                fill(group, session, lambda n: progress(n, 0))
-                progress(0, len(group.jobs))
-            except StoreBusy:
-                if len(group.jobs) > 1:
-                    left.extendleft(reversed(group.halves()))
-                else:
-                    busy += 1
+        for jobs, task in groups:
+            left_out = len(fill(jobs, task, session, lambda n: progress(n, 0)))
+            progress(0, len(jobs) - left_out)
+            busy += left_out
     return busy, []
 
 
 def _fill_in_workers(
     workers: int, groups: list[Group], progress: Progress
 ) -> tuple[int, list[str]]:
-    """`_fill_in_process` in several processes of one thread each; returns failures as well."""
+    """`_fill_in_process` in several processes of one thread each; returns failures as well. If a
+    group fails, its cells are filled one by one, so that only those that fail are missing."""
     busy, finished, shown = 0, 0, 0
     failed: list[str] = []
     samples = context().Value("q")
     while groups:
         again: list[Group] = []
         with Workers(workers, _begin, samples, workers) as pool:
-            running = {
-                pool.submit(_fill, [(plain(job.cfg), job.stage) for job in jobs], task): Group(
-                    jobs, task
-                )
-                for jobs, task in groups
-            }
+            running = {pool.submit(_fill, *group): group for group in groups}
             while running:
                 over, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
                 ended = 0
                 for future in over:
-                    group = running.pop(future)
+                    jobs, task = running.pop(future)
                     try:
-                        outcome, error = future.result()
+                        left_out, error = future.result()
                     except BrokenExecutor:
                         raise ValueError(
                             "a worker process was killed, probably for memory: run again with "
                             f"stage.workers={workers // 2}"
                         ) from None
-                    if outcome == "done":
-                        ended += len(group.jobs)
-                    elif outcome == "again":
-                        again.append(group)
-                    elif len(group.jobs) > 1:
-                        again += group.halves()
-                    elif outcome == "busy":
-                        busy += 1
+                    if not error:
+                        ended += len(jobs) - left_out
+                        busy += left_out
+                    elif error == GPU_LOST:
+                        again.append((jobs, task))
+                    elif len(jobs) > 1:
+                        again += [([job], task) for job in jobs]
                     else:
                         failed.append(error)
                         tqdm.write(f"failed: {error}")
@@ -166,24 +149,21 @@ def _begin(samples: Any, workers: int) -> None:
     _session, _samples = Session(workers), samples
 
 
-def _fill(configs: list[tuple[dict[str, Any], MeasuringStage]], task: str) -> tuple[str, str]:
-    """Fill a group; "done", "busy", "failed" with the error, or, if the GPU is lost, "again"."""
+def _fill(jobs: list[Job], task: str) -> tuple[int, str]:
+    """Fill the jobs' cells of a task; returns how many another process is writing, and "" or an
+    error."""
     global _gpu_lost
     if _gpu_lost:
-        return "again", ""
-    jobs = [Job(OmegaConf.create(config), stage) for config, stage in configs]
+        return 0, GPU_LOST
     try:
-        fill(Group(jobs, task), _session, _count)
-    except StoreBusy:
-        return "busy", ""
+        return len(fill(jobs, task, _session, _count)), ""
     except Exception as error:
         try:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
         except RuntimeError:  # after some errors this process can't use its GPU again
             _gpu_lost = True
-        return "failed", f"{jobs[0].cells[task].path.name}: {type(error).__name__}: {error}"
-    return "done", ""
+        return 0, f"{jobs[0].cells[task].path.name}: {type(error).__name__}: {error}"
 
 
 def _count(samples: int) -> None:

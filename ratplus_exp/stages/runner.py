@@ -1,7 +1,7 @@
 """Fills the cells of measuring stages, batch by batch.
 
-Cells with the same prefill of the same prompts form a group: each batch of prompts is prefilled
-once, and then answered under the method of one cell after the other.
+Cells with the same prefill of the same prompts are filled together: each batch of prompts is
+prefilled once, and then answered under the method of one cell after the other.
 """
 
 from __future__ import annotations
@@ -13,39 +13,24 @@ from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ratplus_exp import provenance
-from ratplus_exp.config import plain, reserve_of
+from ratplus_exp.config import plain
 from ratplus_exp.cost import Shape
 from ratplus_exp.distributed import barrier, from_rank_0, process_group, rank, world_size
-from ratplus_exp.models.loading import load_model, load_tokenizer
+from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.stages.cells import Job
-from ratplus_exp.stages.common import device_of, job_folder
+from ratplus_exp.stages.common import device_of, job_folder, model_of
 from ratplus_exp.stages.samples import Samples
-from ratplus_exp.store import Cell, warn
+from ratplus_exp.store import StoreBusy, warn
 from ratplus_exp.tracking import tracked
 
 FIRST = 16  # prompts of a cell that its metrics can use
-
-
-class Group(NamedTuple):
-    """Jobs whose cells of one task share a prefill."""
-
-    jobs: list[Job]
-    task: str
-
-    @property
-    def cells(self) -> list[Cell]:
-        return [job.cells[self.task] for job in self.jobs]
-
-    def halves(self) -> list[Group]:
-        middle = len(self.jobs) // 2
-        return [Group(jobs, self.task) for jobs in (self.jobs[:middle], self.jobs[middle:])]
 
 
 class Session:
@@ -63,12 +48,12 @@ class Session:
         """One for each data configuration, since it reads RULER's files."""
         name = str((job.path, plain(job.cfg.data), job.cfg.seed))
         if name not in self.sources:
-            self.sources[name] = Samples(job.cfg, load_tokenizer(job.path))
+            self.sources[name] = job.stage.samples(job.cfg, load_tokenizer(job.path))
         return self.sources[name]
 
     def model(self, job: Job) -> Any:
         if job.path != self.path:
-            self.loaded = load_model(job.path, device_of(job.cfg), job.cfg.dtype, job.rope)
+            self.loaded = model_of(job.cfg)
             self.path = job.path
         return self.loaded
 
@@ -80,49 +65,55 @@ class Session:
 def fill_missing(job: Job, log: Callable[[Any], None]) -> None:
     """Fill a job's missing cells with a progress bar, in a W&B run that `log` completes; several
     processes share the samples."""
-    with process_group(device_of(job.cfg), timedelta(hours=2)):
-        if missing := from_rank_0(lambda: list(job.missing())):
-            _fill_all(job, missing, log)
-        elif rank() == 0:
-            print(f"All {len(job.cells)} cells are there already; nothing to run.")
-
-
-def _fill_all(job: Job, missing: list[str], log: Callable[[Any], None]) -> None:
     cfg = job.cfg
-    with closing(Session()) as session, tracked(cfg, job_folder()) as tracker:
-        source = session.source(job)
-        for task in missing:
-            source(task, 0)  # invalid prompts are refused before anything is written
-        for _, indices in _lacking([job], missing[0], source)[:1]:  # while the model is loaded
-            source.prefetch(missing[0], indices[rank() :: world_size()])
-        session.model(job)
-        have = sum(min(len(job.cells[t].records()), job.examples) for t in missing)
-        total = job.examples * len(missing)
-        with tqdm(total=total, initial=have, unit="example", disable=rank() > 0) as bar:
+    with process_group(device_of(cfg), timedelta(hours=2)):
+        missing = from_rank_0(job.missing)
+        if not missing:
+            if rank() == 0:
+                print(f"All {len(job.cells)} cells are there already; nothing to run.")
+            return
+        with closing(Session()) as session, tracked(cfg, job_folder()) as tracker:
+            source = session.source(job)
             for task in missing:
-                bar.set_description(f"{cfg.model.name} {cfg.method.name} {task}")
-                fill(Group([job], task), session, bar.update)
-        if rank() == 0:
-            log(tracker)
+                source(task, 0)  # invalid prompts are refused before anything is written
+            for _, indices in _lacking([job], missing[0], source)[:1]:  # while the model is loaded
+                source.prefetch(missing[0], indices[rank() :: world_size()])
+            session.model(job)
+            with progress_bar([(job, task) for task in missing]) as bar:
+                for task in missing:
+                    bar.set_description(f"{cfg.model.name} {cfg.method.name} {task}")
+                    for busy in fill([job], task, session, bar.update):
+                        raise busy
+            if rank() == 0:
+                log(tracker)
 
 
-def fill(group: Group, session: Session, done: Callable[[int], None]) -> None:
-    """Append the samples that a group's cells lack, batch by batch, and finish the cells.
+def progress_bar(missing: list[tuple[Job, str]]) -> tqdm:
+    """A bar over the samples of cells, of which some may be there."""
+    have = sum(min(len(job.cells[task].records()), job.examples) for job, task in missing)
+    total = sum(job.examples for job, _ in missing)
+    return tqdm(total=total, initial=have, unit="example", smoothing=0.02, disable=rank() > 0)
 
-    Rank 0 reads what is missing and the ranks deal it out in turn, so any number of processes can
-    complete what others left.
+
+def fill(
+    jobs: list[Job], task: str, session: Session, done: Callable[[int], None]
+) -> list[StoreBusy]:
+    """Append the samples that the jobs' cells of a task lack, batch by batch, and finish the cells.
+    Returns an error for each cell that is left out, since another process is writing it.
+
+    jobs: with the same prefill of the task's prompts. Rank 0 reads what is missing and the ranks
+    deal it out in turn, so any number of processes can complete what others left.
 
     done: called with the number of appended samples, of all ranks together.
     """
-    jobs, task = group
     largest = max(jobs, key=lambda job: job.examples)
     source, model = session.source(largest), session.model(largest)
-    with _opened(group):
+    with _opened(jobs, task) as (jobs, busy):
         for lacking, indices in from_rank_0(lambda: _lacking(jobs, task, source)):
             filled = [jobs[i] for i in lacking]
             shares, left = indices[rank() :: world_size()], len(indices)
             source.prefetch(task, shares)
-            shared, size = _sharing(filled, task, model, session.workers)
+            shared, size = _sharing(filled, source, task, model, session.workers)
             for start in range(0, len(shares), size):
                 samples = [source(task, index) for index in shares[start : start + size]]
                 new = min(len(samples) * world_size(), left)
@@ -143,16 +134,18 @@ def fill(group: Group, session: Session, done: Callable[[int], None]) -> None:
                     done(new)
         barrier()
         if rank() == 0:
-            _finish(group, source, model)
+            _finish(jobs, task, source, model)
+    return busy
 
 
-def _finish(group: Group, source: Samples, model: Any) -> None:
+def _finish(jobs: list[Job], task: str, source: Samples, model: Any) -> None:
     @cache
     def first(count: int) -> PromptBatch:
-        samples = [source(group.task, index) for index in range(count)]
+        samples = [source(task, index) for index in range(count)]
         return PromptBatch(model, *source.padded(samples))
 
-    for job, cell in zip(group.jobs, group.cells, strict=True):
+    for job in jobs:
+        cell = job.cells[task]
         records = cell.records()
         seconds = round(sum(record.get("seconds", 0.0) for record in records.values()), 3)
         metrics = job.stage.metrics(records, first(min(FIRST, job.examples)))
@@ -163,7 +156,7 @@ def _lacking(jobs: list[Job], task: str, source: Samples) -> list[tuple[list[int
     """Which jobs lack which samples: numbers of jobs with the indices of samples, in order."""
     have = [job.cells[task].records() for job in jobs]
     lacking: dict[tuple[int, ...], list[int]] = {}
-    for index in range(max(job.examples for job in jobs)):
+    for index in range(max((job.examples for job in jobs), default=0)):
         name = source.id(task, index)
         key = tuple(i for i, x in enumerate(jobs) if index < x.examples and name not in have[i])
         lacking.setdefault(key, []).append(index)
@@ -171,7 +164,7 @@ def _lacking(jobs: list[Job], task: str, source: Samples) -> list[tuple[list[int
 
 
 def _sharing(
-    jobs: list[Job], task: str, model: Any, workers: int
+    jobs: list[Job], source: Samples, task: str, model: Any, workers: int
 ) -> tuple[tuple[int, int] | None, int]:
     """What a prefill must keep for the jobs, as in `PromptBatch`, and the prompts of a batch.
 
@@ -187,7 +180,7 @@ def _sharing(
     if fits < size:
         warn(f"{size} prefilled prompts need more than {memory / 1e9:.2g} GB: {fits} at a time.")
     window = max(job.method.observed for job in jobs)
-    return (window, reserve_of(cfg, task)), fits
+    return (window, source.reserve[task]), fits
 
 
 def total_memory(device: torch.device) -> int:
@@ -198,14 +191,24 @@ def total_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def _opened(group: Group) -> Iterator[None]:
-    """Rank 0 locks the cells; then the other ranks open their files beside it."""
+def _opened(jobs: list[Job], task: str) -> Iterator[tuple[list[Job], list[StoreBusy]]]:
+    """The jobs with their cells open for writing, without those that another process is writing,
+    and an error for each of these. Rank 0 locks a cell; other ranks open a file beside its own."""
+    busy: list[StoreBusy] = []
     with ExitStack() as stack:
-        if rank() == 0:
-            for job, cell in zip(group.jobs, group.cells, strict=True):
-                stack.enter_context(cell.open(provenance.provenance(plain(job.cfg))))
-        barrier()
+
+        def lock() -> list[int]:
+            free = []
+            for i, job in enumerate(jobs):
+                try:
+                    stack.enter_context(job.cells[task].open(provenance.provenance(plain(job.cfg))))
+                    free.append(i)
+                except StoreBusy as error:
+                    busy.append(error)
+            return free
+
+        opened = [jobs[i] for i in from_rank_0(lock)]
         if rank() > 0:
-            for cell in group.cells:
-                stack.enter_context(cell.open_share(rank()))
-        yield
+            for job in opened:
+                stack.enter_context(job.cells[task].open_share(rank()))
+        yield opened, busy

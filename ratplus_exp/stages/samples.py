@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cached_property
+from collections.abc import Iterable
+from dataclasses import asdict
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ratplus_exp.config import forms_of, question_template, reserve_of
+from ratplus_exp import provenance
+from ratplus_exp.config import forms_of, others_of
 from ratplus_exp.distributed import cores
-from ratplus_exp.stages.common import (
-    corpus_folder,
-    device_of,
-    resolve,
-    source_of,
-    tokenizer_name,
-)
-from ratplus_exp.tasks import RULER_NAMES, Sample, read_jsonl
+from ratplus_exp.stages.common import device_of, resolve, source_of
+from ratplus_exp.tasks import RULER_NAMES, TASKS, Forms, Others, Sample, read_jsonl
 from ratplus_exp.tasks.niah import sample_name
 from ratplus_exp.tasks.prompts import prompts_of
+from ratplus_exp.tasks.qa import QA_FILES, no_file
 from ratplus_exp.tasks.sample import question_tokens, target
-from ratplus_exp.text.corpus import Corpus
-from ratplus_exp.text.facts import Facts
-from ratplus_exp.training.settings import IGNORE, Batch
 
-DOCUMENTS = "documents"  # the task of stage=loss
 MAX_WORKERS = 4  # a prompt of 4096 tokens takes 15 ms, less than its evaluation on a GPU
 
 
 class Samples:
     """Samples by task and index; all settings of a process share the generated ones (`Prompts`)."""
 
+    @staticmethod
+    def keys(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+        """Of each configured task what determines its samples, for the keys of its cells."""
+        forms, others = forms_of(cfg), others_of(cfg)
+        files = ruler_files(cfg, cfg.data.tasks)
+        data: dict[str, dict[str, Any]] = {}
+        for task in cfg.data.tasks:
+            if files:
+                reserve = others.reserve(task, forms)
+                data[task] = {"file": _digest(files[task], "data.path"), "reserve": reserve}
+            elif task in TASKS:
+                data[task] = _niah(forms, cfg.data.essay)
+            else:
+                data[task] = _beyond_niah(task, others, forms)
+        seed = 0 if files else cfg.seed
+        return {task: {"seed": seed, "data": x} for task, x in data.items()}
+
     def __init__(self, cfg: DictConfig, tokenizer: Any) -> None:
         self.cfg, self.seed, self.tokenizer = cfg, cfg.seed, tokenizer
-        self.reserve = {task: reserve_of(cfg, task) for task in RULER_NAMES}
-        self.questions = {task: question_template(cfg, task) for task in RULER_NAMES}
         self.device = device_of(cfg)
-        source = source_of(cfg, tokenizer, cfg.data.length)
-        self.prompts = prompts_of(source, cfg.seed, _workers(self.device))
+        self.source = source = source_of(cfg, tokenizer, cfg.data.length)
+        self.reserve = {task: source.others.reserve(task, source.forms) for task in RULER_NAMES}
+        self.prompts = prompts_of(self.source, cfg.seed, _workers(self.device))
         self.read: dict[str, list[Sample]] = {}
         for task, file in ruler_files(cfg, cfg.data.tasks).items():
             longest = cfg.data.length - self.reserve[task]
@@ -52,37 +59,13 @@ class Samples:
                 raise ValueError(f"{file} has {size} samples: set data.examples={size}")
 
     def __call__(self, task: str, index: int) -> Sample:
-        if task == DOCUMENTS:
-            return self._document(index)
         sample = self.read[task][index] if self.read else self.prompts(task, index)
         if index == 0:
             self._check(sample)
         return sample
 
-    def _document(self, index: int) -> Sample:
-        """A document of a context's length, and with generated text the places of what can be
-        recalled."""
-        (ids,), (labels,) = self._documents(index)
-        places = (np.flatnonzero(labels[:-1] != IGNORE) + 1).tolist()
-        spans = {"recallable": tuple((i, i + 1) for i in places)}
-        name = self.id(DOCUMENTS, index)
-        return Sample(name, DOCUMENTS, "", tuple(ids.tolist()), (), spans, len(ids))
-
-    @cached_property
-    def _documents(self) -> Callable[[int], Batch]:
-        """Ids and next-token labels (1, length) of a document, as `Facts.batch`."""
-        length, examples = self.cfg.data.length, self.cfg.data.examples
-        if (corpus := corpus_of(self.cfg)) is None:
-            facts = Facts(self.tokenizer, forms_of(self.cfg), other_rate=0.0)
-            return lambda index: facts.batch(f"held-out/{self.seed}", index, 1, length)
-        corpus.check(length)
-        if (windows := corpus.windows(length)) < examples:
-            raise ValueError(f"the corpus has {windows} contexts: set data.examples={windows}")
-        nothing = np.full((1, length), IGNORE)
-        return lambda index: (corpus.batch(self.seed, index, 1, length)[0], nothing)
-
     def _check(self, sample: Sample) -> None:
-        """ValueError for a task that no training could make the model solve."""
+        """ValueError for a sample that no model with this tokenizer could answer."""
         answer = len(self.tokenizer(target(sample), add_special_tokens=False).input_ids)
         if answer > (reserve := self.reserve[sample.task]):
             where = sample.task if sample.task in ("vt", "cwe", "fwe") else "forms"
@@ -99,8 +82,13 @@ class Samples:
 
     def id(self, task: str, index: int) -> str:
         """The sample's id; does not make the sample."""
-        read = self.read and task != DOCUMENTS
-        return self.read[task][index].id if read else sample_name(task, self.seed, index)
+        return self.read[task][index].id if self.read else sample_name(task, self.seed, index)
+
+    def question_tokens(self, sample: Sample) -> int:
+        """How many of the prompt's last tokens are its question."""
+        source = self.source
+        texts = source.forms if sample.task in TASKS else source.others.of(sample.task)
+        return question_tokens(sample, texts.template.rpartition("{context}")[2], self.tokenizer)
 
     def by_fed(self, samples: list[Sample], first_token: str) -> list[tuple[int, list[Sample]]]:
         """The samples grouped by the number of last prompt tokens that are fed under the method,
@@ -109,8 +97,7 @@ class Samples:
             return [(int(first_token == "decode"), samples)]
         groups: dict[int, list[Sample]] = {}
         for sample in samples:
-            fed = question_tokens(sample, self.questions[sample.task], self.tokenizer)
-            groups.setdefault(fed, []).append(sample)
+            groups.setdefault(self.question_tokens(sample), []).append(sample)
         return list(groups.items())
 
     def padded(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
@@ -121,7 +108,7 @@ class Samples:
 
     def prefetch(self, task: str, indices: list[int]) -> None:
         """See `Prompts.prefetch`."""
-        if not self.read and task != DOCUMENTS:
+        if not self.read:
             self.prompts.prefetch(task, indices)
 
     def close(self) -> None:
@@ -137,12 +124,32 @@ def _workers(device: torch.device) -> int:
     return min(MAX_WORKERS, cores() - 1)
 
 
-def corpus_of(cfg: DictConfig) -> Corpus | None:
-    """The corpus that stage=tokenize wrote for the model's tokenizer, if one is configured."""
-    if cfg.corpus is None:
-        return None
-    path = resolve(cfg.model.path)
-    return Corpus(corpus_folder(cfg, path), tokenizer_name(path))
+def _niah(forms: Forms, essay: str | None) -> dict[str, Any]:
+    """What determines the generated samples of a NIAH task; essay: its file."""
+    digest = essay and _digest(resolve(essay), "data.essay")
+    data: dict[str, Any] = {"forms": asdict(forms), "essay": digest}
+    if essay or forms.answer_order == "creation":
+        data["sampler"] = 2  # an earlier version made other prompts
+    return data
+
+
+def _beyond_niah(task: str, others: Others, forms: Forms) -> dict[str, Any]:
+    """What determines the generated samples of another task."""
+    texts = asdict(others.of(task))
+    files = {name: texts.pop(name) for name in QA_FILES.values() if name in texts}
+    data = {"texts": texts, "with": asdict(forms), "reserve": texts["reserve"]}
+    if name := QA_FILES.get(task):
+        if not files[name]:
+            raise ValueError(no_file(task))
+        data["questions"] = _digest(resolve(files[name]), f"data.qa.{name}")
+    return data
+
+
+def _digest(path: Path, field: str) -> str:
+    try:
+        return provenance.sha256(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): set {field}") from None
 
 
 def ruler_files(cfg: DictConfig, tasks: Iterable[str]) -> dict[str, Path]:

@@ -1,8 +1,8 @@
 """Stages that run grids of cells: sweep, ablation, loss and random_selector.
 
-`stage.cells`, for instance in conf/experiment/table2.yaml, has the grids of a sweep. The lists of a
-grid are multiplied out and run for each of `stage.trainings` of the grid's model or else of
-`stage.models`, or for the model of the configuration. Finished cells are skipped, so a killed sweep
+`stage.cells`, for instance in conf/experiment/table2.yaml, has the grids of a sweep. Every
+combination of a grid's lists is run for all `stage.trainings` of the grid's models, or else of
+`stage.models`, or else for the configured model. Finished cells are skipped, so a killed sweep
 resumes. The cells are those of stage=eval and stage=hit_rate, so all stages share them.
 """
 
@@ -13,10 +13,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ratplus_exp.analysis import sample_scores, tidy
-from ratplus_exp.config import plain, validate, validate_method
+from ratplus_exp.config import plain, validate
 from ratplus_exp.report import Table
 from ratplus_exp.report.tables import model_table, random_table
 from ratplus_exp.stages import report
@@ -30,6 +30,18 @@ from ratplus_exp.store import Cell
 from ratplus_exp.tasks.qa import QA_FILES, no_file
 from ratplus_exp.tracking import tracked
 
+FIELDS = {
+    "training": "model.training",
+    "protocol": "stage.protocol",
+    "budget": "budget",
+    "selector": "selector",
+    "selector_seed": "selector_seed",
+    "length": "data.length",
+    "dilation": "method.dilation",
+    "local": "method.local",
+    "initial": "method.initial",
+}
+"""Where the configuration has those fields of a grid that need no more than to be set."""
 MEASURING: dict[str, MeasuringStage] = {"eval": Accuracy(), "hit_rate": HitRate(), "loss": Loss()}
 
 
@@ -61,11 +73,6 @@ def random_selector(cfg: DictConfig) -> None:
     forced candidates stay; Quest draws at every decoding step, layer and head, SnapKV once after
     the prompt, MoBA for every prompt token. The table also has the method's selector and an oracle.
     """
-    if validate_method(cfg).phase is None:
-        raise ValueError(
-            f"stage=random_selector needs a method that selects, not {cfg.method.name}: "
-            "use quest, moba or snapkv"
-        )
     cfg = cfg.copy()
     cfg.stage.models = []  # one model, whatever the pair
     cells = tidy(filled(cfg))
@@ -105,7 +112,8 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
 
     Tasks without their file are left out.
     """
-    absent = [task for task in cfg.data.tasks if not has_file(cfg, task)]
+    files = QA_FILES if not cfg.data.path else {}  # of the tasks that need one
+    absent = [x for x in cfg.data.tasks if x in files and not cfg.data.qa[files[x]]]
     if absent:
         print(f"Left out: {'; '.join(map(no_file, absent))}.")
         cfg = cfg.copy()
@@ -117,11 +125,6 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
     order = [*dict.fromkeys(map(_model, entries))]
     entries.sort(key=lambda entry: order.index(_model(entry)))
     return [configuration(cfg, entry) for entry in entries]
-
-
-def has_file(cfg: DictConfig, task: str) -> bool:
-    """Whether a task needs no file or has one."""
-    return task not in QA_FILES or bool(cfg.data.path or cfg.data.qa[QA_FILES[task]])
 
 
 def _model(entry: dict[str, Any]) -> tuple[Any, Any]:
@@ -146,34 +149,26 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
         for group in ("model", "method"):
             if group in entry:
                 job[group] = option(group, entry[group])
-        if "training" in entry:
-            job.model.training = entry["training"]
         if job.model.tier != cfg.model.tier:
             raise ValueError(
                 f"{job.model.name} is of the tier {job.model.tier}, but the data of the tier "
                 f"{cfg.model.tier}: set model={job.model.name}, and only models of its tier"
             )
-        own = "loss" if cfg.stage.name == "loss" else "eval"
+        own = cfg.stage.name if cfg.stage.name in MEASURING else "eval"
         job.stage = option("stage", entry.get("stage", own))
         for field in ("first_token", "protocol", "batch_size"):
-            job.stage[field] = entry.get(field, cfg.stage[field])
-        for field in ("selector", "selector_seed"):
-            if field in entry:
-                job[field] = entry[field]
+            job.stage[field] = cfg.stage[field]
+        for field in FIELDS.keys() & entry.keys():
+            OmegaConf.update(job, FIELDS[field], entry[field])
         job.data.examples = min(cfg.data.examples, entry.get("examples", cfg.data.examples))
-        if "budget" in entry:
-            job.budget = entry["budget"]
-        job.data.length = length = entry.get("length", cfg.data.length)
         if blocks := entry.get("blocks"):
+            length = job.data.length
             if length % blocks:
                 raise ValueError(
                     f"a context of {length} tokens doesn't divide into {blocks} blocks: "
                     "change data.length or the blocks of stage.cells"
                 )
             job.method.block_size = length // blocks
-        for field in ("dilation", "local", "initial"):
-            if field in entry:
-                job.method[field] = entry[field]
         if "tasks" in entry:
             job.data.tasks = [task for task in entry["tasks"] if task in cfg.data.tasks]
     validate(job)

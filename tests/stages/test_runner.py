@@ -48,15 +48,15 @@ def alone(jobs, tmp_path):
     """What the cells hold that are filled one by one."""
     for each in jobs("alone")[1]:
         (task,) = each.cells
-        runner.fill(runner.Group([each], task), runner.Session(), lambda n: None)
+        assert not runner.fill([each], task, runner.Session(), lambda n: None)
     return stored(tmp_path / "alone")
 
 
 def test_a_group_holds_what_its_cells_hold_alone(jobs, alone, tmp_path, monkeypatch, capsys):
     groups, fill = [], runner.fill
-    monkeypatch.setattr(pool, "fill", lambda group, *x: groups.append(group) or fill(group, *x))
+    monkeypatch.setattr(pool, "fill", lambda jobs, *x: groups.append(jobs) or fill(jobs, *x))
     assert not pool.fill_jobs(*jobs("together"))
-    assert sorted(len(group) for group, _ in groups) == [1, 6]  # MoBA; all others
+    assert sorted(map(len, groups)) == [1, 6]  # MoBA; all others
     assert stored(tmp_path / "together") == alone
 
     monkeypatch.setattr(runner, "total_memory", lambda device: 1)
