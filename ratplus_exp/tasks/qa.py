@@ -10,15 +10,15 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ratplus_exp.settings import Text
 from ratplus_exp.tasks.forms import Reserve, Words
-from ratplus_exp.tasks.niah import Draw, seeded_random, split_of
-from ratplus_exp.tasks.others import Draft, Texts
+from ratplus_exp.tasks.niah import QA_FILES, Draft, Draw, seeded_random, split_of
+from ratplus_exp.tasks.others import Texts
 
-QA_FILES = {"qa_1": "squad", "qa_2": "hotpotqa"}
-"""The data set of a task, a field of `QA`."""
+if TYPE_CHECKING:
+    from ratplus_exp.tasks.source import Ruler
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,20 @@ class QA(Texts):
     squad: Text | None = None
     hotpotqa: Text | None = None
 
-    def draft(self, draw: Draw, name: str, task: str, seed: int, index: int) -> Draft:
-        """The question of that index; the seed shuffles the split's questions."""
+    def draft(self, draw: Draw, name: str, source: Ruler) -> Draft:
+        """The question of the name's index; its seed shuffles the split's questions."""
+        task, split, seed, index = name.split("/")
         data_set = QA_FILES[task]
         file = getattr(self, data_set)
         if file is None:
             raise ValueError(no_file(task))
         documents, questions = _read(file, data_set)
-        order = _order(file, data_set, draw.split, seed)
-        if draw.split == "validation" and index >= len(order):
+        order = _order(file, data_set, split, seed)
+        if split == "validation" and int(index) >= len(order):
             raise ValueError(
                 f"{file} has {len(order)} questions of the validation split: lower data.examples"
             )
-        question = questions[order[index % len(order)]]
+        question = questions[order[int(index) % len(order)]]
         near = tuple(draw.rng.sample(question.article, len(question.article)))
         taken = {*question.documents, *near}
         far = [i for i in range(len(documents)) if i not in taken]
@@ -67,7 +68,7 @@ class QA(Texts):
             )
             return self.fill("\n\n".join(texts), question.query)
 
-        return Draft(prompt, question.answers, self.prefix(question.query), one_of=True)
+        return Draft(prompt, question.answers, self.prefix(question.query))
 
 
 class Question(NamedTuple):
@@ -118,7 +119,7 @@ def hotpotqa(data: Any) -> Questions:
 
 
 @lru_cache(maxsize=4)
-def _order(file: str, data_set: str, split: str, seed: int) -> list[int]:
+def _order(file: str, data_set: str, split: str, seed: str) -> list[int]:
     """The numbers of a split's questions, shuffled by the seed."""
     _, questions = _read(file, data_set)
     order = [i for i, question in enumerate(questions) if split_of(question.split_text) == split]

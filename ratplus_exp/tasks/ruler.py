@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BaseModel, Field, ValidationError
 
 from ratplus_exp.tasks.niah import TASKS
-from ratplus_exp.tasks.qa import QA_FILES
 from ratplus_exp.tasks.sample import Sample, make_sample
-from ratplus_exp.tasks.source import GOLDEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,8 +62,6 @@ def read_jsonl(
                 record.outputs,
                 tokenizer,
                 record.answer_prefix,
-                golden=task in GOLDEN,
-                one_of=task in QA_FILES,
             )
             if sample.length > length:
                 raise ValueError(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ratplus_exp.tasks import NIAH, RULER_NAMES, read_jsonl, write_jsonl
+from ratplus_exp.tasks import RULER_NAMES, Ruler, read_jsonl, write_jsonl
 
 LINE = {
     "index": 0,
@@ -23,7 +23,7 @@ def written(path, *lines):
 
 
 def test_round_trip(bpe, tmp_path):
-    niah, path = NIAH(bpe, 1024), tmp_path / "validation.jsonl"
+    niah, path = Ruler(bpe, 1024), tmp_path / "validation.jsonl"
     samples = [niah.sample("MV", 0, index) for index in range(3)]
     write_jsonl(samples, path)
     read = read_jsonl(path, bpe, 1024, "MV")
@@ -33,7 +33,7 @@ def test_round_trip(bpe, tmp_path):
 
 
 def test_written_fields_are_rulers(bpe, tmp_path):
-    sample = NIAH(bpe, 1024).sample("S-2", 0, 0)
+    sample = Ruler(bpe, 1024).sample("S-2", 0, 0)
     write_jsonl([sample], tmp_path / "x.jsonl")
     record = json.loads((tmp_path / "x.jsonl").read_text())
     assert list(record) == list(LINE)
