@@ -3,7 +3,7 @@
 from ratplus_exp.tasks.forms import Forms
 from ratplus_exp.tasks.niah import GOLDEN, RULER_NAMES, SPLITS, TASKS, split_of
 from ratplus_exp.tasks.prose import paragraph
-from ratplus_exp.tasks.ruler import read_jsonl, write_jsonl
+from ratplus_exp.tasks.ruler import read_jsonl
 from ratplus_exp.tasks.sample import Sample, target, target_ids
 from ratplus_exp.tasks.scoring import exact, substring
 from ratplus_exp.tasks.source import Others, Ruler
@@ -26,5 +26,4 @@ __all__ = [
     "split_of",
     "target",
     "target_ids",
-    "write_jsonl",
 ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ratplus_exp.tasks import prose
-from ratplus_exp.tasks.forms import Forms, singular
+from ratplus_exp.tasks.forms import Forms
 from ratplus_exp.tasks.sentences import sentences
 
 if TYPE_CHECKING:
@@ -58,12 +58,8 @@ class TaskSpec:
         queried = rng.sample(range(self.keys), self.queries)
         groups = [values[i] for i in queried]
         answers = [value for group in groups for value in group]
-        template, prefix, kind = forms.template, forms.answer_prefix, f"{self.value}s"
-        if len(answers) == 1:
-            template, prefix, kind = singular(template), singular(prefix), self.value
-        filled = {"type_needle_v": kind, "query": forms.query([keys[i] for i in queried])}
-        template = template.format(context="{context}", **filled)
-        prefix = prefix.format(**filled)
+        asked = [keys[i] for i in queried], self.value, len(answers)
+        template, prefix = forms.ask(forms.template, *asked), forms.ask(forms.answer_prefix, *asked)
         units = self._units(draw, source.essay)
 
         def prompt(n: int) -> str:

@@ -54,7 +54,7 @@ class QA(Texts):
         question = questions[order[int(index) % len(order)]]
         near = tuple(draw.rng.sample(question.article, len(question.article)))
         taken = {*question.documents, *near}
-        far = [i for i in range(len(documents)) if i not in taken]
+        far = [text for text in documents if text not in taken]
         draw.rng.shuffle(far)
         every = [*question.documents, *near, *far]
 
@@ -62,10 +62,7 @@ class QA(Texts):
             size = len(question.documents) + n
             chosen = [every[i % len(every)] for i in range(size)]  # repeated if too few
             seeded_random(f"{name}/{n}").shuffle(chosen)
-            texts = (
-                self.document.format(number=i, text=documents[d])
-                for i, d in enumerate(chosen, start=1)
-            )
+            texts = (self.document.format(number=i, text=d) for i, d in enumerate(chosen, start=1))
             return self.fill("\n\n".join(texts), question.query)
 
         return Draft(prompt, question.answers, self.prefix(question.query))
@@ -74,8 +71,8 @@ class QA(Texts):
 class Question(NamedTuple):
     query: str
     answers: tuple[str, ...]
-    documents: tuple[int, ...]  # with the answer
-    article: tuple[int, ...]  # other documents of the same article
+    documents: tuple[str, ...]  # with the answer
+    article: tuple[str, ...]  # other documents of the same article
     split_text: str  # determines the split
 
 
@@ -89,33 +86,25 @@ def no_file(task: str) -> str:
 def squad(data: Any) -> Questions:
     """All paragraphs, and the questions that have an answer."""
     articles = [[p["context"] for p in article["paragraphs"]] for article in data["data"]]
-    documents = sorted({text for article in articles for text in article})
-    number = {text: i for i, text in enumerate(documents)}
     questions = []
     for article, texts in zip(data["data"], articles, strict=True):
-        numbers = dict.fromkeys(number[text] for text in texts)
-        for paragraph in article["paragraphs"]:
-            text = paragraph["context"]
-            others = tuple(i for i in numbers if i != number[text])
+        for paragraph, text in zip(article["paragraphs"], texts, strict=True):
+            others = tuple(other for other in dict.fromkeys(texts) if other != text)
             for qa in paragraph["qas"]:
                 answers = tuple(dict.fromkeys(a["text"] for a in qa["answers"]))
                 if answers and not qa.get("is_impossible", False):
-                    questions.append(
-                        Question(qa["question"], answers, (number[text],), others, text)
-                    )
-    return documents, questions
+                    questions.append(Question(qa["question"], answers, (text,), others, text))
+    return sorted({text for texts in articles for text in texts}), questions
 
 
 def hotpotqa(data: Any) -> Questions:
     """All paragraphs under their titles, and all questions with their ten paragraphs."""
     every = [[f"{title}\n{''.join(p)}" for title, p in entry["context"]] for entry in data]
-    documents = sorted({text for texts in every for text in texts})
-    number = {text: i for i, text in enumerate(documents)}
     questions = []
     for entry, texts in zip(data, every, strict=True):
-        numbers, query = tuple(dict.fromkeys(number[text] for text in texts)), entry["question"]
-        questions.append(Question(query, (entry["answer"],), numbers, (), query))
-    return documents, questions
+        query, documents = entry["question"], tuple(dict.fromkeys(texts))
+        questions.append(Question(query, (entry["answer"],), documents, (), query))
+    return sorted({text for texts in every for text in texts}), questions
 
 
 @lru_cache(maxsize=4)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from ruler_file import write_jsonl
 
 from ratplus_exp.analysis import tidy
 from ratplus_exp.config import forms_of
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.stages import samples
 from ratplus_exp.store import Store
-from ratplus_exp.tasks import TASKS, Ruler, prompts, write_jsonl
+from ratplus_exp.tasks import TASKS, Ruler, prompts
 
 REPOSITORY = Path(__file__).parents[2]
 

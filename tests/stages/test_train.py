@@ -3,6 +3,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from ruler_file import write_jsonl
 from safetensors.torch import load_file
 
 from ratplus_exp.analysis import tidy
@@ -10,7 +11,7 @@ from ratplus_exp.config import forms_of
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.stages import train as stage
 from ratplus_exp.store import Store, StoreBusy, locked
-from ratplus_exp.tasks import Ruler, write_jsonl
+from ratplus_exp.tasks import Ruler
 from ratplus_exp.training.loop import Trainer
 
 TINY = [
