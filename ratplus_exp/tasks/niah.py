@@ -29,7 +29,7 @@ class Draft(NamedTuple):
     prefix: str
     least: int = 0  # units that the task needs
     most: int | None = None  # units available
-    groups: Sequence[Sequence[str]] = ()  # the answers, to be ordered by their places in each group
+    groups: Sequence[Sequence[str]] = ()  # of answers, each in the order of the prompt; () as given
 
 
 @dataclass(frozen=True)

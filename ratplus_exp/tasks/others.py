@@ -129,8 +129,8 @@ class CWE(Texts):
 
     def draft(self, draw: Draw, name: str, source: Ruler) -> Draft:
         long = source.length >= 4096
-        words: Sequence[str] = draw.forms.nouns  # if keys are nouns; else RULER's lists
-        if draw.forms.key_words != "noun":
+        words: Sequence[str] = draw.forms.nouns
+        if draw.forms.key_words == "pair":  # RULER's lists
             words = sorted({*wordlist("noun"), *wordlist("adjective"), *wordlist("verb")})
         worked = ""
         if self.example:
