@@ -1,8 +1,9 @@
 """The operations that the paper's methods are made of.
 
-On a GPU with Triton a kernel runs (`ratplus_kernels.dispatch`), elsewhere the torch form. It is the
-definition, but for Quest's and MoBA's attention: there it gathers the selected blocks, and the
-definition is the engine of ratplus_exp. All are tested against float64 loops.
+On a GPU with Triton a kernel runs (`ratplus_kernels.dispatch`), elsewhere the torch form. The torch
+form is the definition, except for the attention of Quest and MoBA: there it gathers the selected
+blocks, and the masks of ratplus_exp's engine are the definition. All are tested against float64
+loops.
 """
 
 from ratplus_kernels.memory_scan import Blocks, memory_prefill, memory_scan, memory_step

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,30 +29,25 @@ def use_triton(*tensors: Tensor) -> bool:
     return _have_triton and all(tensor.is_cuda for tensor in tensors)
 
 
-@contextmanager
-def interpreted() -> Iterator[None]:
+def interpreted() -> AbstractContextManager[None]:
     """Inside, Triton kernels run on CPU tensors too, under Triton's interpreter: slow, for tests.
 
     fp32 only: the interpreter truncates to bf16 and has no bf16 dot product.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("set TRITON_INTERPRET=1 before the first import of triton")
-    with _forcing(True):
-        yield
+    return _forced_to(True)
 
 
 @contextmanager
-def definitions() -> Iterator[None]:
-    """Inside, no kernel runs: what kernels are compared with."""
-    with _forcing(False):
-        yield
-
-
-@contextmanager
-def _forcing(kernels: bool) -> Iterator[None]:
+def _forced_to(kernels: bool) -> Iterator[None]:
     global _forced
     before, _forced = _forced, kernels
     try:
         yield
     finally:
         _forced = before
+
+
+definitions = partial(_forced_to, False)
+"""Inside, no kernel runs: what kernels are compared with."""

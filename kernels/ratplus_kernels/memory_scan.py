@@ -2,9 +2,10 @@
 
     k̃_t = g_t ⊙ k̃_{t-1} + (1 − g_t) ⊙ k_t        ṽ_t = g_t ⊙ ṽ_{t-1} + (1 − g_t) ⊙ v_t
 
-with g_t = sigmoid(z_t). The torch forms are the definition. They walk over tokens, all batches,
-heads and channels of K and V in one operation, by tiles that fit into a core's cache, which beats
-scans that touch each number again at every level (docs/kernels.md).
+with g_t = sigmoid(z_t). The torch forms are the definition. They go from token to token; one
+operation takes all batches, heads and channels of K and V. They cut the sequence into tiles that
+fit into a core's cache, which is faster than parallel scans, as these touch every number several
+times (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ from ratplus_kernels.dispatch import use_triton
 
 _TILE = 128 * 1024  # numbers of K's and V's states in a tile: it stays in a core's L2 cache
 _OPERATION = 8 * 1024  # numbers that make one operation worth its launch
-
-
-LARGEST = 128  # tokens of a block that the prefill kernel holds at a time, with both halves of D
+LARGEST = 128  # tokens of a block; the prefill kernel keeps a block with both halves of D
 
 
 class Blocks(NamedTuple):
@@ -49,9 +48,11 @@ def memory_scan(
     """
     _same_shapes(z, k, v)
     if use_triton(z, k, v) and k.numel():
-        from ratplus_kernels.memory_scan_operator import scan
+        from ratplus_kernels import memory_scan_triton
 
-        return scan(z, k, v, _fp32(initial_state))
+        if initial_state is not None:
+            initial_state = initial_state.float().contiguous()
+        return memory_scan_triton.scan(z, k, v, initial_state)
     dtype = torch.promote_types(k.dtype, torch.float32)
     if initial_state is None:
         initial_state = z.new_zeros(2, len(z), *z.shape[2:], dtype=dtype)
@@ -70,26 +71,21 @@ def memory_step(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor,
     """
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (z, k, v, state))
     if use_triton(z, k, v) and not learning:
-        from ratplus_kernels import memory_step_triton
+        from ratplus_kernels import memory_scan_triton
 
-        return memory_step_triton.step(z, k, v, state.float().contiguous())
+        return memory_scan_triton.step(z, k, v, state.float().contiguous())
     k_out, v_out, state = memory_scan(z[:, None], k[:, None], v[:, None], state)
     return k_out[:, 0], v_out[:, 0], state
 
 
 @torch.no_grad()
 def memory_prefill(
-    z: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rope: tuple[Tensor, Tensor],
-    block_size: int,
-    initial_state: Tensor | None = None,
+    z: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], block_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Blocks]:
     """Eq. 1 over a prompt, RoPE on k̃, and the blocks' representatives, in one pass, no gradients.
 
     Args:
-        z, k, v, initial_state: as in `memory_scan`.
+        z, k, v: as in `memory_scan`.
         rope: cosines and sines, (B or 1, T, 1, D), of the half-rotation form: channel d turns with
             channel d + D/2, by the same angle.
         block_size: tokens a block, a power of two; block 0 starts at the first token given.
@@ -111,11 +107,11 @@ def memory_prefill(
 
         rope = (rope[0].contiguous(), rope[1].contiguous())
         k_out, v_out, state, statistics = memory_scan_triton.forward(
-            z, k, v, _fp32(initial_state), rope, block_size
+            z, k, v, None, rope, block_size
         )
         return k_out, v_out, state, Blocks(*statistics.split((2 * dim, dim), dim=-1))
     wide = torch.promote_types(k.dtype, torch.float32)
-    k_out, v_out, state = memory_scan(z, k.to(wide), v.to(wide), initial_state)
+    k_out, v_out, state = memory_scan(z, k.to(wide), v.to(wide))
     first, second = k_out.chunk(2, dim=-1)
     k_out = k_out * rope[0].to(wide) + torch.cat((-second, first), dim=-1) * rope[1].to(wide)
     blocks = k_out.split(block_size, dim=1)
@@ -123,10 +119,6 @@ def memory_prefill(
     means = [block.mean(1) for block in blocks]
     representatives = Blocks(*(torch.stack(x, dim=2).to(k.dtype) for x in (bounds, means)))
     return k_out.to(k.dtype), v_out.to(v.dtype), state, representatives
-
-
-def _fp32(state: Tensor | None) -> Tensor | None:
-    return None if state is None else state.float().contiguous()
 
 
 def _same_shapes(z: Tensor, k: Tensor, v: Tensor) -> None:
@@ -197,11 +189,12 @@ def _tiles(length: int, row: int) -> Iterator[tuple[slice, int]]:
 def _recur(
     gate: Tensor, h: Tensor, state: Tensor, segments: int, backwards: bool = False
 ) -> Tensor:
-    """h_t += g_t h_{t-1} in place, on from state h_{-1}, and the last h; backwards from the end.
+    """h_t += g_t h_{t-1} in place, from the first token or (backwards) from the last; state is the
+    h before it. Returns the h it ends with.
 
-    gate (T, B, H, D), h (T, 2, B, H, D), state (2, B, H, D). Segments of tokens step together, as
-    a token alone may be too few numbers to be worth an operation. What came before a segment is
-    then added, times the product of the gates since (no quotients, which would overflow).
+    gate (T, B, H, D), h (T, 2, B, H, D), state (2, B, H, D). All segments of tokens step together,
+    since one token may be too few numbers for an operation. Then each segment adds what it was
+    entered with, times the product of its gates (no quotients, which would overflow).
     """
     order = slice(None, None, -1) if backwards else slice(None)
     first = -1 if backwards else 0

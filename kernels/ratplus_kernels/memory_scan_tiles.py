@@ -1,4 +1,4 @@
-"""What the memory scan's Triton kernels are made of: tiles of (W, L, BD), in fp32.
+"""The memory scan's Triton kernels, and what they are made of: tiles of (W, L, BD), in fp32.
 
 A tile is W segments of L tokens, one after the other, and BD channels. A thread has all tokens of
 its segments, so that most of a scan stays in its registers; threads exchange one pair (product of
@@ -37,7 +37,8 @@ def add(a1, x1, y1, a2, x2, y2):
 
 @triton.jit
 def last(a, x, y, is_last, AXIS: tl.constexpr):
-    """Of each along an axis. (tl.reduce(…, combine) would be wrong: it takes any order.)"""
+    """a, x and y at the place is_last of an axis. (tl.reduce by `combine` would be wrong, since it
+    may take any order.)"""
     return tl.reduce(
         (tl.where(is_last, a, 0.0), tl.where(is_last, x, 0.0), tl.where(is_last, y, 0.0)), AXIS, add
     )
@@ -75,7 +76,7 @@ def states(a, x, y, state_x, state_y, W: tl.constexpr, L: tl.constexpr):
 def load(ptr, stride, first, row, d, seen, other, WHOLE: tl.constexpr, VECTOR: tl.constexpr):
     """The tokens `row` (W, L, 1), counted from `first`, of channels d (BD); `other` where not
     `seen`, which is not looked at if all is."""
-    # Lowers what the compiler finds: the channels of one thread decide how many have its segments.
+    # Caps the channels of one thread: with more of them, threads would have to share a segment.
     at = tl.max_contiguous(row * stride + d[None, None, :], [1, 1, VECTOR])
     ptr += first.to(tl.int64) * stride
     if WHOLE:
@@ -93,6 +94,19 @@ def store(ptr, tile, stride, first, row, d, seen, WHOLE: tl.constexpr, VECTOR: t
         tl.store(ptr + at, tile)
     else:
         tl.store(ptr + at, tile, mask=seen)
+
+
+@triton.jit
+def program(H, COLUMNS: tl.constexpr, BD: tl.constexpr):
+    """The program's chunk, head (of all batches), batch, head (of H), channels d (BD) of the first
+    COLUMNS, and which of them there are."""
+    tiles: tl.constexpr = (COLUMNS + BD - 1) // BD
+    head = tl.program_id(0) // tiles
+    chunk = tl.program_id(1)
+    b = (head // H).to(tl.int64)
+    h = head % H
+    d = (tl.program_id(0) % tiles) * BD + tl.arange(0, BD)
+    return chunk, head, b, h, d, d < COLUMNS
 
 
 @triton.jit
@@ -172,13 +186,7 @@ def totals_kernel(
     VECTOR: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What each chunk does to a state: h → a h + x. Chunks count from the end where REVERSE."""
-    tiles: tl.constexpr = (D + BD - 1) // BD
-    head = tl.program_id(0) // tiles
-    chunk = tl.program_id(1)
-    b = (head // H).to(tl.int64)
-    h = head % H
-    d = (tl.program_id(0) % tiles) * BD + tl.arange(0, BD)
-    inside = d < D
+    chunk, head, b, h, d, inside = program(H, D, BD)
     z_ptr += b * z_b + h * z_h
     x_ptr += b * x_b + h * x_h
     y_ptr += b * y_b + h * y_h
@@ -186,7 +194,7 @@ def totals_kernel(
     all_x = tl.zeros([BD], tl.float32)
     all_y = tl.zeros([BD], tl.float32)
     row = rows(W, L)
-    begin = chunk * chunk_length  # never the last chunk, so its tokens are all there
+    begin = chunk * chunk_length  # never the last chunk, so all its tokens exist
     for t in tl.range(begin, begin + chunk_length, W * L, num_stages=STAGES):
         first = t
         seen = (row >= 0) & inside[None, None, :]  # (W, L, BD)
@@ -206,3 +214,118 @@ def totals_kernel(
     tl.store(total, all_a, mask=inside)
     tl.store(total + plane, all_x, mask=inside)
     tl.store(total + 2 * plane, all_y, mask=inside)
+
+
+@triton.jit
+def forward_kernel(
+    z_ptr, k_ptr, v_ptr, start_ptr, totals_ptr, cos_ptr, sin_ptr,
+    k_out_ptr, v_out_ptr, final_ptr, statistics_ptr,
+    T, chunk_length, H, plane, N,
+    z_b, z_t, z_h, k_b, k_t, k_h, v_b, v_t, v_h, rope_b, rope_t,
+    D: tl.constexpr, COLUMNS: tl.constexpr, HAS_START: tl.constexpr, ROPE: tl.constexpr,
+    WHOLE: tl.constexpr, W: tl.constexpr, L: tl.constexpr, BD: tl.constexpr,
+    VECTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    chunk, head, b, h, d, inside = program(H, COLUMNS, BD)
+    # RoPE turns channel d together with d + D / 2, so a program then has both: d2 is the partner.
+    d2 = d + COLUMNS
+    z_ptr += b * z_b + h * z_h
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    own = b * T * (H * D) + h * D  # of contiguous (B, T, H, D)
+    state = head * D + d
+    x, y = carry(start_ptr, totals_ptr, state, plane, chunk, inside, HAS_START, BD)
+    if ROPE:
+        x2, y2 = carry(start_ptr, totals_ptr, state + COLUMNS, plane, chunk, inside, HAS_START, BD)
+    row = rows(W, L)
+    begin = chunk * chunk_length
+    end = tl.minimum(begin + chunk_length, T)
+    for t in tl.range(begin, end, W * L, num_stages=STAGES):
+        first = t
+        seen = (first + row < T) & inside[None, None, :]
+        a, kt, vt = load_inputs(
+            z_ptr, k_ptr, v_ptr, z_t, k_t, v_t, first, row, d, seen, WHOLE, VECTOR
+        )
+        kt, vt, x, y = states(a, kt, vt, x, y, W, L)
+        store(v_out_ptr + own, vt, H * D, first, row, d, seen, WHOLE, VECTOR)
+        block = statistics_ptr + (head.to(tl.int64) * N + first // (W * L)) * (3 * D)
+        if ROPE:
+            a, kt2, vt2 = load_inputs(
+                z_ptr, k_ptr, v_ptr, z_t, k_t, v_t, first, row, d2, seen, WHOLE, VECTOR
+            )
+            kt2, vt2, x2, y2 = states(a, kt2, vt2, x2, y2, W, L)
+            store(v_out_ptr + own, vt2, H * D, first, row, d2, seen, WHOLE, VECTOR)
+            angle = b * rope_b
+            cos = load(cos_ptr + angle, rope_t, first, row, d, seen, 0.0, WHOLE, VECTOR)
+            sin = load(sin_ptr + angle, rope_t, first, row, d, seen, 0.0, WHOLE, VECTOR)
+            turned = kt * cos - kt2 * sin
+            kt2 = kt2 * cos + kt * sin
+            kt = turned
+            store(k_out_ptr + own, kt2, H * D, first, row, d2, seen, WHOLE, VECTOR)
+            block_statistics(kt2, seen, T - first, block + d2, D, inside, W * L)
+        store(k_out_ptr + own, kt, H * D, first, row, d, seen, WHOLE, VECTOR)
+        if ROPE:
+            block_statistics(kt, seen, T - first, block + d, D, inside, W * L)
+    if end == T:
+        tl.store(final_ptr + state, x, mask=inside)
+        tl.store(final_ptr + plane + state, y, mask=inside)
+        if ROPE:
+            tl.store(final_ptr + state + COLUMNS, x2, mask=inside)
+            tl.store(final_ptr + plane + state + COLUMNS, y2, mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    z_ptr, k_ptr, v_ptr, k_out_ptr, v_out_ptr, dk_out_ptr, dv_out_ptr, d_final_ptr,
+    start_ptr, totals_ptr, dz_ptr, dk_ptr, dv_ptr, d_start_ptr,
+    T, chunk_length, H, plane,
+    z_b, z_t, z_h, k_b, k_t, k_h, v_b, v_t, v_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h,
+    D: tl.constexpr, HAS_START: tl.constexpr, WHOLE: tl.constexpr,
+    W: tl.constexpr, L: tl.constexpr, BD: tl.constexpr, VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    chunk, head, b, h, d, inside = program(H, D, BD)  # chunks count from the end
+    z_ptr += b * z_b + h * z_h
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    dk_out_ptr += b * dk_b + h * dk_h
+    dv_out_ptr += b * dv_b + h * dv_h
+    own = b * T * (H * D) + h * D  # of contiguous (B, T, H, D)
+    state = head * D + d
+    # D_T is the gradient of the final state, with g_T = 1.
+    x, y = carry(d_final_ptr, totals_ptr, state, plane, chunk, inside, True, BD)
+    start_k = tl.zeros([BD], tl.float32)
+    start_v = tl.zeros([BD], tl.float32)
+    if HAS_START:
+        start_k += tl.load(start_ptr + state, mask=inside, other=0.0)
+        start_v += tl.load(start_ptr + plane + state, mask=inside, other=0.0)
+    row = rows(W, L)
+    begin = chunk * chunk_length
+    end = tl.minimum(begin + chunk_length, T)
+    for back in tl.range(begin, end, W * L, num_stages=STAGES):
+        last_token = T - 1 - back
+        t = last_token - row
+        seen = (t >= 0) & inside[None, None, :]
+        a, grad_k, grad_v = load_gradients(
+            z_ptr, dk_out_ptr, dv_out_ptr, z_t, dk_t, dv_t, last_token, row, d, seen, T,
+            WHOLE, VECTOR,
+        )  # fmt: skip
+        grad_k, grad_v, x, y = states(a, grad_k, grad_v, x, y, W, L)  # D_t of both streams
+        z = load(z_ptr, z_t, last_token, -row, d, seen, 0.0, WHOLE, VECTOR)
+        k = load(k_ptr, k_t, last_token, -row, d, seen, 0.0, WHOLE, VECTOR)
+        v = load(v_ptr, v_t, last_token, -row, d, seen, 0.0, WHOLE, VECTOR)
+        at = tl.where(t == 0, 0, -1) - row  # of the token before
+        before_k = load(k_out_ptr + own, H * D, last_token, at, d, seen, 0.0, WHOLE, VECTOR)
+        before_v = load(v_out_ptr + own, H * D, last_token, at, d, seen, 0.0, WHOLE, VECTOR)
+        before_k = tl.where(t == 0, start_k[None, None, :], before_k)
+        before_v = tl.where(t == 0, start_v[None, None, :], before_v)
+        keep = 1.0 / (1.0 + tl.exp(z))
+        dz = (1.0 - keep) * keep * (grad_k * (before_k - k) + grad_v * (before_v - v))
+        store(dz_ptr + own, dz, H * D, last_token, -row, d, seen, WHOLE, VECTOR)
+        store(dk_ptr + own, keep * grad_k, H * D, last_token, -row, d, seen, WHOLE, VECTOR)
+        store(dv_ptr + own, keep * grad_v, H * D, last_token, -row, d, seen, WHOLE, VECTOR)
+    if HAS_START and end == T:  # the walk ends with D_0
+        z = tl.load(z_ptr + d, mask=inside, other=0.0).to(tl.float32)
+        gate = 1.0 / (1.0 + tl.exp(-z))
+        tl.store(d_start_ptr + state, gate * x, mask=inside)
+        tl.store(d_start_ptr + plane + state, gate * y, mask=inside)

@@ -17,17 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ratplus_kernels.memory_scan_tiles import (
-    block_statistics,
-    carry,
-    load,
-    load_gradients,
-    load_inputs,
-    rows,
-    states,
-    store,
-    totals_kernel,
-)
+from ratplus_kernels.memory_scan_tiles import backward_kernel, forward_kernel, totals_kernel
+
+_CHANNELS = 256  # of a program of the step
 
 
 class Plan(NamedTuple):
@@ -77,30 +69,27 @@ def forward(
     block_size: int = 0,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """k̃ (rotated, if rope is given), ṽ, the final state, and the blocks' statistics (B, H, N, 3 D):
-    minimum, maximum and mean of k̃ over block_size tokens each; N is 0 for block_size 0."""
+    """k̃, ṽ, the final state, and statistics of blocks. With rope, which comes with a block_size, k̃
+    is rotated, and statistics (B, H, N, 3 D) are its minimum, maximum and mean over each block."""
     batch, length, heads, dim = k.shape
     columns = dim // 2 if rope else dim
     plan = plan or default_plan(k, columns)
     block_t = block_size or plan.block_t
     z, k, v = map(_rows, (z, k, v))
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    v_out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    final = torch.empty(2, batch, heads, dim, dtype=torch.float32, device=k.device)
+    k_out, v_out = k.new_empty(k.shape), v.new_empty(v.shape)
+    final = k.new_empty(2, batch, heads, dim, dtype=torch.float32)
     blocks = triton.cdiv(length, block_size) if block_size else 0
-    statistics = torch.empty(batch, heads, blocks, 3 * dim, dtype=k.dtype, device=k.device)
-    chunk, chunks = _chunking(length, block_t, plan.chunks)
-    tiles = batch * heads * triton.cdiv(columns, plan.block_d)
-    totals = _totals((z, k, v), chunk, chunks, False, block_t, plan)
+    statistics = k.new_empty(batch, heads, blocks, 3 * dim)
+    totals, chunk = _totals(z, k, v, plan, block_t, reverse=False)
     cos, sin = rope or (z, z)
-    _forward_kernel[tiles, chunks](
+    forward_kernel[batch * heads * triton.cdiv(columns, plan.block_d), len(totals) + 1](
         z, k, v, z if initial is None else initial, totals, cos, sin,
         k_out, v_out, final, statistics,
         length, chunk, heads, batch * heads * dim, blocks,
         *z.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         cos.stride(0) if len(cos) > 1 else 0, cos.stride(1),
         D=dim, COLUMNS=columns, HAS_START=initial is not None, ROPE=rope is not None,
-        BLOCKS=block_size > 0, WHOLE=length % block_t == 0 and columns % plan.block_d == 0,
+        WHOLE=length % block_t == 0 and columns % plan.block_d == 0,
         **plan.tile(block_t),
     )  # fmt: skip
     return k_out, v_out, final, statistics
@@ -113,13 +102,11 @@ def backward(
     """Gradients of z, k, v and the initial state from those of k̃, ṽ and the final state."""
     batch, length, heads, dim = k.shape
     plan = plan or default_plan(k, dim, backward=True)
-    dz, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (z, k, v))
+    dz, dk, dv = (x.new_empty(x.shape) for x in (z, k, v))
     z, k, v, dk_out, dv_out = map(_rows, (z, k, v, dk_out, dv_out))
     d_initial = None if initial is None else torch.empty_like(initial)
-    chunk, chunks = _chunking(length, plan.block_t, plan.chunks)
-    tiles = batch * heads * triton.cdiv(dim, plan.block_d)
-    totals = _totals((z, dk_out, dv_out), chunk, chunks, True, plan.block_t, plan)
-    _backward_kernel[tiles, chunks](
+    totals, chunk = _totals(z, dk_out, dv_out, plan, plan.block_t, reverse=True)
+    backward_kernel[batch * heads * triton.cdiv(dim, plan.block_d), len(totals) + 1](
         z, k, v, k_out, v_out, dk_out, dv_out, d_final.contiguous(),
         z if initial is None else initial, totals,
         dz, dk, dv, z if d_initial is None else d_initial,
@@ -137,169 +124,93 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _chunking(length: int, block_t: int, chunks: int) -> tuple[int, int]:
-    """Tokens a chunk, a whole number of tiles, and how many chunks that makes."""
-    chunk = triton.cdiv(triton.cdiv(length, chunks), block_t) * block_t
-    return chunk, triton.cdiv(length, chunk)
-
-
 def _totals(
-    inputs: tuple[Tensor, Tensor, Tensor],
-    chunk: int,
-    chunks: int,
-    reverse: bool,
-    block_t: int,
-    plan: Plan,
-) -> Tensor:
-    """(chunks − 1, 3, B, H, D) fp32: gate product and states of every chunk but the last."""
-    batch, length, heads, dim = inputs[0].shape
-    shape = (chunks - 1, 3, batch, heads, dim)
-    totals = torch.empty(shape, dtype=torch.float32, device=inputs[0].device)
-    if chunks > 1:
-        tiles = batch * heads * triton.cdiv(dim, plan.block_d)
-        z, x, y = inputs
-        totals_kernel[tiles, chunks - 1](
+    z: Tensor, x: Tensor, y: Tensor, plan: Plan, block_t: int, reverse: bool
+) -> tuple[Tensor, int]:
+    """Gate product and states of every chunk but the last, (chunks − 1, 3, B, H, D) fp32, and the
+    tokens of a chunk, whole tiles of block_t."""
+    batch, length, heads, dim = z.shape
+    chunk = triton.cdiv(triton.cdiv(length, plan.chunks), block_t) * block_t
+    shape = (triton.cdiv(length, chunk) - 1, 3, batch, heads, dim)
+    totals = z.new_empty(shape, dtype=torch.float32)
+    if len(totals):
+        totals_kernel[batch * heads * triton.cdiv(dim, plan.block_d), len(totals)](
             z, x, y, totals, length, chunk, heads, batch * heads * dim,
             *z.stride()[:3], *x.stride()[:3], *y.stride()[:3],
             D=dim, REVERSE=reverse, WHOLE=dim % plan.block_d == 0, **plan.tile(block_t),
         )  # fmt: skip
-    return totals
+    return totals, chunk
+
+
+def step(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`memory_step` in one launch, a channel a thread; state is contiguous."""
+    _, heads, dim = k.shape
+    k_out, v_out, new = k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(state)
+    _step_kernel[(triton.cdiv(k.numel(), _CHANNELS),)](
+        z, k, v, state, k_out, v_out, new, heads, dim, k.numel(),
+        *z.stride(), *k.stride(), *v.stride(), BLOCK=_CHANNELS,
+    )  # fmt: skip
+    return k_out, v_out, new
+
+
+@torch.library.custom_op("ratplus_exp::memory_scan", mutates_args=())
+def scan(z: Tensor, k: Tensor, v: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`memory_scan` as an operator, which torch.compile leaves as it is."""
+    return forward(z, k, v, initial)[:3]
+
+
+@scan.register_fake
+def _(z: Tensor, k: Tensor, v: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, heads, dim = k.shape
+    final = k.new_empty(2, batch, heads, dim, dtype=torch.float32)
+    return k.new_empty(k.shape), v.new_empty(v.shape), final
+
+
+@torch.library.custom_op("ratplus_exp::memory_scan_backward", mutates_args=())
+def _scan_backward(
+    z: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, k_out: Tensor, v_out: Tensor,
+    dk_out: Tensor, dv_out: Tensor, d_final: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = backward(None, z, k, v, initial, k_out, v_out, dk_out, dv_out, d_final)
+    return *grads[:3], z.new_empty(0) if grads[3] is None else grads[3]
+
+
+@_scan_backward.register_fake
+def _(z: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, *_: Tensor) -> tuple[Tensor, ...]:
+    d_initial = z.new_empty(0) if initial is None else torch.empty_like(initial)
+    return z.new_empty(z.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_initial
+
+
+def _keep(ctx, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output[:2])
+
+
+def _differentiate(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    *gradients, d_initial = _scan_backward(*ctx.saved_tensors, *grads)
+    return *gradients, d_initial if ctx.needs_input_grad[3] else None
+
+
+scan.register_autograd(_differentiate, setup_context=_keep)
 
 
 @triton.jit
-def _forward_kernel(
-    z_ptr, k_ptr, v_ptr, start_ptr, totals_ptr, cos_ptr, sin_ptr,
-    k_out_ptr, v_out_ptr, final_ptr, statistics_ptr,
-    T, chunk_length, H, plane, N,
-    z_b, z_t, z_h, k_b, k_t, k_h, v_b, v_t, v_h, rope_b, rope_t,
-    D: tl.constexpr, COLUMNS: tl.constexpr, HAS_START: tl.constexpr, ROPE: tl.constexpr,
-    BLOCKS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, L: tl.constexpr,
-    BD: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+def _step_kernel(
+    z_ptr, k_ptr, v_ptr, state_ptr, k_out_ptr, v_out_ptr, new_ptr, H, D, plane,
+    z_b, z_h, z_d, k_b, k_h, k_d, v_b, v_h, v_d, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tiles: tl.constexpr = (COLUMNS + BD - 1) // BD
-    head = tl.program_id(0) // tiles
-    chunk = tl.program_id(1)
-    b = (head // H).to(tl.int64)
-    h = head % H
-    # RoPE turns channel d together with d + D / 2, so a program then has both: d2 is the partner.
-    d = (tl.program_id(0) % tiles) * BD + tl.arange(0, BD)
-    inside = d < COLUMNS
-    d2 = d + COLUMNS
-    z_ptr += b * z_b + h * z_h
-    k_ptr += b * k_b + h * k_h
-    v_ptr += b * v_b + h * v_h
-    own = b * T * (H * D) + h * D  # of contiguous (B, T, H, D)
-    state = head * D + d
-    x, y = carry(start_ptr, totals_ptr, state, plane, chunk, inside, HAS_START, BD)
-    if ROPE:
-        x2, y2 = carry(start_ptr, totals_ptr, state + COLUMNS, plane, chunk, inside, HAS_START, BD)
-    row = rows(W, L)
-    begin = chunk * chunk_length
-    end = tl.minimum(begin + chunk_length, T)
-    for t in tl.range(begin, end, W * L, num_stages=STAGES):
-        first = t
-        seen = (first + row < T) & inside[None, None, :]
-        a, kt, vt = load_inputs(
-            z_ptr, k_ptr, v_ptr, z_t, k_t, v_t, first, row, d, seen, WHOLE, VECTOR
-        )
-        kt, vt, x, y = states(a, kt, vt, x, y, W, L)
-        store(v_out_ptr + own, vt, H * D, first, row, d, seen, WHOLE, VECTOR)
-        block = statistics_ptr + (head.to(tl.int64) * N + first // (W * L)) * (3 * D)
-        if ROPE:
-            a, kt2, vt2 = load_inputs(
-                z_ptr, k_ptr, v_ptr, z_t, k_t, v_t, first, row, d2, seen, WHOLE, VECTOR
-            )
-            kt2, vt2, x2, y2 = states(a, kt2, vt2, x2, y2, W, L)
-            store(v_out_ptr + own, vt2, H * D, first, row, d2, seen, WHOLE, VECTOR)
-            angle = b * rope_b
-            cos = load(cos_ptr + angle, rope_t, first, row, d, seen, 0.0, WHOLE, VECTOR)
-            sin = load(sin_ptr + angle, rope_t, first, row, d, seen, 0.0, WHOLE, VECTOR)
-            turned = kt * cos - kt2 * sin
-            kt2 = kt2 * cos + kt * sin
-            kt = turned
-            store(k_out_ptr + own, kt2, H * D, first, row, d2, seen, WHOLE, VECTOR)
-            if BLOCKS:
-                block_statistics(kt2, seen, T - first, block + d2, D, inside, W * L)
-        store(k_out_ptr + own, kt, H * D, first, row, d, seen, WHOLE, VECTOR)
-        if BLOCKS:
-            block_statistics(kt, seen, T - first, block + d, D, inside, W * L)
-    if end == T:
-        tl.store(final_ptr + state, x, mask=inside)
-        tl.store(final_ptr + plane + state, y, mask=inside)
-        if ROPE:
-            tl.store(final_ptr + state + COLUMNS, x2, mask=inside)
-            tl.store(final_ptr + plane + state + COLUMNS, y2, mask=inside)
-
-
-@triton.jit
-def _backward_kernel(
-    z_ptr, k_ptr, v_ptr, k_out_ptr, v_out_ptr, dk_out_ptr, dv_out_ptr, d_final_ptr,
-    start_ptr, totals_ptr, dz_ptr, dk_ptr, dv_ptr, d_start_ptr,
-    T, chunk_length, H, plane,
-    z_b, z_t, z_h, k_b, k_t, k_h, v_b, v_t, v_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h,
-    D: tl.constexpr, HAS_START: tl.constexpr, WHOLE: tl.constexpr,
-    W: tl.constexpr, L: tl.constexpr, BD: tl.constexpr, VECTOR: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    tiles: tl.constexpr = (D + BD - 1) // BD
-    head = tl.program_id(0) // tiles
-    chunk = tl.program_id(1)  # counted from the end of the sequence
-    b = (head // H).to(tl.int64)
-    h = head % H
-    d = (tl.program_id(0) % tiles) * BD + tl.arange(0, BD)
-    inside = d < D
-    z_ptr += b * z_b + h * z_h
-    k_ptr += b * k_b + h * k_h
-    v_ptr += b * v_b + h * v_h
-    dk_out_ptr += b * dk_b + h * dk_h
-    dv_out_ptr += b * dv_b + h * dv_h
-    own = b * T * (H * D) + h * D  # of contiguous (B, T, H, D)
-    state = head * D + d
-    # D_T is the gradient of the final state, with g_T = 1.
-    x, y = carry(d_final_ptr, totals_ptr, state, plane, chunk, inside, True, BD)
-    start_k = tl.zeros([BD], tl.float32)
-    start_v = tl.zeros([BD], tl.float32)
-    if HAS_START:
-        start_k += tl.load(start_ptr + state, mask=inside, other=0.0)
-        start_v += tl.load(start_ptr + plane + state, mask=inside, other=0.0)
-    row = rows(W, L)
-    begin = chunk * chunk_length
-    end = tl.minimum(begin + chunk_length, T)
-    for back in tl.range(begin, end, W * L, num_stages=STAGES):
-        last_token = T - 1 - back
-        t = last_token - row
-        seen = (t >= 0) & inside[None, None, :]
-        a, grad_k, grad_v = load_gradients(
-            z_ptr,
-            dk_out_ptr,
-            dv_out_ptr,
-            z_t,
-            dk_t,
-            dv_t,
-            last_token,
-            row,
-            d,
-            seen,
-            T,
-            WHOLE,
-            VECTOR,
-        )
-        grad_k, grad_v, x, y = states(a, grad_k, grad_v, x, y, W, L)  # D_t of both streams
-        z = load(z_ptr, z_t, last_token, -row, d, seen, 0.0, WHOLE, VECTOR)
-        k = load(k_ptr, k_t, last_token, -row, d, seen, 0.0, WHOLE, VECTOR)
-        v = load(v_ptr, v_t, last_token, -row, d, seen, 0.0, WHOLE, VECTOR)
-        at = tl.where(t == 0, 0, -1) - row  # of the token before
-        before_k = load(k_out_ptr + own, H * D, last_token, at, d, seen, 0.0, WHOLE, VECTOR)
-        before_v = load(v_out_ptr + own, H * D, last_token, at, d, seen, 0.0, WHOLE, VECTOR)
-        before_k = tl.where(t == 0, start_k[None, None, :], before_k)
-        before_v = tl.where(t == 0, start_v[None, None, :], before_v)
-        keep = 1.0 / (1.0 + tl.exp(z))
-        dz = (1.0 - keep) * keep * (grad_k * (before_k - k) + grad_v * (before_v - v))
-        store(dz_ptr + own, dz, H * D, last_token, -row, d, seen, WHOLE, VECTOR)
-        store(dk_ptr + own, keep * grad_k, H * D, last_token, -row, d, seen, WHOLE, VECTOR)
-        store(dv_ptr + own, keep * grad_v, H * D, last_token, -row, d, seen, WHOLE, VECTOR)
-    if HAS_START and end == T:  # the walk ends with D_0
-        z = tl.load(z_ptr + d, mask=inside, other=0.0).to(tl.float32)
-        gate = 1.0 / (1.0 + tl.exp(-z))
-        tl.store(d_start_ptr + state, gate * x, mask=inside)
-        tl.store(d_start_ptr + plane + state, gate * y, mask=inside)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < plane
+    d = at % D
+    h = (at // D) % H
+    b = at // (D * H)
+    z = tl.load(z_ptr + b * z_b + h * z_h + d * z_d, mask=inside, other=0.0).to(tl.float32)
+    k = tl.load(k_ptr + b * k_b + h * k_h + d * k_d, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + b * v_b + h * v_h + d * v_d, mask=inside, other=0.0).to(tl.float32)
+    gate = 1.0 / (1.0 + tl.exp(-z))
+    keep = 1.0 / (1.0 + tl.exp(z))
+    x = gate * tl.load(state_ptr + at, mask=inside, other=0.0) + keep * k
+    y = gate * tl.load(state_ptr + plane + at, mask=inside, other=0.0) + keep * v
+    tl.store(new_ptr + at, x, mask=inside)
+    tl.store(new_ptr + plane + at, y, mask=inside)
+    tl.store(k_out_ptr + at, x, mask=inside)
+    tl.store(v_out_ptr + at, y, mask=inside)

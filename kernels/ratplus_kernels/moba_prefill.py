@@ -11,20 +11,14 @@ from torch import Tensor
 from ratplus_kernels.dispatch import use_triton
 from ratplus_kernels.selection import check_top_k, inner_products
 
-MAX_BLOCKS = 2048  # a query's scores stay in registers, which have room for this many
-PAIRS = 1 << 17  # of a query and a block that the torch form has in memory at a time
-PAIR = 100  # keys behind the engine's masks that take about as long as one
-SLOTS = 1 << 12  # of them that it computes at a time, in a core's cache
+MAX_BLOCKS = 2048  # the kernel keeps a query's scores of all blocks in registers
+PAIRS = 1 << 17  # pairs of a query and a block that the torch form has in memory at a time
+SLOTS = 1 << 12  # pairs that it computes at a time, in a core's cache
+PAIR = 100  # a pair takes about as long as this many keys of attention with the engine's masks
 
 
 def moba_prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    block_size: int,
-    top_k: int,
-    means: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int, top_k: int, means: Tensor | None = None
 ) -> Tensor | None:
     """Causal attention of a prompt to itself, block-sparse with each query head's own choice.
 
@@ -34,13 +28,13 @@ def moba_prefill(
         block_size, top_k: how many tokens a block has, and how many blocks a query attends to:
             block 0 and its own (causally), which are forced and count, then the highest
             q · mean of the block's keys, ties to the lowest index.
-        means: (B, K, N, D), the mean of each block's keys where something has it already, as
-            `memory_prefill` does; found here if None. Those of unfinished blocks are not read.
+        means: (B, K, N, D), the mean of each block's keys if it is known, as after
+            `memory_prefill`. Those of unfinished blocks are not read.
 
     Returns:
-        (B, H, T, D) in the dtype of q; None where q, k or v need a gradient, since both forms are
-        made for inference, on a GPU beyond MAX_BLOCKS, and elsewhere where the masks are faster:
-        those of `Engine` in ratplus_exp, which are the definition.
+        (B, H, T, D) in the dtype of q. None where the caller should use the masks of `Engine` in
+        ratplus_exp, the definition: where q, k or v need a gradient, on a GPU beyond MAX_BLOCKS
+        blocks, and elsewhere where the masks are faster.
     """
     check_top_k(top_k)
     blocks = -(-q.shape[2] // block_size)

@@ -96,14 +96,12 @@ def moba_prefill_triton(
             tiles, lists = (triton.cdiv(min(span, length - start), size) for size in (tile, ROWS))
             if picks:
                 counts = torch.zeros(here, blocks, dtype=torch.int32, device=q.device)
-                listing = (bits, counts, *place, blocks, words, block_size)
-                width = triton.next_power_of_2(words)
+                pairs, width = (*place, blocks, words, block_size), triton.next_power_of_2(words)
                 kinds = {"ROWS": ROWS, "WORDS": width, "num_warps": min(4, max(1, width // 8))}
-                _list[(lists, here)](*listing, entries, FILL=False, **kinds)
+                _list[(lists, here)](bits, counts, *pairs, entries, FILL=False, **kinds)
                 ends = counts.view(-1).cumsum(0, dtype=torch.int32)
                 cursors = ends - counts.view(-1)
-                listing = (bits, cursors, *place, blocks, words, block_size)
-                _list[(lists, here)](*listing, entries, FILL=True, **kinds)
+                _list[(lists, here)](bits, cursors, *pairs, entries, FILL=True, **kinds)
                 # Only its own queries select the last block: no list is of an unfinished one.
                 _attend[(blocks - 1, SHARES, here)](
                     q, k, v, counts, ends, entries, parts, shares,
@@ -118,14 +116,6 @@ def moba_prefill_triton(
                 num_warps=4, num_stages=1,
             )  # fmt: skip
     return out
-
-
-@triton.jit
-def _pack(selected):
-    """(R, N) bool to (R, N / 32) int32: bit n % 32 of word n // 32 is column n."""
-    WORDS: tl.constexpr = selected.shape[1] // 32
-    bit = tl.reshape(selected, [selected.shape[0], WORDS, 32]).to(tl.int32)
-    return tl.sum(bit << tl.arange(0, 32)[None, None, :], axis=2)
 
 
 @triton.jit
@@ -151,9 +141,11 @@ def _gate(
         score = tl.dot(query, mean, score, input_precision="ieee")
     selected = select_blocks(score, row // block_size, top_k)
 
+    # Bit n % 32 of word n // 32 is block n.
+    bit = tl.reshape(selected, [ROWS, BLOCKS // 32, 32]).to(tl.int32)
     word = tl.arange(0, BLOCKS // 32)[None, :]
     bit_ptr = bits + (sequence * length + row[:, None]) * words + word
-    tl.store(bit_ptr, _pack(selected), mask=word < words)
+    tl.store(bit_ptr, tl.sum(bit << tl.arange(0, 32)[None, None, :], axis=2), mask=word < words)
 
 
 @triton.jit

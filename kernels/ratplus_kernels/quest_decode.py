@@ -24,10 +24,10 @@ def quest_decode(
 
     Args:
         q: queries, (B, H, Q, D), any strides (as of all tensors here).
-        k, v: keys and values that hold the new tokens already, (B, K, T, D) with K dividing H;
-            row b's token t lies in slot t, and what lies behind its last token is not read.
+        k, v: keys and values, those of the new tokens included, (B, K, T, D) with K dividing H. A
+            row's token t is in slot t; slots after its last token are not read.
         representatives: (B, K, N, 2 D), the per-channel minima of each block's keys, then their
-            maxima. That of a query's own block is not read, so it may be unfinished.
+            maxima. Those of a query's own block are not read, so it may be unfinished.
         positions: (B, Q) int64, which token of its row each query is.
         block_size, top_k: how many tokens a block has, and how many blocks a query attends to:
             block 0 and its own, which are forced and count, then the highest

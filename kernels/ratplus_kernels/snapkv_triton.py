@@ -30,14 +30,13 @@ def attention_mass(q: Tensor, k: Tensor, lse: Tensor | None) -> Tensor:
     scale = 1 / math.sqrt(dim)
     if lse is None:
         pieces = triton.cdiv(length, _PIECE)
-        shape = (pieces, batch, heads, window)
-        partial = torch.empty(shape, dtype=torch.float32, device=q.device)
+        partial = q.new_empty(pieces, batch, heads, window, dtype=torch.float32)
         _lse_kernel[batch * kv_heads, pieces](
             q, k, partial, length, kv_heads, partial.stride(0), scale, *q.stride(), *k.stride(),
             PIECE=_PIECE, **sizes,
         )  # fmt: skip
         lse = partial.logsumexp(0)
-    mass = torch.empty(batch, kv_heads, length, dtype=torch.float32, device=q.device)
+    mass = q.new_empty(batch, kv_heads, length, dtype=torch.float32)
     _mass_kernel[batch * kv_heads, triton.cdiv(length, _TILE)](
         q, k, lse.float().contiguous(), mass, length, kv_heads, scale, *q.stride(), *k.stride(),
         **sizes,
@@ -49,8 +48,7 @@ def gather(k: Tensor, v: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Rows `kept` (B, K, C) of k and v (B, K, T, D), both in one launch: two (B, K, C, D)."""
     batch, kv_heads, count = kept.shape
     dim = k.shape[-1]
-    k_out = torch.empty(batch, kv_heads, count, dim, dtype=k.dtype, device=k.device)
-    v_out = torch.empty(batch, kv_heads, count, dim, dtype=v.dtype, device=v.device)
+    k_out, v_out = (x.new_empty(batch, kv_heads, count, dim) for x in (k, v))
     _gather_kernel[batch * kv_heads, triton.cdiv(count, _TILE)](
         k, v, kept.contiguous(), k_out, v_out, count, kv_heads, *k.stride(), *v.stride(),
         D=dim, BD=triton.next_power_of_2(dim), BC=_TILE,
@@ -95,8 +93,7 @@ def _lse_kernel(
     for g in range(GROUP):
         top = tl.full([BW], -1e30, tl.float32)  # finite: a row may see nothing of a piece
         total = tl.zeros([BW], tl.float32)
-        for t in range(begin, end, BT):
-            first = t
+        for first in range(begin, end, BT):
             logits = _logits(
                 q_ptr + g * q_h, k_ptr, q_w, q_d, k_t, k_d, first, T, scale, W, D, BW, BD, BT
             )

@@ -19,12 +19,11 @@ from ratplus_exp.tasks import prose
 from ratplus_exp.tasks.forms import Forms
 from ratplus_exp.tasks.tokenizer import EOS, PAD
 
-VOCABULARY = 8192
 _PIECE = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
 
 
-def train_bpe(forms: Forms, size: int = VOCABULARY, documents: int = 3000) -> Tokenizer:
-    """Learn `size` entries from generated documents; the same on every machine.
+def train_bpe() -> Tokenizer:
+    """Learn 8192 entries from generated documents; the same on every machine.
 
     Every byte has an entry, so decoding inverts encoding; ids 0 and 1 are padding and EOS.
     """
@@ -37,19 +36,19 @@ def train_bpe(forms: Forms, size: int = VOCABULARY, documents: int = 3000) -> To
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=8192,
         special_tokens=[PAD, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_texts(forms, documents), trainer)
+    backend.train_from_iterator(_texts(), trainer)
     return backend
 
 
-def _texts(forms: Forms, documents: int) -> Iterator[str]:
+def _texts() -> Iterator[str]:
     """Parts of prompts, with RULER's proportions of prose, words, numbers and uuids."""
-    rng = random.Random(0)
-    for _ in range(documents):
+    forms, rng = Forms(), random.Random(0)
+    for _ in range(3000):
         yield prose.paragraph(rng, 10)
         key = rng.choice(("word", "word", "uuid"))
         value = rng.choice(("number", "number", "uuid"))
@@ -61,16 +60,11 @@ def _texts(forms: Forms, documents: int) -> Iterator[str]:
         yield " " + ", ".join(v for _, v in pairs)
 
 
-def wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    """The tokenizer in Hugging Face's class; it adds no special tokens."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+if __name__ == "__main__":
+    PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(),
         pad_token=PAD,
         eos_token=EOS,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-    )
-
-
-if __name__ == "__main__":
-    wrapped(train_bpe(Forms())).save_pretrained(sys.argv[1])
+    ).save_pretrained(sys.argv[1])

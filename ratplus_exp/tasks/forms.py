@@ -27,8 +27,7 @@ _FIELDS = {  # of each text: those that it needs, and further ones
 
 Words = Annotated[str, Field(max_length=100_000)]
 Sentence = Annotated[
-    Words,
-    matching(r"\s*[^\0-\x1f\x7f\s][^\0-\x1f\x7f]*", "give the sentence that fills task S-1"),
+    Words, matching(r"\s*[^\0-\x1f\x7f\s][^\0-\x1f\x7f]*", "give the sentence that fills task S-1")
 ]
 Reserve = Annotated[int, Field(ge=1, le=10**6)]  # tokens that a prompt leaves for the answer
 
@@ -118,10 +117,13 @@ class Forms(Settings):
         """The needle of a key and a value of this kind."""
         return self.needle.format(key=key, value=value, type_needle_v=f"{kind}s")
 
-    def query(self, keys: Sequence[str]) -> str:
-        """The keys as a question lists them."""
+    def ask(self, text: str, keys: Sequence[str], kind: str, answers: int) -> str:
+        """A template or answer prefix that asks for the values of this kind of some keys, in the
+        singular for one answer; `{context}` stays."""
         *others, last = keys
-        return ", ".join(others) + self.query_joiner + last if others else last
+        query = ", ".join(others) + self.query_joiner + last if others else last
+        text, kind = (singular(text), kind) if answers == 1 else (text, f"{kind}s")
+        return text.format(context="{context}", query=query, type_needle_v=kind)
 
 
 @cache

@@ -13,24 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import pi
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from ratplus_exp.settings import Positive, Settings
 from ratplus_exp.tasks.forms import Reserve, Words, wordlist
-from ratplus_exp.tasks.niah import Draw, in_list, most_units, seeded_random
+from ratplus_exp.tasks.niah import Draft, Draw, in_list, seeded_random
 
-
-class Draft(NamedTuple):
-    """A sample before its haystack has a size."""
-
-    prompt: Callable[[int], str]  # with n units of the haystack
-    answers: Sequence[str]
-    prefix: str
-    least: int = 0  # units that the task needs
-    most: int | None = None  # units available
-    one_of: bool = False  # whether any one of the answers is a full answer
+if TYPE_CHECKING:
+    from ratplus_exp.tasks.source import Ruler
 
 
 @dataclass(frozen=True)
@@ -45,11 +37,14 @@ class Texts(Settings):
         if "{context}" not in self.template:
             raise ValueError("template lacks {context}: add it to the text")
 
+    def draft(self, draw: Draw, name: str, source: Ruler) -> Draft:
+        raise NotImplementedError
+
     def fill(self, context: str, query: str = "", count: int = 0) -> str:
         text = self.template.replace("{query}", query).replace("{context}", context)
         return text + self.prefix(query, count)
 
-    def prefix(self, query: str, count: int = 0) -> str:
+    def prefix(self, query: str = "", count: int = 0) -> str:
         return self.answer_prefix.replace("{query}", query).replace("{count}", str(count))
 
 
@@ -78,11 +73,11 @@ class VT(Texts):
     digits: Annotated[int, Field(ge=2, le=18)] = 5
     example: Annotated[int, Field(ge=0, le=10**6)] = 500
 
-    def draft(self, draw: Draw, name: str, count: Callable[[str], int]) -> Draft:
+    def draft(self, draw: Draw, name: str, source: Ruler) -> Draft:
         worked = ""
         if self.example:
             prompt, names, _ = self._chain(draw, f"{name}/example", max(self.letters - 2, 1))
-            units = most_units(prompt, count, self.example, f"{name}, data.vt.example")
+            units = source.fit(prompt, self.example, f"{name}, data.vt.example")
             worked = f"{prompt(units)} {' '.join(names)}\n\n"
         prompt, names, value = self._chain(draw, name, self.letters)
         prefix = self.prefix(value, len(names))
@@ -132,9 +127,11 @@ class CWE(Texts):
     repeats: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
     example: bool = True
 
-    def draft(self, draw: Draw, name: str, length: int) -> Draft:
-        long = length >= 4096
-        words = _words(draw)
+    def draft(self, draw: Draw, name: str, source: Ruler) -> Draft:
+        long = source.length >= 4096
+        words: Sequence[str] = draw.forms.nouns
+        if draw.forms.key_words == "pair":  # RULER's lists
+            words = sorted({*wordlist("noun"), *wordlist("adjective"), *wordlist("verb")})
         worked = ""
         if self.example:
             size, times = (40, (10, 3)) if long else (20, (3, 1))
@@ -148,7 +145,7 @@ class CWE(Texts):
             return worked + self.fill(self._list(order[: self.common + n], repeats, f"{name}/{n}"))
 
         answers, most = order[: self.common], len(order) - self.common
-        return Draft(prompt, answers, self.prefix(""), most=most)
+        return Draft(prompt, answers, self.prefix(), most=most)
 
     def _list(self, words: Sequence[str], repeats: Sequence[int], name: str) -> str:
         often, seldom = repeats
@@ -181,8 +178,8 @@ class FWE(Texts):
     dots: Words = " ..."
     letters: Annotated[int, Field(ge=0, le=20)] = 6
 
-    def draft(self, draw: Draw, name: str, length: int) -> Draft:
-        ranks = max(5, (length - self.reserve) // 50)
+    def draft(self, draw: Draw, name: str, source: Ruler) -> Draft:
+        ranks = max(5, (source.length - self.reserve) // 50)
         letters = string.ascii_lowercase
         coded = (_code(draw, "word", letters, self.letters) for _ in range(ranks - 1))
         words = [self.dots, *(f" {word}" for word in coded)]
@@ -198,7 +195,7 @@ class FWE(Texts):
 
         answers = [word.strip() for word in words[1:4]]
         # From 74 words on, rank 4 is more frequent than rank 5.
-        return Draft(prompt, answers, self.prefix(""), least=74, most=2 * length)
+        return Draft(prompt, answers, self.prefix(), least=74, most=2 * source.length)
 
 
 def _code(draw: Draw, kind: str, alphabet: str, letters: int) -> str:
@@ -206,11 +203,3 @@ def _code(draw: Draw, kind: str, alphabet: str, letters: int) -> str:
     if not letters:
         return draw("word")
     return draw.fresh(kind, lambda: "".join(draw.rng.choices(alphabet, k=letters)))
-
-
-def _words(draw: Draw) -> Sequence[str]:
-    """The words of cwe's lists: RULER's, or the nouns of forms whose keys are nouns."""
-    if draw.forms.key_words == "noun":
-        return draw.forms.nouns
-    parts = (wordlist(part) for part in ("noun", "adjective", "verb"))
-    return sorted({word for words in parts for word in words})

@@ -9,8 +9,9 @@ import hashlib
 from collections.abc import Iterable
 from concurrent.futures import BrokenExecutor, Future
 
-from ratplus_exp.tasks.niah import NIAH, sample_name
+from ratplus_exp.tasks.niah import sample_name
 from ratplus_exp.tasks.sample import Sample
+from ratplus_exp.tasks.source import Ruler
 from ratplus_exp.workers import Workers
 
 
@@ -20,7 +21,7 @@ class Prompts:
     workers: processes for `prefetch`; 0: this process makes each sample when it is due.
     """
 
-    def __init__(self, source: NIAH, seed: int, workers: int = 0) -> None:
+    def __init__(self, source: Ruler, seed: int, workers: int = 0) -> None:
         self.source, self.seed, self.workers = source, seed, workers
         self.samples: dict[str, Sample | Future[Sample]] = {}
         self.pool: Workers | None = None
@@ -56,16 +57,15 @@ class Prompts:
             self.samples = {k: x for k, x in self.samples.items() if not isinstance(x, Future)}
 
 
-_kept: dict[tuple, Prompts] = {}
+_kept: dict[str, Prompts] = {}
 
 
-def prompts_of(source: NIAH, seed: int, workers: int = 0) -> Prompts:
+def prompts_of(source: Ruler, seed: int, workers: int = 0) -> Prompts:
     """The same `Prompts` for consecutive settings of a process with the same tokenizer, length,
     texts and seed."""
-    spelling = source.tokenizer.backend_tokenizer.to_str()
-    digest = hashlib.sha256(spelling.encode()).hexdigest()
-    others = repr(getattr(source, "others", None))
-    key = (digest, source.length, source.forms, source.essay, others, seed, workers)
+    tokenizer = source.tokenizer.backend_tokenizer.to_str()
+    every = (tokenizer, source.length, source.forms, source.essay, source.others, seed, workers)
+    key = hashlib.sha256(repr(every).encode()).hexdigest()
     if key not in _kept:
         for prompts in _kept.values():
             prompts.close()
@@ -74,10 +74,10 @@ def prompts_of(source: NIAH, seed: int, workers: int = 0) -> Prompts:
     return _kept[key]
 
 
-_source: NIAH  # of a worker process
+_source: Ruler  # of a worker process
 
 
-def _begin(source: NIAH) -> None:
+def _begin(source: Ruler) -> None:
     global _source
     _source = source
 

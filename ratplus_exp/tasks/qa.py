@@ -10,15 +10,15 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ratplus_exp.settings import Text
 from ratplus_exp.tasks.forms import Reserve, Words
-from ratplus_exp.tasks.niah import Draw, seeded_random, split_of
-from ratplus_exp.tasks.others import Draft, Texts
+from ratplus_exp.tasks.niah import QA_FILES, Draft, Draw, seeded_random, split_of
+from ratplus_exp.tasks.others import Texts
 
-QA_FILES = {"qa_1": "squad", "qa_2": "hotpotqa"}
-"""The data set of a task, a field of `QA`."""
+if TYPE_CHECKING:
+    from ratplus_exp.tasks.source import Ruler
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,23 @@ class QA(Texts):
     squad: Text | None = None
     hotpotqa: Text | None = None
 
-    def draft(self, draw: Draw, name: str, task: str, seed: int, index: int) -> Draft:
-        """The question of that index; the seed shuffles the split's questions."""
+    def draft(self, draw: Draw, name: str, source: Ruler) -> Draft:
+        """The question of the name's index; its seed shuffles the split's questions."""
+        task, split, seed, index = name.split("/")
         data_set = QA_FILES[task]
         file = getattr(self, data_set)
         if file is None:
             raise ValueError(no_file(task))
         documents, questions = _read(file, data_set)
-        order = _order(file, data_set, draw.split, seed)
-        if draw.split == "validation" and index >= len(order):
+        order = _order(file, data_set, split, seed)
+        if split == "validation" and int(index) >= len(order):
             raise ValueError(
                 f"{file} has {len(order)} questions of the validation split: lower data.examples"
             )
-        question = questions[order[index % len(order)]]
+        question = questions[order[int(index) % len(order)]]
         near = tuple(draw.rng.sample(question.article, len(question.article)))
         taken = {*question.documents, *near}
-        far = [i for i in range(len(documents)) if i not in taken]
+        far = [text for text in documents if text not in taken]
         draw.rng.shuffle(far)
         every = [*question.documents, *near, *far]
 
@@ -61,20 +62,17 @@ class QA(Texts):
             size = len(question.documents) + n
             chosen = [every[i % len(every)] for i in range(size)]  # repeated if too few
             seeded_random(f"{name}/{n}").shuffle(chosen)
-            texts = (
-                self.document.format(number=i, text=documents[d])
-                for i, d in enumerate(chosen, start=1)
-            )
+            texts = (self.document.format(number=i, text=d) for i, d in enumerate(chosen, start=1))
             return self.fill("\n\n".join(texts), question.query)
 
-        return Draft(prompt, question.answers, self.prefix(question.query), one_of=True)
+        return Draft(prompt, question.answers, self.prefix(question.query))
 
 
 class Question(NamedTuple):
     query: str
     answers: tuple[str, ...]
-    documents: tuple[int, ...]  # with the answer
-    article: tuple[int, ...]  # other documents of the same article
+    documents: tuple[str, ...]  # with the answer
+    article: tuple[str, ...]  # other documents of the same article
     split_text: str  # determines the split
 
 
@@ -88,37 +86,29 @@ def no_file(task: str) -> str:
 def squad(data: Any) -> Questions:
     """All paragraphs, and the questions that have an answer."""
     articles = [[p["context"] for p in article["paragraphs"]] for article in data["data"]]
-    documents = sorted({text for article in articles for text in article})
-    number = {text: i for i, text in enumerate(documents)}
     questions = []
     for article, texts in zip(data["data"], articles, strict=True):
-        numbers = dict.fromkeys(number[text] for text in texts)
-        for paragraph in article["paragraphs"]:
-            text = paragraph["context"]
-            others = tuple(i for i in numbers if i != number[text])
+        for paragraph, text in zip(article["paragraphs"], texts, strict=True):
+            others = tuple(other for other in dict.fromkeys(texts) if other != text)
             for qa in paragraph["qas"]:
                 answers = tuple(dict.fromkeys(a["text"] for a in qa["answers"]))
                 if answers and not qa.get("is_impossible", False):
-                    questions.append(
-                        Question(qa["question"], answers, (number[text],), others, text)
-                    )
-    return documents, questions
+                    questions.append(Question(qa["question"], answers, (text,), others, text))
+    return sorted({text for texts in articles for text in texts}), questions
 
 
 def hotpotqa(data: Any) -> Questions:
     """All paragraphs under their titles, and all questions with their ten paragraphs."""
     every = [[f"{title}\n{''.join(p)}" for title, p in entry["context"]] for entry in data]
-    documents = sorted({text for texts in every for text in texts})
-    number = {text: i for i, text in enumerate(documents)}
     questions = []
     for entry, texts in zip(data, every, strict=True):
-        numbers, query = tuple(dict.fromkeys(number[text] for text in texts)), entry["question"]
-        questions.append(Question(query, (entry["answer"],), numbers, (), query))
-    return documents, questions
+        query, documents = entry["question"], tuple(dict.fromkeys(texts))
+        questions.append(Question(query, (entry["answer"],), documents, (), query))
+    return sorted({text for texts in every for text in texts}), questions
 
 
 @lru_cache(maxsize=4)
-def _order(file: str, data_set: str, split: str, seed: int) -> list[int]:
+def _order(file: str, data_set: str, split: str, seed: str) -> list[int]:
     """The numbers of a split's questions, shuffled by the seed."""
     _, questions = _read(file, data_set)
     order = [i for i, question in enumerate(questions) if split_of(question.split_text) == split]

@@ -1,18 +1,13 @@
-"""RULER's JSONL files, read as samples, and samples written in the same format."""
+"""RULER's JSONL files, read as samples."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ratplus_exp.tasks.niah import TASKS
-from ratplus_exp.tasks.qa import QA_FILES
 from ratplus_exp.tasks.sample import Sample, make_sample
-from ratplus_exp.tasks.source import GOLDEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +29,7 @@ class _Record(BaseModel, strict=True):
 
 
 def read_jsonl(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, length: int, task: str
+    path: Path, tokenizer: PreTrainedTokenizerBase, length: int, task: str
 ) -> list[Sample]:
     """The samples of a RULER file, e.g. niah_multikey_2/validation.jsonl, for one task's name.
 
@@ -43,7 +38,6 @@ def read_jsonl(
     position. ValueError, with file and line (from 1), if a line is malformed or its prompt has more
     than `length` tokens.
     """
-    path = Path(path)
     try:
         lines = path.read_text("utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -57,16 +51,9 @@ def read_jsonl(
                     f"the prompt has {size} characters, too many for the model's length {length}: "
                     "generate the file for at most that length"
                 )
-            sample = make_sample(
-                f"{task}/{path.stem}/ruler/{i}",
-                task,
-                record.input + record.answer_prefix,
-                record.outputs,
-                tokenizer,
-                record.answer_prefix,
-                golden=task in GOLDEN,
-                one_of=task in QA_FILES,
-            )
+            name, prefix = f"{task}/{path.stem}/ruler/{i}", record.answer_prefix
+            prompt = record.input + prefix
+            sample = make_sample(name, task, prompt, record.outputs, tokenizer, prefix)
             if sample.length > length:
                 raise ValueError(
                     f"{sample.id}: the prompt has {sample.length} tokens, more than the model's"
@@ -82,23 +69,3 @@ def read_jsonl(
             raise ValueError(f"{path}, line {i + 1}: {error}") from None
         samples.append(sample)
     return samples
-
-
-def write_jsonl(samples: Iterable[Sample], path: str | Path, reserve: int = 128) -> None:
-    """Write samples in RULER's format; `reserve` is its tokens_to_generate, part of `length`.
-
-    `index` is the running number, as RULER intends (see `read_jsonl`).
-    """
-    with open(path, "w", encoding="utf-8") as file:
-        for index, sample in enumerate(samples):
-            record = {
-                "index": index,
-                "input": sample.prompt.removesuffix(sample.answer_prefix),
-                "outputs": list(sample.answers),
-                "length": sample.length + reserve,
-                "length_w_model_temp": sample.length + reserve,
-                "answer_prefix": sample.answer_prefix,
-            }
-            if sample.task in TASKS:
-                record["token_position_answer"] = sample.gold_spans[sample.answers[0]][0][0]
-            file.write(json.dumps(record) + "\n")

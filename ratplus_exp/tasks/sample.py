@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ratplus_exp.tasks.forms import singular
+from ratplus_exp.tasks.niah import GOLDEN, QA_FILES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,11 @@ class Sample:
     gold_spans: dict[str, tuple[tuple[int, int], ...]]  # value -> all its spans [start, end)
     length: int  # len(input_ids)
     answer_prefix: str = ""
-    one_of: bool = False  # whether any one of the gold values is a full answer (qa)
+
+    @property
+    def one_of(self) -> bool:
+        """Whether any one of the gold values is a full answer."""
+        return self.task in QA_FILES
 
 
 def target(sample: Sample) -> str:
@@ -84,19 +89,17 @@ def make_sample(
     answers: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     answer_prefix: str = "",
-    golden: bool = True,
-    one_of: bool = False,
 ) -> Sample:
-    """Tokenise a prompt and find every occurrence of its gold values.
+    """Tokenise a prompt and find every occurrence of its gold values, if the task has `GOLDEN`
+    places.
 
     A span has the tokens that share a character with the value. ValueError if one is missing.
-    golden: whether the values have places in the prompt.
     """
     encoded = encode(prompt, tokenizer)
     starts = [start for start, _ in encoded.offset_mapping]
     ends = [end for _, end in encoded.offset_mapping]
     spans = {}
-    for value in answers if golden else ():
+    for value in answers if task in GOLDEN else ():
         spans[value] = tuple(
             (bisect_right(ends, match.start()), bisect_left(starts, match.end()))
             for match in re.finditer(rf"(?<!\w){re.escape(value)}(?!\w)", prompt)
@@ -104,4 +107,4 @@ def make_sample(
         if not spans[value]:
             raise ValueError(f"{name}: the prompt does not contain the answer {value!r}")
     ids = tuple(encoded.input_ids)
-    return Sample(name, task, prompt, ids, tuple(answers), spans, len(ids), answer_prefix, one_of)
+    return Sample(name, task, prompt, ids, tuple(answers), spans, len(ids), answer_prefix)

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from ratplus_exp.settings import Settings
+from ratplus_exp.tasks import prose
 from ratplus_exp.tasks.forms import Forms
 from ratplus_exp.tasks.niah import (
-    NIAH,
+    QA_FILES,
+    RULER_NAMES,
+    SPLITS,
     TASKS,
     Draw,
-    check_split,
-    most_units,
     sample_name,
     seeded_random,
 )
 from ratplus_exp.tasks.others import CWE, FWE, VT, Texts
-from ratplus_exp.tasks.qa import QA, QA_FILES
+from ratplus_exp.tasks.qa import QA
 from ratplus_exp.tasks.sample import Sample, make_sample
 
-RULER_NAMES: Mapping[str, str] = MappingProxyType(
-    {task: spec.ruler_name for task, spec in TASKS.items()}
-    | {name: name for name in ("vt", "cwe", "fwe", "qa_1", "qa_2")}
-)
-"""All tasks, and RULER's names of them."""
-GOLDEN = (*TASKS, "vt")
-"""Tasks whose answers have places in the prompt. Counts have none (cwe, fwe), and the words of an
-answer to a question may occur anywhere or not at all (qa)."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -51,28 +46,46 @@ class Others(Settings):
 
 
 @dataclass(frozen=True, eq=False)
-class Ruler(NIAH):
-    """`NIAH` and RULER's five other tasks."""
+class Ruler:
+    """Samples of all tasks for one tokenizer, context length and form of prompts.
 
+    `length` counts the prompt and the task's `reserve` for the answer. `essay` is None (generated
+    prose, new for each sample), a text file, or RULER's PaulGrahamEssays.json. Raises ValueError if
+    the essay cannot be read or `length` leaves no room for a prompt.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+    forms: Forms = field(default_factory=Forms)
+    essay: str | None = None
     others: Others = field(default_factory=Others)
 
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise ValueError("tasks need a fast tokenizer, for its offsets: load one with use_fast")
+        if self.length <= self.forms.reserve:
+            raise ValueError(
+                f"length {self.length} leaves nothing beside the {self.forms.reserve} tokens of"
+                " forms.reserve: raise length or lower reserve"
+            )
+        if self.essay is not None:
+            prose.essay_words(self.essay)  # fails now instead of at the first essay task
+
     def sample(self, task: str, seed: int, index: int, split: str = "validation") -> Sample:
+        """The sample of that name: the same on every machine, in any order of calls.
+
+        It is filled as closely as whole units of the haystack allow (for an essay, words) and never
+        truncated. ValueError if even the prompt without a haystack does not fit.
+        """
         if task not in RULER_NAMES:
             raise ValueError(f"unknown task {task!r}: use one of {', '.join(RULER_NAMES)}")
-        if task in TASKS:
-            return super().sample(task, seed, index, split)
-        check_split(split)
-        name, texts = sample_name(task, seed, index, split), self.others.of(task)
-        draw = Draw(self.forms, split, seeded_random(name))
-        if isinstance(texts, QA):
-            draft = texts.draft(draw, name, task, seed, index)
-        elif isinstance(texts, VT):
-            draft = texts.draft(draw, name, self.count)
-        else:
-            assert isinstance(texts, CWE | FWE)
-            draft = texts.draft(draw, name, self.length)
-        capacity = self.length - texts.reserve
-        units = most_units(draft.prompt, self.count, capacity, name, draft.most)
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: use train or validation")
+        name, forms = sample_name(task, seed, index, split), self.forms
+        texts = TASKS.get(task) or self.others.of(task)
+        draft = texts.draft(Draw(forms, split, seeded_random(name)), name, self)
+        capacity = self.length - self.others.reserve(task, forms)
+        units = self.fit(draft.prompt, capacity, name, draft.most)
         if units < draft.least:
             raise ValueError(f"{name}: the context is too short for the task: raise data.length")
         if units == draft.most:
@@ -81,9 +94,44 @@ class Ruler(NIAH):
                 f" data.{task}.repeats"
             )
         text, prefix = draft.prompt(units), draft.prefix
-        if self.forms.lowercase:
+        if forms.lowercase:
             text, prefix = text.lower(), prefix.lower()
-        golden = task in GOLDEN
-        return make_sample(
-            name, task, text, draft.answers, self.tokenizer, prefix, golden, draft.one_of
-        )
+        sample = make_sample(name, task, text, draft.answers, self.tokenizer, prefix)
+        if draft.groups:
+            place = sample.gold_spans.__getitem__
+            ordered = (value for group in draft.groups for value in sorted(group, key=place))
+            sample = replace(sample, answers=tuple(ordered))
+        return sample
+
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def fit(
+        self, prompt: Callable[[int], str], capacity: int, name: str, most: int | None = None
+    ) -> int:
+        """The largest number of units, at most `most`, whose prompt has at most `capacity` tokens.
+
+        Interpolates, and stops when less than an average unit is missing.
+        """
+        fits = 0
+        too_many = capacity + 1 if most is None else most + 1  # a unit has at least one token
+        empty = self.count(prompt(0))
+        if empty > capacity:
+            raise ValueError(
+                f"{name}: without any haystack the prompt takes {empty} tokens of {capacity}, which"
+                " is the length less the reserve for the answer: raise length"
+            )
+        n, tokens = 8, empty  # 8: enough for a first rate, without overshooting
+        while too_many - fits > 1:
+            n = min(max(n, fits + 1), too_many - 1)
+            tokens = self.count(prompt(n))
+            rate = max((tokens - empty) / n, 1e-3)
+            if tokens > capacity:
+                too_many = n
+            else:
+                fits = n
+                if capacity - tokens < rate:
+                    break
+            n += int((capacity - tokens) // rate)
+        return fits

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ratplus_exp.tasks.niah import NIAH
 from ratplus_exp.tasks.sample import Sample, target_ids
+from ratplus_exp.tasks.source import Ruler
 from ratplus_exp.training.settings import IGNORE, Batch
 
 
@@ -20,7 +20,7 @@ class Answers:
     from files, which replace those of the source.
     """
 
-    source: NIAH
+    source: Ruler
     mixture: dict[str, float]
     read: Mapping[str, Sequence[Sample]] = field(default_factory=dict)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ratplus_exp.tasks import prose
-from ratplus_exp.tasks.forms import Forms, singular
+from ratplus_exp.tasks.forms import Forms
 from ratplus_exp.tasks.niah import Draw, seeded_random
 from ratplus_exp.training.settings import IGNORE, Batch
 
@@ -180,10 +180,7 @@ class Facts:
         while size < 2 * length:  # certainly enough tokens
             queried = rng.sample(keys, min(len(keys), rng.choice((1, 1, 1, 2, 3, 4))))
             answers = [value for key in queried for value in values[key]]
-            one = len(answers) == 1
-            text = (singular(question) if one else question).format(
-                query=forms.query(queried), type_needle_v=value_kind if one else f"{value_kind}s"
-            )
+            text = forms.ask(question, queried, value_kind, len(answers))
             pieces += [(text, ""), (" " + ", ".join(answers), "answer")]
             size += max(6 + 4 * len(queried), len(text.split()) + len(answers))
         return pieces

@@ -84,7 +84,6 @@ def meta(*shape, dtype=torch.bfloat16):
 
 def memory_scan() -> None:
     from ratplus_kernels import memory_scan_triton as scan
-    from ratplus_kernels import memory_step_triton
 
     rope = (meta(1, 4096, 1, 128, dtype=torch.float32),) * 2
     state = meta(2, 1, 32, 128, dtype=torch.float32)
@@ -97,7 +96,7 @@ def memory_scan() -> None:
             for block in (64, 128) if chunks == 1 else (16,):
                 scan.forward(z, k, v, None, rope, block, plan=narrow)
             scan.backward(narrow, z, k, v, state, k_out, v_out, k_out, v_out, final)
-        memory_step_triton.step(z[:, 0], k[:, 0], v[:, 0], state)
+        scan.step(z[:, 0], k[:, 0], v[:, 0], state)
 
 
 def snapkv() -> None:

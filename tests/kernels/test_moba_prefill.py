@@ -74,37 +74,36 @@ def check_rows(out, q, k, v, block_size, top_k, means, rows, tolerance):
     torch.testing.assert_close(out * clear, wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(params=["engine", "gathered", "gathered, a block at a time"])
-def torch_form(request, monkeypatch):
+@pytest.fixture(params=["engine", "gathered", "gathered, a block at a time", "kernel"])
+def form(request, monkeypatch):
+    """A form of the operation, and the device of its inputs."""
     if request.param == "engine":
-        return definition
+        return definition, "cpu"
+    if request.param == "kernel":
+        device = request.getfixturevalue("triton_device")
+        return lambda q, k, v, *sizes: moba_prefill(q, k, v, **named(*sizes)), device
     if request.param != "gathered":
         monkeypatch.setitem(moba_prefill_torch.__globals__, "PAIRS", 1)
-    return moba_prefill_torch
+    return moba_prefill_torch, "cpu"
+
+
+def named(block_size, top_k, means=None):
+    return {"block_size": block_size, "top_k": top_k, "means": means}
 
 
 @shapes
-def test_the_torch_forms_are_right(shape, torch_form):
-    q, k, v = inputs(**shape)
+def test_every_form_is_right(shape, form):
+    run, device = form
+    q, k, v = inputs(**shape, device=device)
     size, top_k = shape["block_size"], shape["top_k"]
-    check(torch_form(q, k, v, size, top_k), q, k, v, size, top_k)
+    check(run(q, k, v, size, top_k), q, k, v, size, top_k)
 
 
-def test_ties_of_the_torch_forms_go_to_the_lowest_block(torch_form):
-    q, k, v = inputs(4, 5, length=60, integers=True)
-    check(torch_form(q, k, v, 4, 5), q, k, v, 4, 5)
-
-
-@shapes
-def test_the_kernel_is_right(triton_device, shape):
-    q, k, v = inputs(**shape, device=triton_device)
-    size, top_k = shape["block_size"], shape["top_k"]
-    check(moba_prefill(q, k, v, block_size=size, top_k=top_k), q, k, v, size, top_k)
-
-
-def test_ties_go_to_the_lowest_block(triton_device):
-    q, k, v = inputs(4, 5, length=44, integers=True, device=triton_device)
-    check(moba_prefill(q, k, v, block_size=4, top_k=5), q, k, v, 4, 5)
+@pytest.mark.parametrize("length", [44, 60])
+def test_ties_go_to_the_lowest_block(form, length):
+    run, device = form
+    q, k, v = inputs(4, 5, length=length, integers=True, device=device)
+    check(run(q, k, v, 4, 5), q, k, v, 4, 5)
 
 
 def test_many_blocks_are_gated_in_segments(triton_device, monkeypatch):
@@ -128,37 +127,22 @@ def means_of(k, size):
     return torch.stack([block.mean(2) for block in k.split(size, dim=2)], 2)
 
 
-def test_nothing_behind_a_query_matters_to_the_torch_forms(torch_form):
+def test_nothing_behind_a_query_matters(form):
+    run, device = form
     outs = []
     for filler in (1.0, -50.0):
-        q, k, v = inputs(4, 3, length=30)
+        q, k, v = inputs(4, 3, length=30, device=device)
         k[:, :, 22:], v[:, :, 22:] = filler, filler
-        outs.append(torch_form(q, k, v, 4, 3)[:, :, :22])
+        outs.append(run(q, k, v, 4, 3)[:, :, :22])
     assert torch.equal(*outs)
 
 
-def test_nothing_behind_a_query_matters(triton_device):
-    outs = []
-    for filler in (1.0, -50.0):
-        q, k, v = inputs(4, 3, length=30, device=triton_device)
-        k[:, :, 22:], v[:, :, 22:] = filler, filler
-        outs.append(moba_prefill(q, k, v, block_size=4, top_k=3)[:, :, :22])
-    assert torch.equal(*outs)
-
-
-def test_means_that_are_there_are_used_by_the_torch_forms(torch_form):
-    q, k, v = inputs(4, 3, length=22)
+def test_means_that_are_there_are_used(form):
+    run, device = form
+    q, k, v = inputs(4, 3, length=22, device=device)
     means = means_of(k, 4).flip(3)
-    means[:, :, 5] = 0  # unfinished
-    check(torch_form(q, k, v, 4, 3, means), q, k, v, 4, 3, means=means)
-
-
-def test_means_that_are_there_are_used(triton_device):
-    q, k, v = inputs(4, 3, length=22, device=triton_device)
-    means = means_of(k, 4).flip(3)
-    means[:, :, 5] = torch.nan  # unfinished
-    out = moba_prefill(q, k, v, block_size=4, top_k=3, means=means)
-    check(out, q, k, v, 4, 3, means=means)
+    means[:, :, 5] = 0 if device == "cpu" else torch.nan  # unfinished
+    check(run(q, k, v, 4, 3, means), q, k, v, 4, 3, means=means)
 
 
 def test_gradients_go_through_the_engine(triton_device):

@@ -75,33 +75,31 @@ def gathered(q, k, v, *others):
     return quest_decode_torch(q, k, v, *others)
 
 
-torch_forms = pytest.mark.parametrize("form", [definition, gathered], ids=["engine", "gathered"])
+def kernel(*states_and_sizes):
+    *states, block_size, top_k = states_and_sizes
+    return quest_decode(*states, block_size=block_size, top_k=top_k)
+
+
+@pytest.fixture(params=[definition, gathered, kernel], ids=["engine", "gathered", "kernel"])
+def form(request):
+    """A form of the operation, and the device of its inputs."""
+    if request.param is kernel:
+        return kernel, request.getfixturevalue("triton_device")
+    return request.param, "cpu"
 
 
 @shapes
-@torch_forms
-def test_the_torch_forms_are_right(shape, form):
-    args = inputs(**shape)
+def test_every_form_is_right(shape, form):
+    run, device = form
+    args = inputs(**shape, device=device)
     size, top_k = shape["block_size"], shape["top_k"]
-    check(form(*args, size, top_k), *args, size, top_k)
+    check(run(*args, size, top_k), *args, size, top_k)
 
 
-@torch_forms
-def test_ties_of_the_torch_forms_go_to_the_lowest_block(form):
-    args = inputs(batch=2, length=60, block_size=4, top_k=5, integers=True)
-    check(form(*args, 4, 5), *args, 4, 5)
-
-
-@shapes
-def test_the_kernel_is_right(triton_device, shape):
-    args = inputs(**shape, device=triton_device)
-    size, top_k = shape["block_size"], shape["top_k"]
-    check(quest_decode(*args, block_size=size, top_k=top_k), *args, size, top_k)
-
-
-def test_ties_go_to_the_lowest_block(triton_device):
-    args = inputs(batch=2, length=60, block_size=4, top_k=5, integers=True, device=triton_device)
-    check(quest_decode(*args, block_size=4, top_k=5), *args, 4, 5)
+def test_ties_go_to_the_lowest_block(form):
+    run, device = form
+    args = inputs(batch=2, length=60, block_size=4, top_k=5, integers=True, device=device)
+    check(run(*args, 4, 5), *args, 4, 5)
 
 
 @pytest.mark.parametrize("programs", [1, 24, 512])

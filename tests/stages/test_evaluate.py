@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from ruler_file import write_jsonl
 
 from ratplus_exp.analysis import tidy
 from ratplus_exp.config import forms_of
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.stages import samples
 from ratplus_exp.store import Store
-from ratplus_exp.tasks import NIAH, TASKS, prompts, write_jsonl
+from ratplus_exp.tasks import TASKS, Ruler, prompts
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -140,7 +141,7 @@ def test_seeds_become_mean_and_deviation(job, tiny_models, capsys):
 
 def test_rulers_own_files_can_be_evaluated(job, tiny_models, tmp_path):
     cfg = job.compose()
-    niah = NIAH(load_tokenizer(tiny_models["ratplus"]), 128, forms_of(cfg))
+    niah = Ruler(load_tokenizer(tiny_models["ratplus"]), 128, forms_of(cfg))
     folder = tmp_path / "ruler" / TASKS["MK-2"].ruler_name
     folder.mkdir(parents=True)
     samples = [niah.sample("MK-2", 7, i) for i in range(3)]
@@ -158,8 +159,8 @@ def test_rulers_own_files_can_be_evaluated(job, tiny_models, tmp_path):
 
 
 def test_prompts_are_made_once_and_only_where_they_are_needed(job, tiny_models, monkeypatch):
-    made, make = [], NIAH.sample
-    monkeypatch.setattr(NIAH, "sample", lambda self, *x: [made.append(x[:3]), make(self, *x)][1])
+    made, make = [], Ruler.sample
+    monkeypatch.setattr(Ruler, "sample", lambda self, *x: [made.append(x[:3]), make(self, *x)][1])
     monkeypatch.setattr(prompts, "_kept", {})
     setting = {"data.tasks": "[S-1]", "data.examples": 20}
     job(*small(tiny_models, **setting))

@@ -14,7 +14,7 @@ from ratplus_exp.methods import Dense, Engine, MoBA
 from ratplus_exp.models.loading import load_model, load_tokenizer
 from ratplus_exp.provenance import REPOSITORY
 from ratplus_exp.store import Store
-from ratplus_exp.tasks import NIAH, Forms
+from ratplus_exp.tasks import Forms, Ruler
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install -e '.[lm-eval]' to run this")
 TaskManager = import_module("lm_eval.tasks").TaskManager
@@ -62,7 +62,7 @@ CHOOSE = """
 def samples():
     """The first N samples of each task, as `stage=eval` has them."""
     forms = Forms(**OmegaConf.load(REPOSITORY / "conf/data/pocket.yaml").forms)
-    niah = NIAH(load_tokenizer(FOLDER), 1024, forms)
+    niah = Ruler(load_tokenizer(FOLDER), 1024, forms)
     return {task: [niah.sample(task, 0, i) for i in range(N)] for task in TASKS}
 
 

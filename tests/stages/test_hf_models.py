@@ -13,7 +13,7 @@ from ratplus_exp.config import forms_of
 from ratplus_exp.models import Olmo2RatPlusForCausalLM
 from ratplus_exp.models.loading import load_model, load_tokenizer, weight_files
 from ratplus_exp.store import Store
-from ratplus_exp.tasks import NIAH
+from ratplus_exp.tasks import Ruler
 from ratplus_exp.tasks.sample import target_ids
 
 
@@ -62,7 +62,7 @@ def test_an_answer_ends_with_any_token_of_the_generation_config(job, olmo2, tmp_
     assert not any(record["prediction"] for record in again.records().values())
     file.write_text(json.dumps({"eos_token_id": 5}))
     tokenizer = load_tokenizer(folder)
-    sample = NIAH(tokenizer, 128, forms_of(cfg)).sample("S-1", 0, 0)
+    sample = Ruler(tokenizer, 128, forms_of(cfg)).sample("S-1", 0, 0)
     assert target_ids(sample, tokenizer)[-1] == 5
     file.write_text(json.dumps({"eos_token_id": len(tokenizer)}))
     with pytest.raises(ValueError, match="ends with token .* its tokenizer has"):

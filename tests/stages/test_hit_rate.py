@@ -8,7 +8,7 @@ from ratplus_exp.config import method_of
 from ratplus_exp.methods import Engine
 from ratplus_exp.models.loading import load_model, load_tokenizer
 from ratplus_exp.store import Store
-from ratplus_exp.tasks import NIAH
+from ratplus_exp.tasks import Ruler
 from ratplus_exp.tasks.sample import target_ids
 
 
@@ -79,7 +79,7 @@ def test_hits_are_those_of_a_model_stepped_by_hand(job, tiny_models, method, fir
     cfg = job(*small(tiny_models, method=method, **{"stage.first_token": first}))
     model = load_model(tiny_models["ratplus"], torch.device("cpu"))
     tokenizer = load_tokenizer(tiny_models["ratplus"])
-    niah = NIAH(tokenizer, 128, forms=_forms(cfg))
+    niah = Ruler(tokenizer, 128, forms=_forms(cfg))
     total = 0
     for cell in Store(job.folder / "results").cells("hit_rate"):
         records = list(cell.records().values())

@@ -3,6 +3,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from ruler_file import write_jsonl
 from safetensors.torch import load_file
 
 from ratplus_exp.analysis import tidy
@@ -10,7 +11,7 @@ from ratplus_exp.config import forms_of
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.stages import train as stage
 from ratplus_exp.store import Store, StoreBusy, locked
-from ratplus_exp.tasks import NIAH, write_jsonl
+from ratplus_exp.tasks import Ruler
 from ratplus_exp.training.loop import Trainer
 
 TINY = [
@@ -207,7 +208,7 @@ def test_sft_learns_from_rulers_files(job, tiny_models, tmp_path):
         f"data.path={tmp_path / 'ruler'}",
     ]
     forms = forms_of(job.compose("data=pocket"))
-    niah = NIAH(load_tokenizer(tiny_models["attention"]), 96, forms)
+    niah = Ruler(load_tokenizer(tiny_models["attention"]), 96, forms)
     folder = tmp_path / "ruler" / "niah_single_1"
     folder.mkdir(parents=True)
     write_jsonl([niah.sample("S-1", 0, 0, "train")], folder / "validation.jsonl")

@@ -2,14 +2,14 @@
 
 import pytest
 
-from ratplus_exp.tasks import NIAH, TASKS, Forms
+from ratplus_exp.tasks import TASKS, Forms, Ruler
 from ratplus_exp.tasks.golden import golden_answer
 from ratplus_exp.tasks.sample import make_sample, target_ids
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_pocket_tokens_stand_where_their_values_stand(task, pocket, pocket_forms):
-    sample = NIAH(pocket, 256, pocket_forms).sample(task, 0, 3)
+    sample = Ruler(pocket, 256, pocket_forms).sample(task, 0, 3)
     answer = golden_answer(sample, pocket)
     assert answer.ids == target_ids(sample, pocket)
     assert answer.positions[-1] == frozenset() and answer.values[-1] == -1
@@ -54,7 +54,7 @@ def test_values_that_are_cut_otherwise_are_matched_by_characters(bpe):
 
 
 def test_rulers_prompts(bpe):
-    sample = NIAH(bpe, 1024, Forms()).sample("MV", 0, 0)
+    sample = Ruler(bpe, 1024, Forms()).sample("MV", 0, 0)
     answer = golden_answer(sample, bpe)
     assert set(answer.values) == {-1, 0, 1, 2, 3}
     assert all(bool(p) == (v >= 0) for p, v in zip(answer.positions, answer.values, strict=True))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from ratplus_exp.tasks import NIAH, SPLITS, TASKS, Forms, split_of, target, target_ids
+from ratplus_exp.tasks import SPLITS, TASKS, Forms, Ruler, split_of, target, target_ids
 
 UUID = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 HEX = "[0-9a-f]{32}"
@@ -16,12 +16,12 @@ HEX = "[0-9a-f]{32}"
 @pytest.fixture(scope="module")
 def ruler(bpe):
     """RULER's prompts at 4096 tokens."""
-    return NIAH(bpe, 4096)
+    return Ruler(bpe, 4096)
 
 
 @pytest.fixture(scope="module")
 def small(pocket, pocket_forms):
-    return NIAH(pocket, 512, pocket_forms)
+    return Ruler(pocket, 512, pocket_forms)
 
 
 @pytest.fixture(params=["ruler", "small"])
@@ -68,7 +68,7 @@ def test_spans_are_all_occurrences_and_decode_to_the_value(niah, task):
 
 def test_repeated_value_has_a_span_for_each_occurrence(bpe):
     forms = replace(Forms(), needle="{key} is {value}, yes, {value}.")
-    sample = NIAH(bpe, 1024, forms).sample("S-2", 0, 0)
+    sample = Ruler(bpe, 1024, forms).sample("S-2", 0, 0)
     (spans,) = sample.gold_spans.values()
     assert len(spans) == 2
     for start, end in spans:
@@ -79,7 +79,7 @@ def test_sample_is_a_pure_function_of_its_name(small, pocket, pocket_forms):
     sample = small.sample("MQ", 3, 7)
     small.sample("S-1", 0, 0)
     assert small.sample("MQ", 3, 7) == sample
-    assert NIAH(pocket, 512, pocket_forms).sample("MQ", 3, 7) == sample
+    assert Ruler(pocket, 512, pocket_forms).sample("MQ", 3, 7) == sample
     assert sample.id == "MQ/validation/3/7"
     others = [small.sample("MQ", 3, 8), small.sample("MQ", 4, 7), small.sample("MQ", 3, 7, "train")]
     assert len({sample.prompt, *(other.prompt for other in others)}) == 4
@@ -89,9 +89,9 @@ def test_sample_is_the_same_in_another_process(small, pocket, tmp_path):
     pocket.save_pretrained(tmp_path)
     code = (
         "import sys, yaml; from transformers import AutoTokenizer\n"
-        "from ratplus_exp.tasks import NIAH, Forms\n"
+        "from ratplus_exp.tasks import Ruler, Forms\n"
         "forms = Forms(**yaml.safe_load(open('conf/data/pocket.yaml'))['forms'])\n"
-        "niah = NIAH(AutoTokenizer.from_pretrained(sys.argv[1]), 512, forms)\n"
+        "niah = Ruler(AutoTokenizer.from_pretrained(sys.argv[1]), 512, forms)\n"
         "print('\\n'.join(niah.sample(task, 0, 5).prompt for task in ('MK-2', 'MQ')))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -175,10 +175,6 @@ def test_pocket_prompts_are_short_and_lower_case(small):
     keys = re.search(question, sample.prompt).groups()
     needles = dict(re.findall(r"([a-z]+) (\d{8})\.", sample.prompt))
     assert tuple(needles[key] for key in keys) == sample.answers  # in the order of the question
-    for index in range(5):  # those of one key in the order of the document
-        sample = small.sample("MV", 0, index)
-        positions = [sample.prompt.index(value) for value in sample.answers]
-        assert positions == sorted(positions)
 
 
 def test_multivalue_asks_one_key_for_four_values(small):
@@ -211,7 +207,7 @@ def test_target_is_joined_by_commas_and_tokenised_behind_the_prompt(niah):
 def test_essay_file_is_taken_from_its_beginning_and_repeated(bpe, tmp_path):
     path = tmp_path / "essay.txt"
     path.write_text("Hackers  and painters\nare alike. " * 3 + "Makers make good things.")
-    sample = NIAH(bpe, 1024, Forms(), str(path)).sample("S-2", 0, 0)
+    sample = Ruler(bpe, 1024, Forms(), str(path)).sample("S-2", 0, 0)
     context = re.sub(r"One of the special magic numbers for \S+ is: \d+\. ?", "",
                      sample.prompt.split("\n")[1]).split()  # fmt: skip
     words = path.read_text().split()
@@ -221,24 +217,24 @@ def test_essay_file_is_taken_from_its_beginning_and_repeated(bpe, tmp_path):
 
 def test_essay_that_cannot_be_read_is_refused_at_once(bpe, tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
-        NIAH(bpe, 1024, Forms(), str(tmp_path / "absent.txt"))
+        Ruler(bpe, 1024, Forms(), str(tmp_path / "absent.txt"))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_needles_that_do_not_fit_are_refused(bpe, task):
     with pytest.raises(ValueError, match="raise length"):
-        NIAH(bpe, 160).sample(task, 0, 0)
+        Ruler(bpe, 160).sample(task, 0, 0)
 
 
 def test_tight_length_gets_the_needles_alone(pocket, pocket_forms):
     """14 tokens of needle and question fit, whatever little haystack goes along."""
-    sample = NIAH(pocket, 16 + pocket_forms.reserve, pocket_forms).sample("S-1", 0, 0)
+    sample = Ruler(pocket, 16 + pocket_forms.reserve, pocket_forms).sample("S-1", 0, 0)
     assert re.fullmatch(r"(\w+) \d{8}\. what is the number of \1\? \1", sample.prompt)
 
 
 def test_too_few_keys_are_an_error(pocket, pocket_forms):
     with pytest.raises(ValueError, match="raise forms.key_count"):
-        NIAH(pocket, 512, replace(pocket_forms, key_count=20)).sample("MK-2", 0, 0)
+        Ruler(pocket, 512, replace(pocket_forms, key_count=20)).sample("MK-2", 0, 0)
 
 
 def test_mistakes_of_the_caller_name_the_remedy(pocket, pocket_forms, small):
@@ -247,12 +243,12 @@ def test_mistakes_of_the_caller_name_the_remedy(pocket, pocket_forms, small):
     with pytest.raises(ValueError, match="use train or validation"):
         small.sample("S-1", 0, 0, "test")
     with pytest.raises(ValueError, match="raise length or lower reserve"):
-        NIAH(pocket, 16, pocket_forms)
+        Ruler(pocket, 16, pocket_forms)
 
 
 @pytest.mark.parametrize("task", ["MV", "MQ"])
 def test_question_order_follows_the_question_and_then_the_document(pocket, pocket_forms, task):
-    source = NIAH(pocket, 256, replace(pocket_forms, answer_order="question"))
+    source = Ruler(pocket, 256, replace(pocket_forms, answer_order="question"))
     for index in range(5):
         sample = source.sample(task, 0, index)
         place = {value: sample.prompt.index(value) for value in sample.answers}
@@ -268,7 +264,7 @@ def test_question_order_follows_the_question_and_then_the_document(pocket, pocke
 def test_creation_order_is_rulers_permutation_and_places_are_counted_first(bpe, tmp_path):
     path = tmp_path / "essay.txt"
     path.write_text(" ".join(f"Sentence {i} ends." for i in range(5000)))
-    source = NIAH(bpe, 2048, Forms(), str(path))
+    source = Ruler(bpe, 2048, Forms(), str(path))
     for index in range(6):
         sample = source.sample("MV", 0, index)
         order = sorted(sample.answers, key=sample.prompt.index)

@@ -8,10 +8,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from ratplus_exp.tasks import (
-    NIAH,
     SPLITS,
     TASKS,
     Forms,
+    Ruler,
     paragraph,
     pocket_tokenizer,
     target,
@@ -47,7 +47,7 @@ def test_text_has_one_leading_space_either_way(pocket):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("split", SPLITS)
 def test_samples_round_trip_without_unknowns(pocket, pocket_forms, task, split):
-    niah = NIAH(pocket, 512, pocket_forms)
+    niah = Ruler(pocket, 512, pocket_forms)
     for index in range(10):
         sample = niah.sample(task, 0, index, split)
         assert pocket.unk_token_id not in sample.input_ids
@@ -61,7 +61,7 @@ def test_samples_round_trip_without_unknowns(pocket, pocket_forms, task, split):
 def test_saved_tokenizer_is_the_same(pocket, pocket_forms, tmp_path):
     pocket.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    sample = NIAH(pocket, 512, pocket_forms).sample("MQ", 0, 0)
+    sample = Ruler(pocket, 512, pocket_forms).sample("MQ", 0, 0)
     assert loaded.get_vocab() == pocket.get_vocab()
     assert loaded(sample.prompt).input_ids == list(sample.input_ids)
     assert loaded.decode(sample.input_ids) == " " + sample.prompt

@@ -4,7 +4,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from ratplus_exp.tasks import NIAH, Forms, pocket_tokenizer
+from ratplus_exp.tasks import Forms, Ruler, pocket_tokenizer
 from ratplus_exp.tasks import prompts as module
 from ratplus_exp.tasks.prompts import Prompts, prompts_of
 
@@ -14,14 +14,14 @@ NAMES = [("S-1", 0), ("MK-2", 3), ("MV", 1)]
 
 @pytest.fixture
 def niah():
-    return NIAH(pocket_tokenizer(FORMS), 192, FORMS)
+    return Ruler(pocket_tokenizer(FORMS), 192, FORMS)
 
 
 @pytest.fixture
 def made_here(monkeypatch):
-    names, make = [], NIAH.sample
+    names, make = [], Ruler.sample
     monkeypatch.setattr(
-        NIAH, "sample", lambda self, *name: [names.append(name), make(self, *name)][1]
+        Ruler, "sample", lambda self, *name: [names.append(name), make(self, *name)][1]
     )
     return names
 
@@ -64,9 +64,9 @@ def test_a_killed_workers_samples_are_made_here(niah, monkeypatch, makers_are_th
 
 def test_settings_with_the_same_prompts_share_them(niah, made_here):
     prompts_of(niah, 0)("S-1", 0)
-    again = NIAH(pocket_tokenizer(FORMS), 192, FORMS)
+    again = Ruler(pocket_tokenizer(FORMS), 192, FORMS)
     prompts_of(again, 0)("S-1", 0)
     assert len(made_here) == 1
-    for other, seed in ((again, 1), (NIAH(again.tokenizer, 160, FORMS), 1)):
+    for other, seed in ((again, 1), (Ruler(again.tokenizer, 160, FORMS), 1)):
         prompts_of(other, seed)("S-1", 0)
     assert len(made_here) == 3

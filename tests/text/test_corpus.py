@@ -86,31 +86,27 @@ def test_a_killed_tokenisation_goes_on_inside_a_file(tmp_path, monkeypatch, torn
     monkeypatch.setattr(shards, "DOCUMENTS", 1)
     texts, folder = texts_in(tmp_path / "texts", "jsonl", files=2), tmp_path / "corpus"
 
-    class Dying(Letters):
-        seen: list[str] = []
+    seen, killed = [], True
 
+    class Watched(Letters):
         def __call__(self, texts, add_special_tokens):
-            if "xyz" in texts:
+            if killed and "xyz" in texts:
                 raise KeyboardInterrupt
-            self.seen += texts
-            return super().__call__(texts, add_special_tokens)
-
-    class Watching(Letters):
-        seen: list[str] = []
-
-        def __call__(self, texts, add_special_tokens):
-            self.seen += texts
+            seen.extend(texts)
             return super().__call__(texts, add_special_tokens)
 
     with pytest.raises(KeyboardInterrupt):
-        write(texts, folder, Dying())
+        write(texts, folder, Watched())
+    assert seen
+    seen.clear()
+    killed = False
     assert not (folder / "index.json").exists()
     [partial] = folder.glob("*.partial")
     with partial.open("ab") as file:
         file.write(torn)
-    write(texts, folder, Watching())
+    write(texts, folder, Watched())
     assert stored(folder)[0] == tokens(TEXTS)
-    assert Watching.seen == ["xyz", "the end"]  # nothing twice
+    assert seen == ["xyz", "the end"]  # nothing twice
 
 
 def test_the_wanted_number_of_tokens_is_kept(tmp_path, monkeypatch):
@@ -208,12 +204,7 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "content"),
-    [
-        ("jsonl", b"{not json\n"),
-        ("txt", b"\xff\xfe\x00"),
-        ("parquet", b"x"),
-    ],
+    ("kind", "content"), [("jsonl", b"{not json\n"), ("txt", b"\xff\xfe\x00"), ("parquet", b"x")]
 )
 def test_a_damaged_file_is_named(tmp_path, monkeypatch, kind, content):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
