@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ratplus_exp.budget import Budget
+from ratplus_exp.methods.states import States
 from ratplus_exp.settings import BlockSettings, Positive, Settings, Whole
 from ratplus_kernels import Blocks
 
@@ -35,6 +36,7 @@ class Method(Settings):
     by_query_block: whether the prompt's queries of one block share a selection.
     reads_values: whether `represent` gets each token's value concatenated to its key.
     pooled: whether the heads of a layer share one budget; each selects at least `floor` candidates.
+    mean_value: whether the mean value replaces the tokens left out, weighted by their score mass.
     """
 
     unit: ClassVar[Unit] = "token"
@@ -44,6 +46,7 @@ class Method(Settings):
     by_query_block: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
+    mean_value: ClassVar[bool] = False
 
     block_size: Positive = 1
     top_k: Whole = 0
@@ -99,25 +102,12 @@ class Method(Settings):
         """`represent` of all blocks (B, K, N, *), from a kernel's statistics of them."""
         return None
 
-    def attend_prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor | None = None
-    ) -> Tensor | None:
-        """Causal attention of a whole prompt: q, result (B, H, T, D), k and v (B, K, T, D);
-        representatives (B, K, N, *) of the blocks, if already computed."""
+    def attend_prefill(self, states: States) -> Tensor | None:
+        """Causal attention of a whole prompt, (B, H, T, D)."""
         return None
 
-    def attend_decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        representatives: Tensor | None,
-        positions: Tensor,
-        all_seen: bool,
-    ) -> Tensor | None:
-        """Attention of new tokens q (B, H, Q, D) at positions (B, Q) to k and v (B, K, T, D), which
-        include them; representatives (B, K, N, *) of the blocks in phase "decode"; all_seen:
-        whether Q is 1 and every row's new token is the last of T."""
+    def attend_decode(self, states: States) -> Tensor | None:
+        """Attention of new tokens, (B, H, Q, D)."""
         return None
 
     def attended(self, positions: Tensor) -> Tensor:
@@ -155,11 +145,6 @@ class Method(Settings):
     def floor(self) -> int:
         """If `pooled`, how many of its best candidates each head always selects."""
         return self.forced
-
-    @property
-    def adds_mean(self) -> bool:
-        """Whether the mean value replaces the tokens left out, weighted by their score mass."""
-        return False
 
     @property
     def observed(self) -> int:

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ratplus_exp.memory import Gate, Memory
-from ratplus_exp.methods import Engine
+from ratplus_exp.methods import Engine, States, Step
 from ratplus_exp.models.cache import SparseCache
-from ratplus_exp.models.layer import Step
 from ratplus_kernels.dispatch import use_triton
 
 
@@ -121,15 +120,13 @@ class ForwardPass:
         blocks = method.unit == "block" and method.block_size & (method.block_size - 1) == 0
         return memory.in_one_pass and blocks and use_triton(k, v)
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, select_by: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, by: Tensor | None) -> Tensor:
         """Attention of the pass's tokens: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D);
-        select_by (B, K, T, D): the keys that methods select by (None: k)."""
+        by (B, K, T, D): the keys that methods select by (None: k)."""
+        states = States(layer, q, k, v, self.step, by)
         if self.cache is None:
-            engine = self.engine.of(layer)
-            return engine.prefill(q, k, v, self.step.lengths, layer, select_by=select_by)
-        return self.cache.attend(layer, q, k, v, self.step, select_by)
+            return self.engine.of(layer).prefill(states)
+        return self.cache.attend(states)
 
     def close(self, x: Tensor) -> Tensor:
         """Count the tokens in the cache, and restore the padding of x (B, T, ·)."""

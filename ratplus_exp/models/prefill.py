@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ratplus_exp.memory import gate_statistics
+from ratplus_exp.methods import States, Step
 from ratplus_exp.models.cache import SparseCache
-from ratplus_exp.models.layer import Step, last_queries
+from ratplus_exp.models.layer import last_queries
 
 PIECE = 4 << 20  # bytes of a layer's activations, up to which a CPU processes rows together
 
@@ -39,21 +40,13 @@ class Prefilled(SparseCache):
         positions = torch.arange(self.seen, device=self.processed.device)[None]
         return Step(positions, self.processed if self.ragged else None)
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        step: Step,
-        select_by: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, states: States) -> Tensor:
         assert self.is_empty, "only a prompt is prefilled"
-        store = self.layers[layer]
-        self.queries.append(last_queries(q, step.lengths, self.window).clone())
-        store.keys, store.values = _compact(k), _compact(v)
-        store.select_by = None if select_by is None else _compact(select_by)
-        return self.engine.prefill(q, k, v, step.lengths, layer)
+        layer = self.layers[states.layer]
+        self.queries.append(last_queries(states.q, states.step.lengths, self.window).clone())
+        layer.keys, layer.values = _compact(states.k), _compact(states.v)
+        layer.select_by = None if states.select_by is None else _compact(states.select_by)
+        return self.engine.prefill(states)
 
     def reset(self) -> None:
         super().reset()
@@ -66,11 +59,12 @@ class Prefilled(SparseCache):
     def copy_to(self, cache: SparseCache) -> None:
         """Bring an empty cache into the state after these prompts."""
         assert cache.is_empty and cache.engine.method.dense_prefill
-        for i, (store, queries) in enumerate(zip(self.layers, self.queries, strict=True)):
-            assert store.keys is not None and store.values is not None
-            if store.memory_state is not None:
-                cache.layers[i].memory_state = store.memory_state.clone()
-            cache.store_prompt(i, queries, store.keys, store.values, self.step, store.select_by)
+        for i, (layer, q) in enumerate(zip(self.layers, self.queries, strict=True)):
+            assert layer.keys is not None and layer.values is not None
+            if layer.memory_state is not None:
+                cache.layers[i].memory_state = layer.memory_state.clone()
+            states = States(i, q, layer.keys, layer.values, self.step, layer.select_by)
+            cache.store_prompt(states)
         cache.advance(self.step, len(self.queries[0]))
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ratplus_exp.cost import Shape, attended_keys, peak_tflops
 from ratplus_exp.distributed import rank, sum_over_ranks, world_size
 from ratplus_exp.memory import gate_statistics
-from ratplus_exp.methods import Engine, Method, Uncounted
+from ratplus_exp.methods import Engine, Method
 from ratplus_exp.store import naming, write_atomically
 from ratplus_exp.training.batches import Batches, BatchOf
 from ratplus_exp.training.checkpoint import Checkpoints
@@ -199,7 +199,7 @@ class Trainer:
     def _train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         row = {}
         if self.sparse is not None:
-            engine = Engine(self.sparse, usage=Uncounted())
+            engine = Engine(self.sparse, counted=frozenset())
             sparse = self._optimizer_step(micro_batches, engine)
             row = {f"sparse_{name}": value for name, value in sparse.items()}
             if self.step < self.sparse_only_steps:

@@ -136,7 +136,7 @@ def test_the_model_reads_the_prompts_once(make_model, make_ids, monkeypatch):
 
 def test_methods_say_whether_their_prefill_is_dense():
     class Own(Quest):
-        def attend_prefill(self, q, k, v, representatives=None):
+        def attend_prefill(self, states):
             return None
 
     assert [m.dense_prefill for m in METHODS] == [True] * 8 + [False] * 2
