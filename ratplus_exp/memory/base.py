@@ -84,7 +84,7 @@ def gate_statistics(
     memory nothing.
     """
     found = of_each_memory(
-        model, lambda memory, x, real: memory.statistics(x, real), ids, attention_mask, forward
+        model, lambda memory, *args: memory.statistics(*args), ids, attention_mask, forward
     )
     if not found:
         return {}

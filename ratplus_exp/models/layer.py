@@ -17,8 +17,8 @@ from ratplus_kernels import gather_tokens
 
 ROOM = 64  # spare slots of each allocation
 # A layer's tensors and their batch dimensions
-BATCH = dict.fromkeys(("keys", "values", "select_by", "representatives", "held", "mass", "free"), 0)
-BATCH |= {"memory_state": 1}
+BATCH = dict.fromkeys(("keys", "values", "select_by", "representatives", "queries"), 0)
+BATCH |= {"held": 0, "mass": 0, "free": 0, "memory_state": 1}
 
 
 class SparseLayer(DynamicLayer):
@@ -27,6 +27,7 @@ class SparseLayer(DynamicLayer):
     select by (B, K, slots, D).
 
     width: slots in use after the prompt in the longest row.
+    queries: (B, H, window, D), the prompt's last ones, see `Prefilled`.
     held: (B, K, slots), the token in each slot, for methods that evict. In phase "step": mass
         (B, K, slots), the tokens' scores, and free (B, K), the next token's slot.
     """
@@ -38,6 +39,7 @@ class SparseLayer(DynamicLayer):
     select_by: Tensor | None = None
     memory_state: Tensor | None = None
     representatives: Tensor | None = None
+    queries: Tensor | None = None
     held: Tensor | None = None
     mass: Tensor | None = None
     free: Tensor | None = None

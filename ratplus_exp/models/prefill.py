@@ -6,7 +6,6 @@ prefill. It is computed once, and each of them continues from a copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +30,6 @@ class Prefilled(SparseCache):
     def __init__(self, num_layers: int, window: int, room: int) -> None:
         super().__init__(num_layers, room=room)
         self.window = window
-        self.queries: list[Tensor] = []  # (B, H, window, D) a layer
 
     @cached_property
     def step(self) -> Step:
@@ -43,29 +41,21 @@ class Prefilled(SparseCache):
     def attend(self, states: States) -> Tensor:
         assert self.is_empty, "only a prompt is prefilled"
         layer = self.layers[states.layer]
-        self.queries.append(last_queries(states.q, states.step.lengths, self.window).clone())
+        layer.queries = last_queries(states.q, states.step.lengths, self.window).clone()
         layer.keys, layer.values = _compact(states.k), _compact(states.v)
         layer.select_by = None if states.select_by is None else _compact(states.select_by)
         return self.engine.prefill(states)
 
-    def reset(self) -> None:
-        super().reset()
-        self.queries = []
-
-    def join(self, parts: Sequence[Prefilled]) -> None:
-        super().join(parts)
-        self.queries = [torch.cat(x) for x in zip(*(part.queries for part in parts), strict=True)]
-
     def copy_to(self, cache: SparseCache) -> None:
         """Bring an empty cache into the state after these prompts."""
-        assert cache.is_empty and cache.engine.method.dense_prefill
-        for i, (layer, q) in enumerate(zip(self.layers, self.queries, strict=True)):
-            assert layer.keys is not None and layer.values is not None
+        assert cache.is_empty and cache.engine.method.dense_prefill and self.processed is not None
+        for i, layer in enumerate(self.layers):
+            q, k, v, by = layer.queries, layer.keys, layer.values, layer.select_by
+            assert q is not None and k is not None and v is not None
             if layer.memory_state is not None:
                 cache.layers[i].memory_state = layer.memory_state.clone()
-            states = States(i, q, layer.keys, layer.values, self.step, layer.select_by)
-            cache.store_prompt(states)
-        cache.advance(self.step, len(self.queries[0]))
+            cache.store_prompt(States(i, q, k, v, self.step, by))
+        cache.advance(self.step, len(self.processed))
 
 
 class PromptBatch:

@@ -149,7 +149,7 @@ def test_a_prefill_keeps_no_larger_tensors_alive(make_model, make_ids):
     prompts = PromptBatch(model, ids, torch.ones_like(ids), shared=(WINDOW, TOKENS))
     prompts.prefill(model.new_cache(Engine()))
     prefilled, _ = prompts._prefilled
-    for layer, queries in zip(prefilled.layers, prefilled.queries, strict=True):
-        for states in (layer.keys, layer.values, queries):
+    for layer in prefilled.layers:
+        for states in (layer.keys, layer.values, layer.queries):
             assert states.untyped_storage().nbytes() == states.numel() * states.element_size()
-        assert queries.shape[2] == WINDOW
+        assert layer.queries.shape[2] == WINDOW
