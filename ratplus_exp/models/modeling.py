@@ -13,13 +13,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ratplus_exp.memory import Memory, memory_of
-from ratplus_exp.methods import Engine
-from ratplus_exp.models.cache import SparseCache
 from ratplus_exp.models.configuration import RatPlusConfig
 from ratplus_exp.models.forward_pass import ForwardPass, rotate
 from ratplus_exp.models.hf import EngineDecoder, SavedWithCode
@@ -85,13 +84,10 @@ class RatPlusPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
 
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, Memory):
-            module.initialize(std, self.config.gate_bias)
+        if isinstance(module, Memory):
+            module.initialize(self.config.initializer_range, self.config.gate_bias)
+        else:
+            super()._init_weights(module)
 
 
 class RatPlusModel(EngineDecoder, RatPlusPreTrainedModel):
@@ -118,35 +114,16 @@ class RatPlusModel(EngineDecoder, RatPlusPreTrainedModel):
 
 
 class RatPlusForCausalLM(SavedWithCode, RatPlusPreTrainedModel, GenerationMixin):
+    """Takes, beside the usual arguments, `engine`, as RatPlusModel."""
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    forward = LlamaForCausalLM.forward
 
     def __init__(self, config: RatPlusConfig) -> None:
         super().__init__(config)
         self.model = RatPlusModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: SparseCache | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        engine: Engine | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), and with labels (B, T; -100 ignored) the mean next-token loss."""
-        outputs = self.model(input_ids, attention_mask, past_key_values, use_cache, engine)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values
-        )
 
 
 def _rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
