@@ -43,7 +43,7 @@ def check_memory(config: Any) -> None:
         raise ValueError(f"memory_kind={kind} is unknown: use one of {', '.join(KINDS)}")
     if on not in ("kv", "k", "v", "select"):
         raise ValueError(f"memory_on={on} is unknown: use kv, k, v or select")
-    if not config.shared_gate and not KINDS[kind].gated:
+    if not config.shared_gate and not issubclass(KINDS[kind], Gate):
         raise ValueError(f"memory_kind={kind} has no gate: leave shared_gate=true")
     if not config.shared_gate and on != "kv":
         raise ValueError(f"memory_on={on} has one gate only: leave shared_gate=true")

@@ -23,7 +23,6 @@ class Memory(nn.Module):
         shared_gate: False for separate gates of K and V: K's are the first half of the rows.
     """
 
-    gated: ClassVar[bool] = True  # by Eq. 1
     learned: ClassVar[bool] = True
 
     def __init__(

@@ -147,15 +147,12 @@ class Engine(Selection):
         """The method's pattern in the phases it applies to."""
         return self.method.pattern(query, key) if self.method.phase in (None, phase) else None
 
-    def _counts(self, phase: str) -> bool:
-        return phase in (self.counted or ())
-
     def _count(
         self, phase: str, attended: Tensor | None, states: States, queries: slice = slice(None)
     ) -> None:
         """Add some of the queries to the usage, if it counts those of a phase: attended (B or 1, Q)
         to so many tokens; None: to all, without a selection."""
-        if not self._counts(phase):
+        if phase not in (self.counted or ()):
             return
         positions = states.step.positions[:, queries].expand(len(states.q), -1)
         if states.step.lengths is not None:
@@ -169,7 +166,7 @@ class Engine(Selection):
     def _count_fast_step(self, states: States) -> None:
         """`_count`, computed in a step's first layer for all: it takes more launches than the fast
         path itself. A replayed step has one positions tensor, so steps differ by their layers."""
-        if not self._counts("decode"):
+        if "decode" not in (self.counted or ()):
             return
         layer, positions = states.layer, states.step.positions
         if self._step is None or layer <= self._step[0]:

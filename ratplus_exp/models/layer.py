@@ -117,8 +117,8 @@ class SparseLayer(DynamicLayer):
             self.free = (self.held == EMPTY).int().argmax(-1)
 
     def append(self, states: States, slots: Tensor, used: int) -> States:
-        """Store new tokens in the slots (B, K or 1, Q): their queries with the keys and values of
-        the first `used` slots."""
+        """Store new tokens in the slots (B, K or 1, Q). Returns the states to attend with: the keys
+        and values of the first `used` slots."""
         new = {"keys": states.k, "values": states.v, "select_by": states.select_by}
         new["held"] = states.step.positions[:, None]
         stored: dict[str, Any] = {}
