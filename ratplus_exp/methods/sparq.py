@@ -22,7 +22,11 @@ class SparQ(TopKTokens):
     paper = "Ribar et al., 2023, arXiv 2312.04985"
     reads = "r channels of all keys"
     channels: Annotated[float, Field(gt=0, le=1)] = 0.25
-    mean_value: bool = True  # type: ignore[misc]
+    mean_value: bool = True
+
+    @property
+    def adds_mean(self) -> bool:
+        return self.mean_value
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         wide, dim = torch.promote_types(queries.dtype, torch.float32), queries.shape[-1]
