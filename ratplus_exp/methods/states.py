@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +31,7 @@ class Step:
         return {length: torch.tensor(row, device=device) for length, row in rows.items()}
 
 
-@dataclass
-class States:
+class States(NamedTuple):
     """One layer in one forward pass.
 
     q: (B, H, Q, D), the queries at the positions of `step`.
