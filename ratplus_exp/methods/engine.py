@@ -52,7 +52,7 @@ class Engine(Selection):
         method, position = self.method, states.step.positions[0]
         if states.select_by is not None and method.phase == "prefill":
             representatives = self.block_representatives(states.select_by)
-            states = states._replace(representatives=representatives)
+            states = replace(states, representatives=representatives)
         out = self._fast(method.attend_prefill, states)
         if out is not None:
             self._count("prefill", method.attended(position).float(), states)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +30,8 @@ class Step:
         return {length: torch.tensor(row, device=device) for length, row in rows.items()}
 
 
-class States(NamedTuple):
+@dataclass
+class States:
     """One layer in one forward pass.
 
     q: (B, H, Q, D), the queries at the positions of `step`.

@@ -63,10 +63,10 @@ class SparseCache(Cache):
         layer, engine = self.layers[states.layer], self.engine.of(states.layer)
         method, positions = engine.method, states.step.positions
         if self.is_empty:
-            out = engine.prefill(states._replace(representatives=layer.representatives))
+            out = engine.prefill(replace(states, representatives=layer.representatives))
             if method.phase in EVICTING:
                 q = last_queries(states.q, states.step.lengths, method.observed)
-                states = states._replace(q=q)
+                states = replace(states, q=q)
             self.store_prompt(states)
             return out
         assert layer.keys is not None and self.prompt is not None
@@ -84,7 +84,7 @@ class SparseCache(Cache):
         layer.update_representatives(method, positions, used)
         all_seen = new == 1 and self.room is None and not (self.ragged or method.pooled)
         representatives = layer.representatives
-        return engine.decode(states._replace(representatives=representatives, all_seen=all_seen))
+        return engine.decode(replace(states, representatives=representatives, all_seen=all_seen))
 
     def advance(self, step: Step, batch: int) -> None:
         """Count the step's tokens after all layers have stored them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ class SparseLayer(DynamicLayer):
                 index = index if x.dim() == 3 else index[..., None]
                 setattr(self, name, tensor.scatter_(2, index.expand(shape), x.expand(shape)))
             stored[name] = None if tensor is None else tensor[:, :, :used]
-        return states._replace(k=stored.pop("keys"), v=stored.pop("values"), **stored)
+        return replace(states, k=stored.pop("keys"), v=stored.pop("values"), **stored)
 
     def attend_in_steps(self, engine: Engine, states: States) -> Tensor:
         """Attention of the new tokens in order, each stored in the slot that the last one freed."""
@@ -142,7 +143,7 @@ class SparseLayer(DynamicLayer):
                 for name in ("q", "k", "v", "select_by")
                 for x in [getattr(states, name)]
             }
-            token = states._replace(step=Step(states.step.positions[:, i : i + 1]), **now)
+            token = replace(states, step=Step(states.step.positions[:, i : i + 1]), **now)
             stored = self.append(token, self.free[..., None], self.held.shape[2])
             out.append(engine.decode(stored))
             mass, free = engine.evict(stored, self.mass)
