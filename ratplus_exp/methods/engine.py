@@ -47,7 +47,7 @@ class Engine(Selection):
             self.parts[method] = replace(self, method=method)
         return self.parts[method]
 
-    def prefill(self, states: States) -> Tensor:
+    def prefill(self, states: States, layer: int) -> Tensor:
         """Attention of a whole prompt: (B, H, T, D), meaningless beyond a row's length."""
         method, position = self.method, states.step.positions[0]
         if states.select_by is not None and method.phase == "prefill":
@@ -55,19 +55,19 @@ class Engine(Selection):
             states = replace(states, representatives=representatives)
         out = self._fast(method.attend_prefill, states)
         if out is not None:
-            self._count("prefill", method.attended(position).float(), states)
+            self._count("prefill", method.attended(position).float(), states, layer)
             return out
         if method.phase == "prefill":
-            return self._sparse_prefill(states)
+            return self._sparse_prefill(states, layer)
         seen = self._pattern(None, position[:, None], position)
         if seen is None:
-            self._count("prefill", None, states)
+            self._count("prefill", None, states, layer)
             return attend(states.q, states.k, states.v, causal=True)
         seen = seen & (position <= position[:, None])
-        self._count("prefill", seen.sum(-1).float(), states)
+        self._count("prefill", seen.sum(-1).float(), states, layer)
         return attend(states.q, states.k, states.v, seen[None, None])
 
-    def _sparse_prefill(self, states: States) -> Tensor:
+    def _sparse_prefill(self, states: States, layer: int) -> Tensor:
         method, size, length = self.method, self.method.block_size, states.q.shape[2]
         key, chunk = states.step.positions[0], -(-QUERY_CHUNK // size) * size
         selecting, by, lengths = states.q, states.by, states.step.lengths
@@ -76,7 +76,7 @@ class Engine(Selection):
             real = (key < lengths[:, None])[:, None, :, None]
             selecting, by = selecting * real, by * real
         if method.unit == "token":
-            lines = self.select_lines(selecting, by, lengths, states.layer)
+            lines = self.select_lines(selecting, by, lengths, layer)
         elif representatives is None:
             representatives = self.block_representatives(by)
         out = []
@@ -87,7 +87,7 @@ class Engine(Selection):
             if lines is None:
                 assert representatives is not None
                 queries = selecting[:, :, start:end]
-                blocks = self.select_blocks(queries, representatives, position[None], states.layer)
+                blocks = self.select_blocks(queries, representatives, position[None], layer)
                 selected = blocks.repeat_interleave(size, dim=-1)[..., :end]
             else:
                 distance = (position[:, None] - key[:end]).clamp(min=0)
@@ -96,16 +96,17 @@ class Engine(Selection):
             seen = seen & (selected if pattern is None else selected | pattern).flatten(1, 2)
             k, v = states.k[:, :, :end], states.v[:, :, :end]
             out.append(attend(states.q[:, :, start:end], k, v, seen))
-            self._count("prefill", seen.sum(-1).float().mean(1), states, slice(start, end))
+            attended = seen.sum(-1).float().mean(1)
+            self._count("prefill", attended, states, layer, slice(start, end))
         return torch.cat(out, dim=2)
 
-    def decode(self, states: States) -> Tensor:
+    def decode(self, states: States, layer: int) -> Tensor:
         """Attention of new tokens to a cache that already includes them: (B, H, Q, D)."""
         method, q, k, v = self.method, states.q, states.k, states.v
         positions, representatives = states.step.positions, states.representatives
         out = self._fast(method.attend_decode, states)
         if out is not None:
-            self._count_fast_step(states)
+            self._count_fast_step(states, layer)
             return out
         query, held = positions[:, None, None, :, None], states.held
         slot = torch.arange(k.shape[2], device=q.device) if held is None else held[:, :, None, None]
@@ -113,13 +114,13 @@ class Engine(Selection):
         if states.all_seen and pattern is None and method.phase != "decode":
             evicted = method.phase in EVICTING
             slots = torch.full_like(positions, k.shape[2]).float() if evicted else None
-            self._count("decode", slots, states)
+            self._count("decode", slots, states, layer)
             return attend(q, k, v)
         seen = past = slot <= query  # (B, 1 or K, 1 or G, Q, T)
         if method.phase == "decode":
             if representatives is None:
                 representatives = self.represent(states.by, v)
-            selected = self.select_blocks(q, representatives, positions, states.layer)
+            selected = self.select_blocks(q, representatives, positions, layer)
             selected = selected.repeat_interleave(method.block_size, dim=-1)[..., : k.shape[2]]
             seen = past & (selected if pattern is None else selected | pattern)
         elif pattern is not None:
@@ -128,7 +129,7 @@ class Engine(Selection):
             seen = seen.expand(-1, -1, q.shape[1] // k.shape[1], -1, -1)
         by_head = seen.flatten(1, 2)
         attended = by_head.sum(-1).float().mean(1) if "decode" in method.sparse_in else None
-        self._count("decode", attended, states)
+        self._count("decode", attended, states, layer)
         out = attend(q, k, v, by_head)
         if method.adds_mean:
             assert representatives is not None
@@ -148,7 +149,12 @@ class Engine(Selection):
         return self.method.pattern(query, key) if self.method.phase in (None, phase) else None
 
     def _count(
-        self, phase: str, attended: Tensor | None, states: States, queries: slice = slice(None)
+        self,
+        phase: str,
+        attended: Tensor | None,
+        states: States,
+        layer: int,
+        queries: slice = slice(None),
     ) -> None:
         """Add some of the queries to the usage, if it counts those of a phase: attended (B or 1, Q)
         to so many tokens; None: to all, without a selection."""
@@ -160,15 +166,15 @@ class Engine(Selection):
         if attended is None:
             self.usage.add(positions + 1.0, positions)
             return
-        choosing = self.method.choosing(positions, states.q.shape[-1], states.layer)
+        choosing = self.method.choosing(positions, states.q.shape[-1], layer)
         self.usage.add(attended.expand(positions.shape), positions, choosing)
 
-    def _count_fast_step(self, states: States) -> None:
+    def _count_fast_step(self, states: States, layer: int) -> None:
         """`_count`, computed in a step's first layer for all: it takes more launches than the fast
         path itself. A replayed step has one positions tensor, so steps differ by their layers."""
         if "decode" not in (self.counted or ()):
             return
-        layer, positions = states.layer, states.step.positions
+        positions = states.step.positions
         if self._step is None or layer <= self._step[0]:
             choosing = self.method.choosing(positions, states.q.shape[-1])
             self._step = layer, self.method.attended(positions).float(), choosing

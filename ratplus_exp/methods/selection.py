@@ -143,13 +143,13 @@ class Selection:
         tokens = tokens.scatter_(-1, place, token.expand_as(place))[..., :most]
         return tokens, every[:, :, 0, 0].gather(-1, tokens.clamp(max=length - 1))
 
-    def evict(self, states: States, mass: Tensor) -> tuple[Tensor, Tensor]:
+    def evict(self, states: States, mass: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Phase "step": the tokens' scores after a step (B, K, T), and the slot (B, K) of the next
         token, a free one or that of the token with the lowest score.
 
         states: of the step's token (Q = 1); mass: the scores before the step.
         """
-        method, held, layer = self.method, states.held, states.layer
+        method, held = self.method, states.held
         q, k, position = states.q, states.by, states.step.positions
         assert held is not None
         empty = held == EMPTY

@@ -42,7 +42,6 @@ class States:
     all_seen: while decoding, whether every query follows all T slots, so that no mask is needed.
     """
 
-    layer: int
     q: Tensor
     k: Tensor
     v: Tensor

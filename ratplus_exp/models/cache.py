@@ -58,16 +58,17 @@ class SparseCache(Cache):
         query."""
         return k, v
 
-    def attend(self, states: States) -> Tensor:
-        """Store the step's tokens and return their attention, (B, H, T, D)."""
-        layer, engine = self.layers[states.layer], self.engine.of(states.layer)
+    def attend(self, index: int, states: States) -> Tensor:
+        """Store the step's tokens of a layer and return their attention, (B, H, T, D)."""
+        layer, engine = self.layers[index], self.engine.of(index)
         method, positions = engine.method, states.step.positions
         if self.is_empty:
-            out = engine.prefill(replace(states, representatives=layer.representatives))
+            known = replace(states, representatives=layer.representatives)
+            out = engine.prefill(known, index)
             if method.phase in EVICTING:
                 q = last_queries(states.q, states.step.lengths, method.observed)
                 states = replace(states, q=q)
-            self.store_prompt(states)
+            self.store_prompt(index, states)
             return out
         assert layer.keys is not None and self.prompt is not None
         new = positions.shape[1]
@@ -75,7 +76,7 @@ class SparseCache(Cache):
         if self.room is not None and answered > self.room:
             raise ValueError(f"the cache has room for {self.room} tokens after the prompt only")
         if method.phase == "step":
-            return layer.attend_in_steps(engine, states)
+            return layer.attend_in_steps(engine, index, states)
         used = layer.width + answered if self.room is None else layer.keys.shape[2]
         slots = positions[:, None]
         if layer.held is not None:
@@ -84,7 +85,8 @@ class SparseCache(Cache):
         layer.update_representatives(method, positions, used)
         all_seen = new == 1 and self.room is None and not (self.ragged or method.pooled)
         representatives = layer.representatives
-        return engine.decode(replace(states, representatives=representatives, all_seen=all_seen))
+        states = replace(states, representatives=representatives, all_seen=all_seen)
+        return engine.decode(states, index)
 
     def advance(self, step: Step, batch: int) -> None:
         """Count the step's tokens after all layers have stored them."""
@@ -98,14 +100,14 @@ class SparseCache(Cache):
         else:
             self.processed += new
 
-    def store_prompt(self, states: States) -> None:
+    def store_prompt(self, index: int, states: States) -> None:
         """Store keys, values and representatives after the prompt; states.q: at least the last
         `observed` queries."""
-        layer, engine = self.layers[states.layer], self.engine.of(states.layer)
+        layer, engine = self.layers[index], self.engine.of(index)
         method = engine.method
         room = ROOM if self.room is None else self.room
         if method.phase in EVICTING:
-            layer.hold_kept(engine, states, room)
+            layer.hold_kept(engine, index, states, room)
             return
         layer.hold(states, room)
         whole = torch.full((len(states.k),), layer.width, device=states.k.device)

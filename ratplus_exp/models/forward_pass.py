@@ -79,10 +79,10 @@ class ForwardPass:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, by: Tensor | None) -> Tensor:
         """Attention of the pass's tokens: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D);
         by (B, K, T, D): the keys that methods select by (None: k)."""
-        states = States(layer, q, k, v, self.step, by)
+        states = States(q, k, v, self.step, by)
         if self.cache is None:
-            return self.engine.of(layer).prefill(states)
-        return self.cache.attend(states)
+            return self.engine.of(layer).prefill(states, layer)
+        return self.cache.attend(layer, states)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

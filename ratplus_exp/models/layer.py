@@ -76,7 +76,7 @@ class SparseLayer(DynamicLayer):
         self.width = states.k.shape[2]
         self.keys, self.values = (with_room(x, self.width + room) for x in (states.k, states.v))
 
-    def hold_kept(self, engine: Engine, states: States, room: int) -> None:
+    def hold_kept(self, engine: Engine, index: int, states: States, room: int) -> None:
         """Store what an engine keeps of the prompt, together for rows of equal length, since an
         observation window ends with its row. All heads have as many slots as the largest; in phase
         "step" one more and no room. states.q: at least the last `observed` queries."""
@@ -89,17 +89,17 @@ class SparseLayer(DynamicLayer):
             q = states.q[rows][:, :, -length:]
             k, v = states.k[rows][:, :, :length], states.v[rows][:, :, :length]
             by = k if states.select_by is None else states.select_by[rows][:, :, :length]
-            held, mass = part_engine.keep(q, by, v, states.layer)
-            index = held.clamp(max=length - 1)
-            keys, values = gather_tokens(k, v, index)
+            held, mass = part_engine.keep(q, by, v, index)
+            tokens = held.clamp(max=length - 1)
+            keys, values = gather_tokens(k, v, tokens)
             part = {"keys": keys, "values": values, "held": held}
             if steps:
                 part["mass"] = mass
                 if states.select_by is not None:
-                    part["select_by"], _ = gather_tokens(by, by, index)
+                    part["select_by"], _ = gather_tokens(by, by, tokens)
             parts.append((rows, part))
         most = max(part["held"].shape[2] for _, part in parts)
-        self.width = method.k(states.layer, engine.layers) + 1 if steps else most
+        self.width = method.k(index, engine.layers) + 1 if steps else most
         needed = torch.full((batch,), self.width, device=states.k.device)
         if not steps:
             for rows, part in parts:
@@ -133,7 +133,7 @@ class SparseLayer(DynamicLayer):
             stored[name] = None if tensor is None else tensor[:, :, :used]
         return replace(states, k=stored.pop("keys"), v=stored.pop("values"), **stored)
 
-    def attend_in_steps(self, engine: Engine, states: States) -> Tensor:
+    def attend_in_steps(self, engine: Engine, index: int, states: States) -> Tensor:
         """Attention of the new tokens in order, each stored in the slot that the last one freed."""
         out = []
         assert self.free is not None and self.held is not None and self.mass is not None
@@ -145,8 +145,8 @@ class SparseLayer(DynamicLayer):
             }
             token = replace(states, step=Step(states.step.positions[:, i : i + 1]), **now)
             stored = self.append(token, self.free[..., None], self.held.shape[2])
-            out.append(engine.decode(stored))
-            mass, free = engine.evict(stored, self.mass)
+            out.append(engine.decode(stored, index))
+            mass, free = engine.evict(stored, self.mass, index)
             self.mass.copy_(mass)
             self.free.copy_(free)
         return torch.cat(out, dim=2)

@@ -38,13 +38,13 @@ class Prefilled(SparseCache):
         positions = torch.arange(self.seen, device=self.processed.device)[None]
         return Step(positions, self.processed if self.ragged else None)
 
-    def attend(self, states: States) -> Tensor:
+    def attend(self, index: int, states: States) -> Tensor:
         assert self.is_empty, "only a prompt is prefilled"
-        layer = self.layers[states.layer]
+        layer = self.layers[index]
         layer.queries = last_queries(states.q, states.step.lengths, self.window).clone()
         layer.keys, layer.values = _compact(states.k), _compact(states.v)
         layer.select_by = None if states.select_by is None else _compact(states.select_by)
-        return self.engine.prefill(states)
+        return self.engine.prefill(states, index)
 
     def copy_to(self, cache: SparseCache) -> None:
         """Bring an empty cache into the state after these prompts."""
@@ -54,7 +54,7 @@ class Prefilled(SparseCache):
             assert q is not None and k is not None and v is not None
             if layer.memory_state is not None:
                 cache.layers[i].memory_state = layer.memory_state.clone()
-            cache.store_prompt(States(i, q, k, v, self.step, by))
+            cache.store_prompt(i, States(q, k, v, self.step, by))
         cache.advance(self.step, len(self.processed))
 
 

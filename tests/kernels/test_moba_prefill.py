@@ -35,7 +35,7 @@ def step_of(q):
 def definition(q, k, v, block_size, top_k, means=None):
     """What models compute where no kernel runs."""
     engine = Engine(MoBA(block_size, top_k), recorder=lambda *_: None)
-    return engine.prefill(States(0, q, k, v, step_of(q), representatives=means))
+    return engine.prefill(States(q, k, v, step_of(q), representatives=means), layer=0)
 
 
 def check(out, q, k, v, block_size, top_k, means=None):
@@ -170,7 +170,7 @@ def test_gradients_go_through_the_engine(triton_device):
     q, k, v = (x.contiguous() for x in inputs(4, 3, length=20, device=triton_device))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     assert moba_prefill(q, k, v, block_size=4, top_k=3) is None
-    Engine(MoBA(4, 3)).prefill(States(0, q, k, v, step_of(q))).sum().backward()
+    Engine(MoBA(4, 3)).prefill(States(q, k, v, step_of(q)), layer=0).sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
 
 

@@ -35,7 +35,7 @@ def inputs(block_size, top_k, **sizes):
 def definition(q, k, v, reps, positions, block_size, top_k):
     """What models compute where no kernel runs."""
     engine = Engine(Quest(block_size, top_k), recorder=lambda *_: None)
-    return engine.decode(States(0, q, k, v, Step(positions), representatives=reps))
+    return engine.decode(States(q, k, v, Step(positions), representatives=reps), layer=0)
 
 
 def representatives(k, block_size):

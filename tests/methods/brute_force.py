@@ -429,7 +429,7 @@ def attend(engine, q, k, v, prompts, steps, layer=0, select_by=None):
     out = torch.full(q.shape, math.nan, dtype=q.dtype)
     step = Step(torch.arange(width)[None], lengths if min(prompts) < width else None)
     by = None if select_by is None else select_by[:, :, :width]
-    prompt = cache.attend(States(layer, *(x[:, :, :width] for x in (q, k, v)), step, by))
+    prompt = cache.attend(layer, States(*(x[:, :, :width] for x in (q, k, v)), step, by))
     cache.advance(step, len(prompts))
     for b, length in enumerate(prompts):
         out[b, :, :length] = prompt[b, :, :length]
@@ -437,7 +437,7 @@ def attend(engine, q, k, v, prompts, steps, layer=0, select_by=None):
         step = Step((lengths + i)[:, None])
         new = (x[row, :, lengths + i].unsqueeze(2) for x in (q, k, v))
         by = None if select_by is None else select_by[row, :, lengths + i].unsqueeze(2)
-        out[row, :, lengths + i] = cache.attend(States(layer, *new, step, by))[:, :, 0]
+        out[row, :, lengths + i] = cache.attend(layer, States(*new, step, by))[:, :, 0]
         cache.advance(step, len(prompts))
     return out, cache
 

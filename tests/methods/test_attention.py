@@ -54,7 +54,7 @@ def test_dilated_attention_is_one_graph():
     """In training each layer is compiled."""
     q, k, v = states(2, length=600)
     method = Dilated(dilation=64, local=64, initial=1)
-    given = States(0, q, k, v, Step(torch.arange(600)[None]))
+    given = States(q, k, v, Step(torch.arange(600)[None]))
     compiled = torch.compile(method.attend_prefill, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(given), method.attend_prefill(given))
 
@@ -69,7 +69,7 @@ def test_dilated_training_takes_few_operations():
             return op(*args, **(kwargs or {}))
 
     q, k, v = (torch.randn(1, 1, 4096, 4, requires_grad=True) for _ in range(3))
-    given = States(0, q, k, v, Step(torch.arange(4096)[None]))
+    given = States(q, k, v, Step(torch.arange(4096)[None]))
     with Count():
         Dilated(dilation=64, local=64, initial=1).attend_prefill(given).sum().backward()
     assert len(counted) < 150

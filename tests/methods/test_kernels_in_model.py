@@ -174,8 +174,8 @@ def test_a_subclass_does_not_inherit_a_kernel_for_another_score(triton_device, m
     q, k = torch.randn(2, 1, 2, 20, 8, device=triton_device)
     positions = torch.arange(20, device=triton_device)[None]
     bounds = torch.zeros(1, 2, 5, 16, device=triton_device)
-    prompt = States(0, q, k, k, Step(positions))
-    step = States(0, q[:, :, -1:], k, k, Step(positions[:, -1:]), None, bounds, all_seen=True)
+    prompt = States(q, k, k, Step(positions))
+    step = States(q[:, :, -1:], k, k, Step(positions[:, -1:]), None, bounds, all_seen=True)
     calls = {"attend_prefill": prompt, "attend_decode": step}
     own = [name for name, states in calls.items() if getattr(method, name)(states) is not None]
     assert own
@@ -210,7 +210,7 @@ def test_dilated_prefill_in_chunks_is_its_mask(monkeypatch, length, chunk, at_on
         ]
     ).bool()
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
-    out = method.attend_prefill(States(0, q, k, v, Step(position[None])))
+    out = method.attend_prefill(States(q, k, v, Step(position[None])))
     torch.testing.assert_close(out, wanted)
     assert torch.equal(method.attended(position), seen.sum(-1))
     grads = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, wanted)]
@@ -227,6 +227,7 @@ def test_a_replayed_step_counts_its_own_tokens():
     for position in (5, 15):
         positions.fill_(position)
         for layer in (1, 2):
-            engine.decode(States(layer, q, k, v, Step(positions), None, bounds, all_seen=True))
+            given = States(q, k, v, Step(positions), None, bounds, all_seen=True)
+            engine.decode(given, layer)
             counted.append(float(engine.usage.attended[-1]))
     assert counted == [6, 6, 12, 12]  # blocks of 4: two of two so far, then three whole ones

@@ -31,7 +31,7 @@ def looked(job, pair, monkeypatch):
             if self.recorder is not None:
                 states = given["states"]
                 first = int(states.step.positions[0, 0])
-                seen = (name, states.layer, states.q[0], states.k[0].clone(), first)
+                seen = (name, given["layer"], states.q[0], states.k[0].clone(), first)
                 runs.setdefault(id(self), (self, []))[1].append(seen)
             return original(self, *args, **named)
 

@@ -130,7 +130,7 @@ class _Case:
         for name, method in (("dense", Dense()), ("Quest 1/16", self.quest)):
             cache = self.model.new_cache(Engine(method), room=STEPS + 1)
             for layer in range(self.shape.layers):
-                cache.store_prompt(States(layer, q, k, v, step))
+                cache.store_prompt(layer, States(q, k, v, step))
                 if self.shape.memory_state:
                     cache.layers[layer].memory_state = torch.stack((k, v))[:, :, :, -1]
             cache.advance(step, self.batch)

@@ -109,8 +109,8 @@ def quest(shape: Shape, size: int, top_k: int, machine: Machine) -> Case:
         return q, k, v, bounds, torch.full((b, 1), t - 1, device=machine.device)
 
     def decode(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, last: Tensor) -> Tensor:
-        states = States(0, q, k, v, Step(last), representatives=bounds, all_seen=True)
-        return engine.decode(states)
+        states = States(q, k, v, Step(last), representatives=bounds, all_seen=True)
+        return engine.decode(states, layer=0)
 
     def gathered(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, _: Tensor) -> Tensor:
         """The usual recipe: scores, top-k, a gather of whole blocks, dense attention to them."""
@@ -153,7 +153,7 @@ def moba(shape: Shape, size: int, top_k: int, correlated: bool, machine: Machine
 
     def prefill(q: Tensor, k: Tensor, v: Tensor, means: Tensor | None = None) -> Tensor:
         step = Step(torch.arange(t, device=q.device)[None])
-        return engine.prefill(States(0, q, k, v, step, representatives=means))
+        return engine.prefill(States(q, k, v, step, representatives=means), layer=0)
 
     seen = sum(min(n + 1, top_k) - 0.5 for n in range(blocks)) * size * size  # pairs a head
     flops = b * h * d * (4 * seen + t * blocks)  # the causal half of the gate's scores
