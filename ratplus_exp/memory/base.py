@@ -23,7 +23,6 @@ class Memory(nn.Module):
         shared_gate: False for separate gates of K and V: K's are the first half of the rows.
     """
 
-    gated: ClassVar[bool] = True  # by Eq. 1
     learned: ClassVar[bool] = True
 
     def __init__(
@@ -84,7 +83,7 @@ def gate_statistics(
     memory nothing.
     """
     found = of_each_memory(
-        model, lambda memory, x, real: memory.statistics(x, real), ids, attention_mask, forward
+        model, lambda memory, *args: memory.statistics(*args), ids, attention_mask, forward
     )
     if not found:
         return {}

@@ -37,17 +37,22 @@ class Gate(Memory):
 
     @property
     def in_one_pass(self) -> bool:
-        """Whether `prefill` can take K and V: both have a memory, by one gate."""
+        """Whether `ratplus_kernels.memory_prefill` can take K and V: both have a memory, by one
+        gate."""
         return self.memory_on == "kv" and self.shared_gate
 
-    def gate_logits(self, x: Tensor) -> Tensor:
+    def gate_logits(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """W_g x + b for x (B, T, d_model): (B, T, heads, head_dim), twice the heads if the gates
-        are separate."""
+        are separate; infinite (g = 1) after a row's last token, so that its state stays."""
         if self.weight is None:
             z = self.bias.expand(*x.shape[:2], -1)
         else:
             z = F.linear(x, self.weight, self.bias)
-        return z.unflatten(-1, (-1, self.head_dim))
+        z = z.unflatten(-1, (-1, self.head_dim))
+        if lengths is None:
+            return z
+        padding = torch.arange(z.shape[1], device=z.device) >= lengths[:, None]
+        return z.masked_fill(padding[..., None, None], torch.inf)
 
     def forward(
         self,
@@ -57,36 +62,13 @@ class Gate(Memory):
         state: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z = self._gate_logits_of_rows(x, lengths)
+        z = self.gate_logits(x, lengths)
         if self.shared_gate:
             new_k, new_v, state = _recur(z, k, v, state)
         else:
             by_k, by_v = (_recur(part, k, v, state) for part in z.chunk(2, dim=2))
             new_k, new_v, state = by_k[0], by_v[1], torch.stack((by_k[2][0], by_v[2][1]))
         return new_k if "k" in self.memory_on else k, new_v if "v" in self.memory_on else v, state
-
-    def prefill(
-        self,
-        x: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rope: tuple[Tensor, Tensor],
-        block_size: int,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, ratplus_kernels.Blocks]:
-        """For inference: k̃ with RoPE, ṽ, state and blocks of a prompt by one kernel, see
-        `ratplus_kernels.memory_prefill`."""
-        assert self.in_one_pass
-        z = self._gate_logits_of_rows(x, lengths)
-        return ratplus_kernels.memory_prefill(z, k, v, rope, block_size)
-
-    def _gate_logits_of_rows(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """Gate logits, infinite (g = 1) after a row's last token, so that its state stays."""
-        z = self.gate_logits(x)
-        if lengths is None:
-            return z
-        padding = torch.arange(z.shape[1], device=z.device) >= lengths[:, None]
-        return z.masked_fill(padding[..., None, None], torch.inf)
 
     @torch.no_grad()
     def initialize(self, std: float, bias: float | tuple[float, float]) -> None:

@@ -14,7 +14,6 @@ class Taps(Memory):
     The state is the inputs of the last taps − 1 tokens, (1 or 2, B, taps − 1, heads, head_dim).
     """
 
-    gated = False
     taps: ClassVar[int]
     per_head: ClassVar[bool]  # one weight a head, or one a channel
 

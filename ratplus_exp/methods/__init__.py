@@ -8,7 +8,8 @@ from ratplus_exp.methods.moba import MoBA
 from ratplus_exp.methods.quest import Quest
 from ratplus_exp.methods.selectors import Oracle, Random, Selector, TopK
 from ratplus_exp.methods.snapkv import SnapKV
-from ratplus_exp.methods.usage import Uncounted, Usage
+from ratplus_exp.methods.states import States, Step
+from ratplus_exp.methods.usage import Usage
 
 __all__ = [
     "BlockMethod",
@@ -23,7 +24,8 @@ __all__ = [
     "Random",
     "Selector",
     "SnapKV",
+    "States",
+    "Step",
     "TopK",
-    "Uncounted",
     "Usage",
 ]

@@ -1,4 +1,5 @@
-"""`python -m ratplus_exp.methods` prints docs/methods.md from the classes of conf/method."""
+"""`python -m ratplus_exp.methods` makes the tables and notes of docs/methods.md from the classes of
+conf/method, and leaves its other text as it is."""
 
 import csv
 import inspect
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from ratplus_exp.methods import Method
 
 ROOT = Path(__file__).parents[2]
-CONF = ROOT / "conf" / "method"
+CONF, PAGE = ROOT / "conf" / "method", ROOT / "docs" / "methods.md"
 AGREEMENT = list(csv.DictReader((ROOT / "docs/kvpress.csv").open()))
 KVPRESS = re.findall("^kvpress==(.*)", (ROOT / "constraints-kvpress.txt").read_text(), re.M)[0]
 BUDGETS = {  # by phase
@@ -22,39 +23,10 @@ BUDGETS = {  # by phase
     "once": "stored after the prompt",
     "step": "stored at every step",
 }
-TEXT = """# Methods
-
-Made from the classes by `python -m ratplus_exp.methods > docs/methods.md`. Each runs as
-`method=NAME`, on any backbone, at any budget. The common terms: the budget is the fraction of the
-context that is read or stored; there are no dense first layers and no floors beside it; methods
-that read choose for each query head, methods that evict for each KV head.
-
-    python run.py method=tova budget=1/8
-    make methods      # all of them on both backbones, one table and one figure
-
-The pocket pair, 10 examples a task: [table](../outputs/reference/pocket/methods/methods.md),
-[figure](../outputs/reference/pocket/methods/methods.png).
-
-A cell's metrics have three fractions. `budget_measured` is what was read or stored;
-`choosing_measured` is what choosing read beside that, in bytes of all keys and values: the
-representatives of all candidates and the indices of the chosen ones; `slots_measured` is what the
-cache allocates, where heads that keep fewer tokens have as many slots as the head that keeps most.
-
-"""
-DETAILS = "\n\n## Details, and where an original differs\n\n"
-WITH_KVPRESS = f"""
-## Agreement with kvpress {KVPRESS}
-
-Both keep 64 of the same 256 random tokens, with a window of 16, in four layers of 8 query heads on
-2 and on 8 KV heads (tests/methods/test_kvpress.py, after `make kvpress`). A set is what a KV head
-keeps right after the prompt; the common tokens are a share of ours. kvpress has no other method of
-this page.
-
-"""
 
 
 def page() -> str:
-    """The table of methods, and notes on where each differs from its original."""
+    """The page, up to date."""
     names = ("Name", "Rule", "Unit", "Phase", "Budget", "Choosing reads", "Paper")
     rows, notes = [names, ("---",) * len(names)], []
     files: Any = (OmegaConf.load(file) for file in CONF.glob("*.yaml"))
@@ -64,11 +36,15 @@ def page() -> str:
         budget = BUDGETS.get(cls.phase, "–" if cls.pattern is Method.pattern else "seen throughout")
         unit = cls.unit if cls.phase else "pattern" if cls.pattern is not Method.pattern else "–"
         rows.append((name, rule, unit, cls.phase or "–", budget, cls.reads, cls.paper))
-        notes.append(f"**{name}**: " + note)
-    details = "\n\n".join(" ".join(note.split()) for note in notes if not note.endswith(": "))
+        notes += [f"**{name}**: {' '.join(note.split())}"] if note else []
     titles = ("Method", "Fields", "kvpress", "Equal sets, %", "Common tokens, %", "Difference")
     agreement = [titles, ("---",) * 6, *(tuple(row.values()) for row in AGREEMENT)]
-    return TEXT + _table(rows) + DETAILS + details + "\n" + WITH_KVPRESS + _table(agreement) + "\n"
+    # A table follows the text of its section, notes are the whole of theirs.
+    top, details, kvpress = PAGE.read_text().split("\n## ")
+    top = top[: top.index("\n| ") + 1] + _table(rows)
+    details = "\n\n".join((details.split("\n")[0], *notes))
+    kvpress = re.sub(r"kvpress [\d.]+", f"kvpress {KVPRESS}", kvpress[: kvpress.index("\n| ") + 1])
+    return "\n\n## ".join((top, details, kvpress + _table(agreement))) + "\n"
 
 
 def _table(rows: Iterable[Iterable[str]]) -> str:
@@ -77,4 +53,4 @@ def _table(rows: Iterable[Iterable[str]]) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    PAGE.write_text(page())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ratplus_exp.budget import Budget
+from ratplus_exp.methods.states import States
 from ratplus_exp.settings import BlockSettings, Positive, Settings, Whole
 from ratplus_kernels import Blocks
 
@@ -99,25 +100,12 @@ class Method(Settings):
         """`represent` of all blocks (B, K, N, *), from a kernel's statistics of them."""
         return None
 
-    def attend_prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor | None = None
-    ) -> Tensor | None:
-        """Causal attention of a whole prompt: q, result (B, H, T, D), k and v (B, K, T, D);
-        representatives (B, K, N, *) of the blocks, if already computed."""
+    def attend_prefill(self, states: States) -> Tensor | None:
+        """Causal attention of a whole prompt, (B, H, T, D)."""
         return None
 
-    def attend_decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        representatives: Tensor | None,
-        positions: Tensor,
-        all_seen: bool,
-    ) -> Tensor | None:
-        """Attention of new tokens q (B, H, Q, D) at positions (B, Q) to k and v (B, K, T, D), which
-        include them; representatives (B, K, N, *) of the blocks in phase "decode"; all_seen:
-        whether Q is 1 and every row's new token is the last of T."""
+    def attend_decode(self, states: States) -> Tensor | None:
+        """Attention of new tokens, (B, H, Q, D)."""
         return None
 
     def attended(self, positions: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ratplus_exp.methods.attention import attend
 from ratplus_exp.methods.base import Method
+from ratplus_exp.methods.states import States
 from ratplus_exp.settings import DilatedSettings
 
 CHUNK = 64  # queries that share their keys
@@ -38,12 +39,10 @@ class Dilated(DilatedSettings, Method):
             seen = seen | ((key + 1) % self.dilation == 0)
         return seen
 
-    def attend_prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor | None = None
-    ) -> Tensor:
+    def attend_prefill(self, states: States) -> Tensor:
         """`pattern` by chunks: a chunk's queries attend to a band, the keys within their windows,
         and to the keys before it that all later queries see."""
-        length = q.shape[2]
+        q, k, v, length = states.q, states.k, states.v, states.q.shape[2]
         chunk = min(max(CHUNK, self.local), length)
         window = min(self.local, chunk)  # so a band spans at most two chunks
         far_k, far_v = (self._seen_by_all(x) for x in (k, v))
@@ -67,22 +66,15 @@ class Dilated(DilatedSettings, Method):
             out.append(part.unflatten(0, queries.shape[:2]))
         return torch.cat(out, dim=1).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
-    def attend_decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        representatives: Tensor | None,
-        positions: Tensor,
-        all_seen: bool,
-    ) -> Tensor | None:
-        if not all_seen:
+    def attend_decode(self, states: States) -> Tensor | None:
+        if not states.all_seen:
             return None
-        band = max(0, k.shape[2] - 1 - self.local)
+        band = max(0, states.k.shape[2] - 1 - self.local)
         k, v = (
-            torch.cat((self._seen_by_all(x[:, :, :band]), x[:, :, band:]), dim=2) for x in (k, v)
+            torch.cat((self._seen_by_all(x[:, :, :band]), x[:, :, band:]), dim=2)
+            for x in (states.k, states.v)
         )
-        return attend(q, k, v)
+        return attend(states.q, k, v)
 
     def attended(self, positions: Tensor) -> Tensor:
         band = (positions - self.local).relu()

@@ -7,7 +7,6 @@ padding from all real queries.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from ratplus_exp.methods.attention import attend
 from ratplus_exp.methods.base import EVICTING, Method
 from ratplus_exp.methods.selection import Selection, grouped
 from ratplus_exp.methods.selectors import TopK
-from ratplus_exp.methods.usage import Uncounted, Usage
+from ratplus_exp.methods.states import States
+from ratplus_exp.methods.usage import Usage
 
 QUERY_CHUNK = 128  # prompt queries whose selection is held in memory together
 
@@ -47,163 +47,79 @@ class Engine(Selection):
             self.parts[method] = replace(self, method=method)
         return self.parts[method]
 
-    def _counts(self, phase: str) -> bool:
-        assert self.counted is not None
-        return phase in self.counted
-
-    def _fast(self, path: Callable[..., Tensor | None], *states: Any) -> Tensor | None:
-        """The result of a fast path; None where the engine must select: fast paths contain the
-        method's top-k and expose no selection to a recorder."""
-        if self.recorder is not None or type(self.selector) is not TopK:
-            return None
-        return path(*states)
-
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lengths: Tensor | None,
-        layer: int,
-        representatives: Tensor | None = None,
-        select_by: Tensor | None = None,
-    ) -> Tensor:
-        """Attention of a whole prompt: (B, H, T, D), meaningless beyond a row's length.
-
-        q (B, H, T, D), k and v (B, K, T, D), lengths (B,) real tokens of each row (None: all T),
-        representatives (B, K, N, *) of the blocks if already computed, select_by (B, K, T, D) the
-        keys to select by (None: k).
-        """
-        length = q.shape[2]
-        position = torch.arange(length, device=q.device)
-        if select_by is not None and self.method.phase == "prefill":
-            representatives = self.block_representatives(select_by)
-        out = self._fast(self.method.attend_prefill, q, k, v, representatives)
+    def prefill(self, states: States, layer: int) -> Tensor:
+        """Attention of a whole prompt: (B, H, T, D), meaningless beyond a row's length."""
+        method, position = self.method, states.step.positions[0]
+        if states.select_by is not None and method.phase == "prefill":
+            representatives = self.block_representatives(states.select_by)
+            states = replace(states, representatives=representatives)
+        out = self._fast(method.attend_prefill, states)
         if out is not None:
-            if not isinstance(self.usage, Uncounted):
-                self._count(self.method.attended(position).float(), position, q, layer, lengths)
+            self._count("prefill", method.attended(position).float(), states, layer)
             return out
-        if self.method.phase == "prefill":
-            by = k if select_by is None else select_by
-            return self._sparse_prefill(q, k, v, by, lengths, layer, representatives)
+        if method.phase == "prefill":
+            return self._sparse_prefill(states, layer)
         seen = self._pattern(None, position[:, None], position)
         if seen is None:
-            if self._counts("prefill"):
-                self._count(None, position, q, layer, lengths)
-            return attend(q, k, v, causal=True)
+            self._count("prefill", None, states, layer)
+            return attend(states.q, states.k, states.v, causal=True)
         seen = seen & (position <= position[:, None])
-        self._count(seen.sum(-1).float(), position, q, layer, lengths)
-        return attend(q, k, v, seen[None, None])
+        self._count("prefill", seen.sum(-1).float(), states, layer)
+        return attend(states.q, states.k, states.v, seen[None, None])
 
-    def _pattern(self, phase: str | None, query: Tensor, key: Tensor) -> Tensor | None:
-        """The method's pattern in the phases it applies to."""
-        return self.method.pattern(query, key) if self.method.phase in (None, phase) else None
-
-    def _count(
-        self,
-        attended: Tensor | None,
-        positions: Tensor,
-        q: Tensor,
-        layer: int,
-        lengths: Tensor | None = None,
-    ) -> None:
-        """Add to the usage: attended (B or 1, Q), None: all, unselected; positions (B or 1, Q),
-        real up to lengths."""
-        positions = positions.expand(len(q), -1)
-        if lengths is not None:
-            positions = positions.masked_fill(positions >= lengths[:, None], -1)
-        if attended is None:
-            self.usage.add(positions + 1.0, positions)
-            return
-        choosing = self.method.choosing(positions, q.shape[-1], layer)
-        self.usage.add(attended.expand(positions.shape), positions, choosing)
-
-    def _count_step(self, positions: Tensor, dim: int, layer: int) -> None:
-        """`_count` of a fast decoding path, computed in a step's first layer for all: it takes more
-        launches than the path itself. A replayed step has one positions tensor, so steps differ by
-        their layers."""
-        if isinstance(self.usage, Uncounted):
-            return
-        attended, choosing = self.method.attended, self.method.choosing
-        if self._step is None or layer <= self._step[0]:
-            self._step = layer, attended(positions).float(), choosing(positions, dim)
-        self._step = layer, *self._step[1:]
-        self.usage.add(self._step[1], positions, self._step[2])
-
-    def _sparse_prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        by: Tensor,
-        lengths: Tensor | None,
-        layer: int,
-        representatives: Tensor | None,
-    ) -> Tensor:
-        method, size, length = self.method, self.method.block_size, q.shape[2]
-        key, chunk = torch.arange(length, device=q.device), -(-QUERY_CHUNK // size) * size
-        selecting, lines = q, None
+    def _sparse_prefill(self, states: States, layer: int) -> Tensor:
+        method, size, length = self.method, self.method.block_size, states.q.shape[2]
+        key, chunk = states.step.positions[0], -(-QUERY_CHUNK // size) * size
+        selecting, by, lengths = states.q, states.by, states.step.lengths
+        representatives, lines = states.representatives, None
         if method.by_query_block and lengths is not None:  # padding must not affect a selection
             real = (key < lengths[:, None])[:, None, :, None]
-            selecting, by = q * real, by * real
+            selecting, by = selecting * real, by * real
         if method.unit == "token":
-            lines = self.select_lines(q, by, lengths, layer)
+            lines = self.select_lines(selecting, by, lengths, layer)
         elif representatives is None:
             representatives = self.block_representatives(by)
         out = []
         for start in range(0, length, chunk):
-            queries, position = q[:, :, start : start + chunk], key[start : start + chunk]
+            position = key[start : start + chunk]
             end = start + len(position)
             seen = key[:end] <= position[:, None]
             if lines is None:
                 assert representatives is not None
-                blocks = selecting[:, :, start:end], representatives, position[None], layer
-                selected = self.select_blocks(*blocks).repeat_interleave(size, dim=-1)[..., :end]
+                queries = selecting[:, :, start:end]
+                blocks = self.select_blocks(queries, representatives, position[None], layer)
+                selected = blocks.repeat_interleave(size, dim=-1)[..., :end]
             else:
                 distance = (position[:, None] - key[:end]).clamp(min=0)
                 selected = lines[..., :1, :end] | lines[..., 1, :][..., distance]
             pattern = self._pattern("prefill", position[:, None], key[:end])
             seen = seen & (selected if pattern is None else selected | pattern).flatten(1, 2)
-            out.append(attend(queries, k[:, :, :end], v[:, :, :end], seen))
-            self._count(seen.sum(-1).float().mean(1), position, q, layer, lengths)
+            k, v = states.k[:, :, :end], states.v[:, :, :end]
+            out.append(attend(states.q[:, :, start:end], k, v, seen))
+            attended = seen.sum(-1).float().mean(1)
+            self._count("prefill", attended, states, layer, slice(start, end))
         return torch.cat(out, dim=2)
 
-    def decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        representatives: Tensor | None,
-        layer: int,
-        held: Tensor | None = None,
-        select_by: Tensor | None = None,
-        all_seen: bool = False,
-    ) -> Tensor:
-        """Attention of new tokens to a cache that already includes them: (B, H, Q, D).
-
-        q (B, H, Q, D); k, v (B, K, T, D); positions (B, Q) of the queries; representatives
-        (B, K, N, *) of the blocks, for block methods of phase "decode"; held (B, K, T), the token
-        in each slot (None: slot i holds token i); select_by (B, K, T, D), the keys to select by
-        (None: k); all_seen: whether every query follows all T slots, so that no mask is needed.
-        """
-        method = self.method
-        out = self._fast(method.attend_decode, q, k, v, representatives, positions, all_seen)
+    def decode(self, states: States, layer: int) -> Tensor:
+        """Attention of new tokens to a cache that already includes them: (B, H, Q, D)."""
+        method, q, k, v = self.method, states.q, states.k, states.v
+        positions, representatives = states.step.positions, states.representatives
+        out = self._fast(method.attend_decode, states)
         if out is not None:
-            self._count_step(positions, q.shape[-1], layer)
+            self._count_fast_step(states, layer)
             return out
-        query = positions[:, None, None, :, None]
+        query, held = positions[:, None, None, :, None], states.held
         slot = torch.arange(k.shape[2], device=q.device) if held is None else held[:, :, None, None]
         pattern = self._pattern("decode", query, slot)
-        if all_seen and pattern is None and method.phase != "decode":
-            if self._counts("decode"):
-                slots = torch.full_like(positions, k.shape[2]).float()
-                self._count(slots if method.phase in EVICTING else None, positions, q, layer)
+        if states.all_seen and pattern is None and method.phase != "decode":
+            evicted = method.phase in EVICTING
+            slots = torch.full_like(positions, k.shape[2]).float() if evicted else None
+            self._count("decode", slots, states, layer)
             return attend(q, k, v)
         seen = past = slot <= query  # (B, 1 or K, 1 or G, Q, T)
         if method.phase == "decode":
             if representatives is None:
-                representatives = self.represent(k if select_by is None else select_by, v)
+                representatives = self.represent(states.by, v)
             selected = self.select_blocks(q, representatives, positions, layer)
             selected = selected.repeat_interleave(method.block_size, dim=-1)[..., : k.shape[2]]
             seen = past & (selected if pattern is None else selected | pattern)
@@ -212,15 +128,58 @@ class Engine(Selection):
         if seen.shape[1] > 1:  # the heads of a group share slots
             seen = seen.expand(-1, -1, q.shape[1] // k.shape[1], -1, -1)
         by_head = seen.flatten(1, 2)
-        if self._counts("decode"):
-            attended = by_head.sum(-1).float().mean(1) if "decode" in method.sparse_in else None
-            self._count(attended, positions, q, layer)
+        attended = by_head.sum(-1).float().mean(1) if "decode" in method.sparse_in else None
+        self._count("decode", attended, states, layer)
         out = attend(q, k, v, by_head)
         if method.adds_mean:
             assert representatives is not None
             scores = method.score(grouped(q, k.shape[1]), representatives)
             return _with_mean(out, v, scores, past, seen)
         return out
+
+    def _fast(self, path: Callable[[States], Tensor | None], states: States) -> Tensor | None:
+        """The result of a fast path; None where the engine must select: fast paths contain the
+        method's top-k and expose no selection to a recorder."""
+        if self.recorder is not None or type(self.selector) is not TopK:
+            return None
+        return path(states)
+
+    def _pattern(self, phase: str | None, query: Tensor, key: Tensor) -> Tensor | None:
+        """The method's pattern in the phases it applies to."""
+        return self.method.pattern(query, key) if self.method.phase in (None, phase) else None
+
+    def _count(
+        self,
+        phase: str,
+        attended: Tensor | None,
+        states: States,
+        layer: int,
+        queries: slice = slice(None),
+    ) -> None:
+        """Add some of the queries to the usage, if it counts those of a phase: attended (B or 1, Q)
+        to so many tokens; None: to all, without a selection."""
+        if phase not in (self.counted or ()):
+            return
+        positions = states.step.positions[:, queries].expand(len(states.q), -1)
+        if states.step.lengths is not None:
+            positions = positions.masked_fill(positions >= states.step.lengths[:, None], -1)
+        if attended is None:
+            self.usage.add(positions + 1.0, positions)
+            return
+        choosing = self.method.choosing(positions, states.q.shape[-1], layer)
+        self.usage.add(attended.expand(positions.shape), positions, choosing)
+
+    def _count_fast_step(self, states: States, layer: int) -> None:
+        """`_count`, computed in a step's first layer for all: it takes more launches than the fast
+        path itself. A replayed step has one positions tensor, so steps differ by their layers."""
+        if "decode" not in (self.counted or ()):
+            return
+        positions = states.step.positions
+        if self._step is None or layer <= self._step[0]:
+            choosing = self.method.choosing(positions, states.q.shape[-1])
+            self._step = layer, self.method.attended(positions).float(), choosing
+        self._step = layer, *self._step[1:]
+        self.usage.add(self._step[1], positions, self._step[2])
 
 
 def _with_mean(out: Tensor, v: Tensor, scores: Tensor, past: Tensor, seen: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 import ratplus_kernels
 from ratplus_exp.methods.base import BlockMethod
+from ratplus_exp.methods.states import States
 from ratplus_kernels.selection import inner_products
 
 
@@ -26,8 +27,7 @@ class MoBA(BlockMethod):
     def represent_blocks(self, blocks: ratplus_kernels.Blocks) -> Tensor:
         return blocks.mean
 
-    def attend_prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, representatives: Tensor | None = None
-    ) -> Tensor | None:
+    def attend_prefill(self, states: States) -> Tensor | None:
         sizes = {"block_size": self.block_size, "top_k": self.top_k}
-        return ratplus_kernels.moba_prefill(q, k, v, means=representatives, **sizes)
+        means = states.representatives
+        return ratplus_kernels.moba_prefill(states.q, states.k, states.v, means=means, **sizes)

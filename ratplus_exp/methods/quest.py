@@ -7,6 +7,7 @@ from torch import Tensor
 
 import ratplus_kernels
 from ratplus_exp.methods.base import BlockMethod
+from ratplus_exp.methods.states import States
 from ratplus_kernels.selection import inner_products
 
 
@@ -33,15 +34,10 @@ class Quest(BlockMethod):
     def represent_blocks(self, blocks: ratplus_kernels.Blocks) -> Tensor:
         return blocks.bounds
 
-    def attend_decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        representatives: Tensor | None,
-        positions: Tensor,
-        all_seen: bool,
-    ) -> Tensor | None:
-        assert representatives is not None
+    def attend_decode(self, states: States) -> Tensor | None:
+        assert states.representatives is not None
         sizes = {"block_size": self.block_size, "top_k": self.top_k}
-        return ratplus_kernels.quest_decode(q, k, v, representatives, positions, **sizes)
+        blocks, positions = states.representatives, states.step.positions
+        return ratplus_kernels.quest_decode(
+            states.q, states.k, states.v, blocks, positions, **sizes
+        )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ratplus_exp.methods.base import Dense, Method
 from ratplus_exp.methods.selectors import Candidates, Selector, TopK
+from ratplus_exp.methods.states import States
 from ratplus_kernels.selection import inner_products, running_count, select
 
 Recorder = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -142,16 +143,16 @@ class Selection:
         tokens = tokens.scatter_(-1, place, token.expand_as(place))[..., :most]
         return tokens, every[:, :, 0, 0].gather(-1, tokens.clamp(max=length - 1))
 
-    def evict(
-        self, q: Tensor, k: Tensor, held: Tensor, mass: Tensor, position: Tensor, layer: int
-    ) -> tuple[Tensor, Tensor]:
+    def evict(self, states: States, mass: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Phase "step": the tokens' scores after a step (B, K, T), and the slot (B, K) of the next
         token, a free one or that of the token with the lowest score.
 
-        q (B, H, 1, D), k (B, K, T, D) to select by, held (B, K, T), mass, the scores before it,
-        position (B, 1).
+        states: of the step's token (Q = 1); mass: the scores before the step.
         """
-        method, empty = self.method, held == EMPTY
+        method, held = self.method, states.held
+        q, k, position = states.q, states.by, states.step.positions
+        assert held is not None
+        empty = held == EMPTY
         if self.recorder is not None:
             length = int(position.max()) + 1
             stored = held.new_zeros(*held.shape[:2], length + 1, dtype=torch.bool)

@@ -34,15 +34,10 @@ class SnapKV(SnapKVSettings, Method):
         """Queries of the window (B, K, G, window, D), keys (B, K, N, D) -> (B, K, 1, 1, N)."""
         before = representatives.shape[2] - queries.shape[3]
         mass = ratplus_kernels.attention_mass(queries.flatten(1, 2), representatives)  # (B, K, N)
-        mass[..., :before] = self._smooth(mass[..., :before])
+        if self.pooling != "none" and before:  # with zeros beyond the ends
+            pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
+            mass[..., :before] = pool(mass[..., :before], self.kernel, 1, self.kernel // 2)
         return mass[:, :, None, None]
-
-    def _smooth(self, mass: Tensor) -> Tensor:
-        """Pools mass, without the window, over positions, with zeros beyond the ends."""
-        if self.pooling == "none" or not mass.shape[-1]:
-            return mass
-        pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
-        return pool(mass, self.kernel, stride=1, padding=self.kernel // 2)
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,7 @@ class WithDilation(BlockMethod):
 class QuestDilated(WithDilation, Quest):
     """Quest's blocks and every D-th token, at every decoding step."""
 
-    reads = Quest.reads
-
 
 @dataclass(frozen=True)
 class MoBADilated(WithDilation, MoBA):
     """MoBA's blocks and every D-th token, for every prompt token."""
-
-    reads = MoBA.reads

@@ -58,10 +58,3 @@ class Usage:
         available = ((positions + 1) * real).sum(1)
         fractions = (read.double() * real).sum(1) / available.clamp(min=1)
         return fractions.masked_fill(available == 0, empty).cpu()
-
-
-class Uncounted(Usage):
-    """No usage, for training: compiled layers would be recompiled for every length of the lists."""
-
-    def add(self, attended: Tensor, positions: Tensor, choosing: Tensor | None = None) -> None:
-        pass

@@ -1,7 +1,5 @@
 """New models: with random weights, or trained attention with new gates."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -13,9 +11,9 @@ from ratplus_exp.memory import Memory
 from ratplus_exp.models.configuration import RatPlusConfig
 from ratplus_exp.models.families import FAMILIES, MemoryFields
 from ratplus_exp.models.hf import attach_engine
+from ratplus_exp.models.loading import SPECIAL_TOKENS
 from ratplus_exp.models.modeling import RatPlusForCausalLM
 
-SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 MEMORY_SETTINGS = tuple(x.name for x in fields(MemoryFields) if x.name != "memory")
 """The settings of an architecture that the memory adds."""
 
@@ -27,7 +25,7 @@ def config_for(architecture: dict[str, Any], memory: bool) -> PretrainedConfig:
     settings = dict(architecture)
     family = settings.pop("model_type", "ratplus")
     if family == "ratplus":
-        if unknown := settings.keys() - RatPlusConfig().to_dict().keys() - SPECIAL_TOKENS:
+        if unknown := settings.keys() - RatPlusConfig().to_dict().keys() - {*SPECIAL_TOKENS}:
             raise ValueError(
                 f"model.architecture.{min(unknown)} is no field of P2's backbone: leave it out"
             )
@@ -47,12 +45,14 @@ def config_for(architecture: dict[str, Any], memory: bool) -> PretrainedConfig:
 
 
 def new_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    """A model with random weights, for any method; under `torch.device("meta")` without storage."""
-    with _seeded(seed):
+    """A model with random weights, for any method; under `torch.device("meta")` without storage.
+    The global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         return attach_engine(AutoModelForCausalLM.from_config(config))
 
 
-def add_memory(model: PreTrainedModel, seed: int = 0, **settings: Any) -> PreTrainedModel:
+def add_memory(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
     """A RAT+ model with the weights and dtype of a trained attention model, and with new gates that
     depend on their bias alone (W_g = 0).
 
@@ -63,7 +63,7 @@ def add_memory(model: PreTrainedModel, seed: int = 0, **settings: Any) -> PreTra
     causal: Any = FAMILIES.get(config.model_type.removesuffix("_ratplus"), RatPlusForCausalLM)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the gates are missing as intended
-    with _seeded(seed):
+    with torch.random.fork_rng(devices=[]):  # transformers draws weights that are not kept
         ratplus, report = causal.from_pretrained(
             None,
             config=config,
@@ -86,15 +86,6 @@ def memory_config(config: PretrainedConfig, **settings: Any) -> PretrainedConfig
         architecture.pop(name, None)
     architecture["model_type"] = architecture["model_type"].removesuffix("_ratplus")
     return config_for(architecture, memory=True)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the CPU's global generator, from which transformers draws initial weights, and restore
-    its state afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def _families() -> str:

@@ -12,14 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ratplus_exp.methods import Engine, Usage
+from ratplus_exp.methods import Engine, States, Step, Usage
 from ratplus_exp.methods.base import EVICTING
-from ratplus_exp.methods.selection import EMPTY
-from ratplus_exp.models.layer import ROOM, SparseLayer, Step, append, last_queries, with_room
+from ratplus_exp.models.layer import ROOM, SparseLayer, last_queries, with_room
 
 
 class SparseCache(Cache):
@@ -60,56 +58,35 @@ class SparseCache(Cache):
         query."""
         return k, v
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        step: Step,
-        select_by: Tensor | None = None,
-    ) -> Tensor:
-        """Store the step's tokens and return their attention, (B, H, T, D)."""
-        store, engine = self.layers[layer], self.engine.of(layer)
+    def attend(self, index: int, states: States) -> Tensor:
+        """Store the step's tokens of a layer and return their attention, (B, H, T, D)."""
+        layer, engine = self.layers[index], self.engine.of(index)
+        method, positions = engine.method, states.step.positions
         if self.is_empty:
-            out = engine.prefill(q, k, v, step.lengths, layer, store.representatives, select_by)
-            if engine.method.phase in EVICTING:
-                q = last_queries(q, step.lengths, engine.method.observed)
-            self.store_prompt(layer, q, k, v, step, select_by)
+            known = replace(states, representatives=layer.representatives)
+            out = engine.prefill(known, index)
+            if method.phase in EVICTING:
+                q = last_queries(states.q, states.step.lengths, method.observed)
+                states = replace(states, q=q)
+            self.store_prompt(index, states)
             return out
-        assert store.keys is not None and self.prompt is not None
-        new_states = {"keys": k, "values": v, "select_by": select_by}
-        new, slots = q.shape[2], step.positions[:, None]
+        assert layer.keys is not None and self.prompt is not None
+        new = positions.shape[1]
         answered = self.seen - self.first + new
         if self.room is not None and answered > self.room:
             raise ValueError(f"the cache has room for {self.room} tokens after the prompt only")
-        if engine.method.phase == "step":
-            return store.attend_in_steps(engine, layer, q, new_states, step.positions)
-        used = store.width + answered if self.room is None else store.keys.shape[2]
-        if store.held is not None:
-            slots = store.width + slots - self.prompt[:, None, None]
-            store.held = append(store.held, slots, step.positions[:, None], used, EMPTY)
-        for name, states in new_states.items():
-            stored = getattr(store, name)
-            if stored is not None and states is not None:
-                setattr(store, name, append(stored, slots, states, used))
-        self._update_representatives(engine, store, step.positions, used)
-        keys, values, select_by, held = (
-            None if x is None else x[:, :, :used]
-            for x in (store.keys, store.values, store.select_by, store.held)
-        )
-        assert keys is not None and values is not None
-        return engine.decode(
-            q,
-            keys,
-            values,
-            step.positions,
-            store.representatives,
-            layer,
-            held,
-            select_by,
-            all_seen=new == 1 and self.room is None and not (self.ragged or engine.method.pooled),
-        )
+        if method.phase == "step":
+            return layer.attend_in_steps(engine, index, states)
+        used = layer.width + answered if self.room is None else layer.keys.shape[2]
+        slots = positions[:, None]
+        if layer.held is not None:
+            slots = layer.width + slots - self.prompt[:, None, None]
+        states = layer.append(states, slots, used)
+        layer.update_representatives(method, positions, used)
+        all_seen = new == 1 and self.room is None and not (self.ragged or method.pooled)
+        representatives = layer.representatives
+        states = replace(states, representatives=representatives, all_seen=all_seen)
+        return engine.decode(states, index)
 
     def advance(self, step: Step, batch: int) -> None:
         """Count the step's tokens after all layers have stored them."""
@@ -123,51 +100,25 @@ class SparseCache(Cache):
         else:
             self.processed += new
 
-    def store_prompt(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step, select_by: Tensor | None
-    ) -> None:
-        """Store keys, values and representatives after the prompt; q: at least the last `observed`
-        queries."""
-        store, engine = self.layers[layer], self.engine.of(layer)
+    def store_prompt(self, index: int, states: States) -> None:
+        """Store keys, values and representatives after the prompt; states.q: at least the last
+        `observed` queries."""
+        layer, engine = self.layers[index], self.engine.of(index)
         method = engine.method
         room = ROOM if self.room is None else self.room
         if method.phase in EVICTING:
-            store.hold_kept(engine, layer, q, k, v, step, select_by, room)
+            layer.hold_kept(engine, index, states, room)
             return
-        store.hold(k, v, room)
-        whole = torch.full((len(k),), store.width, device=k.device)
-        engine.usage.slots.append(whole if step.lengths is None else step.lengths)
+        layer.hold(states, room)
+        whole = torch.full((len(states.k),), layer.width, device=states.k.device)
+        engine.usage.slots.append(whole if states.step.lengths is None else states.step.lengths)
         if method.phase != "decode":
-            store.representatives = None
+            layer.representatives = None
             return
-        if store.representatives is None and method.unit == "block":
-            by = k if select_by is None else select_by
-            store.representatives = engine.block_representatives(by)
-        if select_by is not None:
-            store.select_by = with_room(select_by, select_by.shape[2] + room)
-
-    def _update_representatives(
-        self, engine: Engine, store: SparseLayer, positions: Tensor, used: int
-    ) -> None:
-        """Recompute the representatives of the new tokens' blocks; slots are positions."""
-        if store.representatives is None:
-            return
-        size = engine.method.block_size
-        keys = store.keys if store.select_by is None else store.select_by
-        old = store.representatives
-        assert keys is not None
-        if missing := max(0, -(-used // size) - old.shape[2]):
-            old = F.pad(old, (0, 0, 0, missing))
-        local = positions // size  # (B, Q)
-        changed = torch.arange((positions.shape[1] + size - 2) // size + 1, device=keys.device)
-        block = torch.minimum(local[:, :1] + changed, local[:, -1:])  # (B, blocks)
-        # Missing tokens of a partial block may have any key: it is forced, so its score is unused.
-        token = block[..., None] * size + torch.arange(size, device=keys.device)
-        token = token.clamp(max=keys.shape[2] - 1).flatten(1)[:, None, :, None]
-        tokens = keys.gather(2, token.expand(-1, keys.shape[1], -1, keys.shape[3]))
-        new = engine.method.represent(tokens.unflatten(2, (-1, size)))
-        block = block[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-        store.representatives = old.scatter_(2, block, new)
+        if layer.representatives is None and method.unit == "block":
+            layer.representatives = engine.block_representatives(states.by)
+        if states.select_by is not None:
+            layer.select_by = with_room(states.select_by, layer.width + room)
 
     def for_rows(self, rows: Tensor) -> SparseCache:
         """An empty cache for some rows of the batch, for `join`."""

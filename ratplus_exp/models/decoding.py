@@ -7,7 +7,6 @@ to launch them one by one. `model.generate` works without graphs.
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,64 +78,58 @@ def greedy(
         If it is or returns None, all steps run in eager mode.
     """
     assert capture is None or engine.recorder is None, "a replayed step calls no recorder"
-    cache = prompts.model.new_cache(engine, room=max_new_tokens + prompts.fed)
-    step = _Step(prompts.model, cache, prompts.ids[:, -1:], eos, pad)
+    model, fed = prompts.model, prompts.fed
+    cache = model.new_cache(engine, room=max_new_tokens + fed)
+    token = prompts.ids[:, -1:].clone()  # (B, 1), replaced in place by each step
+    ended = torch.zeros(len(token), dtype=torch.bool, device=token.device)
+    ends = token.new_tensor(eos)
+
+    def choose(logits: Tensor) -> None:
+        """The most likely token by the last of logits (B, ·, V)."""
+        new = logits[:, -1].argmax(-1).masked_fill(ended, pad)
+        ended.logical_or_((new[:, None] == ends).any(1))
+        token.copy_(new[:, None])
+
+    def step() -> None:
+        choose(model(token, past_key_values=cache).logits)
+
     logits = prompts.prefill(cache)
-    if prompts.fed:
-        fed = prompts.ids[:, -prompts.fed :]
-        logits = prompts.model(fed, past_key_values=cache, logits_to_keep=1).logits
-    step.choose(logits)
-    tokens = [step.token.clone()]
-    while len(tokens) < max_new_tokens and not bool(step.ended.all()):
+    if fed:
+        logits = model(prompts.ids[:, -fed:], past_key_values=cache, logits_to_keep=1).logits
+    choose(logits)
+    tokens, run = [token.clone()], step
+    while len(tokens) < max_new_tokens and not bool(ended.all()):
         # The first step compiles and loads all kernels and allocates all memory.
         if len(tokens) == 2 and capture is not None:
-            step.capture(capture)
-        step()
-        tokens.append(step.token.clone())
+            run = _replayed(step, cache, capture) or step
+        run()
+        tokens.append(token.clone())
     return torch.cat(tokens, dim=1)
 
 
-class _Step:
-    """A decoding step of a batch: it replaces `token` (B, 1) by the next one."""
+def _replayed(step: Action, cache: SparseCache, capture: Capture) -> Action | None:
+    """A replay of `step` that counts its tokens, too; None if it can't be captured."""
+    seen, usage = cache.seen, cache.engine.usage
+    lists = (usage.attended, usage.positions, usage.choosing)
+    counted = len(usage.attended)
+    used: list[Tensor] = []  # the usage of a replay
 
-    def __init__(
-        self, model: Any, cache: SparseCache, token: Tensor, eos: Sequence[int], pad: int
-    ) -> None:
-        self.model, self.cache, self.pad = model, cache, pad
-        self.token, self.eos = token.clone(), token.new_tensor(eos)
-        self.ended = torch.zeros(len(token), dtype=torch.bool, device=token.device)
-        self.replay: Action | None = None
-        self.used: list[Tensor] = []  # the usage of a replay
+    def step_and_usage() -> None:
+        step()
+        if len(usage.attended) > counted:
+            used.extend(torch.cat(each[counted:], 1) for each in lists)
 
-    def run(self) -> None:
-        self.choose(self.model(self.token, past_key_values=self.cache).logits)
+    replay = capture(step_and_usage)
+    cache.seen = seen  # capturing counted a step that has not run
+    for each in lists:
+        del each[counted:]
+    if replay is None:
+        return None
 
-    def choose(self, logits: Tensor) -> None:
-        """The most likely token by the last of logits (B, ·, V)."""
-        new = logits[:, -1].argmax(-1).masked_fill(self.ended, self.pad)
-        self.ended |= (new[:, None] == self.eos).any(1)
-        self.token.copy_(new[:, None])
+    def run() -> None:
+        replay()
+        cache.seen += 1
+        if used:
+            usage.add(*(x.clone() for x in used))
 
-    def __call__(self) -> None:
-        if self.replay is None:
-            return self.run()
-        self.replay()
-        self.cache.seen += 1
-        if self.used:
-            self.cache.engine.usage.add(*(x.clone() for x in self.used))
-
-    def capture(self, capture: Capture) -> None:
-        """Replay all later steps, if this one can be captured."""
-        cache, usage = self.cache, self.cache.engine.usage
-        seen, lists = cache.seen, (usage.attended, usage.positions, usage.choosing)
-        counted = len(usage.attended)
-
-        def run() -> None:
-            self.run()
-            if len(usage.attended) > counted:
-                self.used = [torch.cat(each[counted:], 1) for each in lists]
-
-        self.replay = capture(run)
-        cache.seen = seen  # capturing counted a step that has not run
-        for each in lists:
-            del each[counted:]
+    return run

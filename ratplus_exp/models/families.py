@@ -21,8 +21,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from ratplus_exp.memory import Memory, check_memory, memory_of
 from ratplus_exp.models.forward_pass import ForwardPass
-from ratplus_exp.models.generation import SavedWithCode
-from ratplus_exp.models.hf import ATTENTION, EngineDecoder, attention
+from ratplus_exp.models.hf import ATTENTION, EngineDecoder, SavedWithCode, attention
 
 POSITIONS = ("after_norm", "before_norm")
 
@@ -103,9 +102,7 @@ class MemoryAttention(nn.Module):
         q, k, v = (states.unflatten(-1, (-1, self.head_dim)) for states in projections)
         if position == "after_norm":
             k = self._norm("k_norm", k)
-        select_by = None
-        if self.memory is not None:
-            k, v, select_by = forward_pass.memorise(self.memory, self.layer_idx, x, k, v)
+        k, v, select_by = forward_pass.memorise(self.memory, self.layer_idx, x, k, v)
         if position == "before_norm":
             k = self._norm("k_norm", k)
             select_by = None if select_by is None else self._norm("k_norm", select_by)

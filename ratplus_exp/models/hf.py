@@ -5,17 +5,19 @@ passes it unknown keyword arguments, here `forward_pass`, which has the engine a
 """
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from ratplus_exp.methods import Engine
+from ratplus_exp.methods import Engine, Step
 from ratplus_exp.models.cache import SparseCache
 from ratplus_exp.models.forward_pass import ForwardPass
-from ratplus_exp.models.generation import SparseGeneration
 
 ATTENTION = "ratplus"  # the name in transformers' attention interface
+HUB_CODE = "ratplus_hub"
 
 
 def attention(
@@ -59,7 +61,12 @@ AttentionInterface.register(ATTENTION, attention)
 
 
 class EngineDecoder:
-    """Mixin for stock decoders (causal models without their heads)."""
+    """Mixin for decoders (causal models without their heads), whose layers attend by a ForwardPass.
+
+    The layers see right padding in place of left padding, so that each row starts at its first
+    token: the memory starts from zero, block 0 is the row's first block, and a batch gives the same
+    answers as its rows alone.
+    """
 
     def forward(
         self,
@@ -71,12 +78,42 @@ class EngineDecoder:
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As RatPlusModel.forward. Positions count from each row's first token; position_ids, which
-        `generate` passes, are ignored."""
-        input_ids, forward_pass = ForwardPass.open(
-            self, input_ids, attention_mask, past_key_values, use_cache, engine
-        )
-        out = super().forward(  # type: ignore[misc]
+        """Last hidden states (B, T, C) of ids (B, T).
+
+        attention_mask (B, tokens so far) may be zero at the left of a prompt. `engine`: for a pass
+        without a cache, or for a new cache. Positions count from each row's first token;
+        position_ids, which `generate` passes, are ignored.
+        """
+        model: Any = self
+        cache, length = past_key_values, input_ids.shape[1]
+        if cache is not None and not isinstance(cache, SparseCache):
+            raise TypeError(
+                f"this model decodes with a SparseCache, not {type(cache).__name__}; pass "
+                "past_key_values=SparseCache(num_layers, engine) or leave it out"
+            )
+        if use_cache is None:
+            use_cache = model.config.use_cache and not model.training
+        if cache is None and use_cache:
+            cache = SparseCache(model.config.num_hidden_layers, engine)
+        pads = _left_padding(attention_mask, length) if cache is None or cache.is_empty else None
+        index, lengths = torch.arange(length, device=input_ids.device), None
+        if pads is not None:
+            input_ids = input_ids.gather(1, (index + pads[:, None]) % length)
+            lengths = length - pads
+        start = 0 if cache is None or cache.processed is None else cache.processed[:, None]
+        step = Step((start + index).view(-1, length), lengths)
+        out = self.run_layers(input_ids, ForwardPass(step, engine or Engine(), cache), **kwargs)
+        if cache is not None:
+            cache.advance(step, len(input_ids))
+        if pads is not None:
+            x = out.last_hidden_state
+            index = ((index - pads[:, None]) % length)[..., None].expand_as(x)
+            out.last_hidden_state = x.gather(1, index)
+        return out
+
+    def run_layers(self, input_ids: Tensor, forward_pass: ForwardPass, **kwargs: Any) -> Any:
+        """The output of the decoder for ids (B, T) whose rows start at their first token."""
+        return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             position_ids=forward_pass.step.positions,
             past_key_values=forward_pass.cache,
@@ -84,8 +121,40 @@ class EngineDecoder:
             forward_pass=forward_pass,
             **kwargs,
         )
-        out.last_hidden_state = forward_pass.close(out.last_hidden_state)
-        return out
+
+
+class SparseGeneration:
+    """Mixin for causal models: `generate` decodes with a SparseCache."""
+
+    def new_cache(self, engine: Engine | None = None, room: int | None = None) -> SparseCache:
+        """An empty cache that decodes with `engine`: `generate(past_key_values=new_cache(e))`."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        return SparseCache(config.num_hidden_layers, engine, room)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = self.new_cache()
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args, **kwargs
+        )
+
+
+class SavedWithCode(SparseGeneration):
+    """Mixin for this project's model types: saves a file that imports their classes, so that other
+    tools load them by `trust_remote_code=True` where this package is installed."""
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        config, causal = type(self.config), type(self)  # type: ignore[attr-defined]
+        decoder = type(self.model)  # type: ignore[attr-defined]
+        names = {"AutoConfig": config, "AutoModelForCausalLM": causal, "AutoModel": decoder}
+        auto_map = {auto: f"{HUB_CODE}.{cls.__name__}" for auto, cls in names.items()}
+        self.config.auto_map = auto_map  # type: ignore[attr-defined]
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        classes = ", ".join(cls.__name__ for cls in names.values())
+        code = f'"""Needs the package ratplus_exp."""\n\nfrom ratplus_exp.models import {classes}\n'
+        (Path(save_directory) / f"{HUB_CODE}.py").write_text(code, encoding="utf-8")
 
 
 def attach_engine(model: PreTrainedModel) -> PreTrainedModel:
@@ -113,3 +182,14 @@ def attach_engine(model: PreTrainedModel) -> PreTrainedModel:
 @cache
 def _with(mixin: type, stock: type) -> type:
     return type(stock.__name__, (mixin, stock), {"__module__": __name__})
+
+
+def _left_padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """How many pads each row starts with, (B,); None without any."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    pads = (attention_mask == 0).sum(1)
+    left = torch.arange(length, device=pads.device) < pads[:, None]
+    if not torch.equal(attention_mask == 0, left):
+        raise ValueError("padding must be on the left: set tokenizer.padding_side = 'left'")
+    return pads

@@ -1,45 +1,24 @@
-"""One layer of the cache, and the positions of a forward pass."""
+"""One layer of the cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from ratplus_exp.methods import Engine
+from ratplus_exp.methods import Engine, Method, States, Step
 from ratplus_exp.methods.selection import EMPTY
 from ratplus_kernels import gather_tokens
 
 ROOM = 64  # spare slots of each allocation
 # A layer's tensors and their batch dimensions
-BATCH = dict.fromkeys(("keys", "values", "select_by", "representatives", "held", "mass", "free"), 0)
-BATCH |= {"memory_state": 1}
-
-
-@dataclass
-class Step:
-    """Positions of the tokens of one forward pass, (B or 1, T), from 0 at each row's first token.
-
-    lengths: (B,) real tokens a row; None if all T are real, as after the prompt.
-    """
-
-    positions: Tensor
-    lengths: Tensor | None = None
-
-    @cached_property
-    def rows_of_length(self) -> dict[int, Tensor]:
-        """The rows of each length; cached, since reading lengths synchronises with the device."""
-        assert self.lengths is not None
-        rows: dict[int, list[int]] = {}
-        for row, length in enumerate(self.lengths.tolist()):
-            rows.setdefault(length, []).append(row)
-        device = self.lengths.device
-        return {length: torch.tensor(row, device=device) for length, row in rows.items()}
+BATCH = dict.fromkeys(("keys", "values", "select_by", "representatives", "queries"), 0)
+BATCH |= {"held": 0, "mass": 0, "free": 0, "memory_state": 1}
 
 
 class SparseLayer(DynamicLayer):
@@ -48,6 +27,7 @@ class SparseLayer(DynamicLayer):
     select by (B, K, slots, D).
 
     width: slots in use after the prompt in the longest row.
+    queries: (B, H, window, D), the prompt's last ones, see `Prefilled`.
     held: (B, K, slots), the token in each slot, for methods that evict. In phase "step": mass
         (B, K, slots), the tokens' scores, and free (B, K), the next token's slot.
     """
@@ -59,14 +39,10 @@ class SparseLayer(DynamicLayer):
     select_by: Tensor | None = None
     memory_state: Tensor | None = None
     representatives: Tensor | None = None
+    queries: Tensor | None = None
     held: Tensor | None = None
     mass: Tensor | None = None
     free: Tensor | None = None
-
-    def hold(self, keys: Tensor, values: Tensor, room: int) -> None:
-        """Copy the prompt's, which may be views of far larger tensors, with `room` more slots."""
-        self.width = keys.shape[2]
-        self.keys, self.values = (with_room(x, x.shape[2] + room) for x in (keys, values))
 
     def remember(self, state: Tensor) -> None:
         """Store the memory's state, in place if there was one."""
@@ -94,47 +70,45 @@ class SparseLayer(DynamicLayer):
                 tensors = [x if x.shape[2] == most else with_room(x, most, fill) for x in tensors]
             setattr(self, name, torch.cat(tensors, dim))
 
-    def hold_kept(
-        self,
-        engine: Engine,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        step: Step,
-        select_by: Tensor | None,
-        room: int,
-    ) -> None:
+    def hold(self, states: States, room: int) -> None:
+        """Copy the prompt's keys and values, which may be views of far larger tensors, with `room`
+        more slots."""
+        self.width = states.k.shape[2]
+        self.keys, self.values = (with_room(x, self.width + room) for x in (states.k, states.v))
+
+    def hold_kept(self, engine: Engine, index: int, states: States, room: int) -> None:
         """Store what an engine keeps of the prompt, together for rows of equal length, since an
         observation window ends with its row. All heads have as many slots as the largest; in phase
-        "step" one more and no room."""
-        method = engine.method
-        steps = method.phase == "step"
-        states = {"keys": k, "values": v, "select_by": select_by if steps else None}
+        "step" one more and no room. states.q: at least the last `observed` queries."""
+        method, (batch, heads, longest) = engine.method, states.k.shape[:3]
+        steps, lengths = method.phase == "step", states.step.lengths
         parts: list[tuple[Any, dict[str, Tensor]]] = []
-        groups: dict[int, Any] = {k.shape[2]: slice(None)}
-        for length, rows in (groups if step.lengths is None else step.rows_of_length).items():
-            part_engine = engine if step.lengths is None else engine.for_rows(rows)
-            part = {n: x[rows][:, :, :length] for n, x in states.items() if x is not None}
-            by = part["keys"] if select_by is None else select_by[rows][:, :, :length]
-            held, mass = part_engine.keep(q[rows][:, :, -length:], by, part["values"], layer)
-            index = held.clamp(max=length - 1)
-            part["keys"], part["values"] = gather_tokens(part["keys"], part["values"], index)
-            if "select_by" in part:
-                part["select_by"], _ = gather_tokens(by, by, index)
-            parts.append((rows, part | {"held": held} | ({"mass": mass} if steps else {})))
+        groups: dict[int, Any] = {longest: slice(None)}
+        for length, rows in (groups if lengths is None else states.step.rows_of_length).items():
+            part_engine = engine if lengths is None else engine.for_rows(rows)
+            q = states.q[rows][:, :, -length:]
+            k, v = states.k[rows][:, :, :length], states.v[rows][:, :, :length]
+            by = k if states.select_by is None else states.select_by[rows][:, :, :length]
+            held, mass = part_engine.keep(q, by, v, index)
+            tokens = held.clamp(max=length - 1)
+            keys, values = gather_tokens(k, v, tokens)
+            part = {"keys": keys, "values": values, "held": held}
+            if steps:
+                part["mass"] = mass
+                if states.select_by is not None:
+                    part["select_by"], _ = gather_tokens(by, by, tokens)
+            parts.append((rows, part))
         most = max(part["held"].shape[2] for _, part in parts)
-        self.width = method.k(layer, engine.layers) + 1 if steps else most
-        slots = self.width + (0 if steps else room)
-        needed = torch.full((len(k),), self.width, device=k.device)
+        self.width = method.k(index, engine.layers) + 1 if steps else most
+        needed = torch.full((batch,), self.width, device=states.k.device)
         if not steps:
             for rows, part in parts:
                 needed[rows] = (part["held"] != EMPTY).sum(-1).amax(1)
         engine.usage.slots.append(needed)
+        slots = self.width + (0 if steps else room)
         for name, like in parts[0][1].items():
-            whole = like.new_full((len(k), k.shape[1], slots, *like.shape[3:]), 0)
-            if name == "held":
-                whole.fill_(EMPTY)
+            fill = EMPTY if name == "held" else 0
+            whole = like.new_full((batch, heads, slots, *like.shape[3:]), fill)
             for rows, part in parts:
                 whole[rows, :, : part[name].shape[2]] = part[name]
             setattr(self, name, whole)
@@ -142,34 +116,60 @@ class SparseLayer(DynamicLayer):
             assert self.held is not None
             self.free = (self.held == EMPTY).int().argmax(-1)
 
-    def attend_in_steps(
-        self,
-        engine: Engine,
-        layer: int,
-        q: Tensor,
-        states: dict[str, Tensor | None],
-        positions: Tensor,
-    ) -> Tensor:
-        """Attention of the new tokens in order, each stored in the slot that the last one freed;
-        states: keys, values and select_by of the new tokens."""
+    def append(self, states: States, slots: Tensor, used: int) -> States:
+        """Store new tokens in the slots (B, K or 1, Q). Returns the states to attend with: the keys
+        and values of the first `used` slots."""
+        new = {"keys": states.k, "values": states.v, "select_by": states.select_by}
+        new["held"] = states.step.positions[:, None]
+        stored: dict[str, Any] = {}
+        for name, x in new.items():
+            tensor = getattr(self, name)
+            if tensor is not None and x is not None:
+                if used > tensor.shape[2]:
+                    tensor = with_room(tensor, used + ROOM, EMPTY if name == "held" else 0)
+                index, shape = slots, (*tensor.shape[:2], *x.shape[2:])
+                index = index if x.dim() == 3 else index[..., None]
+                setattr(self, name, tensor.scatter_(2, index.expand(shape), x.expand(shape)))
+            stored[name] = None if tensor is None else tensor[:, :, :used]
+        return replace(states, k=stored.pop("keys"), v=stored.pop("values"), **stored)
+
+    def attend_in_steps(self, engine: Engine, index: int, states: States) -> Tensor:
+        """Attention of the new tokens in order, each stored in the slot that the last one freed."""
         out = []
         assert self.free is not None and self.held is not None and self.mass is not None
-        for i in range(q.shape[2]):
-            now = slice(i, i + 1)
-            query, position, slot = q[:, :, now], positions[:, now], self.free[..., None]
-            for name, new in states.items():
-                if (stored := getattr(self, name)) is not None and new is not None:
-                    append(stored, slot, new[:, :, now])
-            append(self.held, slot, position[:, None])
-            by = self.keys if self.select_by is None else self.select_by
-            assert self.keys is not None and self.values is not None and by is not None
-            out.append(
-                engine.decode(query, self.keys, self.values, position, None, layer, self.held)
-            )
-            mass, free = engine.evict(query, by, self.held, self.mass, position, layer)
+        for i in range(states.q.shape[2]):
+            now: dict[str, Any] = {
+                name: None if x is None else x[:, :, i : i + 1]
+                for name in ("q", "k", "v", "select_by")
+                for x in [getattr(states, name)]
+            }
+            token = replace(states, step=Step(states.step.positions[:, i : i + 1]), **now)
+            stored = self.append(token, self.free[..., None], self.held.shape[2])
+            out.append(engine.decode(stored, index))
+            mass, free = engine.evict(stored, self.mass, index)
             self.mass.copy_(mass)
             self.free.copy_(free)
         return torch.cat(out, dim=2)
+
+    def update_representatives(self, method: Method, positions: Tensor, used: int) -> None:
+        """Recompute the representatives of the new tokens' blocks; slots are positions."""
+        old, keys = self.representatives, self.keys if self.select_by is None else self.select_by
+        if old is None:
+            return
+        assert keys is not None
+        size = method.block_size
+        if missing := max(0, -(-used // size) - old.shape[2]):
+            old = F.pad(old, (0, 0, 0, missing))
+        local = positions // size  # (B, Q)
+        changed = torch.arange((positions.shape[1] + size - 2) // size + 1, device=keys.device)
+        block = torch.minimum(local[:, :1] + changed, local[:, -1:])  # (B, blocks)
+        # Missing tokens of a partial block may have any key: it is forced, so its score is unused.
+        token = block[..., None] * size + torch.arange(size, device=keys.device)
+        token = token.clamp(max=keys.shape[2] - 1).flatten(1)[:, None, :, None]
+        tokens = keys.gather(2, token.expand(-1, keys.shape[1], -1, keys.shape[3]))
+        new = method.represent(tokens.unflatten(2, (-1, size)))
+        block = block[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+        self.representatives = old.scatter_(2, block, new)
 
 
 def last_queries(q: Tensor, lengths: Tensor | None, count: int) -> Tensor:
@@ -188,12 +188,3 @@ def with_room(states: Tensor, slots: int, fill: int = 0) -> Tensor:
     """A copy of states (B, K, T, ...) in a tensor of `slots` slots."""
     room = (*states.shape[:2], slots - states.shape[2], *states.shape[3:])
     return torch.cat((states, states.new_full(room, fill)), dim=2)
-
-
-def append(stored: Tensor, slots: Tensor, new: Tensor, needed: int = 0, fill: int = 0) -> Tensor:
-    """`stored` (B, K, T, ...) with `new` (B, K or 1, Q, ...) in the slots (B, K or 1, Q)."""
-    if needed > stored.shape[2]:
-        stored = with_room(stored, needed + ROOM, fill)
-    shape = (*stored.shape[:2], *new.shape[2:])
-    index = slots if new.dim() == 3 else slots[..., None]
-    return stored.scatter_(2, index.expand(shape), new.expand(shape))

@@ -210,8 +210,7 @@ def load_model(
     rope: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The model of a folder, in evaluation mode; dtype as in `dtype_on`, rope as in `load_config`.
-    It decodes greedily:
-    penalties and temperatures of its generation config are ignored."""
+    It decodes greedily: penalties and temperatures of its generation config are ignored."""
     disable_progress_bar()
     for file in weight_files(path):
         _check_dtypes(file)

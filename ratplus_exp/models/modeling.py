@@ -13,16 +13,15 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ratplus_exp.memory import Memory, memory_of
-from ratplus_exp.methods import Engine
-from ratplus_exp.models.cache import SparseCache
 from ratplus_exp.models.configuration import RatPlusConfig
 from ratplus_exp.models.forward_pass import ForwardPass, rotate
-from ratplus_exp.models.generation import SavedWithCode
+from ratplus_exp.models.hf import EngineDecoder, SavedWithCode
 
 
 class SelfAttention(nn.Module):
@@ -46,11 +45,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], forward_pass: ForwardPass) -> Tensor:
         o, q, k, v = self.in_proj(x).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (B, T, ·, D)
-        k, v, select_by = forward_pass.keys_and_values(self.memory, self.layer, x, k, v, rope)
+        k, v, by = forward_pass.memorise_and_rotate(self.memory, self.layer, x, k, v, rope)
         q, k, v = (part.transpose(1, 2) for part in (rotate(q, rope), k, v))
-        if select_by is not None:
-            select_by = select_by.transpose(1, 2)
-        out = forward_pass.attend(self.layer, q, k, v, select_by).transpose(1, 2).flatten(2)
+        by = None if by is None else by.transpose(1, 2)
+        out = forward_pass.attend(self.layer, q, k, v, by).transpose(1, 2).flatten(2)
         return self.out_proj(torch.sigmoid(o) * out)
 
 
@@ -86,16 +84,13 @@ class RatPlusPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
 
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, Memory):
-            module.initialize(std, self.config.gate_bias)
+        if isinstance(module, Memory):
+            module.initialize(self.config.initializer_range, self.config.gate_bias)
+        else:
+            super()._init_weights(module)
 
 
-class RatPlusModel(RatPlusPreTrainedModel):
+class RatPlusModel(EngineDecoder, RatPlusPreTrainedModel):
     def __init__(self, config: RatPlusConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -105,63 +100,30 @@ class RatPlusModel(RatPlusPreTrainedModel):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: SparseCache | None = None,
-        use_cache: bool | None = None,
-        engine: Engine | None = None,
-        **_: Any,
+    def run_layers(
+        self, input_ids: Tensor, forward_pass: ForwardPass, **_: Any
     ) -> BaseModelOutputWithPast:
-        """Last hidden states (B, T, C).
-
-        attention_mask (B, tokens so far) may be zero at the left of a prompt: padding. `engine` is
-        for passes without a cache.
-        """
-        input_ids, forward_pass = ForwardPass.open(
-            self, input_ids, attention_mask, past_key_values, use_cache, engine
-        )
         x = self.embed_tokens(input_ids)
         cos, sin = _rope(forward_pass.step.positions, self.config.head_dim, self.config.rope_theta)
         dtype = _projected_dtype(x)  # under autocast x itself is fp32
         rope = (cos.to(dtype), sin.to(dtype))
         for layer in self.layers:
             x = layer(x, rope, forward_pass)
-        x = forward_pass.close(self.norm(x))
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=forward_pass.cache)
+        cache: Any = forward_pass.cache
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
 
 
 class RatPlusForCausalLM(SavedWithCode, RatPlusPreTrainedModel, GenerationMixin):
+    """Takes, beside the usual arguments, `engine`, as RatPlusModel."""
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    forward = LlamaForCausalLM.forward
 
     def __init__(self, config: RatPlusConfig) -> None:
         super().__init__(config)
         self.model = RatPlusModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: SparseCache | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        engine: Engine | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), and with labels (B, T; -100 ignored) the mean next-token loss."""
-        outputs = self.model(input_ids, attention_mask, past_key_values, use_cache, engine)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values
-        )
 
 
 def _rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ratplus_exp.models.configuration import RatPlusConfig
+from ratplus_exp.models.modeling import RatPlusForCausalLM
 
 OUTSIDE = {  # P2's name: ours
     "embedding.wte.weight": "model.embed_tokens.weight",
@@ -30,6 +31,7 @@ LAYER = {  # under backbone.layers.I. and model.layers.I.
     "hidden_layer.fc2.weight": "ffn.fc2.weight",
 }
 IN_PROJ, GATE = "seq_layer.in_proj.weight", "seq_layer.fgate_proj.weight"
+OUR_GATE = "attention.memory.weight"
 
 
 class _EasyDict:
@@ -66,31 +68,18 @@ def read_p2(path: Path) -> dict[str, Tensor]:
 
 
 def p2_shapes(config: RatPlusConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a checkpoint of this architecture."""
-    width, ffn = config.hidden_size, config.intermediate_size
+    """Name and shape of every tensor in a checkpoint of this architecture; ValueError if P2's
+    layout does not support it."""
     if (config.memory_kind, config.memory_on, config.shared_gate) != ("gate", "kv", True):
         raise ValueError(
             "P2's memory is on keys and values, by one gate: see memory_kind, memory_on and "
             "shared_gate"
         )
-    if config.num_key_value_heads * config.head_dim != width:
+    if config.num_key_value_heads * config.head_dim != config.hidden_size:
         raise ValueError("P2's layout has no grouped-query attention: every head has its own K, V")
-    layer: dict[str, tuple[int, ...]] = {
-        "seq_layer.input_norm.weight": (width,),
-        IN_PROJ: ((5 if config.memory else 4) * width, width),
-        "seq_layer.out_proj.weight": (width, width),
-        "hidden_layer.ln.weight": (width,),
-        "hidden_layer.fc1.weight": (ffn, width),
-        "hidden_layer.fc2.weight": (width, ffn),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding.wte.weight": (config.vocab_size, width),
-        "backbone.ln.weight": (width,),
-        "head.lm_head.weight": (config.vocab_size, width),
-    }
-    for i in range(config.num_hidden_layers):
-        shapes |= {f"backbone.layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes
+    with torch.device("meta"):
+        state = RatPlusForCausalLM(config).state_dict()
+    return {name: tuple(x.shape) for name, x in _in_p2_layout(state, config).items()}
 
 
 def from_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tensor]:
@@ -125,13 +114,19 @@ def to_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tenso
     ValueError for what P2's layout does not support, such as a bias of the gates.
     """
     p2_shapes(config)  # checks the config
+    for name, x in state.items():
+        if name.endswith("memory.bias") and x.any():
+            raise ValueError(f"{name} is not zero: P2's gates have no bias")
+    return _in_p2_layout(state, config)
+
+
+def _in_p2_layout(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tensor]:
+    """P2's state dict, but for the gates' biases."""
     result = {p2_name: state[name] for p2_name, name in _names(config).items()}
     for i in range(config.num_hidden_layers if config.memory else 0):
-        memory, in_proj = f"model.layers.{i}.attention.memory", f"backbone.layers.{i}.{IN_PROJ}"
-        if state[f"{memory}.bias"].any():
-            raise ValueError(f"{memory}.bias is not zero: P2's gates have no bias")
-        result[in_proj] = torch.cat((result[in_proj], state[f"{memory}.weight"]))
-    _check(result, config)
+        gate = state[f"model.layers.{i}.attention.memory.weight"]
+        in_proj = f"backbone.layers.{i}.{IN_PROJ}"
+        result[in_proj] = torch.cat((result[in_proj], gate))
     return result
 
 

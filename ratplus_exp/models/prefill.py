@@ -6,7 +6,6 @@ prefill. It is computed once, and each of them continues from a copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ratplus_exp.memory import gate_statistics
+from ratplus_exp.methods import States, Step
 from ratplus_exp.models.cache import SparseCache
-from ratplus_exp.models.layer import Step, last_queries
+from ratplus_exp.models.layer import last_queries
 
 PIECE = 4 << 20  # bytes of a layer's activations, up to which a CPU processes rows together
 
@@ -30,7 +30,6 @@ class Prefilled(SparseCache):
     def __init__(self, num_layers: int, window: int, room: int) -> None:
         super().__init__(num_layers, room=room)
         self.window = window
-        self.queries: list[Tensor] = []  # (B, H, window, D) a layer
 
     @cached_property
     def step(self) -> Step:
@@ -39,39 +38,24 @@ class Prefilled(SparseCache):
         positions = torch.arange(self.seen, device=self.processed.device)[None]
         return Step(positions, self.processed if self.ragged else None)
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        step: Step,
-        select_by: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, index: int, states: States) -> Tensor:
         assert self.is_empty, "only a prompt is prefilled"
-        store = self.layers[layer]
-        self.queries.append(last_queries(q, step.lengths, self.window).clone())
-        store.keys, store.values = _compact(k), _compact(v)
-        store.select_by = None if select_by is None else _compact(select_by)
-        return self.engine.prefill(q, k, v, step.lengths, layer)
-
-    def reset(self) -> None:
-        super().reset()
-        self.queries = []
-
-    def join(self, parts: Sequence[Prefilled]) -> None:
-        super().join(parts)
-        self.queries = [torch.cat(x) for x in zip(*(part.queries for part in parts), strict=True)]
+        layer = self.layers[index]
+        layer.queries = last_queries(states.q, states.step.lengths, self.window).clone()
+        layer.keys, layer.values = _compact(states.k), _compact(states.v)
+        layer.select_by = None if states.select_by is None else _compact(states.select_by)
+        return self.engine.prefill(states, index)
 
     def copy_to(self, cache: SparseCache) -> None:
         """Bring an empty cache into the state after these prompts."""
-        assert cache.is_empty and cache.engine.method.dense_prefill
-        for i, (store, queries) in enumerate(zip(self.layers, self.queries, strict=True)):
-            assert store.keys is not None and store.values is not None
-            if store.memory_state is not None:
-                cache.layers[i].memory_state = store.memory_state.clone()
-            cache.store_prompt(i, queries, store.keys, store.values, self.step, store.select_by)
-        cache.advance(self.step, len(self.queries[0]))
+        assert cache.is_empty and cache.engine.method.dense_prefill and self.processed is not None
+        for i, layer in enumerate(self.layers):
+            q, k, v, by = layer.queries, layer.keys, layer.values, layer.select_by
+            assert q is not None and k is not None and v is not None
+            if layer.memory_state is not None:
+                cache.layers[i].memory_state = layer.memory_state.clone()
+            cache.store_prompt(i, States(q, k, v, self.step, by))
+        cache.advance(self.step, len(self.processed))
 
 
 class PromptBatch:

@@ -221,7 +221,7 @@ def _model(cfg: DictConfig, tokenizer: Tokenizer) -> PreTrainedModel:
     check_model(start, None, "ratplus" if has_memory else "attention")
     model = load_model(start, torch.device("cpu"))
     if memory and not has_memory:
-        return add_memory(model, cfg.seed, **{name: architecture[name] for name in settings})
+        return add_memory(model, **{name: architecture[name] for name in settings})
     if has_memory and not memory:
         raise ValueError(f"{start} has the memory: set model to a ratplus backbone")
     for name in sorted(settings) if has_memory else ():

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ratplus_exp.cost import Shape, attended_keys, peak_tflops
 from ratplus_exp.distributed import rank, sum_over_ranks, world_size
 from ratplus_exp.memory import gate_statistics
-from ratplus_exp.methods import Engine, Method, Uncounted
+from ratplus_exp.methods import Engine, Method
 from ratplus_exp.store import naming, write_atomically
 from ratplus_exp.training.batches import Batches, BatchOf
 from ratplus_exp.training.checkpoint import Checkpoints
@@ -203,7 +203,7 @@ class Trainer:
     def _train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         row = {}
         for pattern in self._patterns():
-            engine = Engine(pattern, usage=Uncounted()) if pattern else None
+            engine = Engine(pattern, counted=frozenset()) if pattern else None
             prefix = "sparse_" if pattern else ""
             for name, value in self._optimizer_step(micro_batches, engine).items():
                 row[prefix + name] = value

@@ -8,7 +8,7 @@ import pytest
 import torch
 from block_attention import attend, states
 
-from ratplus_exp.methods import Engine, MoBA
+from ratplus_exp.methods import Engine, MoBA, States, Step
 from ratplus_kernels import moba_prefill
 from ratplus_kernels.moba_prefill import moba_prefill_torch
 
@@ -28,10 +28,14 @@ def inputs(block_size, top_k, length, **sizes):
     return states(queries=length, length=length, **sizes)
 
 
+def step_of(q):
+    return Step(torch.arange(q.shape[2], device=q.device)[None])
+
+
 def definition(q, k, v, block_size, top_k, means=None):
     """What models compute where no kernel runs."""
     engine = Engine(MoBA(block_size, top_k), recorder=lambda *_: None)
-    return engine.prefill(q, k, v, None, layer=0, representatives=means)
+    return engine.prefill(States(q, k, v, step_of(q), representatives=means), layer=0)
 
 
 def check(out, q, k, v, block_size, top_k, means=None):
@@ -150,7 +154,7 @@ def test_gradients_go_through_the_engine(triton_device):
     q, k, v = (x.contiguous() for x in inputs(4, 3, length=20, device=triton_device))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     assert moba_prefill(q, k, v, block_size=4, top_k=3) is None
-    Engine(MoBA(4, 3)).prefill(q, k, v, None, layer=0).sum().backward()
+    Engine(MoBA(4, 3)).prefill(States(q, k, v, step_of(q)), layer=0).sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
 
 

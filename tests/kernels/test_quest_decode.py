@@ -6,7 +6,7 @@ import pytest
 import torch
 from block_attention import attend, states
 
-from ratplus_exp.methods import Engine, Quest
+from ratplus_exp.methods import Engine, Quest, States, Step
 from ratplus_kernels import quest_decode
 from ratplus_kernels.quest_decode import quest_decode_torch
 
@@ -35,7 +35,7 @@ def inputs(block_size, top_k, **sizes):
 def definition(q, k, v, reps, positions, block_size, top_k):
     """What models compute where no kernel runs."""
     engine = Engine(Quest(block_size, top_k), recorder=lambda *_: None)
-    return engine.decode(q, k, v, positions, reps, layer=0)
+    return engine.decode(States(q, k, v, Step(positions), representatives=reps), layer=0)
 
 
 def representatives(k, block_size):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ratplus_exp.methods import BlockMethod, Dense, Dilated, MoBA, Quest, SnapKV
+from ratplus_exp.methods import BlockMethod, Dense, Dilated, MoBA, Quest, SnapKV, States, Step
 from ratplus_exp.methods.evicting import H2O, TOVA
 from ratplus_exp.methods.exact import TopKBlocks, TopKTokens
 from ratplus_exp.methods.expected_attention import ExpectedAttention
@@ -24,7 +24,6 @@ from ratplus_exp.methods.union import MoBADilated, QuestDilated
 from ratplus_exp.methods.vertical_slash import VerticalSlash
 from ratplus_exp.methods.xattention import XAttention
 from ratplus_exp.models.cache import SparseCache
-from ratplus_exp.models.layer import Step
 
 
 @dataclass(eq=False)
@@ -430,7 +429,7 @@ def attend(engine, q, k, v, prompts, steps, layer=0, select_by=None):
     out = torch.full(q.shape, math.nan, dtype=q.dtype)
     step = Step(torch.arange(width)[None], lengths if min(prompts) < width else None)
     by = None if select_by is None else select_by[:, :, :width]
-    prompt = cache.attend(layer, *(x[:, :, :width] for x in (q, k, v)), step, by)
+    prompt = cache.attend(layer, States(*(x[:, :, :width] for x in (q, k, v)), step, by))
     cache.advance(step, len(prompts))
     for b, length in enumerate(prompts):
         out[b, :, :length] = prompt[b, :, :length]
@@ -438,7 +437,7 @@ def attend(engine, q, k, v, prompts, steps, layer=0, select_by=None):
         step = Step((lengths + i)[:, None])
         new = (x[row, :, lengths + i].unsqueeze(2) for x in (q, k, v))
         by = None if select_by is None else select_by[row, :, lengths + i].unsqueeze(2)
-        out[row, :, lengths + i] = cache.attend(layer, *new, step, by)[:, :, 0]
+        out[row, :, lengths + i] = cache.attend(layer, States(*new, step, by))[:, :, 0]
         cache.advance(step, len(prompts))
     return out, cache
 

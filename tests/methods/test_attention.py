@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from brute_force import attend, attend_by_hand, states
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ratplus_exp.methods import Dilated, Engine, MoBA
+from ratplus_exp.methods import Dilated, Engine, MoBA, States, Step
 
 
 @pytest.fixture
@@ -54,8 +54,9 @@ def test_dilated_attention_is_one_graph():
     """In training each layer is compiled."""
     q, k, v = states(2, length=600)
     method = Dilated(dilation=64, local=64, initial=1)
+    given = States(q, k, v, Step(torch.arange(600)[None]))
     compiled = torch.compile(method.attend_prefill, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(q, k, v), method.attend_prefill(q, k, v))
+    torch.testing.assert_close(compiled(given), method.attend_prefill(given))
 
 
 def test_dilated_training_takes_few_operations():
@@ -68,6 +69,7 @@ def test_dilated_training_takes_few_operations():
             return op(*args, **(kwargs or {}))
 
     q, k, v = (torch.randn(1, 1, 4096, 4, requires_grad=True) for _ in range(3))
+    given = States(q, k, v, Step(torch.arange(4096)[None]))
     with Count():
-        Dilated(dilation=64, local=64, initial=1).attend_prefill(q, k, v).sum().backward()
+        Dilated(dilation=64, local=64, initial=1).attend_prefill(given).sum().backward()
     assert len(counted) < 150

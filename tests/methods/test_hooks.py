@@ -6,13 +6,23 @@ import pytest
 import torch
 from brute_force import attend, attention, held, rows_of, seen, states
 
-from ratplus_exp.methods import Dense, Engine, MoBA, Oracle, Quest, Random, SnapKV, TopK
+from ratplus_exp.methods import (
+    Dense,
+    Engine,
+    MoBA,
+    Oracle,
+    Quest,
+    Random,
+    SnapKV,
+    States,
+    Step,
+    TopK,
+)
 from ratplus_exp.methods.evicting import H2O, TOVA
 from ratplus_exp.methods.kascade import Shared
 from ratplus_exp.methods.snapkv import AdaKV, PyramidKV
 from ratplus_exp.methods.sparq import SparQ
 from ratplus_exp.models.cache import SparseCache
-from ratplus_exp.models.layer import Step
 
 PROMPTS, STEPS = [30, 9, 17], 7
 stepwise = pytest.mark.parametrize("method", [TOVA(top_k=12), H2O(top_k=12, window=4)], ids=str)
@@ -25,7 +35,7 @@ def test_a_layer_takes_over_the_selection_of_its_anchor():
     for start, end in [(0, 30), *((t, t + 1) for t in range(30, 30 + STEPS))]:
         step = Step(torch.arange(start, end).expand(batch, -1))
         for layer, part in enumerate(parts):
-            out = cache.attend(layer, *(x[:, :, start:end] for x in part), step)
+            out = cache.attend(layer, States(*(x[:, :, start:end] for x in part), step))
         cache.advance(step, batch)
         for b, head in ((b, head) for b in range(batch) for head in range(4) if start):
             where, row = seen(method, chooser[b], head, start), own[b]
@@ -42,7 +52,7 @@ def test_a_pyramid_keeps_less_in_later_layers_and_the_budget_on_average():
     cache = SparseCache(4, Engine(PyramidKV(top_k=12, window=4)), room=0)
     q, k, v = states(2)
     for layer in range(4):
-        cache.attend(layer, q, k, v, Step(torch.arange(37)[None]))
+        cache.attend(layer, States(q, k, v, Step(torch.arange(37)[None])))
     assert [layer.keys.shape[2] for layer in cache.layers] == [20, 15, 9, 4]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ratplus_kernels
-from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Quest, SnapKV
+from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Quest, SnapKV, States, Step
 from ratplus_exp.methods import dilated as dilated_module
 from ratplus_exp.models import forward_pass
 
@@ -172,16 +172,14 @@ def test_one_pass_is_for_the_memory_of_the_papers(
 def test_a_subclass_does_not_inherit_a_kernel_for_another_score(triton_device, method):
     other = type("Other", (type(method),), {})(**vars(method))
     q, k = torch.randn(2, 1, 2, 20, 8, device=triton_device)
-    positions = torch.tensor([[19]], device=triton_device)
-    representatives = torch.zeros(1, 2, 5, 16, device=triton_device)
-    last = q[:, :, -1:]
-    calls = {
-        "attend_prefill": (q, k, k),
-        "attend_decode": (last, k, k, representatives, positions, True),
-    }
-    own = [name for name, states in calls.items() if getattr(method, name)(*states) is not None]
+    positions = torch.arange(20, device=triton_device)[None]
+    bounds = torch.zeros(1, 2, 5, 16, device=triton_device)
+    prompt = States(q, k, k, Step(positions))
+    step = States(q[:, :, -1:], k, k, Step(positions[:, -1:]), None, bounds, all_seen=True)
+    calls = {"attend_prefill": prompt, "attend_decode": step}
+    own = [name for name, states in calls.items() if getattr(method, name)(states) is not None]
     assert own
-    assert all(getattr(other, name)(*calls[name]) is None for name in own)
+    assert all(getattr(other, name)(calls[name]) is None for name in own)
     assert other.represent_blocks(None) is None
 
 
@@ -212,7 +210,7 @@ def test_dilated_prefill_in_chunks_is_its_mask(monkeypatch, length, chunk, at_on
         ]
     ).bool()
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
-    out = method.attend_prefill(q, k, v)
+    out = method.attend_prefill(States(q, k, v, Step(position[None])))
     torch.testing.assert_close(out, wanted)
     assert torch.equal(method.attended(position), seen.sum(-1))
     grads = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, wanted)]
@@ -229,6 +227,7 @@ def test_a_replayed_step_counts_its_own_tokens():
     for position in (5, 15):
         positions.fill_(position)
         for layer in (1, 2):
-            engine.decode(q, k, v, positions, bounds, layer=layer, all_seen=True)
+            given = States(q, k, v, Step(positions), None, bounds, all_seen=True)
+            engine.decode(given, layer)
             counted.append(float(engine.usage.attended[-1]))
     assert counted == [6, 6, 12, 12]  # blocks of 4: two of two so far, then three whole ones

@@ -1,20 +1,17 @@
 """docs/methods.md is what the classes say, and every method is tested and names its source."""
 
 import re
-from pathlib import Path
 
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from test_methods import METHODS
 
 from ratplus_exp.methods import Layers
-from ratplus_exp.methods.__main__ import CONF, page
-
-DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
+from ratplus_exp.methods.__main__ import CONF, PAGE, page
 
 
 def test_the_committed_page_is_up_to_date():
-    assert DOCS.read_text() == page(), "python -m ratplus_exp.methods > docs/methods.md"
+    assert PAGE.read_text() == page(), "run python -m ratplus_exp.methods"
 
 
 def test_every_method_is_tested_and_names_a_paper():

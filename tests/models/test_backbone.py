@@ -186,9 +186,9 @@ def test_everything_in_attention_is_bf16_under_autocast(make_model, make_ids, mo
     seen = []
     prefill = Engine.prefill
 
-    def watched(self, q, k, v, *rest, **more):
-        seen.extend((q.dtype, k.dtype, v.dtype))
-        return prefill(self, q, k, v, *rest, **more)
+    def watched(self, states, layer):
+        seen.extend(x.dtype for x in (states.q, states.k, states.v))
+        return prefill(self, states, layer)
 
     monkeypatch.setattr(Engine, "prefill", watched)
     with torch.autocast("cpu", torch.bfloat16):

@@ -136,7 +136,7 @@ def test_the_model_reads_the_prompts_once(make_model, make_ids, monkeypatch):
 
 def test_methods_say_whether_their_prefill_is_dense():
     class Own(Quest):
-        def attend_prefill(self, q, k, v, representatives=None):
+        def attend_prefill(self, states):
             return None
 
     assert [m.dense_prefill for m in METHODS] == [True] * 8 + [False] * 2
@@ -149,7 +149,7 @@ def test_a_prefill_keeps_no_larger_tensors_alive(make_model, make_ids):
     prompts = PromptBatch(model, ids, torch.ones_like(ids), shared=(WINDOW, TOKENS))
     prompts.prefill(model.new_cache(Engine()))
     prefilled, _ = prompts._prefilled
-    for layer, queries in zip(prefilled.layers, prefilled.queries, strict=True):
-        for states in (layer.keys, layer.values, queries):
+    for layer in prefilled.layers:
+        for states in (layer.keys, layer.values, layer.queries):
             assert states.untyped_storage().nbytes() == states.numel() * states.element_size()
-        assert queries.shape[2] == WINDOW
+        assert layer.queries.shape[2] == WINDOW

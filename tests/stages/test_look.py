@@ -29,9 +29,10 @@ def looked(job, pair, monkeypatch):
         def call(self, *args, **named):
             given = signature.bind(self, *args, **named).arguments
             if self.recorder is not None:
-                first = int(given["positions"][0, 0]) if name == "decode" else 0
-                states = given["layer"], given["q"][0], given["k"][0].clone(), first
-                runs.setdefault(id(self), (self, []))[1].append((name, *states))
+                states = given["states"]
+                first = int(states.step.positions[0, 0])
+                seen = (name, given["layer"], states.q[0], states.k[0].clone(), first)
+                runs.setdefault(id(self), (self, []))[1].append(seen)
             return original(self, *args, **named)
 
         monkeypatch.setattr(Engine, name, call)

@@ -25,8 +25,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from ratplus_bench.timing import Machine, Row
 from ratplus_exp.cost import Shape
-from ratplus_exp.methods import Dense, Engine, Method, MoBA, Quest, SnapKV
-from ratplus_exp.models.cache import Step
+from ratplus_exp.methods import Dense, Engine, Method, MoBA, Quest, SnapKV, States, Step
 from ratplus_exp.models.hf import attach_engine
 from ratplus_exp.models.loading import load_model
 from ratplus_exp.models.prefill import PromptBatch
@@ -131,7 +130,7 @@ class _Case:
         for name, method in methods.items():
             cache = self.model.new_cache(Engine(method), room=STEPS + 1)
             for layer in range(self.shape.layers):
-                cache.store_prompt(layer, q, k, v, step, None)
+                cache.store_prompt(layer, States(q, k, v, step))
                 if self.shape.memory_state:
                     cache.layers[layer].memory_state = torch.stack((k, v))[:, :, :, -1]
             cache.advance(step, self.batch)

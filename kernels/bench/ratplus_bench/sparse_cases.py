@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ratplus_bench.timing import Case, Form, Machine
-from ratplus_exp.methods import Engine, Method, MoBA, Quest, SnapKV, Uncounted
+from ratplus_exp.methods import Engine, Method, MoBA, Quest, SnapKV, States, Step
 from ratplus_kernels import attention_mass, gather_tokens, memory_scan
 from ratplus_kernels.dispatch import definitions
 from ratplus_kernels.snapkv import window_logits
@@ -77,7 +77,7 @@ def _shape(length: int, machine: Machine) -> Shape:
 
 
 def _engine(method: Method) -> Engine:
-    return Engine(method, usage=Uncounted())
+    return Engine(method, counted=frozenset())
 
 
 def _name(shape: Shape) -> str:
@@ -114,7 +114,8 @@ def quest(shape: Shape, size: int, top_k: int, machine: Machine) -> Case:
         return q, k, v, bounds, torch.full((b, 1), t - 1, device=machine.device)
 
     def decode(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, last: Tensor) -> Tensor:
-        return engine.decode(q, k, v, last, bounds, layer=0, all_seen=True)
+        states = States(q, k, v, Step(last), representatives=bounds, all_seen=True)
+        return engine.decode(states, layer=0)
 
     def gathered(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, _: Tensor) -> Tensor:
         """The usual recipe: scores, top-k, a gather of whole blocks, dense attention to them."""
@@ -156,7 +157,8 @@ def moba(shape: Shape, size: int, top_k: int, correlated: bool, machine: Machine
         return q, k, v, engine.block_representatives(k)
 
     def prefill(q: Tensor, k: Tensor, v: Tensor, means: Tensor | None = None) -> Tensor:
-        return engine.prefill(q, k, v, None, layer=0, representatives=means)
+        step = Step(torch.arange(t, device=q.device)[None])
+        return engine.prefill(States(q, k, v, step, representatives=means), layer=0)
 
     seen = sum(min(n + 1, top_k) - 0.5 for n in range(blocks)) * size * size  # pairs a head
     flops = b * h * d * (4 * seen + t * blocks)  # the causal half of the gate's scores
