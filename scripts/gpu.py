@@ -62,7 +62,7 @@ class NotRun(Exception):
 def kernels(out: Path) -> Steps:
     """The kernels' tests; on a GPU the same ones take real shapes."""
     if DRY:  # the bench's dry run interprets the others
-        file = "tests/kernels/test_memory_scan_triton.py"
+        file = "tests/kernels/test_memory_scan.py"
         yield 90, [f"{interpreted()} python -m pytest -v -k 'not gradients' {file}"]
     else:
         files = "tests/kernels"

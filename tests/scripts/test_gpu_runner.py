@@ -41,6 +41,14 @@ def records(gpu, pieces, monkeypatch, *arguments):
             for piece in pieces}  # fmt: skip
 
 
+@pytest.mark.parametrize("dry", [False, True])
+def test_the_files_of_the_kernels_tests_exist(gpu, monkeypatch, tmp_path, dry):
+    monkeypatch.setattr(gpu, "DRY", dry)
+    commands = [command for _, commands in gpu.kernels(tmp_path) for command in commands]
+    files = re.findall(r"tests/\S+", " ".join(commands))
+    assert files and all((ROOT / file).exists() for file in files)
+
+
 def test_pieces_end_within_their_limits_and_none_stops_another(gpu, monkeypatch, tmp_path):
     def slow(out):  # a child of a child that heeds no signal writes on until it is killed
         write = f"import time\nwhile True: open({str(out / 'beat')!r}, 'w'); time.sleep(.02)"
