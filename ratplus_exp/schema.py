@@ -280,10 +280,12 @@ class Grids(Measuring):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomSelector(Grids):
+class RandomSelector(Measuring):
     name: Literal["random_selector"]
     selector_seeds: Seeds
+    models: Names = field(default_factory=list)
     cells: dict[Name, Grid] = field(default_factory=dict)
+    workers: Processes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,12 +142,10 @@ def small(out: Path) -> Steps:
         return run(out, trial(name, "_training"), more)
 
     # Shares of the time at whose end each of them is to be done; a slow start has LATE in addition.
-    base, trained, tuned, tables = (share * SMALL for share in (0.33, 0.56, 0.77, 0.93))
+    base, trained, tuned, tables = (share * SMALL for share in (0.28, 0.68, 0.8, 0.93))
     yield base + LATE, [training("small_base", 14, base)]
     yield trained + LATE, [training(model, 7, trained) for model in models]
-    # Attention takes twice as many prompts, of 27 ms of a core each.
-    workers = {"small_attention": 9, "small_ratplus": 5}
-    yield tuned + LATE, [training(f"{x}_sft", n, tuned) for x, n in workers.items()]
+    yield tuned + LATE, [training(f"{model}_sft", 7, tuned) for model in models]
     rest = f"pair=small {'data.examples=1' if DRY else 'data.examples=50 pair.random_examples=25'}"
     cells = f"experiment=[table3,table5{',small_trial' * DRY}] {rest} stage.batch_size=25"
     cells = f"{cells} pair.workers={1 if DRY else 5}"

@@ -31,7 +31,6 @@ LAYER = {  # under backbone.layers.I. and model.layers.I.
     "hidden_layer.fc2.weight": "ffn.fc2.weight",
 }
 IN_PROJ, GATE = "seq_layer.in_proj.weight", "seq_layer.fgate_proj.weight"
-OUR_GATE = "attention.memory.weight"
 
 
 class _EasyDict:
@@ -113,11 +112,13 @@ def to_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tenso
 
     ValueError for what P2's layout does not support, such as a bias of the gates.
     """
-    p2_shapes(config)  # checks the config
+    p2_shapes(config)  # refuses a memory that the layout lacks
     for name, x in state.items():
         if name.endswith("memory.bias") and x.any():
             raise ValueError(f"{name} is not zero: P2's gates have no bias")
-    return _in_p2_layout(state, config)
+    result = _in_p2_layout(state, config)
+    _check(result, config)
+    return result
 
 
 def _in_p2_layout(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tensor]:

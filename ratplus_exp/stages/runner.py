@@ -45,8 +45,8 @@ class Session:
         self.sources: dict[str, Samples] = {}
 
     def source(self, job: Job) -> Samples:
-        """One for each data configuration, since it reads RULER's files."""
-        name = str((job.path, plain(job.cfg.data), job.cfg.seed))
+        """One for each kind and data configuration, since it reads RULER's files."""
+        name = str((job.stage.samples, job.path, plain(job.cfg.data), job.cfg.seed))
         if name not in self.sources:
             self.sources[name] = job.stage.samples(job.cfg, load_tokenizer(job.path))
         return self.sources[name]

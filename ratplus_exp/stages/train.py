@@ -250,6 +250,7 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
     def fixed(config: dict[str, Any]) -> dict[str, Any]:
         free = ("folder", "optimizer", "workers")
         stage = {k: v for k, v in config["stage"].items() if k not in free}
+        stage.setdefault("alternate", False)  # trainings begun before there was a choice
         data = {k: config["data"][k] for k in ("length", "forms", "essay")}
         if "mixture" in stage:
             trained = [task for task, weight in stage["mixture"].items() if weight]

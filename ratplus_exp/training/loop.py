@@ -57,8 +57,8 @@ class Trainer:
         sparse: a fixed pattern for P2's joint training: every batch gives one optimizer step
             through attention with this pattern, one through dense attention, and one scheduler
             step. None: dense steps alone.
-        alternate: batches give a sparse and a dense step in turn, in place of both: as many
-            optimizer steps and FLOPs on twice the data.
+        alternate: a batch gives one step, sparse or dense in turn, in place of both: half the
+            steps for the same batches.
         sparse_only_steps: the first batches, without a dense step. A trained attention model with a
             new memory keeps its gates shut under dense steps, since it can retrieve without the
             memory; sparse steps alone open them.
@@ -101,7 +101,7 @@ class Trainer:
         objective = Objective(model, settings.precision == "bf16")
         self.objective = distribute(objective, settings.parallel, self.device)
         self.optimizer = adamw(model, settings)
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.step, self.taken, self.tokens, self.seconds = 0, 0, 0, 0.0
         self._begun: float | None = None  # when the first step was done, less earlier runs
         self._signalled = self._stopping = False
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ class Trainer:
                 for name, value in self._train_step(micro_batches).items():
                     self._row[name].append(value)
                 self.tokens += sum(ids.numel() for ids, _ in micro_batches) * world_size()
-                self.step += 1
+                self.step, self.taken = self.step + 1, self.taken + 1
                 self._begun = self._begun or time.perf_counter() - self.seconds
                 bar.update(self.step - before)
                 last = self.step == total or self._stopping
@@ -144,7 +144,7 @@ class Trainer:
                     row = self._finish_row(scale) | self._gate_statistics(micro_batches[0][0][:4])
                     if rank() == 0:
                         self._write_log(row)
-                    bar.set_postfix(loss=row.get("loss"), accuracy=row.get("accuracy"))
+                    bar.set_postfix({x: row[x] for x in ("loss", "accuracy") if x in row})
                     if last or self._passed(before, settings.checkpoint_every):
                         self.checkpoints.save(self._state())
                 if self._stopping:
@@ -216,7 +216,7 @@ class Trainer:
         if self.step < self.sparse_only_steps:
             return [self.sparse]
         if self.alternate:
-            return [None if self.step % 2 else self.sparse]
+            return [None if self.taken % 2 else self.sparse]
         return [self.sparse, None]
 
     def _optimizer_step(
@@ -286,6 +286,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "taken": self.taken,  # batches; settings.seconds leaves out steps
             "tokens": self.tokens,
             "seconds": self.seconds,
             "data": self.data,
@@ -312,6 +313,7 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
             self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+            self.taken = state.get("taken", self.step)
             self.monitor.load(state["recent"])
         log = self.folder / "log.jsonl"
         if log.exists() and rank() == 0:  # drop later rows, which come again, and incomplete ones

@@ -302,6 +302,32 @@ def test_sparse_steps_alone_come_first(make_model, tmp_path, alternate):
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {steps}
 
 
+def test_steps_take_turns_though_steps_are_left_out(make_model, tmp_path):
+    """As settings.seconds leaves out steps; also after a kill between the two."""
+
+    class EverySecond(Trainer):
+        def _steps(self, total, made):
+            for step in range(self.step + self.step % 2, last, 2):
+                made.append(step)
+                yield step
+
+    rows = []
+    for last in (6, SCHEDULE.steps):
+        how = settings(log_every=1, checkpoint_every=1)
+        EverySecond(
+            make_model(),
+            batch,
+            SCHEDULE,
+            how,
+            tmp_path,
+            sparse=DILATED,
+            alternate=True,
+            log=rows.append,
+        ).run()
+    assert len(rows) > 4
+    assert [("sparse_loss" in row) for row in rows] == [i % 2 == 0 for i in range(len(rows))]
+
+
 def test_flops_are_logged_as_a_share_of_the_peak(make_model, tmp_path):
     """MFU · peak · seconds: 6 · parameters + 12 · layers · width · keys a token, in both passes."""
     model = make_model()
