@@ -45,9 +45,8 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
     groups: dict[str, Group] = {}
     for job, task in missing:
         groups.setdefault(job.prefill(task), ([], task))[0].append(job)
-    for job in {
-        (job.stage.samples, job.path, job.cfg.data.length): job for job, _ in missing
-    }.values():
+    sources = {(job.stage.samples, job.path, job.cfg.data.length): job for job, _ in missing}
+    for job in sources.values():
         source = job.stage.samples(job.cfg, load_tokenizer(job.path))
         for task in job.cells:
             source(task, 0)  # invalid prompts are refused before anything is written
