@@ -111,8 +111,8 @@ def test_the_small_pairs_trainings_share_the_time_that_is_left(gpu, monkeypatch,
         now[0] += given[-1] + gpu.START + (5 if len(given) == 1 else 0)  # a slow start
         assert now[0] < limits[-1]
     left = [limit for limit, _ in steps]
-    assert given[0] > given[1] > 30 and given[2] > 30
-    assert now[0] - 100 == pytest.approx(0.77 * gpu.SMALL, abs=1)  # the slow start is made up for
+    assert given[1] > given[0] > 30 and given[2] > 30  # the pair's documents take most
+    assert now[0] - 100 == pytest.approx(0.8 * gpu.SMALL, abs=1)  # the slow start is made up for
     assert len(left) == 2 and left[-1] == gpu.SMALL
 
 
