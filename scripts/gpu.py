@@ -142,7 +142,7 @@ def small(out: Path) -> Steps:
         return run(out, trial(name, "_training"), more)
 
     # Shares of the time at whose end each of them is to be done; a slow start has LATE in addition.
-    base, trained, tuned, tables = (share * SMALL for share in (0.28, 0.64, 0.8, 0.93))
+    base, trained, tuned, tables = (share * SMALL for share in (0.28, 0.62, 0.8, 0.93))
     yield base + LATE, [training("small_base", 14, base)]
     yield trained + LATE, [training(model, 7, trained) for model in models]
     yield tuned + LATE, [training(f"{model}_sft", 7, tuned) for model in models]
