@@ -356,18 +356,12 @@ class Training(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Documents(Training):
-    """Training on generated documents (`text.facts`), or on some of them."""
-
+class Pretrain(Training):
+    name: Literal["pretrain"]
+    drill_tokens: Annotated[int, Field(ge=0, le=10**15)]
     list_rate: Share
     several_rate: Share
     other_rate: Share
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pretrain(Documents):
-    name: Literal["pretrain"]
-    drill_tokens: Annotated[int, Field(ge=0, le=10**15)]
     styles: list[dict[str, Any]] = field(default_factory=list)  # changes of data.forms
 
 
@@ -377,10 +371,9 @@ class ContinuedPretrain(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sft(Documents):
+class Sft(Training):
     name: Literal["sft"]
     mixture: dict[Task, Rate]
-    replay: Share
 
 
 @dataclass(frozen=True, kw_only=True)

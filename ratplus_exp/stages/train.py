@@ -69,12 +69,17 @@ EXECUTION = (
 def pretrain(cfg: DictConfig) -> None:
     """Next-token training on generated text: from scratch, or from `stage.init`."""
     tokenizer = _tokenizer(cfg)
-    documents = replace(
-        _documents(cfg, tokenizer),
-        drill_steps=cfg.stage.drill_tokens // cfg.stage.tokens_per_step,
-        styles=tuple(forms_of(cfg, style) for style in cfg.stage.get("styles", [])),
+    stage = cfg.stage
+    facts = Facts(
+        tokenizer,
+        forms_of(cfg),
+        other_rate=stage.other_rate,
+        several_rate=stage.several_rate,
+        drill_steps=stage.drill_tokens // stage.tokens_per_step,
+        list_rate=stage.list_rate,
+        styles=tuple(forms_of(cfg, style) for style in stage.get("styles", [])),
     )
-    _train(cfg, tokenizer, partial(documents.batch, cfg.seed))
+    _train(cfg, tokenizer, partial(facts.batch, cfg.seed))
 
 
 def continued_pretrain(cfg: DictConfig) -> None:
@@ -101,14 +106,8 @@ def sft(cfg: DictConfig) -> None:
         task: read_jsonl(file, tokenizer, shortest - reserve_of(cfg, task), task)
         for task, file in ruler_files(cfg, mixture).items()
     }
-    source, documents = source_of(cfg, tokenizer, cfg.data.length), _documents(cfg, tokenizer)
-    answers = Answers(source, mixture, read, documents, cfg.stage.replay)
+    answers = Answers(source_of(cfg, tokenizer, cfg.data.length), mixture, read)
     _train(cfg, tokenizer, partial(answers.batch, cfg.seed))
-
-
-def _documents(cfg: DictConfig, tokenizer: Tokenizer) -> Facts:
-    rates = {x: cfg.stage[x] for x in ("list_rate", "several_rate", "other_rate")}
-    return Facts(tokenizer, forms_of(cfg), **rates)
 
 
 def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = "") -> None:

@@ -9,7 +9,6 @@ import numpy as np
 
 from ratplus_exp.tasks.sample import Sample, target_ids
 from ratplus_exp.tasks.source import Ruler
-from ratplus_exp.text.facts import Facts
 from ratplus_exp.training.settings import IGNORE, Batch
 
 
@@ -19,20 +18,14 @@ class Answers:
 
     source: of the samples, at any length; mixture: weights of the tasks; read: by task, samples
     from files, which replace those of the source.
-    replay: the share of batches that are documents instead. A prompt has one answer, a document
-        dozens: fine-tuning on prompts alone unlearns some of what documents taught.
     """
 
     source: Ruler
     mixture: dict[str, float]
     read: Mapping[str, Sequence[Sample]] = field(default_factory=dict)
-    documents: Facts | None = None
-    replay: float = 0.0
 
     def batch(self, seed: int, step: int, batch: int, length: int) -> Batch:
         """Token ids and next-token labels, both (batch, length) int64."""
-        if self.documents and np.random.default_rng((seed, step, 1)).random() < self.replay:
-            return self.documents.batch(f"replay/{seed}", step, batch, length)
         source = replace(self.source, length=length)
         tokenizer = source.tokenizer
         tasks, weights = zip(*self.mixture.items(), strict=True)
