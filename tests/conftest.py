@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
 if not torch.cuda.is_available():
     # Triton reads this once, when it is first imported; dispatch.py alone doesn't heed it.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -78,29 +78,6 @@ def test_help_has_all_groups():
         assert f"{group}: {', '.join(options)}" in text
 
 
-NEEDS = {  # what must be set beside it
-    "corpus": ["stage=tokenize"],
-    "corpus=local": ["corpus.path=texts"],
-    "optimizer": ["stage=pretrain"],
-    "model=hf": ["model.path=models/mine"],
-    "model=hf_ratplus": ["model.path=models/mine"],
-    "stage=ablation": ["stage.models=[a,b]"],
-    "stage=sweep": ["experiment=table3"],
-}
-
-
-def test_every_configuration_composes_and_validates():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for file in sorted(CONF.glob("*/**/*.yaml")):
-            group, _, option = str(file.relative_to(CONF).with_suffix("")).partition("/")
-            if group != "hydra":  # needs the SLURM launcher, a package of its own
-                if option == "small_trial_training":  # beside another one
-                    continue
-                words = NEEDS.get(group, []) + NEEDS.get(f"{group}={option}", [])
-                group = "optimizer@stage.optimizer" if group == "optimizer" else group
-                validate(compose("config", [*words, f"{group}={option}"]))
-
-
 def test_the_reference_table_is_of_the_shipped_weights():
     cells = pd.read_csv(REPOSITORY / "outputs/reference/pocket/cells.csv")
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -16,11 +16,12 @@ from ratplus_exp.workers import Workers
 pytestmark = pytest.mark.timeout(120)
 
 PARENT = """
-import os, sys, time
-from pathlib import Path
+import sys
+from multiprocessing import forkserver
 sys.path.insert(0, {here!r})
 from test_workers import note
 from ratplus_exp.workers import Workers
+forkserver.set_forkserver_preload = lambda _: None  # the stages take seconds
 if __name__ == "__main__":
     with Workers(2) as pool:
         jobs = [pool.submit(note, {folder!r}, i) for i in range(10)]

@@ -143,6 +143,8 @@ def pair(tiny_models, tmp_path):
         "data.window=8",
         "data.first_token=prefill",
         "data.tasks=[MV]",
+        "data.forms.number_digits=4",
+        "data.forms.reserve=16",
         "data.examples=2",
         "stage.workers=1",
     ]

@@ -15,6 +15,7 @@ import pytest
 from ratplus_exp.main import command
 from ratplus_exp.report import figures
 from ratplus_exp.stages import convert, evaluate, hit_rate, report, tokenize, train
+from ratplus_exp.store import Store
 
 STAGES = (figures, convert, evaluate, hit_rate, report, tokenize, train)
 """Imported here, so that a forked child need not."""
@@ -182,6 +183,23 @@ def test_sigterm_ends_a_training_with_a_checkpoint(run):
     assert code == 1 and kept, (code, said)
     assert "error: stopped by a signal after step" in said.splitlines()[-1]
     assert not (folder / "model").exists()
+
+
+def test_sigkill_costs_and_repeats_no_example(run, tiny_models):
+    words, store = evaluation(tiny_models), Store(run.output / "results")
+    words += ["data.tasks=[S-1,MV]", "data.examples=5"]
+    stored, at = 0, 20
+    while not 0 < stored < 10:  # some examples
+        shutil.rmtree(run.output, ignore_errors=True)
+        assert run(words, at)[0] == -signal.SIGKILL
+        stored, at = sum(len(cell.records()) for cell in store.cells()), at + 5
+    assert run(words)[0] == 0
+    cells = list(store.cells())
+    assert [cell.done() for cell in cells] == [5, 5]
+    for cell in cells:
+        lines = (cell.path / "samples.jsonl").read_text().splitlines()
+        ids = [json.loads(line)["id"] for line in lines]
+        assert ids == [f"{cell.key['task']}/validation/0/{i}" for i in range(5)]
 
 
 def test_a_refused_job_leaves_no_folder(run, tiny_models):

@@ -43,7 +43,8 @@ def test_a_sweep_over_lengths_draws_each_method_at_equal_budget(job, pair):
 
 def test_a_table_of_one_length_refuses_several(job, pair):
     with pytest.raises(ValueError, match="of one length: set data.length"):
-        job("experiment=methods", *pair, "+stage.cells.dense.length=[128,256]")
+        few = ["stage.selecting=[quest]", "stage.budgets=[1/4]"]
+        job("experiment=methods", *pair, *few, "+stage.cells.dense.length=[128,256]")
 
 
 @pytest.fixture(scope="module")

@@ -58,36 +58,37 @@ def test_rows_padded_on_the_right_without_a_mask_score_as_alone(folders, name):
             torch.testing.assert_close(together[i, : len(row)], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ratplus", "olmo2_ratplus"])
-def test_a_fresh_process_loads_by_trust_remote_code(folders, name, tmp_path):
-    """Nothing but transformers is imported there: the saved folder names the classes."""
+def test_a_fresh_process_loads_by_trust_remote_code(folders, tmp_path):
+    """Nothing but transformers is imported there: the saved folders name the classes."""
     code = """
         import sys, torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        folder = sys.argv[1]
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        tokenizer.padding_side = "left"
-        batch = tokenizer(["the sky", "the grass is green."], padding=True, return_tensors="pt")
-        new = model.generate(**batch, max_length=12, do_sample=False, use_cache=True)
-        print(type(model).__name__, new.tolist())
+        for folder in sys.argv[1:]:
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+            tokenizer.padding_side = "left"
+            batch = tokenizer(["the sky", "the grass is green."], padding=True, return_tensors="pt")
+            new = model.generate(**batch, max_length=12, do_sample=False, use_cache=True)
+            print(type(model).__name__, new.tolist())
     """
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    chosen = [folders["ratplus"], folders["olmo2_ratplus"]]
     out = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(folders[name])],
+        [sys.executable, "-c", textwrap.dedent(code), *chosen],
         capture_output=True,
         text=True,
-        env=environment,
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,
     )
     assert out.returncode == 0, out.stderr[-2000:]
-    kind, tokens = out.stdout.strip().split("\n")[-1].split(" ", 1)
-    model = AutoModelForCausalLM.from_pretrained(folders[name]).eval()
-    assert kind == type(model).__name__
-    batch = load_tokenizer(folders[name])(
-        ["the sky", "the grass is green."], padding=True, return_tensors="pt"
-    )
-    assert json.loads(tokens) == model.generate(**batch, max_length=12, do_sample=False).tolist()
+    for folder, line in zip(chosen, out.stdout.strip().split("\n")[-2:], strict=True):
+        kind, tokens = line.split(" ", 1)
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert kind == type(model).__name__
+        batch = load_tokenizer(folder)(
+            ["the sky", "the grass is green."], padding=True, return_tensors="pt"
+        )
+        new = model.generate(**batch, max_length=12, do_sample=False)
+        assert json.loads(tokens) == new.tolist()
 
 
 def test_the_harness_itself(folders, tmp_path):

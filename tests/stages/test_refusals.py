@@ -198,9 +198,6 @@ def test_the_wrong_backbone_is_refused(job, tiny_models):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method=guess"], "there is no method guess: choose one of adakv, dense"),
-        (["budget=x"], "budget is 'x'"),
-        (["seed=x"], "seed is 'x': use a whole number"),
         (["data.colour=red"], "data: there is no field 'colour': use one of name, length"),
         (["output=/dev/null/x"], "set output=DIR"),
         (["stage=tokenize", "stage.init=nowhere"], "there is no model in"),

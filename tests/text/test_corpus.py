@@ -126,8 +126,7 @@ def test_the_wanted_number_of_tokens_is_kept(tmp_path, monkeypatch):
         ({"path": "no/such/dataset"}, "cannot open the data set no/such/dataset"),
     ],
 )
-def test_sources_that_cannot_be_read(tmp_path, monkeypatch, change, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_sources_that_cannot_be_read(tmp_path, change, message):
     (tmp_path / "empty").mkdir()
     path = change.pop("path", None)
     if path is None:
@@ -139,8 +138,7 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch, change, message):
 
 
 @pytest.mark.parametrize("wrong", [{"field": "body"}, {"path": "nowhere"}, {"field": "empty"}])
-def test_a_first_try_that_failed_does_not_claim_the_folder(tmp_path, monkeypatch, wrong):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_first_try_that_failed_does_not_claim_the_folder(tmp_path, wrong):
     texts = tmp_path / "texts"
     texts.mkdir()
     lines = [json.dumps({"text": text, "empty": ""}) for text in TEXTS]

@@ -73,51 +73,43 @@ def test_workers_leave_signals_and_the_first_turn_to_the_training():
 
 
 PARENT = """
-import sys, time
+import multiprocessing, os, signal, sys, time
 from contextlib import closing
+from multiprocessing import forkserver
 sys.path.insert(0, {here!r})
 from test_batches import SCHEDULE, process
 from ratplus_exp.training.batches import Batches
+forkserver.set_forkserver_preload = lambda _: None  # the stages take seconds
 if __name__ == "__main__":
-    with closing(Batches(process, SCHEDULE).of(range(SCHEDULE.steps), 1)) as batches:
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with closing(Batches(process, SCHEDULE).of(range(SCHEDULE.steps), {workers})) as batches:
         print(int(next(batches)[0][0, 0]), flush=True)
-        time.sleep(3600)
+        {then}
 """
+
+
+def parent(folder, workers, then):
+    """A training that gets its first batch, prints the process that made it, and then `then`."""
+    script = folder / "parent.py"
+    here = os.path.dirname(__file__)
+    script.write_text(PARENT.format(here=here, workers=workers, then=then))
+    command = [sys.executable, script]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_worker_outlives_the_training(tmp_path, number):
-    script = tmp_path / "parent.py"
-    script.write_text(PARENT.format(here=os.path.dirname(__file__)))
-    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
-    worker = int(parent.stdout.readline())
-    parent.send_signal(number)
-    assert parent.wait(timeout=30) != 0
+    training = parent(tmp_path, 1, "time.sleep(3600)")
+    worker = int(training.stdout.readline())
+    training.send_signal(number)
+    assert training.wait(timeout=30) != 0
     end = time.monotonic() + 20
     while Path(f"/proc/{worker}").exists():
         assert time.monotonic() < end
         time.sleep(0.1)
 
 
-GROUP = """
-import multiprocessing, os, signal, sys, time
-from contextlib import closing
-sys.path.insert(0, {here!r})
-from test_batches import SCHEDULE, process
-from ratplus_exp.training.batches import Batches
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    with closing(Batches(process, SCHEDULE).of(range(SCHEDULE.steps), 2)) as batches:
-        next(batches)
-        os.killpg(0, signal.SIGTERM)
-        time.sleep(0.5)
-        print(len(multiprocessing.active_children()))
-"""
-
-
 def test_a_signal_to_the_process_group_is_for_the_training(tmp_path):
-    script = tmp_path / "group.py"
-    script.write_text(GROUP.format(here=os.path.dirname(__file__)))
-    command = [sys.executable, script]
-    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
-    assert done.stdout == "2\n", done.stderr
+    then = "os.killpg(0, signal.SIGTERM); time.sleep(0.5)"
+    training = parent(tmp_path, 2, f"{then}; print(len(multiprocessing.active_children()))")
+    assert training.communicate()[0].splitlines()[1:] == ["2"]

@@ -352,6 +352,7 @@ def test_activation_checkpointing_changes_no_result(make_model, tmp_path, sparse
 
 # The interpreter is slow.
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+ONE_ROW = Schedule([(12, 12)], 12)
 
 
 def test_compiled_layers_take_the_same_steps(make_model, tmp_path, monkeypatch, triton_device):
@@ -366,7 +367,7 @@ def test_compiled_layers_take_the_same_steps(make_model, tmp_path, monkeypatch, 
 
     def run(name, **how):
         model = make_model(dtype=torch.float32, **SMALL).to(triton_device)
-        return train(model, tmp_path / name, ONE_STEP, sparse=DILATED, precision="fp32", **how)[1]
+        return train(model, tmp_path / name, ONE_ROW, sparse=DILATED, precision="fp32", **how)[1]
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     plain = run("plain")
