@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -134,21 +135,18 @@ def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
         (task, *(MISSING if x != x else f"{x:.1f}" for x in row), str(n))
         for (task, row), n in zip(numbers.iterrows(), counts, strict=True)
     ]
-    caption = (
-        f"Accuracy in %, exact and substring match; tier {first.tier}, {first.context_length} "
-        f"tokens, seed {first.seed}; budget {first.budget}, measured fraction "
-        f"attended to or stored {frame['budget_measured'].mean():.3f}."
+    table = Table.described(
+        "of_job",
+        ("Task", *SCORERS, *others, "n"),
+        rows,
+        first=first,
+        name=model_name(cfg),
+        method=cfg.method.name,
+        kept=frame["budget_measured"].mean(),
+        memory=frame["effective_memory_length"].mean(skipna=False),
+        other=others[0] if others else "",
     )
-    if frame["effective_memory_length"].notna().all():
-        memory = frame["effective_memory_length"].mean()
-        caption += f" Effective memory length: {memory:.1f} tokens."
-    if others:
-        caption += f" {others[0]}: the other backbone in the same setting, exact match."
-    title = (
-        f"{model_name(cfg)}, {cfg.method.name} at budget {first.budget}, selector {first.selector}"
-    )
-    columns = ("Task", *SCORERS, *others, "n")
-    show(Table(title, caption, columns, tuple(rows), frozenset({len(rows) - 1})), "table")
+    show(replace(table, breaks=frozenset({len(rows) - 1})), "table")
 
 
 def _log(tracker: Any, frame: pd.DataFrame) -> None:

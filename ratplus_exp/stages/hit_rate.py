@@ -135,14 +135,7 @@ def _table(cfg: DictConfig, frame: pd.DataFrame) -> Table:
         for rank, ((layer, head), row) in enumerate(wide.head(32).iterrows(), start=1)
     ]
     first = frame.iloc[0]
-    return Table(
-        title=f"{model_name(cfg)}, {cfg.method.name} at budget {first['budget']}: hit rate by head",
-        caption=(
-            "Share of gold values, in %, whose golden position is in the head's selection at every "
-            f"decoding step, with the gold answer fed; selector {cfg.selector}, "
-            f"n = {first['n']} samples a task; heads are layer.number, best first"
-            + (f"; {len(wide) - 32} more in hit_rate.csv." if len(wide) > 32 else ".")
-        ),
-        columns=("Rank", "Head", *tasks, "Mean"),
-        rows=tuple(rows),
-    )
+    values = {"name": model_name(cfg), "method": cfg.method.name, "selector": cfg.selector}
+    more = max(0, len(wide) - 32)
+    columns = ("Rank", "Head", *tasks, "Mean")
+    return Table.described("heads_of_job", columns, rows, 0, first=first, more=more, **values)
