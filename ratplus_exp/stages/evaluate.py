@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ratplus_exp.analysis.frame import COLUMNS, EXTRA, SCORERS, accuracies, tidy
 from ratplus_exp.config import reserve_of
-from ratplus_exp.distributed import rank
 from ratplus_exp.methods import Engine, Usage
 from ratplus_exp.models.decoding import cuda_graphs, greedy
 from ratplus_exp.models.loading import end_tokens
@@ -20,7 +19,7 @@ from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import MISSING, Table
 from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
 from ratplus_exp.stages.common import model_name, resolve, show
-from ratplus_exp.stages.runner import fill_missing
+from ratplus_exp.stages.pool import fill_tracked
 from ratplus_exp.store import Cell
 from ratplus_exp.tasks import Sample, exact, substring
 
@@ -30,11 +29,8 @@ bytes of all keys and values; slots of the cache for what is kept."""
 
 
 def run(cfg: DictConfig) -> None:
-    """Fill the missing cells, log them, and print and write the table of this job."""
-    job = Job(cfg, Accuracy())
-    fill_missing(job, lambda tracker: _log(tracker, _frame(job)))
-    if rank() == 0:
-        _report(cfg, _frame(job))
+    """Fill the missing cells, and print, write and track the table of this job."""
+    fill_tracked(Job(cfg, Accuracy()), _report)
 
 
 class Accuracy(MeasuringStage):
@@ -124,8 +120,9 @@ def _setting(cell: Cell) -> dict[str, Any]:
     return {name: value for name, value in cell.key.items() if name not in of_model}
 
 
-def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
-    """Print and write the table of this job's cells, one row a task."""
+def _report(job: Job) -> dict[str, Any]:
+    """Print and write the table of this job's cells, one row a task; what to track of them."""
+    cfg, frame = job.cfg, _frame(job)
     first = frame.iloc[0]
     others = [name for name in frame.columns if name not in (*COLUMNS, *EXTRA)]
     numbers = frame.set_index("task")[[*SCORERS, *others]].astype(float)
@@ -147,9 +144,5 @@ def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
         other=others[0] if others else "",
     )
     show(replace(table, breaks=frozenset({len(rows) - 1})), "table")
-
-
-def _log(tracker: Any, frame: pd.DataFrame) -> None:
     accuracy = {f"accuracy/{r.task}": r.exact for r in frame.itertuples()}
-    mean = float(frame[SCORERS[0]].mean())
-    tracker.log(accuracy | {"accuracy/mean": mean, "cells": frame})
+    return accuracy | {"accuracy/mean": float(frame[SCORERS[0]].mean()), "cells": frame}

@@ -18,7 +18,7 @@ from ratplus_exp.report import Table
 from ratplus_exp.report.figures import accuracy_by_read, by_size
 from ratplus_exp.report.prose import interval, number
 from ratplus_exp.stages.common import job_folder
-from ratplus_exp.stages.sweep import configuration, filled, show_tracked
+from ratplus_exp.stages.sweep import configuration, fill_cells, show_tracked
 from ratplus_exp.store import Cell
 
 SETTING = ["method", "budget"]
@@ -26,7 +26,7 @@ SETTING = ["method", "budget"]
 
 def run(cfg: DictConfig) -> None:
     """Fill the missing cells, and print and write table and figure."""
-    frame = means(filled(cfg))
+    frame = means(fill_cells(cfg))
     phases: dict[str, str | None] = {
         name: method_of(configuration(cfg, {"method": name})).phase for name in set(frame["method"])
     }
