@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -162,9 +162,11 @@ def _opened(jobs: list[Job], task: str) -> Iterator[list[Job]]:
         def lock() -> list[int]:
             free = []
             for i, job in enumerate(jobs):
-                with suppress(StoreBusy):
+                try:
                     stack.enter_context(job.cells[task].open(provenance.provenance(plain(job.cfg))))
                     free.append(i)
+                except StoreBusy as error:
+                    warn(str(error))
             return free
 
         opened = [jobs[i] for i in from_rank_0(lock)]
