@@ -105,6 +105,7 @@ def accuracy_by_read(frame: pd.DataFrame, phases: dict[str, str | None], folder:
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(lambda x, _: str(Fraction(x).limit_denominator(1024)))
         panel.set_xlabel("fraction of the context read or stored, measured")
+        panel.set_ylim(-3, 103)  # points at 0 stay whole
     return _save(panels, folder, "methods")
 
 
