@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from ratplus_exp.budget import Budget
-from ratplus_exp.schema import METHOD_SETTINGS, Config, Convert, MethodConfig, Pretrain, Sft
+from ratplus_exp.schema import METHOD_SETTINGS, Config, MethodConfig
 from ratplus_exp.settings import build
+from ratplus_exp.stage_schema import Convert, Pretrain, Sft
 from ratplus_exp.tasks import GOLDEN, Forms, Others
 
 if TYPE_CHECKING:

@@ -1,26 +1,43 @@
 """Every field of the configuration, with its type, bounds and default (`settings.build`).
 
-Hydra uses the defaults of the root; those of a stage are in conf/stage.
+Hydra uses the defaults of the root; the fields of a stage are in `stage_schema`.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from omegaconf import MISSING
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import Field
 
-from ratplus_exp.budget import Budget
+from ratplus_exp.fields import (
+    Batch,
+    Device,
+    Digest,
+    Distinct,
+    Dtype,
+    Examples,
+    FirstToken,
+    Fraction,
+    Head,
+    Length,
+    Lengths,
+    Name,
+    Names,
+    Processes,
+    Seed,
+    Seeds,
+    Selector,
+    Task,
+    Tokens,
+)
 from ratplus_exp.settings import (
-    OF_LIST,
     Amount,
     BlockSettings,
     DilatedSettings,
     NoSettings,
     Positive,
-    Rate,
     Settings,
     Share,
     SnapKVSettings,
@@ -28,66 +45,10 @@ from ratplus_exp.settings import (
     Whole,
     matching,
 )
-from ratplus_exp.tasks import GOLDEN, RULER_NAMES, TASKS, Forms
+from ratplus_exp.stage_schema import Stage
+from ratplus_exp.tasks import TASKS, Forms
 from ratplus_exp.tasks.others import CWE, FWE, VT
 from ratplus_exp.tasks.qa import QA
-from ratplus_exp.training.settings import TrainSettings
-
-if TYPE_CHECKING:
-    Task = str
-    Golden = str
-else:
-    Task = Literal[tuple(RULER_NAMES)]
-    Golden = Literal[tuple(GOLDEN)]
-
-
-T = TypeVar("T")
-
-
-def _distinct(values: list[T]) -> list[T]:
-    if len({str(value) for value in values}) < len(values):
-        raise ValueError("use each of them once")
-    return values
-
-
-def _fraction(value: Any) -> str:
-    if not re.fullmatch(r"\d{1,9}(/\d{1,9})?|\d?\.\d{1,12}", str(value)):
-        raise ValueError("write it as 1/16")
-    return str(Budget.parse(str(value)))
-
-
-Name = Annotated[
-    str,
-    # Names appear unescaped in tables, CSV files, folders and pages.
-    matching(r"[^\W_][\w./-]{0,99}", "use letters, digits and ._/- behind a first letter or digit"),
-]
-Distinct = AfterValidator(_distinct)
-Length = Annotated[int, Field(ge=2, le=10**8)]  # of a context, in tokens
-Tokens = Annotated[int, Field(ge=1, le=10**15)]
-Processes = Annotated[int, Field(ge=0, le=1024)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Selector = Literal["topk", "random", "oracle"]
-FirstToken = Literal["prefill", "decode"]
-Protocol = Literal["whole", "split"]
-Dtype = Literal["bfloat16", "float16", "float32"]
-Scorer = Literal["exact", "substring"]
-Figure = Literal["fig1", "fig2", "fig3", "fig4", "lengths"]
-Output = Literal["table2", "table3", "table4", "table5", Figure, "tasks", "report"]
-Digest = Annotated[str, matching("[0-9a-f]{64}", "use a sha256, 64 hexadecimal digits, or null")]
-Fraction = Annotated[str, BeforeValidator(_fraction)]
-Head = Annotated[str, matching(r"\d{1,6}-\d{1,6}", "write layer-head, as in [1-0,1-3]")]
-Batch = Annotated[int, Field(ge=1, le=100_000)]
-Examples = Annotated[int, Field(ge=1, le=10**6)]
-Device = Annotated[str, matching(r"auto|cpu|cuda(:\d\d?)?", "use auto, cpu or cuda")]
-Names = Annotated[list[Name], Distinct]
-Seeds = Annotated[list[Seed], Field(min_length=1), Distinct]
-Lengths = Annotated[tuple[Amount, Amount], OF_LIST]
-
-
-def _not_empty(cells: dict[str, Grid]) -> dict[str, Grid]:
-    if not cells:
-        raise ValueError("choose what it runs, as in experiment=table3")
-    return cells
 
 
 def _empty() -> Any:
@@ -232,179 +193,6 @@ class Rope(Settings):
     beta_slow: Amount | None = None
     low_freq_factor: Amount | None = None
     high_freq_factor: Amount | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid(Settings):
-    """Cells of a sweep: every combination of the lists (`stages.sweep`)."""
-
-    stage: Literal["eval", "hit_rate"] | None = None
-    model: Name | Names | None = None  # instead of stage.models
-    method: Name | Names | None = None
-    budget: Fraction | list[Fraction] | None = None
-    blocks: Positive | list[Positive] | None = None
-    length: Length | list[Length] | None = None
-    selector: Selector | list[Selector] | None = None
-    selector_seed: Seed | Seeds | None = None
-    protocol: Protocol | list[Protocol] | None = None
-    tasks: list[Task] | None = None
-    examples: Examples | None = None
-    dilation: Whole | list[Whole] | None = None
-    local: Whole | list[Whole] | None = None
-    initial: Whole | list[Whole] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measuring(Settings):
-    batch_size: Batch
-    first_token: FirstToken
-    protocol: Protocol  # whether a method selects for the whole prompt, or before the question
-
-
-@dataclass(frozen=True, kw_only=True)
-class OneCell(Measuring):
-    name: Literal["eval", "hit_rate"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grids(Measuring):
-    """A stage that fills grids of cells for every training of `models`.
-
-    Subclasses end with `cells`, which repeat other fields by interpolation: of several errors the
-    first field's is reported.
-    """
-
-    models: Names
-    trainings: Seeds = field(default_factory=lambda: [0])
-    workers: Processes
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandomSelector(Measuring):
-    name: Literal["random_selector"]
-    selector_seeds: Seeds
-    models: Names = field(default_factory=list)
-    cells: dict[Name, Grid] = field(default_factory=dict)
-    workers: Processes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ablation(Grids):
-    name: Literal["ablation"]
-    models: Annotated[Names, Field(min_length=2)]
-    methods: Annotated[Names, Field(min_length=1)]
-    cells: dict[Name, Grid] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss(Grids):
-    name: Literal["loss"]
-    cells: dict[Name, Grid]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodsStage(Grids):
-    name: Literal["methods"]
-    budgets: list[Fraction]
-    patterns: Names
-    selecting: Names
-    cells: Annotated[dict[Name, Grid], AfterValidator(_not_empty)]
-    random_examples: Examples
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look(Measuring):
-    name: Literal["look"]
-    models: Names
-    methods: Annotated[Names, Field(min_length=1)]
-    task: Golden
-    index: Annotated[int, Field(ge=0, lt=10**6)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report(Settings):
-    name: Literal["report"]
-    models: Names
-    trainings: Seeds
-    outputs: dict[Output, bool]
-    scorer: Scorer
-    first_token: FirstToken
-    protocol: Protocol  # which of the cells
-    folder: Text | None
-    where: dict[Name, Any] | None  # choices by column of cells.csv
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep(Report, Grids):
-    name: Literal["sweep"]  # type: ignore[assignment]
-    cells: Annotated[dict[Name, Grid], AfterValidator(_not_empty)]
-    random_examples: Examples
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training(Settings):
-    folder: Text
-    init: Text | None
-    schedule: Annotated[list[Annotated[tuple[Tokens, Length], OF_LIST]], Field(min_length=1)]
-    tokens_per_step: Positive
-    joint: DilatedSettings | None
-    alternate: bool
-    sparse_only_tokens: Annotated[int, Field(ge=0, le=10**15)]
-    workers: Processes = 0
-    dtype: Dtype | None = None  # of the saved weights; null: as they are trained
-    optimizer: TrainSettings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pretrain(Training):
-    name: Literal["pretrain"]
-    drill_tokens: Annotated[int, Field(ge=0, le=10**15)]
-    list_rate: Share
-    several_rate: Share
-    other_rate: Share
-    styles: list[dict[str, Any]] = field(default_factory=list)  # changes of data.forms
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContinuedPretrain(Training):
-    name: Literal["continued_pretrain"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sft(Training):
-    name: Literal["sft"]
-    mixture: dict[Task, Rate]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tokenize(Settings):
-    name: Literal["tokenize"]
-    init: Text | None
-    workers: Processes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Convert(Settings):
-    name: Literal["convert"]
-    tokenizer: Text | None
-    dtype: Dtype | None
-
-
-Stage = (
-    OneCell
-    | RandomSelector
-    | Ablation
-    | Loss
-    | MethodsStage
-    | Look
-    | Sweep
-    | Report
-    | Pretrain
-    | ContinuedPretrain
-    | Sft
-    | Tokenize
-    | Convert
-)
 
 
 @dataclass(frozen=True, kw_only=True)

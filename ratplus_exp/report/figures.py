@@ -3,6 +3,7 @@ PNG's path or, if nothing was measured, None."""
 
 import textwrap
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
@@ -26,6 +27,7 @@ from ratplus_exp.store import write_atomically
 
 COLORS = {"Attention": "#8a8a8a", "RAT+": "#c23b22"}
 METHOD_COLORS = {"quest": "#1f77b4", "moba": "#2a9d5c", "snapkv": "#c98a1b"}
+PHASE_LINES = {"decode": "-", "prefill": "--", "once": ":", "step": "-.", None: "--"}
 DASHES = {"Attention": (0, (4, 4)), "RAT+": (4, (4, 4))}  # alternate, so that both stay visible
 
 
@@ -83,6 +85,28 @@ def accuracy_by_length(results: Results, folder: Path) -> Path | None:
         panel.set_xticks(range(len(results.by_length)), [*results.by_length])
         panel.set_xlabel("context length, tokens")
     return _save(panels, folder, "lengths")
+
+
+def accuracy_by_read(frame: pd.DataFrame, phases: dict[str, str | None], folder: Path) -> Path:
+    """Accuracy against the measured fraction: a panel a backbone, a line a method, in the style of
+    its phase. frame: method, read, and the accuracy of each backbone in percent."""
+    panels = _panels(sentence("methods_title"), BACKBONES, "mean accuracy, %", 5.5, 5.5)
+    methods = sorted(phases, key=lambda m: (str(phases[m]), m))
+    colors = plt.get_cmap("tab20")
+    for panel, backbone in zip(panels, BACKBONES, strict=True):
+        for i, method in enumerate(methods):
+            rows = frame[frame["method"] == method].sort_values("read")
+            if method == "dense":
+                panel.axhline(rows[backbone].iloc[0], color="black", lw=0.8, label="dense")
+                continue
+            style = {"color": colors(i % 20), "ls": PHASE_LINES[phases[method]]}
+            style |= {"marker": "osv^D"[i // 5 % 5], "label": METHODS.get(method, method)}
+            panel.plot(rows["read"], rows[backbone], ms=4, lw=1.4, **style)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda x, _: str(Fraction(x).limit_denominator(1024)))
+        panel.set_xlabel("fraction of the context read or stored, measured")
+        panel.set_ylim(-3, 103)  # points at 0 stay whole
+    return _save(panels, folder, "methods")
 
 
 def ranked_heads(results: Results, method: str, folder: Path, name: str) -> Path | None:

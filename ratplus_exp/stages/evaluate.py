@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from ratplus_exp.analysis.frame import COLUMNS, EXTRA, SCORERS, accuracies, tidy
 from ratplus_exp.config import reserve_of
-from ratplus_exp.distributed import rank
 from ratplus_exp.methods import Engine, Usage
 from ratplus_exp.models.decoding import cuda_graphs, greedy
 from ratplus_exp.models.loading import end_tokens
@@ -19,7 +19,7 @@ from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import MISSING, Table
 from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
 from ratplus_exp.stages.common import model_name, resolve, show
-from ratplus_exp.stages.runner import fill_missing
+from ratplus_exp.stages.pool import fill_tracked
 from ratplus_exp.store import Cell
 from ratplus_exp.tasks import Sample, exact, substring
 
@@ -29,11 +29,8 @@ bytes of all keys and values; slots of the cache for what is kept."""
 
 
 def run(cfg: DictConfig) -> None:
-    """Fill the missing cells, log them, and print and write the table of this job."""
-    job = Job(cfg, Accuracy())
-    fill_missing(job, lambda tracker: _log(tracker, _frame(job)))
-    if rank() == 0:
-        _report(cfg, _frame(job))
+    """Fill the missing cells, and print, write and track the table of this job."""
+    fill_tracked(Job(cfg, Accuracy()), _report)
 
 
 class Accuracy(MeasuringStage):
@@ -123,8 +120,9 @@ def _setting(cell: Cell) -> dict[str, Any]:
     return {name: value for name, value in cell.key.items() if name not in of_model}
 
 
-def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
-    """Print and write the table of this job's cells, one row a task."""
+def _report(job: Job) -> dict[str, Any]:
+    """Print and write the table of this job's cells, one row a task; what to track of them."""
+    cfg, frame = job.cfg, _frame(job)
     first = frame.iloc[0]
     others = [name for name in frame.columns if name not in (*COLUMNS, *EXTRA)]
     numbers = frame.set_index("task")[[*SCORERS, *others]].astype(float)
@@ -134,24 +132,17 @@ def _report(cfg: DictConfig, frame: pd.DataFrame) -> None:
         (task, *(MISSING if x != x else f"{x:.1f}" for x in row), str(n))
         for (task, row), n in zip(numbers.iterrows(), counts, strict=True)
     ]
-    caption = (
-        f"Accuracy in %, exact and substring match; tier {first.tier}, {first.context_length} "
-        f"tokens, seed {first.seed}; budget {first.budget}, measured fraction "
-        f"attended to or stored {frame['budget_measured'].mean():.3f}."
+    table = Table.described(
+        "of_job",
+        ("Task", *SCORERS, *others, "n"),
+        rows,
+        first=first,
+        name=model_name(cfg),
+        method=cfg.method.name,
+        kept=frame["budget_measured"].mean(),
+        memory=frame["effective_memory_length"].mean(skipna=False),
+        other=others[0] if others else "",
     )
-    if frame["effective_memory_length"].notna().all():
-        memory = frame["effective_memory_length"].mean()
-        caption += f" Effective memory length: {memory:.1f} tokens."
-    if others:
-        caption += f" {others[0]}: the other backbone in the same setting, exact match."
-    title = (
-        f"{model_name(cfg)}, {cfg.method.name} at budget {first.budget}, selector {first.selector}"
-    )
-    columns = ("Task", *SCORERS, *others, "n")
-    show(Table(title, caption, columns, tuple(rows), frozenset({len(rows) - 1})), "table")
-
-
-def _log(tracker: Any, frame: pd.DataFrame) -> None:
+    show(replace(table, breaks=frozenset({len(rows) - 1})), "table")
     accuracy = {f"accuracy/{r.task}": r.exact for r in frame.itertuples()}
-    mean = float(frame[SCORERS[0]].mean())
-    tracker.log(accuracy | {"accuracy/mean": mean, "cells": frame})
+    return accuracy | {"accuracy/mean": float(frame[SCORERS[0]].mean()), "cells": frame}

@@ -17,7 +17,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ratplus_exp.analysis.hits import hit_rates
-from ratplus_exp.distributed import rank
 from ratplus_exp.methods import Engine, Layers, Method
 from ratplus_exp.methods.hits import HitCounter
 from ratplus_exp.models.prefill import PromptBatch
@@ -25,21 +24,15 @@ from ratplus_exp.report import Table
 from ratplus_exp.report.prose import number
 from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
 from ratplus_exp.stages.common import job_folder, model_name, show
-from ratplus_exp.stages.runner import fill_missing
+from ratplus_exp.stages.pool import fill_tracked
 from ratplus_exp.store import write_atomically
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.golden import golden_answer
 
 
 def run(cfg: DictConfig) -> None:
-    """Fill the missing cells, and print and write the heads' hit rates."""
-    job = Job(cfg, HitRate())
-    fill_missing(job, lambda tracker: tracker.log({"hit_rate": _frame(job)}))
-    if rank() > 0:
-        return
-    frame = _frame(job)
-    show(_table(cfg, frame), "heads", also="hit_rate.csv and ")  # makes the folder
-    write_atomically(job_folder() / "hit_rate.csv", frame.to_csv(index=False))
+    """Fill the missing cells, and print, write and track the heads' hit rates."""
+    fill_tracked(Job(cfg, HitRate()), _report)
 
 
 class HitRate(MeasuringStage):
@@ -121,8 +114,11 @@ def feed(prompts: PromptBatch, engine: Engine, answers: Tensor) -> None:
         prompts.model(steps, past_key_values=cache, logits_to_keep=1)
 
 
-def _frame(job: Job) -> pd.DataFrame:
-    return hit_rates(job.store, cell=[cell.id for cell in job.cells.values()])
+def _report(job: Job) -> dict[str, Any]:
+    frame = hit_rates(job.store, cell=[cell.id for cell in job.cells.values()])
+    show(_table(job.cfg, frame), "heads", also="hit_rate.csv and ")  # makes the folder
+    write_atomically(job_folder() / "hit_rate.csv", frame.to_csv(index=False))
+    return {"hit_rate": frame}
 
 
 def _table(cfg: DictConfig, frame: pd.DataFrame) -> Table:
@@ -135,14 +131,7 @@ def _table(cfg: DictConfig, frame: pd.DataFrame) -> Table:
         for rank, ((layer, head), row) in enumerate(wide.head(32).iterrows(), start=1)
     ]
     first = frame.iloc[0]
-    return Table(
-        title=f"{model_name(cfg)}, {cfg.method.name} at budget {first['budget']}: hit rate by head",
-        caption=(
-            "Share of gold values, in %, whose golden position is in the head's selection at every "
-            f"decoding step, with the gold answer fed; selector {cfg.selector}, "
-            f"n = {first['n']} samples a task; heads are layer.number, best first"
-            + (f"; {len(wide) - 32} more in hit_rate.csv." if len(wide) > 32 else ".")
-        ),
-        columns=("Rank", "Head", *tasks, "Mean"),
-        rows=tuple(rows),
-    )
+    values = {"name": model_name(cfg), "method": cfg.method.name, "selector": cfg.selector}
+    more = max(0, len(wide) - 32)
+    columns = ("Rank", "Head", *tasks, "Mean")
+    return Table.described("heads_of_job", columns, rows, 0, first=first, more=more, **values)

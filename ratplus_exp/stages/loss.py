@@ -141,7 +141,7 @@ def loss_table(cells: list[Cell]) -> Table:
     """A row for each model and method."""
     keys, found = [cell.key for cell in cells], [cell.metrics() for cell in cells]
     kind = _kind(cells)
-    rows = tuple(
+    rows = [
         (
             f"{key['model']}/{key['training']}",
             f"{key['method']} {_sizes(key['settings'])}".strip(),
@@ -151,22 +151,13 @@ def loss_table(cells: list[Cell]) -> Table:
             *(number(loss, 2) for loss in x[f"{kind}_by_bin"]),
         )
         for key, x in zip(keys, found, strict=True)
+    ]
+    columns = (
+        *("Model", "Method", "Read", "Loss", "Perplexity", "Recall loss", "Recalled"),
+        *(f"{i + 1}/{BINS}" for i in range(BINS)),
     )
-    return Table(
-        title=f"Held-out loss at {keys[0]['context_length']} tokens",
-        caption=(
-            f"Next-token loss in nats on {found[0]['n']} documents of a held-out seed. Read: the "
-            "measured fraction of the context that was attended to. Recall: of tokens whose value "
-            "stands earlier in the document; recalled: the share of them in % that is predicted. "
-            f"Last columns: the loss of {kind} tokens in each eighth of the context."
-        ),
-        columns=(
-            *("Model", "Method", "Read", "Loss", "Perplexity", "Recall loss", "Recalled"),
-            *(f"{i + 1}/{BINS}" for i in range(BINS)),
-        ),
-        rows=rows,
-        breaks=frozenset(i for i in range(1, len(rows)) if rows[i][0] != rows[i - 1][0]),
-    )
+    about = {"length": keys[0]["context_length"], "n": found[0]["n"], "kind": kind}
+    return Table.described("loss", columns, rows, **about)
 
 
 def loss_figures(cells: list[Cell], folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, wait
 from contextlib import closing
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from ratplus_exp.distributed import cores
-from ratplus_exp.models.loading import load_tokenizer
+from ratplus_exp.distributed import cores, from_rank_0, process_group, rank
 from ratplus_exp.stages.cells import Job
-from ratplus_exp.stages.common import device_of
-from ratplus_exp.stages.runner import Session, fill, progress_bar
+from ratplus_exp.stages.common import device_of, job_folder
+from ratplus_exp.stages.runner import Session, fill
+from ratplus_exp.store import Cell
+from ratplus_exp.tracking import tracked
 from ratplus_exp.workers import Workers, context
 
 MAX_WORKERS = 8  # on a CPU; more would compete for memory bandwidth
@@ -27,10 +29,28 @@ Group = tuple[list[Job], str]  # jobs whose cells of a task begin with the same 
 Progress = Callable[[int, int], None]  # called with new samples and newly finished cells
 
 
+def fill_tracked(job: Job, report: Callable[[Job], dict[str, Any]]) -> None:
+    """Fill one job's cells, whose samples several ranks share, and then on rank 0 make its report
+    and track the values that this returns."""
+    cfg = job.cfg
+    with process_group(device_of(cfg), timedelta(hours=2)), tracked(cfg, job_folder()) as tracker:
+        filled(cfg, [job])
+        if rank() == 0:
+            tracker.log(report(job))
+
+
+def filled(cfg: DictConfig, jobs: list[Job]) -> list[Cell]:
+    """The jobs' cells, all filled; ValueError if some can't be."""
+    refuse(fill_jobs(cfg, jobs))
+    if rank() == 0 and any(job.missing() for job in jobs):
+        raise ValueError("another process still writes some of the cells: run this again after it")
+    return list({cell.id: cell for job in jobs for cell in job.cells.values()}.values())
+
+
 def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
     """Fill the jobs' missing cells, in this process or several, under one progress bar.
 
-    Of several processes a failing cell does not stop the others; returns the errors.
+    Of several workers a failing cell does not stop the others; returns the errors.
     """
     cells: dict[str, tuple[Job, str]] = {}
     for job in jobs:
@@ -38,31 +58,45 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
             other, _ = cells.setdefault(cell.id, (job, task))
             if job.examples > other.examples:
                 cells[cell.id] = (job, task)
-    missing = [(j, t) for j, t in cells.values() if not j.cells[t].is_done(j.examples)]
+    lacking = from_rank_0(
+        lambda: [x for x, (j, t) in cells.items() if not j.cells[t].is_done(j.examples)]
+    )
+    missing = [cells[name] for name in lacking]
     if not missing:
-        print(f"All {len(cells)} cells are there already; nothing to run.")
+        if rank() == 0:
+            print(f"All {len(cells)} cells are there already; nothing to run.")
         return []
     groups: dict[str, Group] = {}
     for job, task in missing:
         groups.setdefault(job.prefill(task), ([], task))[0].append(job)
-    sources = {(job.stage.samples, job.path, job.cfg.data.length): job for job, _ in missing}
-    for job in sources.values():
-        source = job.stage.samples(job.cfg, load_tokenizer(job.path))
-        for task in job.cells:
-            source(task, 0)  # invalid prompts are refused before anything is written
+    kinds = {(job.stage.samples, job.path, job.cfg.data.length): job for job, _ in missing}
     done = len(cells) - len(missing)
-    with progress_bar(missing) as bar:
+    have = sum(min(len(job.cells[task].records()), job.examples) for job, task in missing)
+    bar = tqdm(
+        total=sum(job.examples for job, _ in missing),
+        initial=have,
+        unit="example",
+        smoothing=0.02,
+        disable=rank() > 0,
+    )
 
-        def progress(samples: int, finished: int) -> None:
-            nonlocal done
-            done += finished
-            bar.set_description(f"{done}/{len(cells)} cells", refresh=False)
-            bar.update(samples)
+    def progress(samples: int, finished: int) -> None:
+        nonlocal done
+        done += finished
+        bar.set_description(f"{done}/{len(cells)} cells", refresh=False)
+        bar.update(samples)
 
+    with bar, closing(Session()) as session:
+        for job in kinds.values():
+            source = session.source(job)
+            for task in job.cells:
+                source(task, 0)  # invalid prompts are refused before anything is written
         workers = min(_workers(cfg), len(groups))
-        fill_all = _fill_in_process if workers == 1 else partial(_fill_in_workers, workers)
+        fill_all = partial(_fill_in_process, session)
+        if workers > 1:
+            fill_all = partial(_fill_in_workers, workers)
         busy, failed = fill_all(list(groups.values()), progress)
-    if busy:
+    if busy and rank() == 0:
         print(f"{busy} cells are being written by another process: run this again after it.")
     return failed
 
@@ -77,21 +111,23 @@ def refuse(failed: list[str]) -> None:
 
 
 def _workers(cfg: DictConfig) -> int:
-    """Processes: as configured, or one on a GPU and one a core on a CPU."""
-    if cfg.stage.workers:
-        return int(cfg.stage.workers)
+    """Processes: as configured, or one on a GPU and one a core on a CPU; one if the stage has no
+    choice."""
+    if workers := cfg.stage.get("workers", 1):
+        return int(workers)
     return min(cores(), MAX_WORKERS) if device_of(cfg).type == "cpu" else 1
 
 
-def _fill_in_process(groups: list[Group], progress: Progress) -> tuple[int, list[str]]:
+def _fill_in_process(
+    session: Session, groups: list[Group], progress: Progress
+) -> tuple[int, list[str]]:
     """Fill the groups' cells; returns how many another process is writing, and no failures: it
     raises them."""
     busy = 0
-    with closing(Session()) as session:
-        for jobs, task in groups:
-            left_out = len(fill(jobs, task, session, lambda n: progress(n, 0)))
-            progress(0, len(jobs) - left_out)
-            busy += left_out
+    for jobs, task in groups:
+        left_out = fill(jobs, task, session, lambda n: progress(n, 0))
+        progress(0, len(jobs) - left_out)
+        busy += left_out
     return busy, []
 
 
@@ -157,7 +193,7 @@ def _fill(jobs: list[Job], task: str) -> tuple[int, str]:
     if _gpu_lost:
         return 0, GPU_LOST
     try:
-        return len(fill(jobs, task, _session, _count)), ""
+        return fill(jobs, task, _session, _count), ""
     except Exception as error:
         try:
             if torch.cuda.is_initialized():

@@ -9,26 +9,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from datetime import timedelta
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ratplus_exp import provenance
 from ratplus_exp.config import plain
 from ratplus_exp.cost import Shape
-from ratplus_exp.distributed import barrier, from_rank_0, process_group, rank, world_size
+from ratplus_exp.distributed import barrier, from_rank_0, rank, world_size
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.stages.cells import Job
-from ratplus_exp.stages.common import device_of, job_folder, model_of
+from ratplus_exp.stages.common import model_of
 from ratplus_exp.stages.samples import Samples
 from ratplus_exp.store import StoreBusy, warn
-from ratplus_exp.tracking import tracked
 
 FIRST = 16  # prompts of a cell that its metrics can use
 
@@ -62,44 +59,9 @@ class Session:
             source.close()
 
 
-def fill_missing(job: Job, log: Callable[[Any], None]) -> None:
-    """Fill a job's missing cells with a progress bar, in a W&B run that `log` completes; several
-    processes share the samples."""
-    cfg = job.cfg
-    with process_group(device_of(cfg), timedelta(hours=2)):
-        missing = from_rank_0(job.missing)
-        if not missing:
-            if rank() == 0:
-                print(f"All {len(job.cells)} cells are there already; nothing to run.")
-            return
-        with closing(Session()) as session, tracked(cfg, job_folder()) as tracker:
-            source = session.source(job)
-            for task in missing:
-                source(task, 0)  # invalid prompts are refused before anything is written
-            for _, indices in _lacking([job], missing[0], source)[:1]:  # while the model is loaded
-                source.prefetch(missing[0], indices[rank() :: world_size()])
-            session.model(job)
-            with progress_bar([(job, task) for task in missing]) as bar:
-                for task in missing:
-                    bar.set_description(f"{cfg.model.name} {cfg.method.name} {task}")
-                    for busy in fill([job], task, session, bar.update):
-                        raise busy
-            if rank() == 0:
-                log(tracker)
-
-
-def progress_bar(missing: list[tuple[Job, str]]) -> tqdm:
-    """A bar over the samples of cells, of which some may be there."""
-    have = sum(min(len(job.cells[task].records()), job.examples) for job, task in missing)
-    total = sum(job.examples for job, _ in missing)
-    return tqdm(total=total, initial=have, unit="example", smoothing=0.02, disable=rank() > 0)
-
-
-def fill(
-    jobs: list[Job], task: str, session: Session, done: Callable[[int], None]
-) -> list[StoreBusy]:
+def fill(jobs: list[Job], task: str, session: Session, done: Callable[[int], None]) -> int:
     """Append the samples that the jobs' cells of a task lack, batch by batch, and finish the cells.
-    Returns an error for each cell that is left out, since another process is writing it.
+    Returns how many cells are left out, since another process is writing them.
 
     jobs: with the same prefill of the task's prompts. Rank 0 reads what is missing and the ranks
     deal it out in turn, so any number of processes can complete what others left.
@@ -107,12 +69,13 @@ def fill(
     done: called with the number of appended samples, of all ranks together.
     """
     largest = max(jobs, key=lambda job: job.examples)
-    source, model = session.source(largest), session.model(largest)
-    with _opened(jobs, task) as (jobs, busy):
-        for lacking, indices in from_rank_0(lambda: _lacking(jobs, task, source)):
-            filled = [jobs[i] for i in lacking]
+    source = session.source(largest)
+    with _opened(jobs, task) as opened:
+        for lacking, indices in from_rank_0(lambda: _lacking(opened, task, source)):
+            filled = [opened[i] for i in lacking]
             shares, left = indices[rank() :: world_size()], len(indices)
             source.prefetch(task, shares)
+            model = session.model(largest)  # prompts are made while it is loaded
             shared, size = _sharing(filled, source, task, model, session.workers)
             for start in range(0, len(shares), size):
                 samples = [source(task, index) for index in shares[start : start + size]]
@@ -134,8 +97,8 @@ def fill(
                     done(new)
         barrier()
         if rank() == 0:
-            _finish(jobs, task, source, model)
-    return busy
+            _finish(opened, task, source, session.model(largest))
+    return len(jobs) - len(opened)
 
 
 def _finish(jobs: list[Job], task: str, source: Samples, model: Any) -> None:
@@ -191,10 +154,9 @@ def total_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def _opened(jobs: list[Job], task: str) -> Iterator[tuple[list[Job], list[StoreBusy]]]:
-    """The jobs with their cells open for writing, without those that another process is writing,
-    and an error for each of these. Rank 0 locks a cell; other ranks open a file beside its own."""
-    busy: list[StoreBusy] = []
+def _opened(jobs: list[Job], task: str) -> Iterator[list[Job]]:
+    """The jobs with their cells open for writing, without those that another process is writing.
+    Rank 0 locks a cell; other ranks open a file beside its own."""
     with ExitStack() as stack:
 
         def lock() -> list[int]:
@@ -204,11 +166,11 @@ def _opened(jobs: list[Job], task: str) -> Iterator[tuple[list[Job], list[StoreB
                     stack.enter_context(job.cells[task].open(provenance.provenance(plain(job.cfg))))
                     free.append(i)
                 except StoreBusy as error:
-                    busy.append(error)
+                    warn(str(error))
             return free
 
         opened = [jobs[i] for i in from_rank_0(lock)]
         if rank() > 0:
             for job in opened:
                 stack.enter_context(job.cells[task].open_share(rank()))
-        yield opened, busy
+        yield opened

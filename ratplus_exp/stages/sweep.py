@@ -25,7 +25,7 @@ from ratplus_exp.stages.common import job_folder, model_name, option, show
 from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
 from ratplus_exp.stages.loss import Loss, loss_figures, loss_table
-from ratplus_exp.stages.pool import fill_jobs, refuse
+from ratplus_exp.stages.pool import fill_jobs, filled, refuse
 from ratplus_exp.store import Cell
 from ratplus_exp.tasks.qa import QA_FILES, no_file
 from ratplus_exp.tracking import tracked
@@ -56,13 +56,13 @@ def ablation(cfg: DictConfig) -> None:
     """stage=ablation: models side by side at one budget, dense and under each method."""
     setting = {name: cfg[name] for name in ("budget", "seed")} | {"tier": cfg.model.tier}
     setting |= {name: cfg.stage[name] for name in ("first_token", "protocol")}
-    samples = sample_scores(filled(cfg))
+    samples = sample_scores(fill_cells(cfg))
     show_tracked(cfg, model_table(samples, cfg.stage.models, cfg.stage.methods, **setting))
 
 
 def loss(cfg: DictConfig) -> None:
     """stage=loss: held-out loss of models under methods."""
-    cells = filled(cfg)
+    cells = fill_cells(cfg)
     show_tracked(cfg, loss_table(cells), *loss_figures(cells, job_folder()))
 
 
@@ -75,7 +75,7 @@ def random_selector(cfg: DictConfig) -> None:
     """
     cfg = cfg.copy()
     cfg.stage.models = []  # one model, whatever the pair
-    cells = tidy(filled(cfg))
+    cells = tidy(fill_cells(cfg))
     setting = {"method": cfg.method.name, "budget": cells["budget"].iloc[0]}
     show_tracked(cfg, random_table(cells, list(cfg.data.tasks), model=model_name(cfg), **setting))
 
@@ -85,15 +85,12 @@ def job_of(cfg: DictConfig) -> Job:
     return Job(cfg, MEASURING[cfg.stage.name])
 
 
-def filled(cfg: DictConfig) -> list[Cell]:
-    """The cells of `stage.cells`, all filled; ValueError if some can't be."""
+def fill_cells(cfg: DictConfig) -> list[Cell]:
+    """The cells of `stage.cells`, all of one length, as `pool.filled`."""
     jobs = [job_of(job) for job in expand(cfg)]
     if len({job.cfg.data.length for job in jobs}) > 1:
         raise ValueError(f"stage={cfg.stage.name} is of one length: set data.length instead")
-    refuse(fill_jobs(cfg, jobs))
-    if any(job.missing() for job in jobs):
-        raise ValueError("another process still writes some of the cells: run this again after it")
-    return list({cell.id: cell for job in jobs for cell in job.cells.values()}.values())
+    return filled(cfg, jobs)
 
 
 def show_tracked(cfg: DictConfig, table: Table, *pictures: Path) -> None:

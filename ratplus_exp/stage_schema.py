@@ -1,0 +1,219 @@
+"""Every field of the stages, as in `schema`; their defaults are in conf/stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from ratplus_exp.fields import (
+    Batch,
+    Dtype,
+    Examples,
+    FirstToken,
+    Fraction,
+    Golden,
+    Length,
+    Name,
+    Names,
+    Output,
+    Processes,
+    Protocol,
+    Scorer,
+    Seed,
+    Seeds,
+    Selector,
+    Task,
+    Tokens,
+)
+from ratplus_exp.settings import (
+    OF_LIST,
+    DilatedSettings,
+    Positive,
+    Rate,
+    Settings,
+    Share,
+    Text,
+    Whole,
+)
+from ratplus_exp.training.settings import TrainSettings
+
+
+def _not_empty(cells: dict[str, Grid]) -> dict[str, Grid]:
+    if not cells:
+        raise ValueError("choose what it runs, as in experiment=table3")
+    return cells
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Settings):
+    """Cells of a sweep: every combination of the lists (`stages.sweep`)."""
+
+    stage: Literal["eval", "hit_rate"] | None = None
+    model: Name | Names | None = None  # instead of stage.models
+    method: Name | Names | None = None
+    budget: Fraction | list[Fraction] | None = None
+    blocks: Positive | list[Positive] | None = None
+    length: Length | list[Length] | None = None
+    selector: Selector | list[Selector] | None = None
+    selector_seed: Seed | Seeds | None = None
+    protocol: Protocol | list[Protocol] | None = None
+    tasks: list[Task] | None = None
+    examples: Examples | None = None
+    dilation: Whole | list[Whole] | None = None
+    local: Whole | list[Whole] | None = None
+    initial: Whole | list[Whole] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring(Settings):
+    batch_size: Batch
+    first_token: FirstToken
+    protocol: Protocol  # whether a method selects for the whole prompt, or before the question
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneCell(Measuring):
+    name: Literal["eval", "hit_rate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grids(Measuring):
+    """A stage that fills grids of cells for every training of `models`.
+
+    Subclasses end with `cells`, which repeat other fields by interpolation: of several errors the
+    first field's is reported.
+    """
+
+    models: Names
+    trainings: Seeds = field(default_factory=lambda: [0])
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSelector(Measuring):
+    name: Literal["random_selector"]
+    selector_seeds: Seeds
+    models: Names = field(default_factory=list)
+    cells: dict[Name, Grid] = field(default_factory=dict)
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation(Grids):
+    name: Literal["ablation"]
+    models: Annotated[Names, Field(min_length=2)]
+    methods: Annotated[Names, Field(min_length=1)]
+    cells: dict[Name, Grid] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(Grids):
+    name: Literal["loss"]
+    cells: dict[Name, Grid]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodsStage(Grids):
+    name: Literal["methods"]
+    budgets: list[Fraction]
+    patterns: Names
+    selecting: Names
+    cells: Annotated[dict[Name, Grid], AfterValidator(_not_empty)]
+    random_examples: Examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look(Measuring):
+    name: Literal["look"]
+    models: Names
+    methods: Annotated[Names, Field(min_length=1)]
+    task: Golden
+    index: Annotated[int, Field(ge=0, lt=10**6)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Settings):
+    name: Literal["report"]
+    models: Names
+    trainings: Seeds
+    outputs: dict[Output, bool]
+    scorer: Scorer
+    first_token: FirstToken
+    protocol: Protocol  # which of the cells
+    folder: Text | None
+    where: dict[Name, Any] | None  # choices by column of cells.csv
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Report, Grids):
+    name: Literal["sweep"]  # type: ignore[assignment]
+    cells: Annotated[dict[Name, Grid], AfterValidator(_not_empty)]
+    random_examples: Examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Settings):
+    folder: Text
+    init: Text | None
+    schedule: Annotated[list[Annotated[tuple[Tokens, Length], OF_LIST]], Field(min_length=1)]
+    tokens_per_step: Positive
+    joint: DilatedSettings | None
+    alternate: bool
+    sparse_only_tokens: Annotated[int, Field(ge=0, le=10**15)]
+    workers: Processes = 0
+    dtype: Dtype | None = None  # of the saved weights; null: as they are trained
+    optimizer: TrainSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Training):
+    name: Literal["pretrain"]
+    drill_tokens: Annotated[int, Field(ge=0, le=10**15)]
+    list_rate: Share
+    several_rate: Share
+    other_rate: Share
+    styles: list[dict[str, Any]] = field(default_factory=list)  # changes of data.forms
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuedPretrain(Training):
+    name: Literal["continued_pretrain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sft(Training):
+    name: Literal["sft"]
+    mixture: dict[Task, Rate]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenize(Settings):
+    name: Literal["tokenize"]
+    init: Text | None
+    workers: Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(Settings):
+    name: Literal["convert"]
+    tokenizer: Text | None
+    dtype: Dtype | None
+
+
+Stage = (
+    OneCell
+    | RandomSelector
+    | Ablation
+    | Loss
+    | MethodsStage
+    | Look
+    | Sweep
+    | Report
+    | Pretrain
+    | ContinuedPretrain
+    | Sft
+    | Tokenize
+    | Convert
+)
