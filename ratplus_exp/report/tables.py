@@ -160,10 +160,12 @@ def top_heads_table(results: Results, method: str) -> Table:
 def selector_table(results: Results) -> Table:
     """The table of `selector_means`: a row a setting and backbone, and one for their gap."""
     random = results.cells[results.cells["selector"] == "random"]
-    rows: list[tuple[str, ...]] = []
-    for setting, group in results.selector_means.groupby(SETTING, sort=False):
+    means, rows = results.selector_means, []
+    shown = set(means["side"])  # not both of a lone model
+    sides = [side for side in (*BACKBONES, GAP) if side in shown]
+    for setting, group in means.groupby(SETTING, sort=False):
         estimates = group.set_index(["side", "selector"])["estimate"].to_dict()
-        for side in (*BACKBONES, GAP):
+        for side in sides:
             texts = []
             for kind in (*SELECTORS, "selection"):
                 x = estimates.get((side, kind))

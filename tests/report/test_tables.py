@@ -14,6 +14,7 @@ from ratplus_exp.analysis.frame import COLUMNS, EXTRA
 from ratplus_exp.report import Table
 from ratplus_exp.report.accuracy import accuracy_table, tasks_table
 from ratplus_exp.report.results import Results
+from ratplus_exp.report.tables import selector_table
 from ratplus_exp.store import Store
 
 QUEST = {"method": "quest", "block_size": 8, "top_k": 4, "budget": "1/16", "selector": "topk"}
@@ -141,8 +142,10 @@ def test_table3_shows_means_gain_and_paper(store):
 def test_a_model_without_its_twin_has_no_empty_rows_beside_it(store):
     for task in TASKS:
         add(store, "attention", task, 4)
+        add(store, "attention", task, 2, selector="random")
     table = make(store)
-    assert {row["Backbone"] for row in lines(table)} == {"Attention"}
+    for one in (table, selector_table(Results.read(store, {}))):
+        assert {row["Backbone"] for row in lines(one)} == {"Attention"}
     assert not any("Δ" in column for column in table.columns) and "Δ" not in table.caption
     assert lines(table, Method="quest", Budget="1/16", Block="8")[0]["Mean"] == "40.0"
 
