@@ -31,18 +31,22 @@ Progress = Callable[[int, int], None]  # called with new samples and newly finis
 
 def fill_tracked(job: Job, report: Callable[[Job], dict[str, Any]]) -> None:
     """Fill one job's cells, whose samples several ranks share, and then on rank 0 make its report
-    and track the values that this returns."""
+    and, unless all cells were there before, track the values that this returns."""
     cfg = job.cfg
-    with process_group(device_of(cfg), timedelta(hours=2)), tracked(cfg, job_folder()) as tracker:
+    with process_group(device_of(cfg), timedelta(hours=2)):
+        missing = from_rank_0(job.missing)
         filled(cfg, [job])
-        if rank() == 0:
-            tracker.log(report(job))
+    if rank() == 0:
+        values = report(job)
+        if missing:
+            with tracked(cfg, job_folder()) as tracker:
+                tracker.log(values)
 
 
 def filled(cfg: DictConfig, jobs: list[Job]) -> list[Cell]:
     """The jobs' cells, all filled; ValueError if some can't be."""
     refuse(fill_jobs(cfg, jobs))
-    if rank() == 0 and any(job.missing() for job in jobs):
+    if from_rank_0(lambda: any(job.missing() for job in jobs)):
         raise ValueError("another process still writes some of the cells: run this again after it")
     return list({cell.id: cell for job in jobs for cell in job.cells.values()}.values())
 
@@ -70,6 +74,11 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
     for job, task in missing:
         groups.setdefault(job.prefill(task), ([], task))[0].append(job)
     kinds = {(job.stage.samples, job.path, job.cfg.data.length): job for job, _ in missing}
+    with closing(Session()) as session:
+        for job in kinds.values():
+            source = session.source(job)
+            for task in job.cells:
+                source(task, 0)  # invalid prompts are refused before anything is written
     done = len(cells) - len(missing)
     have = sum(min(len(job.cells[task].records()), job.examples) for job, task in missing)
     bar = tqdm(
@@ -87,10 +96,6 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
         bar.update(samples)
 
     with bar, closing(Session()) as session:
-        for job in kinds.values():
-            source = session.source(job)
-            for task in job.cells:
-                source(task, 0)  # invalid prompts are refused before anything is written
         workers = min(_workers(cfg), len(groups))
         fill_all = partial(_fill_in_process, session)
         if workers > 1:

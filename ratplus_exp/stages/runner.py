@@ -96,7 +96,7 @@ def fill(jobs: list[Job], task: str, session: Session, done: Callable[[int], Non
                     job.cells[task].append([record | {"seconds": seconds} for record in records])
                     done(new)
         barrier()
-        if rank() == 0:
+        if rank() == 0 and opened:
             _finish(opened, task, source, session.model(largest))
     return len(jobs) - len(opened)
 
