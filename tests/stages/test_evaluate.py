@@ -7,7 +7,7 @@ from ruler_file import write_jsonl
 from ratplus_exp.analysis import tidy
 from ratplus_exp.config import forms_of
 from ratplus_exp.models.loading import load_tokenizer
-from ratplus_exp.stages import samples
+from ratplus_exp.stages import pool, samples
 from ratplus_exp.store import Store
 from ratplus_exp.tasks import TASKS, Ruler, prompts
 
@@ -49,8 +49,9 @@ def test_a_job_fills_one_cell_a_task_and_writes_its_table(job, tiny_models, meth
         assert (job.folder / "job" / f"table.{suffix}").stat().st_size
 
 
-def test_a_finished_job_runs_nothing_again(job, tiny_models, capsys):
+def test_a_finished_job_runs_nothing_again(job, tiny_models, capsys, monkeypatch):
     job(*small(tiny_models))
+    monkeypatch.setattr(pool, "tracked", lambda *_: pytest.fail("nothing to track"))
     before = {p: p.stat().st_mtime_ns for p in (job.folder / "results").rglob("*.jsonl")}
     job(*small(tiny_models))
     assert "nothing to run" in capsys.readouterr().out
