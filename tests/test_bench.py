@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import time
 
 import pytest
 import torch
@@ -57,22 +56,18 @@ def test_a_row_says_how_far_a_form_is_from_its_floor_and_from_the_truth():
     assert right.error == 0 and wrong.error == pytest.approx(0.1)
 
 
-def test_a_form_that_fails_is_a_row_without_a_number(monkeypatch):
+def test_a_form_that_fails_is_a_row_without_a_number():
     def missing(_):
         import a_package_that_is_not_there  # type: ignore  # noqa: F401
 
     def broken(_):
         raise RuntimeError("first line\nsecond line")
 
-    def endless(_):
-        time.sleep(10)
-
-    monkeypatch.setattr(timing, "COMPILING", 1)
-    forms = {"a": Form(missing), "b": Form(broken), "c": Form(endless)}
+    forms = {"a": Form(missing), "b": Form(broken)}
     rows = list(timing.measure(Case("s", "c", lambda seed: (1,), forms), MACHINE))
-    assert [row.seconds for row in rows] == [None] * 3
+    assert [row.seconds for row in rows] == [None] * 2
     absent = "not installed: a_package_that_is_not_there"
-    assert [x.note for x in rows] == [absent, "failed: RuntimeError: first line", "timed out"]
+    assert [x.note for x in rows] == [absent, "failed: RuntimeError: first line"]
 
 
 @pytest.mark.parametrize(
@@ -229,9 +224,10 @@ def test_models_on_a_cpu_stand_beside_their_floors_and_transformers():
     forms = {(row.suite, row.case.split()[0]): set() for row in rows}
     for row in rows:
         forms[row.suite, row.case.split()[0]].add(row.form)
-    for suite, sparse in zip(cpu_models.SUITES, ("MoBA 1/16", "Quest 1/16"), strict=True):
-        assert forms[suite, "pocket"] == {"dense", sparse}
-        assert forms[suite, "Llama"] == {"dense", sparse, "transformers, SDPA"}
+    ours = {"dense", "MoBA 1/16", "Quest 1/16"}
+    for suite in models.SUITES[:2]:
+        assert forms[suite, "pocket"] == ours
+        assert forms[suite, "Llama,"] == ours | {"transformers, SDPA"}
 
 
 def test_without_a_gpu_the_way_out_is_named(monkeypatch):

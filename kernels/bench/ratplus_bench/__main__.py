@@ -49,7 +49,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("a dry run without a GPU needs TRITON_INTERPRET=1 in its environment")
     if on_cpu:
         torch.set_num_threads(1)
-        torch._inductor.config.compile_threads = 1  # in this process, within its time limit
     torch._dynamo.config.recompile_limit = 64  # a baseline is compiled anew for every shape
     machine = Machine.measure(device, torch.float32 if on_cpu else torch.bfloat16, dry)
     run = report.Run(_about(arguments, machine), [])
