@@ -263,7 +263,7 @@ def test_parts_run_one_after_the_other_end_in_one_report(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "suites"),
-    [(["scan", "plans"], {"memory", "Quest"}), (["sparse"], {"Quest", "MoBA", "SnapKV"})],
+    [(["scan", "plans"], {"memory", "Quest", "MoBA"}), (["sparse"], {"Quest", "MoBA", "SnapKV"})],
     ids=["scan", "sparse"],
 )
 @dry

@@ -127,7 +127,7 @@ class Machine:
     def call_seconds(self, run: Callable[[], Any]) -> float:
         """Median time of a call: on a GPU by the clock on the wall, launches included; on a CPU
         processor time of this thread, which other processes disturb less."""
-        clock = timer() if self.cuda else time.thread_time
+        clock = timer if self.cuda else time.thread_time
         if self.dry:
             return timeit(run, timer=clock, number=1)
         threads = torch.get_num_threads()
@@ -155,8 +155,13 @@ def noted(row: Row, machine: Machine) -> Iterator[None]:
         torch.cuda.empty_cache()  # now that nothing holds the inputs and the graph any more
 
 
-def measure(case: Case, machine: Machine, forms: Collection[str] | None = None) -> Iterator[Row]:
-    """One row a form (None: all); without a number for one that is not installed or fails."""
+def measure(
+    case: Case, machine: Machine, forms: Collection[str] | None = None, once: bool = False
+) -> Iterator[Row]:
+    """One row a form (None: all); without a number for one that is not installed or fails.
+
+    once: not timed, but run twice, the second time with CUDA's profiler on.
+    """
 
     @cache
     def wanted() -> list[Tensor] | None:
@@ -166,27 +171,22 @@ def measure(case: Case, machine: Machine, forms: Collection[str] | None = None) 
         )
         return tensors(first.run(*inputs)) if case.exact else None
 
-    for name, form in case.forms.items():
-        if forms is not None and name not in forms:
-            continue
-        row = Row(case.suite, case.name, name)
+    for name in case.forms if forms is None else forms:
+        form, row = case.forms[name], Row(case.suite, case.name, name)
         machine.set_floor(row, case.bytes, case.flops)
         with noted(row, machine):
-            _fill(row, form, case, machine, wanted if form.comparable else lambda: None)
+            if once:
+                _run_twice(form, case, machine)
+            else:
+                _fill(row, form, case, machine, wanted if form.comparable else lambda: None)
         yield row
 
 
-def once(case: Case, machine: Machine, forms: Collection[str]) -> Iterator[Row]:
-    """Run each form twice, the second time with CUDA's profiler on; rows without a time."""
-    for name in forms:
-        row = Row(case.suite, case.name, name)
-        with noted(row, machine):
-            form = case.forms[name]
-            inputs = form.setup(*case.inputs(0))
-            form.run(*inputs)
-            with torch.cuda.profiler.profile() if machine.cuda else nullcontext():
-                form.run(*inputs)
-        yield row
+def _run_twice(form: Form, case: Case, machine: Machine) -> None:
+    inputs = form.setup(*case.inputs(0))
+    form.run(*inputs)
+    with torch.cuda.profiler.profile() if machine.cuda else nullcontext():
+        form.run(*inputs)
 
 
 def _fill(
