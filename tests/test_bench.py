@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ratplus_bench import __main__ as bench
-from ratplus_bench import cpu_models, models, report, scan_cases, sparse_cases, timing
+from ratplus_bench import models, report, scan_cases, sparse_cases, timing
 from ratplus_bench.scan_cases import both
 from ratplus_bench.timing import Case, Form, Machine, Row
 from ratplus_exp.methods import Engine, MoBA
@@ -216,18 +216,17 @@ def test_models_are_measured_with_every_method_against_what_it_reads():
 
 
 def test_models_on_a_cpu_stand_beside_their_floors_and_transformers():
-    rows = list(cpu_models.rows(MACHINE))
+    rows = list(models.cpu_rows(MACHINE))
     assert all(row.seconds for row in rows)
-    assert all(row.floor for row in rows if row.suite != cpu_models.EXAMPLES)
-    kvpress = {"kvpress, B=4", "kvpress, B=1"} if cpu_models.KVPRESS.exists() else set()
-    assert {x.form for x in rows if x.suite == cpu_models.EXAMPLES} == {"B=4", "B=1"} | kvpress
-    forms = {(row.suite, row.case.split()[0]): set() for row in rows}
-    for row in rows:
-        forms[row.suite, row.case.split()[0]].add(row.form)
-    ours = {"dense", "MoBA 1/16", "Quest 1/16"}
+    assert all(row.floor for row in rows if "kvpress" not in row.form)
+    sparse = ("Quest", "MoBA", "SnapKV", "dilated")
+    pocket = {"attention, dense", "RAT+, dense"} | {f"RAT+, {name}" for name in sparse}
+    llama = {"dense", "transformers, SDPA", *sparse}
+    if models.KVPRESS.exists():
+        llama.add("SnapKV, kvpress")
     for suite in models.SUITES[:2]:
-        assert forms[suite, "pocket"] == ours
-        assert forms[suite, "Llama,"] == ours | {"transformers, SDPA"}
+        for case, wanted in (("pocket B=2 T=992", pocket), ("Llama T=64 layers=1", llama)):
+            assert {x.form for x in rows if (x.suite, x.case) == (suite, case)} == wanted
 
 
 def test_without_a_gpu_the_way_out_is_named(monkeypatch):

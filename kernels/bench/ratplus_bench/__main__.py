@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ratplus_bench import cpu_models, models, report, scan_cases, sparse_cases
+from ratplus_bench import models, report, scan_cases, sparse_cases
 from ratplus_bench.timing import Case, Machine, Row, measure
 from ratplus_exp.provenance import REPOSITORY, provenance
 from ratplus_kernels.dispatch import interpreted
@@ -75,7 +75,7 @@ def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
     parts = CPU_PARTS if arguments.cpu else PARTS
     for part in arguments.only or parts:
         if part == "models":
-            yield from cpu_models.rows(machine) if arguments.cpu else models.rows(machine, matches)
+            yield from models.cpu_rows(machine) if arguments.cpu else models.rows(machine, matches)
         for case in (case for cases in parts[part] for case in cases(machine)):
             name = f"{case.suite} | {case.name} | "
             forms = [form for form in case.forms if matches(name + form)]

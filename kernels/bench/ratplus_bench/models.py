@@ -4,29 +4,47 @@ On a GPU, P2's Figures 2 and 4 in our own measurements: its 1.5B and 7B shapes w
 for attention, RAT+, and RAT+ with each sparse method at budget 1/16. Models run as in `generate`,
 without CUDA graphs, so a step at a small batch takes as long as its launches; the GPU time beside
 it is that of the kernels alone.
+
+On a CPU, the pocket pair in batches of 25, and Llama's shape with 135M parameters (random weights),
+with fewer layers for longer prompts, so that none takes minutes; beside it transformers' own
+attention, and kvpress's SnapKV where `make kvpress` has installed it.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from ratplus_bench.timing import Machine, Row, noted
 from ratplus_exp.cost import Shape
 from ratplus_exp.methods import Dense, Dilated, Engine, Method, MoBA, Quest, SnapKV
 from ratplus_exp.models import RatPlusConfig
+from ratplus_exp.models.hf import attach_engine
+from ratplus_exp.models.loading import load_model
 from ratplus_exp.models.prefill import PromptBatch
+from ratplus_exp.provenance import REPOSITORY
 
 # Hidden size, layers, heads.
 MODELS, TINY = {"1.5B": (2048, 24, 16), "7B": (4096, 32, 32)}, {"tiny": (8, 1, 2)}
 LENGTHS = (4096, 16_384, 65_536)
 SUITES = ("prefill latency", "decoding latency", "decoding throughput, a row's token")
 BACKBONES = {False: "attention", True: "RAT+"}
+POCKET = REPOSITORY / "outputs/reference/pocket/models"
+LLAMA = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49_152, "tie_word_embeddings": True,
+}  # fmt: skip
+LLAMA_LAYERS = {1024: 30, 4096: 10, 16_384: 2}  # by the prompt's tokens
+KVPRESS = Path(os.environ.get("KVPRESS_PYTHON", REPOSITORY / ".venv-kvpress/bin/python"))
 
 
 def methods(memory: bool, length: int, block: int) -> dict[str, Method]:
@@ -61,6 +79,37 @@ def rows(machine: Machine, matches: Callable[[str], bool] = lambda _: True) -> I
                     form = f"{backbone}, {name}"
                     yield from measure(model, method, (1, length), case, form, machine)
             del model
+
+
+@torch.inference_mode()
+def cpu_rows(machine: Machine) -> Iterator[Row]:
+    """Rows of the pocket pair and of Llama's shape at every length."""
+    prompts = (2 if machine.dry else 25, 992)
+    for memory, backbone in BACKBONES.items():
+        model = load_model(POCKET / ("ratplus" if memory else "attention") / "0", machine.device)
+        for name, method in methods(memory, 992, block=16).items():
+            case, form = "pocket B={} T={}".format(*prompts), f"{backbone}, {name}"
+            yield from measure(model, method, prompts, case, form, machine)
+    for length, layers in ({64: 1} if machine.dry else LLAMA_LAYERS).items():
+        config, case = LLAMA | {"num_hidden_layers": layers}, f"Llama T={length} layers={layers}"
+        model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="sdpa")).eval()
+        others = [*measure(model, None, (1, length), case, "transformers, SDPA", machine)]
+        attach_engine(model)
+        for name, method in methods(True, length, block=16 if machine.dry else 64).items():
+            yield from measure(model, method, (1, length), case, name, machine)
+            if isinstance(method, SnapKV) and length <= 1024 and KVPRESS.exists():
+                others += _kvpress(config, length, method, case)
+        yield from others
+
+
+def _kvpress(config: dict[str, Any], length: int, method: SnapKV, case: str) -> Iterator[Row]:
+    """SnapKV's prefill and step by kvpress, which takes an older transformers than ours."""
+    settings = {"config": config, "length": length, "top_k": method.top_k, "window": method.window}
+    script = Path(__file__).with_name("kvpress_snapkv.py")
+    command = [str(KVPRESS), str(script), json.dumps(settings)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    for suite, seconds in zip(SUITES, json.loads(done.stdout), strict=False):
+        yield Row(suite, case, "SnapKV, kvpress", seconds)
 
 
 def measure(

@@ -153,16 +153,13 @@ def moba(shape: Shape, size: int, top_k: int, correlated: bool, machine: Machine
         # Given, so that a form's error is not that of other means, which select other blocks.
         return q, k, v, engine.block_representatives(k)
 
-    def prefill(q: Tensor, k: Tensor, v: Tensor, means: Tensor | None = None) -> Tensor:
+    def prefill(q: Tensor, k: Tensor, v: Tensor, means: Tensor) -> Tensor:
         step = Step(torch.arange(t, device=q.device)[None])
         return engine.prefill(States(q, k, v, step, representatives=means), layer=0)
 
     seen = sum(min(n + 1, top_k) - 0.5 for n in range(blocks)) * size * size  # pairs a head
     flops = b * h * d * (4 * seen + t * blocks)  # the causal half of the gate's scores
-    forms = {
-        "kernel": Form(prefill),
-        "kernel, finding the means": Form(lambda q, k, v, _: prefill(q, k, v), comparable=False),
-    }
+    forms = {"kernel": Form(prefill)}
     if not correlated:  # to dense attention queries make no difference
         forms |= _dense(machine, causal=True)
     if t <= 4096:
