@@ -71,7 +71,7 @@ def plans(machine: Machine) -> Iterator[Case]:
 def cpu_cases(machine: Machine) -> Iterator[Case]:
     for (b, h, d), t in product(CPU_SHAPES, (8,) if machine.dry else CPU_LENGTHS):
         forms = dict(CPU_FORMS)
-        if not machine.dry and t <= 512:  # longer ones take minutes to compile
+        if not machine.dry and t <= 512:  # longer ones compile for more than 20 s
             forms["torch.associative_scan, compiled"] = p2
         tensor = 4 * b * t * h * d  # bytes
         for suite, taken, tensors in (
