@@ -139,7 +139,8 @@ def small(out: Path) -> Steps:
         else:  # every 250th step, of which most are left out; a checkpoint at the end alone
             every = "stage.optimizer.log_every=250 stage.optimizer.checkpoint_every=1000000"
             more = f"{more} {every} stage.workers={workers}"
-        return run(out, trial(name, "_training"), more)
+        experiment = f"experiment=[{name},small_trial_training]" if DRY else f"experiment={name}"
+        return run(out, experiment, more)
 
     # Shares of the time at whose end each of them is to be done; a slow start has LATE in addition.
     base, trained, tuned, tables = (share * SMALL for share in (0.28, 0.62, 0.8, 0.93))
@@ -192,10 +193,6 @@ def run(out: Path, *settings: str) -> str:
 
 def schedule(*phases: list[int]) -> str:
     return f"stage.schedule={json.dumps(phases, separators=(',', ':'))}"
-
-
-def trial(experiment: str, kind: str = "") -> str:
-    return f"experiment=[{experiment},small_trial{kind}]" if DRY else f"experiment={experiment}"
 
 
 def interpreted() -> str:

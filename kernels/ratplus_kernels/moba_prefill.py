@@ -47,7 +47,7 @@ def moba_prefill(
         return moba_prefill_torch(q, k, v, block_size, top_k, means)
     from ratplus_kernels.moba_prefill_triton import moba_prefill_triton
 
-    return moba_prefill_triton(q, k, v, block_size, top_k, means)
+    return moba_prefill_triton(q, k, v, means, block_size, top_k)
 
 
 @torch.no_grad()

@@ -44,9 +44,9 @@ def moba_prefill_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    means: Tensor | None,
     block_size: int,
     top_k: int,
-    means: Tensor | None = None,
     plan: Plan = PLAN,
 ) -> Tensor:
     batch, heads, length, dim = q.shape

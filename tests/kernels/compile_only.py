@@ -120,7 +120,7 @@ def moba_prefill() -> None:
     from ratplus_kernels.moba_prefill_triton import moba_prefill_triton
 
     q = meta(1, 2, 131_072, 128)
-    moba_prefill_triton(q, q, q, 64, 16)
+    moba_prefill_triton(q, q, q, None, 64, 16)
 
 
 if __name__ == "__main__":

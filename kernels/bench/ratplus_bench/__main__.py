@@ -15,33 +15,33 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.metadata import distributions
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ratplus_bench import cpu_models, models, report, scan_cases, sparse_cases, timing
-from ratplus_bench.timing import Machine, Row
+from ratplus_bench import models, report, scan_cases, sparse_cases
+from ratplus_bench.timing import Case, Machine, Row, measure
 from ratplus_exp.provenance import REPOSITORY, provenance
 from ratplus_kernels.dispatch import interpreted
 
 PACKAGES = ("triton", "fla-core", "accelerated-scan", "flash-attn")
-Cases = dict[str, tuple[Callable[[Machine], Iterator[timing.Case]], ...]]
-CASES: Cases = {
+Cases = tuple[Callable[[Machine], Iterator[Case]], ...]
+# Models have no cases, but rows.
+PARTS: dict[str, Cases] = {
     "scan": (scan_cases.cases,),
     "sparse": (sparse_cases.cases,),
-    "models": (),  # no cases: see `models.rows`
+    "models": (),
     "plans": (scan_cases.plans, sparse_cases.plans),
 }
-CPU_CASES: Cases = {"scan": (scan_cases.cpu_cases,), "models": ()}
+CPU_PARTS: dict[str, Cases] = {"scan": (scan_cases.cpu_cases,), "models": ()}
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     dry, on_cpu = arguments.dry, device.type == "cpu"
-    if arguments.cpu and (arguments.match or {*(arguments.only or ())} - {*CPU_CASES}):
+    if arguments.cpu and (arguments.match or {*(arguments.only or ())} - {*CPU_PARTS}):
         sys.exit("--match and other parts than scan and models: leave them out with --cpu")
     if on_cpu and not (arguments.cpu or dry):
         sys.exit("no CUDA GPU is there: run `make bench-cpu`, or with --dry to test the bench")
@@ -49,7 +49,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("a dry run without a GPU needs TRITON_INTERPRET=1 in its environment")
     if on_cpu:
         torch.set_num_threads(1)
-        torch._inductor.config.compile_threads = 1  # in this process, within its time limit
     torch._dynamo.config.recompile_limit = 64  # a baseline is compiled anew for every shape
     machine = Machine.measure(device, torch.float32 if on_cpu else torch.bfloat16, dry)
     run = report.Run(_about(arguments, machine), [])
@@ -73,14 +72,14 @@ def _rows(machine: Machine, arguments: argparse.Namespace) -> Iterator[Row]:
     def matches(name: str) -> bool:
         return re.search(arguments.match, name) is not None
 
-    parts = CPU_CASES if arguments.cpu else CASES
-    measure = timing.once if arguments.once else timing.measure
+    parts = CPU_PARTS if arguments.cpu else PARTS
     for part in arguments.only or parts:
         if part == "models":
-            yield from cpu_models.rows(machine) if arguments.cpu else models.rows(machine, matches)
-        for case in chain.from_iterable(cases(machine) for cases in parts[part]):
+            yield from models.cpu_rows(machine) if arguments.cpu else models.rows(machine, matches)
+        for case in (case for cases in parts[part] for case in cases(machine)):
             name = f"{case.suite} | {case.name} | "
-            yield from measure(case, machine, [x for x in case.forms if matches(name + x)])
+            forms = [form for form in case.forms if matches(name + form)]
+            yield from measure(case, machine, forms, arguments.once)
 
 
 def _about(arguments: argparse.Namespace, machine: Machine) -> dict[str, Any]:
@@ -101,8 +100,8 @@ def _about(arguments: argparse.Namespace, machine: Machine) -> dict[str, Any]:
 def _line(row: Row, machine: Machine) -> str:
     floor = f" = {row.seconds / row.floor:.2f} × floor" if row.seconds and row.floor else ""
     note = report.note(row, machine.matmul)
-    took = f"{report.seconds(row.seconds)}{floor}"
-    return f"{row.suite} | {row.case} | {row.form}: {took}{f' ({note})' if note else ''}"
+    text = f"{row.suite} | {row.case} | {row.form}: {report.seconds(row.seconds)}{floor}"
+    return f"{text} ({note})" if note else text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cpu", action="store_true", help="the CPU's part: scan and models")
     add("--dry", action="store_true", help="tiny shapes once, interpreted without a GPU: a test")
     add(
-        "--only", nargs="+", choices=[*CASES], help="parts of the run (all); plans: cuts of kernels"
+        "--only", nargs="+", choices=[*PARTS], help="parts of the run (all); plans: cuts of kernels"
     )
     add(
         "--once", action="store_true", help="not timed: each form compiled, then run for a profiler"

@@ -1,29 +1,50 @@
-"""Prefill and decoding of whole models with random weights: latency, throughput and peak memory.
+"""Prefill and decoding of whole models: latency, throughput and peak memory.
 
-P2's Figures 2 and 4 in our own measurements: its 1.5B and 7B shapes, for attention, RAT+, and RAT+
-with each sparse method at budget 1/16. Models run as in `generate`, without CUDA graphs, so a step
-at a small batch takes as long as its launches; the GPU time beside it is that of the kernels alone.
+On a GPU, P2's Figures 2 and 4 in our own measurements: its 1.5B and 7B shapes with random weights,
+for attention, RAT+, and RAT+ with each sparse method at budget 1/16. Models run as in `generate`,
+without CUDA graphs, so a step at a small batch takes as long as its launches; the GPU time beside
+it is that of the kernels alone.
+
+On a CPU, the pocket pair in batches of 25, and Llama's shape with 135M parameters (random weights),
+with fewer layers for longer prompts, so that none takes minutes; beside it transformers' own
+attention, and kvpress's SnapKV where `make kvpress` has installed it.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from ratplus_bench.timing import Machine, Row, noted
 from ratplus_exp.cost import Shape
 from ratplus_exp.methods import Dense, Dilated, Engine, Method, MoBA, Quest, SnapKV
-from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
+from ratplus_exp.models import RatPlusConfig
+from ratplus_exp.models.hf import attach_engine
+from ratplus_exp.models.loading import load_model
+from ratplus_exp.models.prefill import PromptBatch
+from ratplus_exp.provenance import REPOSITORY
 
 # Hidden size, layers, heads.
 MODELS, TINY = {"1.5B": (2048, 24, 16), "7B": (4096, 32, 32)}, {"tiny": (8, 1, 2)}
 LENGTHS = (4096, 16_384, 65_536)
-SUITES = ("prefill latency", "decoding latency, one row", "decoding throughput, a row's token")
+SUITES = ("prefill latency", "decoding latency", "decoding throughput, a row's token")
 BACKBONES = {False: "attention", True: "RAT+"}
+POCKET = REPOSITORY / "outputs/reference/pocket/models"
+LLAMA = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49_152, "tie_word_embeddings": True,
+}  # fmt: skip
+LLAMA_LAYERS = {1024: 30, 4096: 10, 16_384: 2}  # by the prompt's tokens
+KVPRESS = Path(os.environ.get("KVPRESS_PYTHON", REPOSITORY / ".venv-kvpress/bin/python"))
 
 
 def methods(memory: bool, length: int, block: int) -> dict[str, Method]:
@@ -55,26 +76,73 @@ def rows(machine: Machine, matches: Callable[[str], bool] = lambda _: True) -> I
                 model = AutoModelForCausalLM.from_config(config, dtype=machine.dtype).eval()
             for length, case in cases.items():
                 for name, method in methods(memory, length, block).items():
-                    yield from _rows(model, method, length, case, f"{backbone}, {name}", machine)
+                    form = f"{backbone}, {name}"
+                    yield from measure(model, method, (1, length), case, form, machine)
             del model
 
 
-def _rows(
-    model: RatPlusForCausalLM, method: Method, length: int, case: str, form: str, machine: Machine
+@torch.inference_mode()
+def cpu_rows(machine: Machine) -> Iterator[Row]:
+    """Rows of the pocket pair and of Llama's shape at every length."""
+    prompts = (2 if machine.dry else 25, 992)
+    for memory, backbone in BACKBONES.items():
+        model = load_model(POCKET / ("ratplus" if memory else "attention") / "0", machine.device)
+        for name, method in methods(memory, 992, block=16).items():
+            case, form = "pocket B={} T={}".format(*prompts), f"{backbone}, {name}"
+            yield from measure(model, method, prompts, case, form, machine)
+    for length, layers in ({64: 1} if machine.dry else LLAMA_LAYERS).items():
+        config, case = LLAMA | {"num_hidden_layers": layers}, f"Llama T={length} layers={layers}"
+        model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="sdpa")).eval()
+        others = [*measure(model, None, (1, length), case, "transformers, SDPA", machine)]
+        attach_engine(model)
+        for name, method in methods(True, length, block=16 if machine.dry else 64).items():
+            yield from measure(model, method, (1, length), case, name, machine)
+            if isinstance(method, SnapKV) and length <= 1024 and KVPRESS.exists():
+                others += _kvpress(config, length, method, case)
+        yield from others
+
+
+def _kvpress(config: dict[str, Any], length: int, method: SnapKV, case: str) -> Iterator[Row]:
+    """SnapKV's prefill and step by kvpress, which takes an older transformers than ours."""
+    settings = {"config": config, "length": length, "top_k": method.top_k, "window": method.window}
+    script = Path(__file__).with_name("kvpress_snapkv.py")
+    command = [str(KVPRESS), str(script), json.dumps(settings)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    for suite, seconds in zip(SUITES, json.loads(done.stdout), strict=False):
+        yield Row(suite, case, "SnapKV, kvpress", seconds)
+
+
+def measure(
+    model: Any,
+    method: Method | None,
+    prompts: tuple[int, int],
+    case: str,
+    form: str,
+    machine: Machine,
 ) -> Iterator[Row]:
+    """Rows of SUITES for a batch and length of prompts; throughput on a GPU alone.
+
+    method: what the model's engine runs; None: transformers' own attention and cache.
+    """
+    batch, length = prompts
     shape, itemsize = Shape.of(model), machine.dtype.itemsize
     prefill, decode, throughput = (Row(suite, case, form) for suite in SUITES)
-    ids = torch.randint(model.config.vocab_size, (1, length), device=machine.device)
-    engine = Engine(method)
-    cache = model.new_cache(engine)
+    ids = torch.randint(model.config.vocab_size, prompts, device=machine.device)
+    prompt = PromptBatch(model, ids, torch.ones_like(ids))
+    engine = Engine(method or Dense())
+    cache: Any = None
 
     def run_prefill() -> None:
         nonlocal cache
-        cache = model.new_cache(engine)
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        if method:
+            cache = model.new_cache(engine)
+            prompt.prefill(cache)
+        else:
+            cache = DynamicCache()
+            model(ids, past_key_values=cache, logits_to_keep=1)
 
-    def run_step(batch: int = 1) -> None:
-        model(ids[:, :1].expand(batch, 1), past_key_values=cache)
+    def run_step(rows: int) -> None:
+        model(ids[:1, :1].expand(rows, 1), past_key_values=cache)
 
     def attended(run: Callable[[], None]) -> float | None:
         """Tokens that a query attends to, as the engine counts them; None where all are."""
@@ -86,27 +154,32 @@ def _rows(
     with noted(prefill, machine):
         keys = attended(run_prefill) or (length + 1) / 2
         logits = 2 * (length - 1) * shape.vocabulary * shape.hidden  # of the last token alone
-        machine.set_floor(prefill, flops=length * shape.forward_flops(keys) - logits)
+        flops = length * shape.forward_flops(keys) - logits
+        machine.set_floor(prefill, flops=batch * flops)
         _time(prefill, run_prefill, machine)
     yield prefill
     if prefill.seconds is None:
         return
     with noted(decode, machine):
-        states = attended(run_step) or cache.get_seq_length()
-        if method.phase == "decode":  # and of each block the two bounds
-            states += length / method.block_size
+        step = partial(run_step, batch)
+        states = attended(step) or cache.get_seq_length()
+        flops = batch * shape.forward_flops(states)
+        if engine.method.phase == "decode":  # and of each block the two bounds
+            states += length / engine.method.block_size
         cached = shape.kv_bytes(1, itemsize) * states
-        machine.set_floor(decode, bytes=shape.multiplied * itemsize + cached)
-        machine.set_floor(throughput, bytes=cached)  # very many rows share the weights
-        _time(decode, run_step, machine)
+        machine.set_floor(decode, shape.multiplied * itemsize + batch * cached, flops)
+        machine.set_floor(throughput, cached)  # very many rows share the weights
+        _time(decode, step, machine)
     yield decode
-    batch = 1
+    largest = 2 if machine.dry else 4096 if machine.cuda else batch
+    if batch == largest:
+        return
     with noted(throughput, machine):
-        while decode.seconds and batch < (2 if machine.dry else 4096):
+        while decode.seconds and batch < largest:
             batch *= 2
             cache.batch_repeat_interleave(2)
             run_step(batch)
-            took = machine.wall_seconds(partial(run_step, batch)) / batch
+            took = machine.call_seconds(partial(run_step, batch)) / batch
             if throughput.seconds is None or took < throughput.seconds:
                 throughput.seconds = took
                 throughput.note = f"{1 / took:.0f} tokens/s at batch {batch}"
@@ -114,7 +187,7 @@ def _rows(
 
 
 def _time(row: Row, run: Callable[[], None], machine: Machine) -> None:
-    row.seconds = machine.wall_seconds(run)
+    row.seconds = machine.call_seconds(run)
     if machine.cuda:  # kernels, copies and fills, without the gaps between
         with profile(activities=[ProfilerActivity.CUDA]) as watched:
             run()

@@ -51,9 +51,9 @@ def read(folder: Path, about: dict[str, Any]) -> list[Run]:
 
 def write(folder: Path, runs: Sequence[Run], plot: bool = True) -> None:
     """bench.json and bench.md of all runs, oldest first, and the plot, where it is asked for."""
-    latest = {_key(row): run for run in runs for row in run.rows}
-    runs = [Run(run.about, [x for x in run.rows if latest[_key(x)] is run]) for run in runs]
-    runs = [run for run in runs if run.rows]
+    latest = {(x.suite, x.case, x.form): run for run in runs for x in run.rows}
+    kept = [[x for x in run.rows if latest[x.suite, x.case, x.form] is run] for run in runs]
+    runs = [Run(run.about, rows) for run, rows in zip(runs, kept, strict=True) if rows]
     record = {
         "fastest_plans": fastest_plans(runs),
         "runs": [{"about": run.about, "rows": [asdict(row) for row in run.rows]} for run in runs],
@@ -63,10 +63,6 @@ def write(folder: Path, runs: Sequence[Run], plot: bool = True) -> None:
     (folder / "bench.md").write_text(markdown(runs))
     if plot:
         _plot(folder / "bench.png", _frame(runs), runs[-1].about["device"])
-
-
-def _key(row: Row) -> tuple[str, str, str]:
-    return row.suite, row.case, row.form
 
 
 def _frame(runs: Sequence[Run]) -> pd.DataFrame:

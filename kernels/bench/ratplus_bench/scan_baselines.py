@@ -25,16 +25,6 @@ def naive_loop(z: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return memory[0], memory[1]
 
 
-def log_depth(gate: Tensor, x: Tensor) -> Tensor:
-    """Doubling: after step i every state has taken in the 2^i inputs up to its own."""
-    reach = 1
-    while reach < len(x):
-        x = torch.cat((x[:reach], gate[reach:] * x[:-reach] + x[reach:]))
-        gate = torch.cat((gate[:reach], gate[reach:] * gate[:-reach]))
-        reach *= 2
-    return x
-
-
 def chunked(gate: Tensor, x: Tensor, size: int = 32) -> Tensor:
     """All chunks step together, then the states are carried from chunk to chunk."""
     length = len(x)

@@ -37,13 +37,8 @@ p2 = other.scan(torch.compile(other.associative, dynamic=False))
 CPU_FORMS: dict[str, Callable[..., tuple]] = {
     "torch (used in training)": memory_scan,
     "naive loop": other.naive_loop,
-    "log-depth": other.scan(other.log_depth),
     "chunked": other.scan(other.chunked),
     "torch.associative_scan": other.scan(other.associative),
-}
-COMPILED: dict[str, Callable[..., tuple]] = {
-    "log-depth, compiled": other.scan(torch.compile(other.log_depth, dynamic=False)),
-    "torch.associative_scan, compiled": p2,
 }
 
 
@@ -59,30 +54,35 @@ def plans(machine: Machine) -> Iterator[Case]:
     """The ways to cut up the kernels, each a form: what `default_plan` should choose from."""
     from ratplus_kernels.memory_scan_triton import Plan, forward
 
+    def prefill(
+        z: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, plan: Plan
+    ) -> tuple[Tensor, ...]:
+        return forward(z, k, v, None, (cos, sin), _block(machine), plan)[:2]
+
     cuts = PLANS if not machine.dry else [(4, 4, 2, chunks, 4, 1) for chunks in (1, 2)]
     every = [Plan(*cut) for cut in cuts]
     for shape in TINY if machine.dry else PLANNED:
-        scan, prefill, back, _ = _of_shape(shape, machine)
+        scan, with_rope, back, _ = _of_shape(shape, machine)
         yield scan.with_plans(partial(forward, initial=None), every)
         yield back.with_plans(_backward, every)
-        yield prefill.with_plans(partial(_planned_prefill, _block(machine)), every)
+        yield with_rope.with_plans(prefill, every)
 
 
 def cpu_cases(machine: Machine) -> Iterator[Case]:
-    forms = CPU_FORMS if machine.dry else CPU_FORMS | COMPILED
     for (b, h, d), t in product(CPU_SHAPES, (8,) if machine.dry else CPU_LENGTHS):
-        name, inputs, exact = _name(b, t, h, d), _inputs((b, t, h, d), machine), t <= 1024
+        forms = dict(CPU_FORMS)
+        if not machine.dry and t <= 512:  # longer ones compile for more than 20 s
+            forms["torch.associative_scan, compiled"] = p2
         tensor = 4 * b * t * h * d  # bytes
-        yield Case(
-            "memory scan on a CPU, forward", name, inputs,
-            {form: Form(run) for form, run in forms.items()},
-            bytes=5 * tensor, exact=exact,
-        )  # fmt: skip
-        yield Case(
-            "memory scan on a CPU, forward and backward", name, inputs,
-            {form: Form(both(run)) for form, run in forms.items()},
-            bytes=15 * tensor, exact=exact,
-        )  # fmt: skip
+        for suite, taken, tensors in (
+            ("forward", lambda run: run, 5),
+            ("forward and backward", both, 15),
+        ):
+            yield Case(
+                f"memory scan on a CPU, {suite}", _name(b, t, h, d), _inputs((b, t, h, d), machine),
+                {form: Form(taken(run)) for form, run in forms.items()},
+                bytes=tensors * tensor, exact=t <= 1024,
+            )  # fmt: skip
 
 
 def _of_shape(shape: Shape, machine: Machine) -> tuple[Case, Case, Case, Case]:
@@ -155,13 +155,6 @@ def _inputs(shape: Shape, machine: Machine) -> Callable[[int], tuple]:
 def _prefill(size: int, z: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple:
     k, v, _, blocks = memory_prefill(z, k, v, (cos, sin), size)
     return k, v, *blocks
-
-
-def _planned_prefill(size: int, *inputs: Tensor, plan: Any) -> tuple:
-    from ratplus_kernels.memory_scan_triton import forward
-
-    z, k, v, cos, sin = inputs
-    return forward(z, k, v, None, (cos, sin), size, plan)[:2]
 
 
 def _scan_then_torch(size: int, z: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,32 +43,30 @@ def cases(machine: Machine) -> Iterator[Case]:
                 if batch * length <= 16 * 32_768:
                     yield quest((batch, 32, kv_heads, length, 128), 64, top_k, machine)
             for correlated in (False, True):
-                yield moba((1, 32, 32, length, 128), 64, top_k, correlated, machine)
+                yield moba(_shape(length, machine), 64, top_k, correlated, machine)
         for kv_heads in (32, 8):
             yield from snapkv((1, 32, kv_heads, length, 128), 64, length // 16, machine)
 
 
 def plans(machine: Machine) -> Iterator[Case]:
     """The ways to cut up Quest's step, and the tiles of MoBA's list of a block."""
-    from ratplus_kernels.moba_prefill_triton import Plan
+    from ratplus_kernels.moba_prefill_triton import Plan, moba_prefill_triton
     from ratplus_kernels.quest_decode_triton import PLAN, quest_decode_triton
 
     cuts = [PLAN._replace(programs=programs) for programs in (512, 2048)]
     cuts += [PLAN._replace(stages=3), PLAN._replace(tile=128, warps=8), PLAN._replace(scored=64)]
     tiles = [Plan(64, 4, 1), Plan(64, 4, 2), Plan(64, 4, 3), Plan(128, 8, 1), Plan(128, 8, 2)]
-    steps, prefills = (
-        [(4096, 4), (4096, 16), (32_768, 32), (131_072, 128)],
-        [(32_768, 32), (131_072, 16)],
-    )
+    size = 4 if machine.dry else 64
+    steps = [(4096, 4), (4096, 16), (32_768, 32), (131_072, 128)]
+    prefills = [(32_768, 32), (131_072, 16)]
     if machine.dry:
         steps = prefills = [(12, 2)]
-    size = 4 if machine.dry else 64
     for length, top_k in steps:
         case = quest(_shape(length, machine), size, top_k, machine)
         yield case.with_plans(partial(quest_decode_triton, block_size=size, top_k=top_k), cuts)
     for length, top_k in prefills:
         case = moba(_shape(length, machine), size, top_k, True, machine)
-        yield case.with_plans(partial(_planned_moba, size, top_k), tiles)
+        yield case.with_plans(partial(moba_prefill_triton, block_size=size, top_k=top_k), tiles)
 
 
 def _shape(length: int, machine: Machine) -> Shape:
@@ -156,16 +153,13 @@ def moba(shape: Shape, size: int, top_k: int, correlated: bool, machine: Machine
         # Given, so that a form's error is not that of other means, which select other blocks.
         return q, k, v, engine.block_representatives(k)
 
-    def prefill(q: Tensor, k: Tensor, v: Tensor, means: Tensor | None = None) -> Tensor:
+    def prefill(q: Tensor, k: Tensor, v: Tensor, means: Tensor) -> Tensor:
         step = Step(torch.arange(t, device=q.device)[None])
         return engine.prefill(States(q, k, v, step, representatives=means), layer=0)
 
     seen = sum(min(n + 1, top_k) - 0.5 for n in range(blocks)) * size * size  # pairs a head
     flops = b * h * d * (4 * seen + t * blocks)  # the causal half of the gate's scores
-    forms = {
-        "kernel": Form(prefill),
-        "kernel, finding the means": Form(lambda q, k, v, _: prefill(q, k, v), comparable=False),
-    }
+    forms = {"kernel": Form(prefill)}
     if not correlated:  # to dense attention queries make no difference
         forms |= _dense(machine, causal=True)
     if t <= 4096:
@@ -189,13 +183,6 @@ def tile_flops(engine: Engine, q: Tensor, means: Tensor) -> float:
     """Of attention in which every tile of queries computes all blocks that any of them selects."""
     tiles = sum(int(_union(x).sum()) for x in _selected(engine, q, means))
     return 4.0 * tiles * min(TILE, q.shape[2]) * engine.method.block_size * q.shape[3]
-
-
-def _planned_moba(size: int, top_k: int, *states: Tensor, plan: Any) -> Tensor:
-    from ratplus_kernels.moba_prefill_triton import moba_prefill_triton
-
-    q, k, v, means = states
-    return moba_prefill_triton(q, k, v, size, top_k, means, plan)
 
 
 def _slow_walk(noise: Tensor) -> Tensor:

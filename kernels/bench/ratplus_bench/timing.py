@@ -8,23 +8,22 @@ of a device copy, and the FLOPs over the rate of a large matrix product, both me
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from timeit import timeit
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Timer, timer
 
 COLD = 400e6  # bytes between two uses of the same input: more than any L2 cache holds
 MEMORY = 20e9  # bytes for all sets of inputs
 PLANS = ": plans"  # ends the names of the suites whose forms are plans of a kernel
-COMPILING = 20  # seconds for a form's first call on a CPU
 
 
 class Form(NamedTuple):
@@ -93,15 +92,13 @@ class Machine:
     @classmethod
     def measure(cls, device: torch.device, dtype: torch.dtype, dry: bool = False) -> Machine:
         machine = cls(device, dtype, dry)
+        timed = _replay_seconds if machine.cuda else machine.call_seconds
         source = torch.randn(1 << (30 if machine.cuda else 16 if dry else 24), device=device)
         target = torch.empty_like(source)
         size = 8192 if machine.cuda else 64 if dry else 1024
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        copy, product = (
-            _replay_seconds(run) if machine.cuda else machine.wall_seconds(run)
-            for run in (lambda: target.copy_(source), lambda: a @ b)
-        )
-        return cls(device, dtype, dry, 2 * source.nbytes / copy, 2 * size**3 / product)
+        bandwidth = 2 * source.nbytes / timed(lambda: target.copy_(source))
+        return cls(device, dtype, dry, bandwidth, 2 * size**3 / timed(lambda: a @ b))
 
     @property
     def cuda(self) -> bool:
@@ -127,14 +124,15 @@ class Machine:
     def peak(self, before: int = 0) -> int | None:
         return torch.cuda.max_memory_allocated() - before if self.cuda else None
 
-    def wall_seconds(self, run: Callable[[], Any]) -> float:
-        """Median wall time of a call, launches included."""
+    def call_seconds(self, run: Callable[[], Any]) -> float:
+        """Median time of a call: on a GPU by the clock on the wall, launches included; on a CPU
+        processor time of this thread, which other processes disturb less."""
+        clock = timer if self.cuda else time.thread_time
         if self.dry:
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=0.3).median
+            return timeit(run, timer=clock, number=1)
+        threads = torch.get_num_threads()
+        measured = Timer("run()", timer=clock, globals={"run": run}, num_threads=threads)
+        return measured.blocked_autorange(min_run_time=0.3).median
 
 
 @contextmanager
@@ -150,17 +148,20 @@ def noted(row: Row, machine: Machine) -> Iterator[None]:
         row.note = row.note or "out of memory"
     except Exception as problem:
         text = (str(problem).splitlines() or [""])[0]
-        name = type(problem).__name__
-        timed_out = "TimeoutError" in f"{name} {problem}"  # a compiler wraps it
-        row.note = "timed out" if timed_out else f"failed: {name}: {text[:120]}"
+        row.note = f"failed: {type(problem).__name__}: {text[:120]}"
     if row.seconds and row.peak_memory is None:
         row.peak_memory = machine.peak()
     if machine.cuda:
         torch.cuda.empty_cache()  # now that nothing holds the inputs and the graph any more
 
 
-def measure(case: Case, machine: Machine, forms: Collection[str] | None = None) -> Iterator[Row]:
-    """One row a form (None: all); without a number for one that is not installed or fails."""
+def measure(
+    case: Case, machine: Machine, forms: Collection[str] | None = None, once: bool = False
+) -> Iterator[Row]:
+    """One row a form (None: all); without a number for one that is not installed or fails.
+
+    once: not timed, but run twice, the second time with CUDA's profiler on.
+    """
 
     @cache
     def wanted() -> list[Tensor] | None:
@@ -170,27 +171,22 @@ def measure(case: Case, machine: Machine, forms: Collection[str] | None = None) 
         )
         return tensors(first.run(*inputs)) if case.exact else None
 
-    for name, form in case.forms.items():
-        if forms is not None and name not in forms:
-            continue
-        row = Row(case.suite, case.name, name)
+    for name in case.forms if forms is None else forms:
+        form, row = case.forms[name], Row(case.suite, case.name, name)
         machine.set_floor(row, case.bytes, case.flops)
         with noted(row, machine):
-            _fill(row, form, case, machine, wanted if form.comparable else lambda: None)
+            if once:
+                _run_twice(form, case, machine)
+            else:
+                _fill(row, form, case, machine, wanted if form.comparable else lambda: None)
         yield row
 
 
-def once(case: Case, machine: Machine, forms: Collection[str]) -> Iterator[Row]:
-    """Run each form twice, the second time with CUDA's profiler on; rows without a time."""
-    for name in forms:
-        row = Row(case.suite, case.name, name)
-        with noted(row, machine):
-            form = case.forms[name]
-            inputs = form.setup(*case.inputs(0))
-            form.run(*inputs)
-            with torch.cuda.profiler.profile() if machine.cuda else nullcontext():
-                form.run(*inputs)
-        yield row
+def _run_twice(form: Form, case: Case, machine: Machine) -> None:
+    inputs = form.setup(*case.inputs(0))
+    form.run(*inputs)
+    with torch.cuda.profiler.profile() if machine.cuda else nullcontext():
+        form.run(*inputs)
 
 
 def _fill(
@@ -201,11 +197,10 @@ def _fill(
     given = machine.allocated() - start
     row.executed = form.executed(*first) if form.executed else 0
     sets = [form.setup(*first)]
-    with _time_limit(0 if machine.cuda else COMPILING):
-        out = form.run(*sets[0])  # compiles what needs compiling
+    out = form.run(*sets[0])  # compiles what needs compiling
     if not machine.cuda:
         row.error = error(out, wanted())
-        row.seconds = machine.wall_seconds(lambda: form.run(*sets[0]))
+        row.seconds = machine.call_seconds(lambda: form.run(*sets[0]))
         return
     _poison(out)  # the next outputs are likely to get this memory: what isn't written then is NaN
     del out
@@ -278,22 +273,6 @@ def error(out: Any, wanted: list[Tensor] | None) -> float | None:
         (float((b.double().reshape(a.shape) - a).norm() / a.norm()) for a, b in pairs),
         key=lambda x: (math.isnan(x), x),
     )
-
-
-@contextmanager
-def _time_limit(seconds: int) -> Iterator[None]:
-    """TimeoutError in the main thread after so many seconds; 0: no limit."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"over {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _poison(out: Any) -> None:
