@@ -14,12 +14,15 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 
 @torch.inference_mode()
-def measure(config: dict[str, Any], length: int, top_k: int, window: int) -> tuple[float, float]:
-    """Medians of three prefills of `length` tokens, of which top_k stay, and of 30 steps."""
+def measure(
+    config: dict[str, Any], prompts: tuple[int, int], top_k: int, window: int
+) -> tuple[float, float]:
+    """Medians of three prefills of a batch of prompts, whose top_k tokens stay, and of 30 steps."""
+    length = prompts[1]
     torch.set_num_threads(1)
     model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="sdpa")).eval()
     press = SnapKVPress(compression_ratio=1 - top_k / length, window_size=window)
-    ids, prefills, steps = torch.randint(10, 500, (1, length)), [], []
+    ids, prefills, steps = torch.randint(10, 500, tuple(prompts)), [], []
     for _ in range(3):
         cache = DynamicCache()
         start = time.thread_time()

@@ -43,7 +43,7 @@ LLAMA = {
     "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
     "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49_152, "tie_word_embeddings": True,
 }  # fmt: skip
-LLAMA_LAYERS = {1024: 30, 4096: 10, 16_384: 2}  # by the prompt's tokens
+LLAMA_LAYERS = {(1, 1024): 30, (4, 1024): 30, (1, 4096): 10, (1, 16_384): 2}  # by rows and tokens
 KVPRESS = Path(os.environ.get("KVPRESS_PYTHON", REPOSITORY / ".venv-kvpress/bin/python"))
 
 
@@ -90,21 +90,28 @@ def cpu_rows(machine: Machine) -> Iterator[Row]:
         for name, method in methods(memory, 992, block=16).items():
             case, form = "pocket B={} T={}".format(*prompts), f"{backbone}, {name}"
             yield from measure(model, method, prompts, case, form, machine)
-    for length, layers in ({64: 1} if machine.dry else LLAMA_LAYERS).items():
-        config, case = LLAMA | {"num_hidden_layers": layers}, f"Llama T={length} layers={layers}"
+    for prompts, layers in ({(1, 64): 1} if machine.dry else LLAMA_LAYERS).items():
+        batch, length = prompts
+        config = LLAMA | {"num_hidden_layers": layers}
+        case = f"Llama B={batch} T={length} layers={layers}"
         model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="sdpa")).eval()
-        others = [*measure(model, None, (1, length), case, "transformers, SDPA", machine)]
+        others = [*measure(model, None, prompts, case, "transformers, SDPA", machine)]
         attach_engine(model)
         for name, method in methods(True, length, block=16 if machine.dry else 64).items():
-            yield from measure(model, method, (1, length), case, name, machine)
+            if batch == 1 or isinstance(method, SnapKV):
+                yield from measure(model, method, prompts, case, name, machine)
             if isinstance(method, SnapKV) and length <= 1024 and KVPRESS.exists():
-                others += _kvpress(config, length, method, case)
+                others += _kvpress(config, prompts, method, case)
         yield from others
 
 
-def _kvpress(config: dict[str, Any], length: int, method: SnapKV, case: str) -> Iterator[Row]:
+def _kvpress(
+    config: dict[str, Any], prompts: tuple[int, int], method: SnapKV, case: str
+) -> Iterator[Row]:
     """SnapKV's prefill and step by kvpress, which takes an older transformers than ours."""
-    settings = {"config": config, "length": length, "top_k": method.top_k, "window": method.window}
+    settings = {
+        "config": config, "prompts": prompts, "top_k": method.top_k, "window": method.window
+    }  # fmt: skip
     script = Path(__file__).with_name("kvpress_snapkv.py")
     command = [str(KVPRESS), str(script), json.dumps(settings)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
