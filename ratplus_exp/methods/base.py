@@ -212,10 +212,7 @@ class BlockMethod(BlockSettings, Method):
     block". Both count within top_k, as in the original code of both methods."""
 
     unit: ClassVar[Unit] = "block"
-
-    @property
-    def forced(self) -> int:
-        return 2
+    forced = 2
 
     def attended(self, positions: Tensor) -> Tensor:
         """Whole blocks, and the local block up to the query."""
