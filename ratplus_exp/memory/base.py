@@ -24,6 +24,7 @@ class Memory(nn.Module):
     """
 
     learned: ClassVar[bool] = True
+    state_size: int  # numbers in the state of one sequence
 
     def __init__(
         self,
@@ -37,11 +38,6 @@ class Memory(nn.Module):
         self.selects = memory_on == "select"
         self.memory_on = "k" if self.selects else memory_on
         self.num_heads, self.head_dim, self.shared_gate = num_heads, head_dim, shared_gate
-
-    @property
-    def state_size(self) -> int:
-        """Numbers in the state of one sequence."""
-        raise NotImplementedError
 
     def forward(
         self,

@@ -23,6 +23,7 @@ class Gate(Memory):
 
     def __init__(self, d_model: int, num_heads: int, head_dim: int, **settings: Any) -> None:
         super().__init__(d_model, num_heads, head_dim, **settings)
+        self.state_size = 2 * num_heads * head_dim
         channels = num_heads * head_dim * (1 if self.shared_gate else 2)
         self.weight = nn.Parameter(torch.empty(channels, d_model)) if self.sees_input else None
         bias = torch.empty(channels)
@@ -30,16 +31,6 @@ class Gate(Memory):
             self.bias = nn.Parameter(bias)
         else:
             self.register_buffer("bias", bias)
-
-    @property
-    def state_size(self) -> int:
-        return 2 * self.num_heads * self.head_dim
-
-    @property
-    def in_one_pass(self) -> bool:
-        """Whether `ratplus_kernels.memory_prefill` can take K and V: both have a memory, by one
-        gate."""
-        return self.memory_on == "kv" and self.shared_gate
 
     def gate_logits(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """W_g x + b for x (B, T, d_model): (B, T, heads, head_dim), twice the heads if the gates

@@ -20,11 +20,8 @@ class Taps(Memory):
     def __init__(self, d_model: int, num_heads: int, head_dim: int, **settings: Any) -> None:
         super().__init__(d_model, num_heads, head_dim, **settings)
         width = 1 if self.per_head else head_dim
+        self.state_size = len(self.memory_on) * (self.taps - 1) * num_heads * head_dim
         self.filter = nn.Parameter(torch.empty(len(self.memory_on), self.taps, num_heads, width))
-
-    @property
-    def state_size(self) -> int:
-        return len(self.memory_on) * (self.taps - 1) * self.num_heads * self.head_dim
 
     def forward(
         self,

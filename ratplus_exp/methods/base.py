@@ -36,6 +36,8 @@ class Method(Settings):
     by_query_block: whether the prompt's queries of one block share a selection.
     reads_values: whether `represent` gets each token's value concatenated to its key.
     pooled: whether the heads of a layer share one budget; each selects at least `floor` candidates.
+    mean_value: whether the mean value replaces the tokens left out, by their share of the softmax
+        of the scores.
     """
 
     unit: ClassVar[Unit] = "token"
@@ -45,6 +47,7 @@ class Method(Settings):
     by_query_block: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
+    mean_value = False
 
     block_size: Positive = 1
     top_k: Whole = 0
@@ -143,11 +146,6 @@ class Method(Settings):
     def floor(self) -> int:
         """If `pooled`, how many of its best candidates each head always selects."""
         return self.forced
-
-    @property
-    def adds_mean(self) -> bool:
-        """Whether the mean value replaces the tokens left out, weighted by their score mass."""
-        return False
 
     @property
     def observed(self) -> int:

@@ -131,7 +131,7 @@ class Engine(Selection):
         attended = by_head.sum(-1).float().mean(1) if "decode" in method.sparse_in else None
         self._count("decode", attended, states, layer)
         out = attend(q, k, v, by_head)
-        if method.adds_mean:
+        if method.mean_value:
             assert representatives is not None
             scores = method.score(grouped(q, k.shape[1]), representatives)
             return _with_mean(out, v, scores, past, seen)

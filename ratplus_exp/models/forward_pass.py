@@ -62,7 +62,7 @@ class ForwardPass:
             cache is not None
             and cache.is_empty
             and isinstance(memory, Gate)
-            and memory.in_one_pass
+            and (memory.memory_on, memory.shared_gate) == ("kv", True)
             and not torch.is_grad_enabled()
         ):
             method, store = cache.engine.of(layer).method, cache.layers[layer]

@@ -30,17 +30,15 @@ def attention(
     forward_pass: ForwardPass,
     scaling: float,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
     select_by: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Eq. 2 in a stock attention layer: query (B, H, T, D), key, value and select_by (B, K, T, D)
     -> (B, T, H, D), without masks and dropout; see `ForwardPass.attend`.
 
     Raises ValueError for kinds of attention that the methods are not defined for.
     """
-    if softcap is not None or s_aux is not None:
+    if others.get("softcap") is not None or others.get("s_aux") is not None:
         raise ValueError(
             f"{type(module).__name__} caps its logits or has sinks: use a model with plain "
             "softmax attention"

@@ -408,7 +408,7 @@ def attend_by_hand(method, q, k, v, prompts, steps, select_by=None):
                 found = attention(
                     row.q[head][t], [keys[j] for j in where], [values[j] for j in where]
                 )
-                if getattr(method, "mean_value", False) and t >= row.prompt:
+                if method.mean_value and t >= row.prompt:
                     weights = softmax(token_scores(method, selecting[b], head, t))
                     share = sum(weights[j] for j in where)
                     means = [sum(x) / (t + 1) for x in zip(*values[: t + 1], strict=True)]
