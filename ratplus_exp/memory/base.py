@@ -40,12 +40,7 @@ class Memory(nn.Module):
         self.num_heads, self.head_dim, self.shared_gate = num_heads, head_dim, shared_gate
 
     def forward(
-        self,
-        x: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Tensor | None = None,
-        lengths: Tensor | None = None,
+        self, x: Tensor, k: Tensor, v: Tensor, state: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """k̃, ṽ (B, T, heads, head_dim) and the final state (·, B, ..., heads, head_dim) in fp32.
 

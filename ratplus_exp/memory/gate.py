@@ -46,12 +46,7 @@ class Gate(Memory):
         return z.masked_fill(padding[..., None, None], torch.inf)
 
     def forward(
-        self,
-        x: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Tensor | None = None,
-        lengths: Tensor | None = None,
+        self, x: Tensor, k: Tensor, v: Tensor, state: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         z = self.gate_logits(x, lengths)
         if self.shared_gate:
@@ -106,20 +101,18 @@ def _recur(z: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tenso
 
 
 @torch.no_grad()
-def effective_length(z: Tensor, mask: Tensor | None = None) -> Tensor:
+def effective_length(z: Tensor, mask: Tensor) -> Tensor:
     """Effective length in tokens of each channel's memory, (H, D), from gate logits z (B, T, H, D).
 
     The memory at t weights token s by w_{t,s} = (1 − g_s) Π_{r=s+1..t} g_r, and the zero initial
     state, as token −1, by the rest. The mean lag m_t = Σ_s w_{t,s} (t − s) then follows
     m_t = g_t (m_{t-1} + 1), and 1 + m_t is the effective length, 1 / (1 − g) in the limit for a
-    constant gate. The result is its mean over positions (where mask (B, T) is true).
+    constant gate. The result is its mean over the positions where mask (B, T) is true.
     """
     gate = torch.sigmoid(z.float())
     # m_t = g_t m_{t-1} + g_t is the scan of Eq. 1 with input g / (1 − g), clamped to be finite.
     lag, _, _ = ratplus_kernels.memory_scan(
         z, (gate / (1 - gate).clamp_min(1e-6)), torch.zeros_like(gate)
     )
-    if mask is None:
-        return 1 + lag.mean((0, 1))
     weight = mask[..., None, None].to(lag.dtype)
     return 1 + (lag * weight).sum((0, 1)) / weight.sum()

@@ -24,12 +24,7 @@ class Taps(Memory):
         self.filter = nn.Parameter(torch.empty(len(self.memory_on), self.taps, num_heads, width))
 
     def forward(
-        self,
-        x: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Tensor | None = None,
-        lengths: Tensor | None = None,
+        self, x: Tensor, k: Tensor, v: Tensor, state: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide, length = torch.promote_types(k.dtype, torch.float32), k.shape[1]
         before = self.taps - 1

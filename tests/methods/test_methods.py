@@ -6,7 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from brute_force import attend, attend_by_hand, kept, rows_of, seen, states
+from brute_force import seen
+from brute_force_evicting import kept
+from engine_runs import attend, attend_by_hand, states
+from plain_python import rows_of
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Quest, SnapKV
 from ratplus_exp.methods import engine as engine_module
