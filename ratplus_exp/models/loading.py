@@ -200,10 +200,7 @@ def read_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
 
 
 def load_model(
-    path: Path,
-    device: torch.device,
-    dtype: str | None = None,
-    rope: dict[str, Any] | None = None,
+    path: Path, device: torch.device, dtype: str | None = None, rope: dict[str, Any] | None = None
 ) -> PreTrainedModel:
     """The model of a folder, in evaluation mode; dtype as in `dtype_on`, rope as in `load_config`.
     It decodes greedily: penalties and temperatures of its generation config are ignored."""
