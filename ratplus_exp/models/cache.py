@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from ratplus_exp.methods import Engine, States, Step, Usage
 from ratplus_exp.methods.base import EVICTING
-from ratplus_exp.models.layer import ROOM, SparseLayer, last_queries, with_room
+from ratplus_exp.models.cache_layer import ROOM, SparseLayer, last_queries, with_room
 
 
 class SparseCache(Cache):

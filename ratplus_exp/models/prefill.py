@@ -16,7 +16,7 @@ from torch import Tensor
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import States, Step
 from ratplus_exp.models.cache import SparseCache
-from ratplus_exp.models.layer import last_queries
+from ratplus_exp.models.cache_layer import last_queries
 
 PIECE = 4 << 20  # bytes of a layer's activations, up to which a CPU processes rows together
 

@@ -25,7 +25,7 @@ from ratplus_exp.methods.twilight import Twilight
 from ratplus_exp.methods.union import MoBADilated, QuestDilated
 from ratplus_exp.methods.vertical_slash import VerticalSlash
 from ratplus_exp.methods.xattention import XAttention
-from ratplus_exp.models.layer import ROOM
+from ratplus_exp.models.cache_layer import ROOM
 
 # A new method adds its line here. Its definition in brute_force.py makes these tests independent of
 # its own score; a method that selects tokens or has a pattern needs one.

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from ratplus_exp.methods import Dense, Engine, Quest, SnapKV
-from ratplus_exp.models.layer import ROOM
+from ratplus_exp.models.cache_layer import ROOM
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

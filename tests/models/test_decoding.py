@@ -204,7 +204,8 @@ def test_every_token_is_counted_once(make_model, make_ids, monkeypatch, capture)
     assert tokens.shape == (2, TOKENS)
     fed = 22 + TOKENS - 1
     assert cache.seen == int(cache.processed[0]) == fed
-    assert len(torch.cat(engine.usage.attended, 1)[0]) == 2 * (TOKENS - 1)  # layers × steps
+    attended = torch.cat([x for x, _, _ in engine.usage.counts], 1)
+    assert len(attended[0]) == 2 * (TOKENS - 1)  # layers × steps
 
 
 @pytest.mark.gpu
