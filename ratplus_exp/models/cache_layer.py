@@ -19,6 +19,7 @@ ROOM = 64  # spare slots of each allocation
 # A layer's tensors and their batch dimensions
 BATCH = dict.fromkeys(("keys", "values", "select_by", "representatives", "queries"), 0)
 BATCH |= {"held": 0, "mass": 0, "free": 0, "memory_state": 1}
+FREE = {"held": EMPTY}  # what free slots have, in the others 0
 
 
 class SparseLayer(DynamicLayer):
@@ -66,8 +67,8 @@ class SparseLayer(DynamicLayer):
             if tensors[0] is None:
                 continue
             if name in ("keys", "values", "held"):
-                fill, most = EMPTY if name == "held" else 0, max(x.shape[2] for x in tensors)
-                tensors = [x if x.shape[2] == most else with_room(x, most, fill) for x in tensors]
+                most, free = max(x.shape[2] for x in tensors), FREE.get(name, 0)
+                tensors = [x if x.shape[2] == most else with_room(x, most, free) for x in tensors]
             setattr(self, name, torch.cat(tensors, dim))
 
     def keep(self, engine: Engine, index: int, states: States, room: int) -> None:
@@ -95,7 +96,7 @@ class SparseLayer(DynamicLayer):
         slots = self.width if steps else self.width + room
         for name, like in parts[0][1].items():
             shape = (len(states.k), like.shape[1], slots, *like.shape[3:])
-            whole = like.new_full(shape, EMPTY if name == "held" else 0)
+            whole = like.new_full(shape, FREE.get(name, 0))
             for rows, part in parts:
                 whole[rows, :, : part[name].shape[2]] = part[name]
             setattr(self, name, whole)
@@ -116,7 +117,7 @@ class SparseLayer(DynamicLayer):
             tensor = getattr(self, name)
             if tensor is not None and x is not None:
                 if used > tensor.shape[2]:
-                    tensor = with_room(tensor, used + ROOM, EMPTY if name == "held" else 0)
+                    tensor = with_room(tensor, used + ROOM, FREE.get(name, 0))
                 index, shape = slots, (*tensor.shape[:2], *x.shape[2:])
                 index = index if x.dim() == 3 else index[..., None]
                 setattr(self, name, tensor.scatter_(2, index.expand(shape), x.expand(shape)))
@@ -172,7 +173,7 @@ def last_queries(q: Tensor, lengths: Tensor | None, count: int) -> Tensor:
     return q.gather(2, index.expand(-1, q.shape[1], -1, q.shape[3]))
 
 
-def with_room(states: Tensor, slots: int, fill: int = 0) -> Tensor:
+def with_room(states: Tensor, slots: int, free: int = 0) -> Tensor:
     """A copy of states (B, K, T, ...) in a tensor of `slots` slots."""
     room = (*states.shape[:2], slots - states.shape[2], *states.shape[3:])
-    return torch.cat((states, states.new_full(room, fill)), dim=2)
+    return torch.cat((states, states.new_full(room, free)), dim=2)

@@ -144,13 +144,16 @@ class SavedWithCode(SparseGeneration):
     tools load them by `trust_remote_code=True` where this package is installed."""
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        config, causal = type(self.config), type(self)  # type: ignore[attr-defined]
-        decoder = type(self.model)  # type: ignore[attr-defined]
-        names = {"AutoConfig": config, "AutoModelForCausalLM": causal, "AutoModel": decoder}
-        auto_map = {auto: f"{HUB_CODE}.{cls.__name__}" for auto, cls in names.items()}
-        self.config.auto_map = auto_map  # type: ignore[attr-defined]
+        model: Any = self
+        parts = {
+            "AutoConfig": model.config,
+            "AutoModelForCausalLM": model,
+            "AutoModel": model.model,
+        }
+        names = {auto: type(part).__name__ for auto, part in parts.items()}
+        model.config.auto_map = {auto: f"{HUB_CODE}.{name}" for auto, name in names.items()}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        classes = ", ".join(cls.__name__ for cls in names.values())
+        classes = ", ".join(names.values())
         code = f'"""Needs the package ratplus_exp."""\n\nfrom ratplus_exp.models import {classes}\n'
         (Path(save_directory) / f"{HUB_CODE}.py").write_text(code, encoding="utf-8")
 
