@@ -150,8 +150,8 @@ class SavedWithCode(SparseGeneration):
             "AutoModelForCausalLM": model,
             "AutoModel": model.model,
         }
-        names = {auto: type(part).__name__ for auto, part in parts.items()}
-        model.config.auto_map = {auto: f"{HUB_CODE}.{name}" for auto, name in names.items()}
+        names = {x: type(part).__name__ for x, part in parts.items()}
+        model.config.auto_map = {f"Auto{x}": f"{HUB_CODE}.{name}" for x, name in names.items()}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         classes = ", ".join(names.values())
         code = f'"""Needs the package ratplus_exp."""\n\nfrom ratplus_exp.models import {classes}\n'
