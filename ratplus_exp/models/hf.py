@@ -145,11 +145,7 @@ class SavedWithCode(SparseGeneration):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         model: Any = self
-        parts = {
-            "AutoConfig": model.config,
-            "AutoModelForCausalLM": model,
-            "AutoModel": model.model,
-        }
+        parts = {"Config": model.config, "ModelForCausalLM": model, "Model": model.model}
         names = {x: type(part).__name__ for x, part in parts.items()}
         model.config.auto_map = {f"Auto{x}": f"{HUB_CODE}.{name}" for x, name in names.items()}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
