@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 from ratplus_exp.memory import check_memory
 
 
-@dataclass(repr=False, kw_only=True)
+@dataclass(init=False, repr=False, kw_only=True)  # transformers makes the rest
 class MemoryFields:
     """Fields of every config with the memory; attention and RAT+ differ in `memory` alone.
 

@@ -27,7 +27,7 @@ from ratplus_exp.models.hf import ATTENTION, EngineDecoder, SavedWithCode, atten
 POSITIONS = ("after_norm", "before_norm")
 
 
-@dataclass(repr=False, kw_only=True)
+@dataclass(init=False, repr=False, kw_only=True)
 class FamilyFields(MemoryFields):
     """Fields that a family's config adds to the stock one's.
 
