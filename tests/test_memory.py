@@ -58,7 +58,7 @@ def test_follows_the_equation(settings):
     """Token by token: Eq. 1 by gates of the input or constant ones, or a few taps."""
     memory, (x, k, v) = make(**settings), inputs()
     on = settings.get("memory_on", "kv")
-    *out, _ = memory(x, k, v)
+    *out, _ = memory(x, k, v, None, None)
     for i, (name, plain) in enumerate({"k": k, "v": v}.items()):
         wanted, state = torch.zeros_like(plain), torch.zeros_like(plain[:, 0])
         for t in range(T):
@@ -97,7 +97,7 @@ def test_gradients_are_those_of_finite_differences(settings):
 
     def run(k, v, *values):
         by_name = dict(zip(dict(memory.named_parameters()), values, strict=True))
-        return torch.func.functional_call(memory, by_name, (x, k, v))
+        return torch.func.functional_call(memory, by_name, (x, k, v, None, None))
 
     assert torch.autograd.gradcheck(run, (k.requires_grad_(), v.requires_grad_(), *parameters))
 
@@ -105,19 +105,19 @@ def test_gradients_are_those_of_finite_differences(settings):
 @every_variant
 def test_a_state_is_as_large_as_it_says(settings):
     memory = make(**settings)
-    assert memory(*inputs())[2].numel() == B * memory.state_size
+    assert memory(*inputs(), None, None)[2].numel() == B * memory.state_size
 
 
 @every_variant
 def test_prefill_then_steps_equal_the_full_prefill(settings):
     memory = make(**settings)
     x, k, v = inputs()
-    k_full, v_full, last = memory(x, k, v)
-    k_part, v_part, state = memory(x[:, :6], k[:, :6], v[:, :6])
+    k_full, v_full, last = memory(x, k, v, None, None)
+    k_part, v_part, state = memory(x[:, :6], k[:, :6], v[:, :6], None, None)
     ks, vs = [k_part], [v_part]
     for t in range(6, T):
         now = slice(t, t + 1)
-        k_t, v_t, state = memory(x[:, now], k[:, now], v[:, now], state)
+        k_t, v_t, state = memory(x[:, now], k[:, now], v[:, now], state, None)
         ks.append(k_t)
         vs.append(v_t)
     assert_close(torch.cat(ks, 1), k_full)
@@ -131,9 +131,9 @@ def test_a_single_token_after_others_is_a_step(memory, monkeypatch, length, step
     step = ratplus_kernels.memory_step
     monkeypatch.setattr(ratplus_kernels, "memory_step", lambda *a: called.append(a) or step(*a))
     x, k, v = inputs(length)
-    *_, state = memory(x, k, v)
+    *_, state = memory(x, k, v, None, None)
     assert not called
-    memory(x, k, v, state)
+    memory(x, k, v, state, None)
     assert len(called) == steps
 
 
@@ -142,10 +142,10 @@ def test_a_right_padded_row_ends_in_the_state_of_the_row_alone(settings):
     memory = make(**settings)
     x, k, v = inputs()
     lengths = torch.tensor([T, 1, 6])
-    k_out, v_out, state = memory(x, k, v, lengths=lengths)
+    k_out, v_out, state = memory(x, k, v, None, lengths)
     for row, length in enumerate(lengths.tolist()):
         one = slice(row, row + 1)
-        alone = memory(x[one, :length], k[one, :length], v[one, :length])
+        alone = memory(x[one, :length], k[one, :length], v[one, :length], None, None)
         assert_close(k_out[one, :length], alone[0])
         assert_close(v_out[one, :length], alone[1])
         assert_close(state[:, one], alone[2])
@@ -154,15 +154,16 @@ def test_a_right_padded_row_ends_in_the_state_of_the_row_alone(settings):
 @every_variant
 def test_padding_is_held_from_a_given_state_too(settings):
     memory, (x, k, v) = make(**settings), inputs()
-    *_, before = memory(x, k, v)
-    *_, state = memory(x, k, v, before, lengths=torch.tensor([0, 4, T]))
+    *_, before = memory(x, k, v, None, None)
+    *_, state = memory(x, k, v, before, torch.tensor([0, 4, T]))
     assert torch.equal(state[:, 0], before[:, 0])
-    assert_close(state[:, 1:2], memory(x[1:2, :4], k[1:2, :4], v[1:2, :4], before[:, 1:2])[2])
+    alone = memory(x[1:2, :4], k[1:2, :4], v[1:2, :4], before[:, 1:2], None)
+    assert_close(state[:, 1:2], alone[2])
 
 
 def test_gate_is_shared_by_keys_and_values_but_not_by_channels(memory):
     x, k, _ = inputs()
-    k_out, v_out, _ = memory(x, k, k)
+    k_out, v_out, _ = memory(x, k, k, None, None)
     assert torch.equal(k_out, v_out)
     z = memory.gate_logits(x)
     assert z.shape == (B, T, H, D)
@@ -224,7 +225,7 @@ def test_taps_start_as_the_identity_and_shifts_as_their_paper_says():
     for kind, std in (("conv", 0.0), ("conv", 1.0), ("shift", 0.0)):
         memory = KINDS[kind](C, H, D).double()
         memory.initialize(std, -4.0)
-        k_out, v_out, _ = memory(x, k, v)
+        k_out, v_out, _ = memory(x, k, v, None, None)
         assert torch.equal(k_out, k) and torch.equal(v_out, v)
     torch.manual_seed(0)
     shift = KINDS["shift"](C, 1000, D)
@@ -238,8 +239,8 @@ def test_taps_start_as_the_identity_and_shifts_as_their_paper_says():
 
 def test_bf16_keys_are_filtered_in_fp32():
     memory, (x, k, v) = make("conv").float(), inputs()
-    k_low, v_low, state = memory(x, k.bfloat16(), v.bfloat16())
-    wanted, *_ = memory(x, k.bfloat16().float(), v.float())
+    k_low, v_low, state = memory(x, k.bfloat16(), v.bfloat16(), None, None)
+    wanted, *_ = memory(x, k.bfloat16().float(), v.float(), None, None)
     assert k_low.dtype == v_low.dtype == torch.bfloat16 and state.dtype == torch.float32
     assert torch.equal(k_low, wanted.bfloat16())
 
@@ -279,7 +280,7 @@ def reach(z):
 def test_effective_length_is_the_double_sum_over_positions(shift):
     z = torch.randn(2, 12, H, D, generator=torch.Generator().manual_seed(2)) + shift
     mask = torch.rand(2, 12, generator=torch.Generator().manual_seed(3)) < 0.6
-    everywhere, masked = effective_length(z), effective_length(z, mask)
+    everywhere, masked = (effective_length(z, x) for x in (torch.ones_like(mask), mask))
     assert everywhere.shape == masked.shape == (H, D)
     for h in range(H):
         for d in range(D):

@@ -24,6 +24,7 @@ class Memory(nn.Module):
     """
 
     learned: ClassVar[bool] = True
+    state_size: int  # numbers in the state of one sequence
 
     def __init__(
         self,
@@ -38,18 +39,8 @@ class Memory(nn.Module):
         self.memory_on = "k" if self.selects else memory_on
         self.num_heads, self.head_dim, self.shared_gate = num_heads, head_dim, shared_gate
 
-    @property
-    def state_size(self) -> int:
-        """Numbers in the state of one sequence."""
-        raise NotImplementedError
-
     def forward(
-        self,
-        x: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Tensor | None = None,
-        lengths: Tensor | None = None,
+        self, x: Tensor, k: Tensor, v: Tensor, state: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """k̃, ṽ (B, T, heads, head_dim) and the final state (·, B, ..., heads, head_dim) in fp32.
 

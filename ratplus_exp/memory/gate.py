@@ -23,6 +23,7 @@ class Gate(Memory):
 
     def __init__(self, d_model: int, num_heads: int, head_dim: int, **settings: Any) -> None:
         super().__init__(d_model, num_heads, head_dim, **settings)
+        self.state_size = 2 * num_heads * head_dim
         channels = num_heads * head_dim * (1 if self.shared_gate else 2)
         self.weight = nn.Parameter(torch.empty(channels, d_model)) if self.sees_input else None
         bias = torch.empty(channels)
@@ -30,16 +31,6 @@ class Gate(Memory):
             self.bias = nn.Parameter(bias)
         else:
             self.register_buffer("bias", bias)
-
-    @property
-    def state_size(self) -> int:
-        return 2 * self.num_heads * self.head_dim
-
-    @property
-    def in_one_pass(self) -> bool:
-        """Whether `ratplus_kernels.memory_prefill` can take K and V: both have a memory, by one
-        gate."""
-        return self.memory_on == "kv" and self.shared_gate
 
     def gate_logits(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """W_g x + b for x (B, T, d_model): (B, T, heads, head_dim), twice the heads if the gates
@@ -55,12 +46,7 @@ class Gate(Memory):
         return z.masked_fill(padding[..., None, None], torch.inf)
 
     def forward(
-        self,
-        x: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Tensor | None = None,
-        lengths: Tensor | None = None,
+        self, x: Tensor, k: Tensor, v: Tensor, state: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         z = self.gate_logits(x, lengths)
         if self.shared_gate:
@@ -115,20 +101,18 @@ def _recur(z: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tenso
 
 
 @torch.no_grad()
-def effective_length(z: Tensor, mask: Tensor | None = None) -> Tensor:
+def effective_length(z: Tensor, mask: Tensor) -> Tensor:
     """Effective length in tokens of each channel's memory, (H, D), from gate logits z (B, T, H, D).
 
     The memory at t weights token s by w_{t,s} = (1 − g_s) Π_{r=s+1..t} g_r, and the zero initial
     state, as token −1, by the rest. The mean lag m_t = Σ_s w_{t,s} (t − s) then follows
     m_t = g_t (m_{t-1} + 1), and 1 + m_t is the effective length, 1 / (1 − g) in the limit for a
-    constant gate. The result is its mean over positions (where mask (B, T) is true).
+    constant gate. The result is its mean over the positions where mask (B, T) is true.
     """
     gate = torch.sigmoid(z.float())
     # m_t = g_t m_{t-1} + g_t is the scan of Eq. 1 with input g / (1 − g), clamped to be finite.
     lag, _, _ = ratplus_kernels.memory_scan(
         z, (gate / (1 - gate).clamp_min(1e-6)), torch.zeros_like(gate)
     )
-    if mask is None:
-        return 1 + lag.mean((0, 1))
     weight = mask[..., None, None].to(lag.dtype)
     return 1 + (lag * weight).sum((0, 1)) / weight.sum()

@@ -20,19 +20,11 @@ class Taps(Memory):
     def __init__(self, d_model: int, num_heads: int, head_dim: int, **settings: Any) -> None:
         super().__init__(d_model, num_heads, head_dim, **settings)
         width = 1 if self.per_head else head_dim
+        self.state_size = len(self.memory_on) * (self.taps - 1) * num_heads * head_dim
         self.filter = nn.Parameter(torch.empty(len(self.memory_on), self.taps, num_heads, width))
 
-    @property
-    def state_size(self) -> int:
-        return len(self.memory_on) * (self.taps - 1) * self.num_heads * self.head_dim
-
     def forward(
-        self,
-        x: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Tensor | None = None,
-        lengths: Tensor | None = None,
+        self, x: Tensor, k: Tensor, v: Tensor, state: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide, length = torch.promote_types(k.dtype, torch.float32), k.shape[1]
         before = self.taps - 1

@@ -36,6 +36,8 @@ class Method(Settings):
     by_query_block: whether the prompt's queries of one block share a selection.
     reads_values: whether `represent` gets each token's value concatenated to its key.
     pooled: whether the heads of a layer share one budget; each selects at least `floor` candidates.
+    mean_value: whether the mean value replaces the tokens left out, by their share of the softmax
+        of the scores.
     """
 
     unit: ClassVar[Unit] = "token"
@@ -45,6 +47,7 @@ class Method(Settings):
     by_query_block: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
+    mean_value = False
 
     block_size: Positive = 1
     top_k: Whole = 0
@@ -145,11 +148,6 @@ class Method(Settings):
         return self.forced
 
     @property
-    def adds_mean(self) -> bool:
-        """Whether the mean value replaces the tokens left out, weighted by their score mass."""
-        return False
-
-    @property
     def observed(self) -> int:
         """How many of a prompt's last queries `score` gets in the phases "once" and "step"."""
         return self.forced
@@ -212,10 +210,7 @@ class BlockMethod(BlockSettings, Method):
     block". Both count within top_k, as in the original code of both methods."""
 
     unit: ClassVar[Unit] = "block"
-
-    @property
-    def forced(self) -> int:
-        return 2
+    forced = 2
 
     def attended(self, positions: Tensor) -> Tensor:
         """Whole blocks, and the local block up to the query."""

@@ -32,7 +32,6 @@ class Engine(Selection):
     usage: Usage = field(default_factory=Usage)
     counted: frozenset[str] | None = None
     parts: dict[Method, "Engine"] = field(default_factory=dict, init=False, repr=False)
-    _step: tuple[int, Tensor, Tensor | None] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.counted is None:
@@ -106,7 +105,7 @@ class Engine(Selection):
         positions, representatives = states.step.positions, states.representatives
         out = self._fast(method.attend_decode, states)
         if out is not None:
-            self._count_fast_step(states, layer)
+            self._count_fast_step(states)
             return out
         query, held = positions[:, None, None, :, None], states.held
         slot = torch.arange(k.shape[2], device=q.device) if held is None else held[:, :, None, None]
@@ -131,7 +130,7 @@ class Engine(Selection):
         attended = by_head.sum(-1).float().mean(1) if "decode" in method.sparse_in else None
         self._count("decode", attended, states, layer)
         out = attend(q, k, v, by_head)
-        if method.adds_mean:
+        if method.mean_value:
             assert representatives is not None
             scores = method.score(grouped(q, k.shape[1]), representatives)
             return _with_mean(out, v, scores, past, seen)
@@ -169,17 +168,17 @@ class Engine(Selection):
         choosing = self.method.choosing(positions, states.q.shape[-1], layer)
         self.usage.add(attended.expand(positions.shape), positions, choosing)
 
-    def _count_fast_step(self, states: States, layer: int) -> None:
-        """`_count`, computed in a step's first layer for all: it takes more launches than the fast
-        path itself. A replayed step has one positions tensor, so steps differ by their layers."""
+    def _count_fast_step(self, states: States) -> None:
+        """`_count`, computed once a step for all layers: it takes more launches than the fast path
+        itself."""
+        method, step = self.method, states.step
         if "decode" not in (self.counted or ()):
             return
-        positions = states.step.positions
-        if self._step is None or layer <= self._step[0]:
-            choosing = self.method.choosing(positions, states.q.shape[-1])
-            self._step = layer, self.method.attended(positions).float(), choosing
-        self._step = layer, *self._step[1:]
-        self.usage.add(self._step[1], positions, self._step[2])
+        if method not in step.counts:
+            choosing = method.choosing(step.positions, states.q.shape[-1])
+            step.counts[method] = method.attended(step.positions).float(), choosing
+        attended, choosing = step.counts[method]
+        self.usage.add(attended, step.positions, choosing)
 
 
 def _with_mean(out: Tensor, v: Tensor, scores: Tensor, past: Tensor, seen: Tensor) -> Tensor:

@@ -25,10 +25,7 @@ class TOVA(Method):
     phase = "step"
     paper = "Oren et al., 2024, arXiv 2401.06104"
     reads = "the step's own attention"
-
-    @property
-    def observed(self) -> int:
-        return 1
+    observed = 1
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         """The attention of the prompt's last queries (B, K, G, Q, D), summed: (B, K, 1, 1, N)."""
@@ -53,15 +50,12 @@ class H2O(TOVA):
 
     paper = "Zhang et al., 2023, arXiv 2306.14048"
     reads = "the attention of every step, accumulated"
+    observed = EVERY
     window: Whole = 0
 
     @property
     def forced(self) -> int:
         return self.window
-
-    @property
-    def observed(self) -> int:
-        return EVERY
 
     def observe(self, mass: Tensor, new: Tensor) -> Tensor:
         return mass + new

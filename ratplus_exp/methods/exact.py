@@ -16,10 +16,7 @@ class TopKTokens(Method):
     phase = "decode"
     paper = "none: the upper bound of token selection"
     reads = "all keys"
-
-    @property
-    def forced(self) -> int:
-        return 2
+    forced = 2
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         logits = inner_products(queries, representatives.unsqueeze(2))

@@ -19,10 +19,7 @@ class ExpectedAttention(Method):
     paper = "Devoto et al., 2025, arXiv 2510.00636"
     reads = "all queries, keys and values, once"
     reads_values = True
-
-    @property
-    def observed(self) -> int:
-        return EVERY
+    observed = EVERY
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         """(B, K, G, Q, D) and (B, K, N, 2 D) -> (B, K, 1, 1, N)."""

@@ -24,10 +24,6 @@ class SparQ(TopKTokens):
     channels: Annotated[float, Field(gt=0, le=1)] = 0.25
     mean_value: bool = True
 
-    @property
-    def adds_mean(self) -> bool:
-        return self.mean_value
-
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         wide, dim = torch.promote_types(queries.dtype, torch.float32), queries.shape[-1]
         q, keys = queries.to(wide), representatives.to(wide).unsqueeze(2)

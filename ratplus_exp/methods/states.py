@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,12 @@ class Step:
     """Positions of the tokens of one forward pass, (B or 1, T), from 0 at each row's first token.
 
     lengths: (B,) real tokens a row; None if all T are real, as after the prompt.
+    counts: what a method's fast path attends to and reads, for all layers of the pass.
     """
 
     positions: Tensor
     lengths: Tensor | None = None
+    counts: dict[Any, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     @cached_property
     def rows_of_length(self) -> dict[int, Tensor]:

@@ -23,11 +23,8 @@ class VerticalSlash(Method):
     phase = "prefill"
     paper = "Jiang et al., 2024, arXiv 2407.02490"
     reads = "the last queries and all keys, once"
+    forced = 2
     window: Positive = 64
-
-    @property
-    def forced(self) -> int:
-        return 2
 
     @property
     def observed(self) -> int:

@@ -1,4 +1,9 @@
-"""Backbones as Hugging Face models; importing this package registers them with the Auto classes."""
+"""Backbones as Hugging Face models; importing this package registers them with the Auto classes.
+
+A model comes from a folder (`loading.load_model`), a configuration (`config_for`, `new_model`), a
+trained attention model (`add_memory`), any model of transformers (`attach_engine`), or one of P2's
+checkpoints (`p2_checkpoint.from_p2`).
+"""
 
 from ratplus_exp.models.building import add_memory, config_for, new_model
 from ratplus_exp.models.cache import SparseCache

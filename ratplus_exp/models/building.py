@@ -9,12 +9,12 @@ from transformers.utils import logging
 
 from ratplus_exp.memory import Memory
 from ratplus_exp.models.configuration import RatPlusConfig
-from ratplus_exp.models.families import FAMILIES, MemoryFields
+from ratplus_exp.models.families import FAMILIES, FamilyFields
 from ratplus_exp.models.hf import attach_engine
 from ratplus_exp.models.loading import SPECIAL_TOKENS
 from ratplus_exp.models.modeling import RatPlusForCausalLM
 
-MEMORY_SETTINGS = tuple(x.name for x in fields(MemoryFields) if x.name != "memory")
+MEMORY_SETTINGS = tuple(x.name for x in fields(FamilyFields) if x.name != "memory")
 """The settings of an architecture that the memory adds."""
 
 

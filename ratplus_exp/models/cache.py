@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from ratplus_exp.methods import Engine, States, Step, Usage
 from ratplus_exp.methods.base import EVICTING
-from ratplus_exp.models.layer import ROOM, SparseLayer, last_queries, with_room
+from ratplus_exp.models.cache_layer import ROOM, SparseLayer, last_queries, with_room
 
 
 class SparseCache(Cache):
@@ -37,6 +37,10 @@ class SparseCache(Cache):
         self.engine = engine or Engine()
         self.engine.layers = num_layers
         self.room = room
+        self.reset()
+
+    def reset(self) -> None:
+        self.layers = [SparseLayer() for _ in self.layers]
         self.processed: Tensor | None = None  # (B,) real tokens processed
         self.prompt: Tensor | None = None  # (B,) those of the prompt
         # Counted on the host, to avoid waiting for the device:
@@ -107,9 +111,11 @@ class SparseCache(Cache):
         method = engine.method
         room = ROOM if self.room is None else self.room
         if method.phase in EVICTING:
-            layer.hold_kept(engine, index, states, room)
+            layer.keep(engine, index, states, room)
             return
-        layer.hold(states, room)
+        layer.width = states.k.shape[2]
+        # Copies, since a prompt's keys and values may be views of far larger tensors.
+        layer.keys, layer.values = (with_room(x, layer.width + room) for x in (states.k, states.v))
         whole = torch.full((len(states.k),), layer.width, device=states.k.device)
         engine.usage.slots.append(whole if states.step.lengths is None else states.step.lengths)
         if method.phase != "decode":
@@ -141,11 +147,6 @@ class SparseCache(Cache):
         )
 
     # transformers' interface of a cache
-
-    def reset(self) -> None:
-        self.layers = [SparseLayer() for _ in self.layers]
-        self.seen, self.processed, self.prompt = 0, None, None
-        self.first, self.ragged = 0, False
 
     def _map_batch(self, function: Callable[[Tensor, int], Tensor]) -> None:
         for layer in self.layers:

@@ -1,5 +1,6 @@
-"""Configuration of P2's backbone, with or without the memory."""
+"""Configurations with the memory, and that of P2's backbone."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -7,15 +8,32 @@ from transformers import PretrainedConfig
 from ratplus_exp.memory import check_memory
 
 
-class RatPlusConfig(PretrainedConfig):
-    """Attention and RAT+ differ in `memory` alone.
+@dataclass(init=False, repr=False, kw_only=True)  # transformers makes the rest
+class MemoryFields:
+    """Fields of every config with the memory; attention and RAT+ differ in `memory` alone.
+
+    memory: whether K and V go through the exponentially decaying memory (Eq. 1).
+    gate_bias: where the gates start: one logit for all channels, or a pair of effective lengths in
+        tokens over which the channels of every head are spread.
+    memory_kind: a key of `KINDS`: the papers' gate, or a control.
+    memory_on, shared_gate: for ablations and controls, see `Memory`.
+    """
+
+    memory: bool = True
+    gate_bias: Any = 0.0
+    memory_kind: str = "gate"
+    memory_on: str = "kv"
+    shared_gate: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_memory(self)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+
+class RatPlusConfig(MemoryFields, PretrainedConfig):
+    """P2's backbone.
 
     Args:
-        memory: whether K and V go through the exponentially decaying memory (Eq. 1).
-        gate_bias: where the gates start: one logit for all channels, or a pair of effective
-            lengths in tokens over which the channels of every head are spread.
-        memory_kind: a key of `KINDS`: the papers' gate, or a control.
-        memory_on, shared_gate: for ablations and controls, see `Memory`.
         num_key_value_heads: default num_attention_heads; fewer for grouped-query attention.
         head_dim: default hidden_size / num_attention_heads.
         intermediate_size: width of the FFN, default P2's 4 · hidden_size.
@@ -37,11 +55,6 @@ class RatPlusConfig(PretrainedConfig):
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
-    memory: bool = True
-    memory_kind: str = "gate"
-    gate_bias: Any = 0.0
-    memory_on: str = "kv"
-    shared_gate: bool = True
     tie_word_embeddings: bool = True
     use_cache: bool = True
 
@@ -57,7 +70,6 @@ class RatPlusConfig(PretrainedConfig):
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: RoPE needs an even number")
-        check_memory(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "

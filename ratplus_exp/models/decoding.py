@@ -109,20 +109,17 @@ def greedy(
 
 def _replayed(step: Action, cache: SparseCache, capture: Capture) -> Action | None:
     """A replay of `step` that counts its tokens, too; None if it can't be captured."""
-    seen, usage = cache.seen, cache.engine.usage
-    lists = (usage.attended, usage.positions, usage.choosing)
-    counted = len(usage.attended)
+    seen, counts = cache.seen, cache.engine.usage.counts
+    counted = len(counts)
     used: list[Tensor] = []  # the usage of a replay
 
     def step_and_usage() -> None:
         step()
-        if len(usage.attended) > counted:
-            used.extend(torch.cat(each[counted:], 1) for each in lists)
+        used.extend(torch.cat(x, 1) for x in zip(*counts[counted:], strict=True))
 
     replay = capture(step_and_usage)
     cache.seen = seen  # capturing counted a step that has not run
-    for each in lists:
-        del each[counted:]
+    del counts[counted:]
     if replay is None:
         return None
 
@@ -130,6 +127,6 @@ def _replayed(step: Action, cache: SparseCache, capture: Capture) -> Action | No
         replay()
         cache.seen += 1
         if used:
-            usage.add(*(x.clone() for x in used))
+            cache.engine.usage.add(*(x.clone() for x in used))
 
     return run

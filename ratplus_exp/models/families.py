@@ -19,43 +19,37 @@ from transformers.models.olmo2 import modeling_olmo2 as olmo2
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from ratplus_exp.memory import Memory, check_memory, memory_of
+from ratplus_exp.memory import Memory, memory_of
+from ratplus_exp.models.configuration import MemoryFields
 from ratplus_exp.models.forward_pass import ForwardPass
 from ratplus_exp.models.hf import ATTENTION, EngineDecoder, SavedWithCode, attention
 
 POSITIONS = ("after_norm", "before_norm")
 
 
-@dataclass(repr=False, kw_only=True)
-class MemoryFields:
+@dataclass(init=False, repr=False, kw_only=True)
+class FamilyFields(MemoryFields):
     """Fields that a family's config adds to the stock one's.
 
-    memory: False gives the attention baseline in the same class.
-    gate_bias: as in RatPlusConfig; −4 lets each token keep 98 % of itself, so that training starts
-        near the stock model. W_g starts at 0: in OLMo2 x is the residual stream without a norm, and
-        a random W_g would outweigh any bias.
-    memory_kind, memory_on, shared_gate: for ablations and controls, see `KINDS` and `Memory`.
+    gate_bias: −4 lets each token keep 98 % of itself, so that training starts near the stock model.
+        W_g starts at 0: in OLMo2 x is the residual stream without a norm, and a random W_g would
+        outweigh any bias.
     memory_position: whether the memory runs over keys "after_norm" or "before_norm", if the family
         has a k-norm (OLMo2, Qwen3); P1 leaves it open.
     output_gate: whether the attention output is multiplied by a gate of x, as in P2's models; P1
         leaves it open for OLMo2.
     """
 
-    memory: bool = True
     gate_bias: Any = -4.0
-    memory_kind: str = "gate"
-    memory_on: str = "kv"
-    shared_gate: bool = True
     memory_position: str = "after_norm"
     output_gate: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_memory(self)
         if self.memory_position not in POSITIONS:
             raise ValueError(
                 f"memory_position={self.memory_position} is unknown: use {' or '.join(POSITIONS)}"
             )
-        super().__post_init__(**kwargs)  # type: ignore[misc]
+        super().__post_init__(**kwargs)
 
 
 class OutputGate(nn.Linear):
@@ -183,7 +177,7 @@ def _family(prefix: str, stock: ModuleType) -> type[MemoryCausalLM]:
 
     rotate = staticmethod(stock.apply_rotary_pos_emb)
     kind = f"{prefix.lower()}_ratplus"
-    config = derive("RatPlusConfig", MemoryFields, "Config", model_type=kind)
+    config = derive("RatPlusConfig", FamilyFields, "Config", model_type=kind)
     layer = derive("MemoryAttention", MemoryAttention, "Attention", rotate=rotate)
     fields = {"config_class": config, "attention_class": layer}
     decoder = derive("RatPlusModel", MemoryDecoder, "Model", **fields)

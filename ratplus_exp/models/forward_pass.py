@@ -13,6 +13,8 @@ from ratplus_exp.methods import Engine, States, Step
 from ratplus_exp.models.cache import SparseCache
 from ratplus_kernels.dispatch import use_triton
 
+Rope = tuple[Tensor, Tensor]  # cosines and sines, (B or 1, T, 1, D)
+
 
 @dataclass
 class ForwardPass:
@@ -47,13 +49,7 @@ class ForwardPass:
         return (k, v, new_k) if memory.selects else (new_k, new_v, None)
 
     def memorise_and_rotate(
-        self,
-        memory: Memory | None,
-        layer: int,
-        x: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rope: tuple[Tensor, Tensor],
+        self, memory: Memory | None, layer: int, x: Tensor, k: Tensor, v: Tensor, rope: Rope
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`memorise`, with RoPE on the keys, as in `rotate`. For block methods one kernel computes
         both for a prompt, and the blocks' representatives."""
@@ -62,7 +58,7 @@ class ForwardPass:
             cache is not None
             and cache.is_empty
             and isinstance(memory, Gate)
-            and memory.in_one_pass
+            and (memory.memory_on, memory.shared_gate) == ("kv", True)
             and not torch.is_grad_enabled()
         ):
             method, store = cache.engine.of(layer).method, cache.layers[layer]
@@ -85,7 +81,7 @@ class ForwardPass:
         return self.cache.attend(layer, states)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE of x (B, T, ·, D) by cosines and sines (B or 1, T, 1, D)."""
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """RoPE of x (B, T, ·, D)."""
     first, second = x.chunk(2, dim=-1)
     return x * rope[0] + torch.cat((-second, first), dim=-1) * rope[1]

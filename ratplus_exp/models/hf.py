@@ -30,17 +30,15 @@ def attention(
     forward_pass: ForwardPass,
     scaling: float,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
     select_by: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Eq. 2 in a stock attention layer: query (B, H, T, D), key, value and select_by (B, K, T, D)
     -> (B, T, H, D), without masks and dropout; see `ForwardPass.attend`.
 
     Raises ValueError for kinds of attention that the methods are not defined for.
     """
-    if softcap is not None or s_aux is not None:
+    if others.get("softcap") is not None or others.get("s_aux") is not None:
         raise ValueError(
             f"{type(module).__name__} caps its logits or has sinks: use a model with plain "
             "softmax attention"
@@ -146,13 +144,12 @@ class SavedWithCode(SparseGeneration):
     tools load them by `trust_remote_code=True` where this package is installed."""
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        config, causal = type(self.config), type(self)  # type: ignore[attr-defined]
-        decoder = type(self.model)  # type: ignore[attr-defined]
-        names = {"AutoConfig": config, "AutoModelForCausalLM": causal, "AutoModel": decoder}
-        auto_map = {auto: f"{HUB_CODE}.{cls.__name__}" for auto, cls in names.items()}
-        self.config.auto_map = auto_map  # type: ignore[attr-defined]
+        model: Any = self
+        parts = {"Config": model.config, "ModelForCausalLM": model, "Model": model.model}
+        names = {x: type(part).__name__ for x, part in parts.items()}
+        model.config.auto_map = {f"Auto{x}": f"{HUB_CODE}.{name}" for x, name in names.items()}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        classes = ", ".join(cls.__name__ for cls in names.values())
+        classes = ", ".join(names.values())
         code = f'"""Needs the package ratplus_exp."""\n\nfrom ratplus_exp.models import {classes}\n'
         (Path(save_directory) / f"{HUB_CODE}.py").write_text(code, encoding="utf-8")
 

@@ -134,14 +134,10 @@ def check_length(
         )
 
 
-def end_tokens(path: Path) -> list[int]:
-    """The tokens that end an answer: eos_token_id of generation_config.json, if a model's folder
-    has one, or of config.json."""
-    file = path / "generation_config.json"
-    return _end_tokens(read_config(path, file.name if file.exists() else "config.json"))
-
-
-def _end_tokens(config: dict[str, Any]) -> list[int]:
+def end_tokens(path: Path, name: str = "generation_config.json") -> list[int]:
+    """The tokens that end an answer: eos_token_id of the named file, if a model's folder has it, or
+    of config.json."""
+    config = read_config(path, name if (path / name).exists() else "config.json")
     ends = config.get("eos_token_id")
     return [ends] if isinstance(ends, int) else ends or []
 
@@ -151,7 +147,7 @@ def interface_digest(path: Path) -> str:
     EOS alone, where that differs from config.json's."""
     files = [path / name for name in INTERFACE if (path / name).exists()]
     lines = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
-    if (ends := end_tokens(path)) != _end_tokens(read_config(path)):
+    if (ends := end_tokens(path)) != end_tokens(path, "config.json"):
         lines += f"{ends}\n"
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -204,10 +200,7 @@ def read_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
 
 
 def load_model(
-    path: Path,
-    device: torch.device,
-    dtype: str | None = None,
-    rope: dict[str, Any] | None = None,
+    path: Path, device: torch.device, dtype: str | None = None, rope: dict[str, Any] | None = None
 ) -> PreTrainedModel:
     """The model of a folder, in evaluation mode; dtype as in `dtype_on`, rope as in `load_config`.
     It decodes greedily: penalties and temperatures of its generation config are ignored."""

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ratplus_exp.memory import Memory, memory_of
 from ratplus_exp.models.configuration import RatPlusConfig
-from ratplus_exp.models.forward_pass import ForwardPass, rotate
+from ratplus_exp.models.forward_pass import ForwardPass, Rope, rotate
 from ratplus_exp.models.hf import EngineDecoder, SavedWithCode
 
 
@@ -42,7 +42,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.memory = memory_of(config, self.head_dim)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], forward_pass: ForwardPass) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, forward_pass: ForwardPass) -> Tensor:
         o, q, k, v = self.in_proj(x).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (B, T, ·, D)
         k, v, by = forward_pass.memorise_and_rotate(self.memory, self.layer, x, k, v, rope)
@@ -72,7 +72,7 @@ class DecoderLayer(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], forward_pass: ForwardPass) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, forward_pass: ForwardPass) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, forward_pass)
         return x + self.ffn(self.ffn_norm(x))
 
@@ -81,7 +81,6 @@ class RatPlusPreTrainedModel(PreTrainedModel):
     config_class = RatPlusConfig
     base_model_prefix = "model"
     _no_split_modules = ("DecoderLayer",)
-    supports_gradient_checkpointing = False
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Memory):
@@ -126,8 +125,8 @@ class RatPlusForCausalLM(SavedWithCode, RatPlusPreTrainedModel, GenerationMixin)
         self.post_init()
 
 
-def _rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B or 1, T, 1, D), of the half-rotation form of RoPE."""
+def _rope(positions: Tensor, head_dim: int, theta: float) -> Rope:
+    """The half-rotation form of RoPE."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angle = positions[..., None].float() * theta**-exponent
     angle = torch.cat((angle, angle), dim=-1)[:, :, None]

@@ -6,6 +6,7 @@ prefill. It is computed once, and each of them continues from a copy.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import States, Step
 from ratplus_exp.models.cache import SparseCache
-from ratplus_exp.models.layer import last_queries
+from ratplus_exp.models.cache_layer import last_queries
 
 PIECE = 4 << 20  # bytes of a layer's activations, up to which a CPU processes rows together
 
@@ -58,29 +59,24 @@ class Prefilled(SparseCache):
         cache.advance(self.step, len(self.processed))
 
 
+@dataclass(eq=False)
 class PromptBatch:
     """A batch of left-padded prompts for a model.
 
-    Args:
-        model: a causal model with `new_cache`.
-        ids, mask: (B, T).
-        fed: how many of each prompt's last tokens run after the prefill, under the method: 0, the
-            prefill gives an answer's first token (as in the papers' code); 1, a decoding step does;
-            all of the question: prefill and selection see the context alone.
-        shared: (window, room) of a `Prefilled` that dense prefills share; None: none is stored.
+    model: a causal model with `new_cache`.
+    ids, mask: (B, T).
+    fed: how many of each prompt's last tokens run after the prefill, under the method: 0, the
+        prefill gives an answer's first token (as in the papers' code); 1, a decoding step does; all
+        of the question: prefill and selection see the context alone.
+    shared: (window, room) of a `Prefilled` that dense prefills share; None: none is stored.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        ids: Tensor,
-        mask: Tensor,
-        fed: int = 0,
-        shared: tuple[int, int] | None = None,
-    ) -> None:
-        self.model, self.ids, self.mask = model, ids, mask
-        self.fed, self.shared = fed, shared
-        self._prefilled: tuple[Prefilled, Tensor] | None = None
+    model: Any
+    ids: Tensor
+    mask: Tensor
+    fed: int = 0
+    shared: tuple[int, int] | None = None
+    _prefilled: tuple[Prefilled, Tensor] | None = field(default=None, init=False)
 
     @cached_property
     def gates(self) -> dict[str, float]:

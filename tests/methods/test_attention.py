@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from brute_force import attend, attend_by_hand, states
+from engine_runs import attend, attend_by_hand, states
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ratplus_exp.methods import Dilated, Engine, MoBA, States, Step

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from brute_force import attend, attention, held, rows_of, seen, states
+from brute_force import seen
+from brute_force_evicting import held
+from engine_runs import attend, states
+from plain_python import attention, rows_of
 
 from ratplus_exp.methods import (
     Dense,

@@ -229,5 +229,5 @@ def test_a_replayed_step_counts_its_own_tokens():
         for layer in (1, 2):
             given = States(q, k, v, Step(positions), None, bounds, all_seen=True)
             engine.decode(given, layer)
-            counted.append(float(engine.usage.attended[-1]))
+            counted.append(float(engine.usage.counts[-1][0]))
     assert counted == [6, 6, 12, 12]  # blocks of 4: two of two so far, then three whole ones

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from brute_force import attend, attend_by_hand, rows_of, seen, states
+from brute_force import seen
+from engine_runs import attend, attend_by_hand, states
+from plain_python import rows_of
 
 from ratplus_exp.methods import Dense, Dilated, Engine, Layers, MoBA, Quest, SnapKV
 from ratplus_exp.methods.evicting import TOVA

@@ -6,7 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from brute_force import attend, attend_by_hand, kept, rows_of, seen, states
+from brute_force import seen
+from brute_force_evicting import kept
+from engine_runs import attend, attend_by_hand, states
+from plain_python import rows_of
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Quest, SnapKV
 from ratplus_exp.methods import engine as engine_module
@@ -22,7 +25,7 @@ from ratplus_exp.methods.twilight import Twilight
 from ratplus_exp.methods.union import MoBADilated, QuestDilated
 from ratplus_exp.methods.vertical_slash import VerticalSlash
 from ratplus_exp.methods.xattention import XAttention
-from ratplus_exp.models.layer import ROOM
+from ratplus_exp.models.cache_layer import ROOM
 
 # A new method adds its line here. Its definition in brute_force.py makes these tests independent of
 # its own score; a method that selects tokens or has a pattern needs one.

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from brute_force import attend, attention, rows_of, states
+from engine_runs import attend, states
+from plain_python import attention, rows_of
 
 from ratplus_exp.methods import Engine, MoBA, Oracle, Quest, Random, SnapKV, TopK
 from ratplus_exp.methods.selectors import Candidates

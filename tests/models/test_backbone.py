@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import backbones, heads
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ratplus_exp.methods import Engine
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM, RatPlusModel, add_memory
 
-backbones = pytest.mark.parametrize("memory", [False, True], ids=["attention", "ratplus"])
-heads = pytest.mark.parametrize("kv_heads", [1, 2, 4], ids=["one KV head", "GQA", "MHA"])
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 # Saving and loading.

@@ -5,20 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import backbones, heads
 from torch.testing import assert_close
 from transformers import DynamicCache
 
 from ratplus_exp.methods import Dense, Engine, Quest, SnapKV
-from ratplus_exp.models.layer import ROOM
+from ratplus_exp.models.cache_layer import ROOM
 
-backbones = pytest.mark.parametrize("memory", [False, True], ids=["attention", "ratplus"])
-heads = pytest.mark.parametrize("kv_heads", [1, 2, 4], ids=["one KV head", "GQA", "MHA"])
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @backbones

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from tape import tape
-from test_families import FAMILIES, TINY, add_memory, attach_engine, stock_model
+from tiny_models import TINY, backbones, stock_model
 from transformers import MistralConfig, MistralForCausalLM
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Oracle, Quest, Random, SnapKV
 from ratplus_exp.methods.evicting import H2O
 from ratplus_exp.methods.snapkv import AdaKV
 from ratplus_exp.methods.twilight import Twilight
+from ratplus_exp.models import FAMILIES, add_memory, attach_engine
 from ratplus_exp.models.decoding import CudaGraphs, greedy
 from ratplus_exp.models.prefill import PromptBatch
 
@@ -27,7 +28,6 @@ METHODS = [
     Twilight(top_k=5, page=4, candidates=2),
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda x: type(x).__name__)
-backbones = pytest.mark.parametrize("memory", [False, True], ids=["attention", "ratplus"])
 feds = pytest.mark.parametrize("fed", [0, 1, 4])
 both_lengths = pytest.mark.parametrize(
     "lengths", [(22, 22), (22, 9, 17)], ids=["alike", "of different length"]
@@ -204,7 +204,8 @@ def test_every_token_is_counted_once(make_model, make_ids, monkeypatch, capture)
     assert tokens.shape == (2, TOKENS)
     fed = 22 + TOKENS - 1
     assert cache.seen == int(cache.processed[0]) == fed
-    assert len(torch.cat(engine.usage.attended, 1)[0]) == 2 * (TOKENS - 1)  # layers × steps
+    attended = torch.cat([x for x, _, _ in engine.usage.counts], 1)
+    assert len(attended[0]) == 2 * (TOKENS - 1)  # layers × steps
 
 
 @pytest.mark.gpu

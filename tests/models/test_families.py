@@ -8,9 +8,9 @@ import pickle
 
 import pytest
 import torch
+from tiny_models import TINY, shut, stock_model
 from torch.testing import assert_close
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,46 +22,9 @@ from ratplus_exp.memory import Memory
 from ratplus_exp.methods import Engine, Quest
 from ratplus_exp.models import FAMILIES, add_memory, attach_engine, config_for, new_model
 
-TINY = {
-    "vocab_size": 29,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+pytestmark = pytest.mark.usefixtures("no_grad")
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
 stock_families = pytest.mark.parametrize("family", [*sorted(FAMILIES), "phi3", "gemma"])
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-def stock_model(family, dtype=torch.float32, **fields):
-    """A random model of transformers' own class."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **TINY | fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    for name, weight in model.named_parameters():
-        if "norm" in name:  # so that it matters on which side of a norm something stands
-            weight.copy_(1 + 0.5 * torch.randn_like(weight))
-    return model
-
-
-def shut(model):
-    """Gates at zero: every token keeps all of itself."""
-    for layer in model.model.layers:
-        layer.self_attn.memory.weight.zero_()
-        layer.self_attn.memory.bias.fill_(-1e4)
-    return model
 
 
 # Any stock decoder.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import TINY
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,17 +18,6 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 FIXED = {"memory_kind": "ema_fixed", "gate_bias": (1.0, 8.0)}
 SELECT = FIXED | {"memory_on": "select"}
 SPARSE = [Quest(4, 3), MoBA(4, 3), SnapKV(top_k=12, window=4)]
-TINY = {
-    "vocab_size": 29,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-}
 
 
 def memories(model):

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from tiny_models import backbones
 from torch.nn.functional import gelu
 from torch.testing import assert_close
 
@@ -14,7 +15,6 @@ from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM, config_for
 from ratplus_exp.models.p2_checkpoint import from_p2, p2_shapes, read_p2, to_p2
 
 VOCABULARY, WIDTH, LAYERS, HEADS = 29, 32, 2, 4
-backbones = pytest.mark.parametrize("memory", [False, True], ids=["attention", "ratplus"])
 
 
 def config(memory=True, **fields):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_families import attach_engine, stock_model
+from tiny_models import stock_model
 
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Oracle, Quest, Random, SnapKV
 from ratplus_exp.methods.evicting import H2O, TOVA
@@ -15,6 +15,7 @@ from ratplus_exp.methods.sparq import SparQ
 from ratplus_exp.methods.twilight import Twilight
 from ratplus_exp.methods.vertical_slash import VerticalSlash
 from ratplus_exp.methods.xattention import XAttention
+from ratplus_exp.models import attach_engine
 from ratplus_exp.models.decoding import greedy
 from ratplus_exp.models.prefill import PromptBatch
 

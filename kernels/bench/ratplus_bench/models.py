@@ -153,9 +153,9 @@ def measure(
 
     def attended(run: Callable[[], None]) -> float | None:
         """Tokens that a query attends to, as the engine counts them; None where all are."""
-        engine.usage.attended.clear()
+        engine.usage.counts.clear()
         run()
-        counts = engine.usage.attended
+        counts = [count[0] for count in engine.usage.counts]
         return float(torch.cat(counts, 1).double().mean()) if counts else None
 
     with noted(prefill, machine):

@@ -19,6 +19,7 @@ ROOM = 64  # spare slots of each allocation
 # A layer's tensors and their batch dimensions
 BATCH = dict.fromkeys(("keys", "values", "select_by", "representatives", "queries"), 0)
 BATCH |= {"held": 0, "mass": 0, "free": 0, "memory_state": 1}
+FREE = {"held": EMPTY}  # what free slots have, in the others 0
 
 
 class SparseLayer(DynamicLayer):
@@ -66,30 +67,22 @@ class SparseLayer(DynamicLayer):
             if tensors[0] is None:
                 continue
             if name in ("keys", "values", "held"):
-                fill, most = EMPTY if name == "held" else 0, max(x.shape[2] for x in tensors)
-                tensors = [x if x.shape[2] == most else with_room(x, most, fill) for x in tensors]
+                most, free = max(x.shape[2] for x in tensors), FREE.get(name, 0)
+                tensors = [x if x.shape[2] == most else with_room(x, most, free) for x in tensors]
             setattr(self, name, torch.cat(tensors, dim))
 
-    def hold(self, states: States, room: int) -> None:
-        """Copy the prompt's keys and values, which may be views of far larger tensors, with `room`
-        more slots."""
-        self.width = states.k.shape[2]
-        self.keys, self.values = (with_room(x, self.width + room) for x in (states.k, states.v))
-
-    def hold_kept(self, engine: Engine, index: int, states: States, room: int) -> None:
+    def keep(self, engine: Engine, index: int, states: States, room: int) -> None:
         """Store what an engine keeps of the prompt, together for rows of equal length, since an
         observation window ends with its row. All heads have as many slots as the largest; in phase
         "step" one more and no room. states.q: at least the last `observed` queries."""
-        method, (batch, heads, longest) = engine.method, states.k.shape[:3]
-        steps, lengths = method.phase == "step", states.step.lengths
+        method, step, longest = engine.method, states.step, states.k.shape[2]
+        steps, ragged = method.phase == "step", step.lengths is not None
+        groups: dict[int, Any] = step.rows_of_length if ragged else {longest: slice(None)}
         parts: list[tuple[Any, dict[str, Tensor]]] = []
-        groups: dict[int, Any] = {longest: slice(None)}
-        for length, rows in (groups if lengths is None else states.step.rows_of_length).items():
-            part_engine = engine if lengths is None else engine.for_rows(rows)
-            q = states.q[rows][:, :, -length:]
-            k, v = states.k[rows][:, :, :length], states.v[rows][:, :, :length]
-            by = k if states.select_by is None else states.select_by[rows][:, :, :length]
-            held, mass = part_engine.keep(q, by, v, index)
+        for length, rows in groups.items():
+            k, v, by = (x[rows][:, :, :length] for x in (states.k, states.v, states.by))
+            part_engine = engine.for_rows(rows) if ragged else engine
+            held, mass = part_engine.keep(states.q[rows][:, :, -length:], by, v, index)
             tokens = held.clamp(max=length - 1)
             keys, values = gather_tokens(k, v, tokens)
             part = {"keys": keys, "values": values, "held": held}
@@ -100,21 +93,19 @@ class SparseLayer(DynamicLayer):
             parts.append((rows, part))
         most = max(part["held"].shape[2] for _, part in parts)
         self.width = method.k(index, engine.layers) + 1 if steps else most
-        needed = torch.full((batch,), self.width, device=states.k.device)
-        if not steps:
-            for rows, part in parts:
-                needed[rows] = (part["held"] != EMPTY).sum(-1).amax(1)
-        engine.usage.slots.append(needed)
-        slots = self.width + (0 if steps else room)
+        slots = self.width if steps else self.width + room
         for name, like in parts[0][1].items():
-            fill = EMPTY if name == "held" else 0
-            whole = like.new_full((batch, heads, slots, *like.shape[3:]), fill)
+            shape = (len(states.k), like.shape[1], slots, *like.shape[3:])
+            whole = like.new_full(shape, FREE.get(name, 0))
             for rows, part in parts:
                 whole[rows, :, : part[name].shape[2]] = part[name]
             setattr(self, name, whole)
+        assert self.held is not None
+        empty = self.held == EMPTY
+        needed = (~empty).sum(-1).amax(1)
+        engine.usage.slots.append(torch.full_like(needed, self.width) if steps else needed)
         if steps:
-            assert self.held is not None
-            self.free = (self.held == EMPTY).int().argmax(-1)
+            self.free = empty.int().argmax(-1)
 
     def append(self, states: States, slots: Tensor, used: int) -> States:
         """Store new tokens in the slots (B, K or 1, Q). Returns the states to attend with: the keys
@@ -126,7 +117,7 @@ class SparseLayer(DynamicLayer):
             tensor = getattr(self, name)
             if tensor is not None and x is not None:
                 if used > tensor.shape[2]:
-                    tensor = with_room(tensor, used + ROOM, EMPTY if name == "held" else 0)
+                    tensor = with_room(tensor, used + ROOM, FREE.get(name, 0))
                 index, shape = slots, (*tensor.shape[:2], *x.shape[2:])
                 index = index if x.dim() == 3 else index[..., None]
                 setattr(self, name, tensor.scatter_(2, index.expand(shape), x.expand(shape)))
@@ -137,13 +128,11 @@ class SparseLayer(DynamicLayer):
         """Attention of the new tokens in order, each stored in the slot that the last one freed."""
         out = []
         assert self.free is not None and self.held is not None and self.mass is not None
-        for i in range(states.q.shape[2]):
-            now: dict[str, Any] = {
-                name: None if x is None else x[:, :, i : i + 1]
-                for name in ("q", "k", "v", "select_by")
-                for x in [getattr(states, name)]
-            }
-            token = replace(states, step=Step(states.step.positions[:, i : i + 1]), **now)
+        whole, positions = (states.q, states.k, states.v, states.select_by), states.step.positions
+        for i in range(positions.shape[1]):
+            q, k, v, by = (None if x is None else x[:, :, i : i + 1] for x in whole)
+            assert q is not None and k is not None and v is not None
+            token = States(q, k, v, Step(positions[:, i : i + 1]), by)
             stored = self.append(token, self.free[..., None], self.held.shape[2])
             out.append(engine.decode(stored, index))
             mass, free = engine.evict(stored, self.mass, index)
@@ -184,7 +173,7 @@ def last_queries(q: Tensor, lengths: Tensor | None, count: int) -> Tensor:
     return q.gather(2, index.expand(-1, q.shape[1], -1, q.shape[3]))
 
 
-def with_room(states: Tensor, slots: int, fill: int = 0) -> Tensor:
+def with_room(states: Tensor, slots: int, free: int = 0) -> Tensor:
     """A copy of states (B, K, T, ...) in a tensor of `slots` slots."""
     room = (*states.shape[:2], slots - states.shape[2], *states.shape[3:])
-    return torch.cat((states, states.new_full(room, fill)), dim=2)
+    return torch.cat((states, states.new_full(room, free)), dim=2)
