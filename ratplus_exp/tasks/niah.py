@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ratplus_exp.tasks import prose
 from ratplus_exp.tasks.forms import Forms
-from ratplus_exp.tasks.sentences import sentences
 
 if TYPE_CHECKING:
-    from ratplus_exp.tasks.source import Ruler
+    from ratplus_exp.tasks.ruler import Ruler
 
 
 class Draft(NamedTuple):
@@ -185,7 +184,7 @@ def _in_essay(
     as_ruler: depths refer to the essay without needles, as in RULER; otherwise to the essay with
         the deeper needles. A depth of 0 and two needles in one place leave one space; RULER, two.
     """
-    lines = sentences(" ".join(words))
+    lines = prose.sentences(" ".join(words))
     bare = len(lines)
     depths = sorted(rng.sample(_DEPTHS, len(needles)), reverse=True)
     for depth, needle in zip(depths, reversed(needles), strict=True):

@@ -22,7 +22,7 @@ from ratplus_exp.tasks.forms import Reserve, Words, wordlist
 from ratplus_exp.tasks.niah import Draft, Draw, in_list, seeded_random
 
 if TYPE_CHECKING:
-    from ratplus_exp.tasks.source import Ruler
+    from ratplus_exp.tasks.ruler import Ruler
 
 
 @dataclass(frozen=True)

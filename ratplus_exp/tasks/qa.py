@@ -18,7 +18,7 @@ from ratplus_exp.tasks.niah import QA_FILES, Draft, Draw, seeded_random, split_o
 from ratplus_exp.tasks.others import Texts
 
 if TYPE_CHECKING:
-    from ratplus_exp.tasks.source import Ruler
+    from ratplus_exp.tasks.ruler import Ruler
 
 
 @dataclass(frozen=True)
