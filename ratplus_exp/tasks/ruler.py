@@ -84,8 +84,9 @@ class Ruler:
         name, forms = sample_name(task, seed, index, split), self.forms
         texts = TASKS.get(task) or self.others.of(task)
         draft = texts.draft(Draw(forms, split, seeded_random(name)), name, self)
+        style = str.lower if forms.lowercase else str
         capacity = self.length - self.others.reserve(task, forms)
-        units = self.fit(draft.prompt, capacity, name, draft.most)
+        units = self.fit(lambda n: style(draft.prompt(n)), capacity, name, draft.most)
         if units < draft.least:
             raise ValueError(f"{name}: the context is too short for the task: raise data.length")
         if units == draft.most:
@@ -93,9 +94,7 @@ class Ruler:
                 f"{name}: there are too few words to fill the prompt: shorten data.length or raise"
                 f" data.{task}.repeats"
             )
-        text, prefix = draft.prompt(units), draft.prefix
-        if forms.lowercase:
-            text, prefix = text.lower(), prefix.lower()
+        text, prefix = style(draft.prompt(units)), style(draft.prefix)
         sample = make_sample(name, task, text, draft.answers, self.tokenizer, prefix)
         if draft.groups:
             place = sample.gold_spans.__getitem__
