@@ -65,7 +65,8 @@ class TaskSpec:
         answers = [value for group in groups for value in group]
         asked = [keys[i] for i in queried], self.value, len(answers)
         template, prefix = forms.ask(forms.template, *asked), forms.ask(forms.answer_prefix, *asked)
-        more, units = self._haystack(draw, source.essay), []
+        more = self._haystack(draw, source.essay)
+        units: list[str] = []
 
         def context(n: int) -> str:
             """The haystack's first n units with the needles, which are placed anew for each n."""
