@@ -1,4 +1,5 @@
-"""Worker processes for sweeps, prompts and shards, which end with the process that started them."""
+"""Worker processes for sweeps, prompts, batches and shards. They end with the process that started
+them."""
 
 import os
 import signal
@@ -64,17 +65,12 @@ def _start(
 ) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the process that stops them
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which a broken pool ends them
-    end_with(lifeline)
-    if initialize is not None:
-        initialize(*args)
 
-
-def end_with(pipe: Connection | int) -> None:
-    """End this process when the other end of the pipe closes; nothing is ever sent."""
-
-    def watch() -> None:
-        wait([pipe])
+    def end_with_lifeline() -> None:
+        wait([lifeline])  # nothing is ever sent
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=end_with_lifeline, daemon=True).start()
+    if initialize is not None:
+        initialize(*args)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which a broken pool ends them

@@ -27,7 +27,7 @@ from ratplus_exp.stages.common import job_folder, model_name, show
 from ratplus_exp.stages.pool import fill_tracked
 from ratplus_exp.store import write_atomically
 from ratplus_exp.tasks import Sample
-from ratplus_exp.tasks.golden import golden_answer
+from ratplus_exp.tasks.sample import golden_answer
 
 
 def run(cfg: DictConfig) -> None:

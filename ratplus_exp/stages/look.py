@@ -30,8 +30,7 @@ from ratplus_exp.stages.runner import Session
 from ratplus_exp.stages.samples import Samples
 from ratplus_exp.stages.sweep import configuration, job_of
 from ratplus_exp.tasks import Sample, exact
-from ratplus_exp.tasks.golden import golden_answer
-from ratplus_exp.tasks.sample import target
+from ratplus_exp.tasks.sample import golden_answer, target
 from ratplus_exp.tracking import tracked
 
 

@@ -9,27 +9,32 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice, repeat
 from typing import TYPE_CHECKING, NamedTuple
 
 from ratplus_exp.tasks import prose
 from ratplus_exp.tasks.forms import Forms
-from ratplus_exp.tasks.sentences import sentences
 
 if TYPE_CHECKING:
-    from ratplus_exp.tasks.source import Ruler
+    from ratplus_exp.tasks.ruler import Ruler
 
 
 class Draft(NamedTuple):
-    """A sample before its haystack has a size."""
+    """A sample before its haystack has a size: a prompt is the template, with the context of n
+    units of the haystack in the place of "{context}", and the prefix."""
 
-    prompt: Callable[[int], str]  # with n units of the haystack
-    answers: Sequence[str]
+    template: str
     prefix: str
+    context: Callable[[int], str]
+    answers: Sequence[str]
     least: int = 0  # units that the task needs
     most: int | None = None  # units available
     groups: Sequence[Sequence[str]] = ()  # of answers, each in the order of the prompt; () as given
+
+    def prompt(self, n: int) -> str:
+        return self.template.replace("{context}", self.context(n)) + self.prefix
 
 
 @dataclass(frozen=True)
@@ -60,39 +65,31 @@ class TaskSpec:
         answers = [value for group in groups for value in group]
         asked = [keys[i] for i in queried], self.value, len(answers)
         template, prefix = forms.ask(forms.template, *asked), forms.ask(forms.answer_prefix, *asked)
-        units = self._units(draw, source.essay)
-
-        def prompt(n: int) -> str:
-            """The prompt with the haystack's first n units; needles placed anew for each n."""
-            places = seeded_random(f"{name}/{n}")
-            if self.haystack == "essay":
-                context = _in_essay(units(n), needles, places, as_ruler)
-            else:
-                context = in_list(units(n), needles, places, forms.separator)
-            text = template.replace("{context}", context) + prefix
-            return text.lower() if forms.lowercase else text
-
-        order = {"creation": [], "document": [answers], "question": groups}
-        return Draft(prompt, answers, prefix, groups=order[forms.answer_order])
-
-    def _units(self, draw: Draw, essay: str | None) -> Callable[[int], Sequence[str]]:
-        """The haystack as a function of its size; a larger one begins with the smaller."""
-        if self.haystack == "noise":
-            return lambda n: [draw.forms.noise] * n
-        if essay is not None and self.haystack == "essay":
-            words = prose.essay_words(essay)
-            return lambda n: (words * -(-n // len(words)))[:n]  # from the beginning, repeated
+        more = self._haystack(draw, source.essay)
         units: list[str] = []
 
-        def first(n: int) -> Sequence[str]:
-            while len(units) < n:
-                if self.haystack == "essay":
-                    units.extend(prose.sentence(draw.rng).split())
-                else:
-                    units.append(draw.forms.state(draw(self.key), draw(self.value), self.value))
-            return units[:n]
+        def context(n: int) -> str:
+            """The haystack's first n units with the needles, which are placed anew for each n."""
+            units.extend(islice(more, max(0, n - len(units))))
+            places = seeded_random(f"{name}/{n}")
+            if self.haystack == "essay":
+                return _in_essay(units[:n], needles, places, as_ruler)
+            return in_list(units[:n], needles, places, forms.separator)
 
-        return first
+        order = {"creation": [], "document": [answers], "question": groups}
+        return Draft(template, prefix, context, answers, groups=order[forms.answer_order])
+
+    def _haystack(self, draw: Draw, essay: str | None) -> Iterator[str]:
+        """Its units, without end."""
+        if self.haystack == "noise":
+            yield from repeat(draw.forms.noise)
+        elif self.haystack == "needle":
+            while True:
+                yield draw.forms.state(draw(self.key), draw(self.value), self.value)
+        elif essay is not None:
+            yield from cycle(prose.essay_words(essay))
+        while True:
+            yield from prose.sentence(draw.rng).split()
 
 
 TASKS: dict[str, TaskSpec] = {
@@ -185,7 +182,7 @@ def _in_essay(
     as_ruler: depths refer to the essay without needles, as in RULER; otherwise to the essay with
         the deeper needles. A depth of 0 and two needles in one place leave one space; RULER, two.
     """
-    lines = sentences(" ".join(words))
+    lines = prose.sentences(" ".join(words))
     bare = len(lines)
     depths = sorted(rng.sample(_DEPTHS, len(needles)), reverse=True)
     for depth, needle in zip(depths, reversed(needles), strict=True):

@@ -9,7 +9,7 @@ The pocket tier's forms are in conf/data/pocket.yaml.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import pi
@@ -22,7 +22,7 @@ from ratplus_exp.tasks.forms import Reserve, Words, wordlist
 from ratplus_exp.tasks.niah import Draft, Draw, in_list, seeded_random
 
 if TYPE_CHECKING:
-    from ratplus_exp.tasks.source import Ruler
+    from ratplus_exp.tasks.ruler import Ruler
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,10 @@ class Texts(Settings):
     def draft(self, draw: Draw, name: str, source: Ruler) -> Draft:
         raise NotImplementedError
 
-    def fill(self, context: str, query: str = "", count: int = 0) -> str:
-        text = self.template.replace("{query}", query).replace("{context}", context)
-        return text + self.prefix(query, count)
-
-    def prefix(self, query: str = "", count: int = 0) -> str:
-        return self.answer_prefix.replace("{query}", query).replace("{count}", str(count))
+    def ask(self, query: str = "", count: int = 0) -> tuple[str, str]:
+        """Template and prefix of a draft."""
+        prefix = self.answer_prefix.replace("{query}", query).replace("{count}", str(count))
+        return self.template.replace("{query}", query), prefix
 
 
 @dataclass(frozen=True)
@@ -76,17 +74,14 @@ class VT(Texts):
     def draft(self, draw: Draw, name: str, source: Ruler) -> Draft:
         worked = ""
         if self.example:
-            prompt, names, _ = self._chain(draw, f"{name}/example", max(self.letters - 2, 1))
-            units = source.fit(prompt, self.example, f"{name}, data.vt.example")
-            worked = f"{prompt(units)} {' '.join(names)}\n\n"
-        prompt, names, value = self._chain(draw, name, self.letters)
-        prefix = self.prefix(value, len(names))
-        return Draft(lambda n: worked + prompt(n), names, prefix, least=len(names))
+            example = self._chain(draw, f"{name}/example", max(self.letters - 2, 1))
+            units = source.fit(example.prompt, self.example, f"{name}, data.vt.example")
+            worked = f"{example.prompt(units)} {' '.join(example.answers)}\n\n"
+        draft = self._chain(draw, name, self.letters)
+        return draft._replace(template=worked + draft.template)
 
-    def _chain(
-        self, draw: Draw, name: str, letters: int
-    ) -> tuple[Callable[[int], str], list[str], str]:
-        """The prompt by its units of noise, the variables in the order of the chain, the value."""
+    def _chain(self, draw: Draw, name: str, letters: int) -> Draft:
+        """One chain in units of noise; the answers are its variables in their order."""
         letters = letters if self.letters else 0
         names = [
             _code(draw, "variable", string.ascii_uppercase, letters) for _ in range(self.hops + 1)
@@ -95,14 +90,12 @@ class VT(Texts):
         value = draw.fresh("number", lambda: str(draw.rng.randrange(low, 10 * low)))
         chain = [self.start.format(name=names[0], value=value)]
         chain += [self.hop.format(name=new, value=old) for old, new in pairwise(names)]
-        forms = draw.forms
 
-        def prompt(n: int) -> str:
-            noise = [forms.noise] * n
-            lines = in_list(noise, chain[::-1], seeded_random(f"{name}/{n}"), forms.separator)
-            return self.fill(lines, value, len(names))
+        def context(n: int) -> str:
+            noise, places = [draw.forms.noise] * n, seeded_random(f"{name}/{n}")
+            return in_list(noise, chain[::-1], places, draw.forms.separator)
 
-        return prompt, names, value
+        return Draft(*self.ask(value, len(names)), context, names, least=len(names))
 
 
 @dataclass(frozen=True)
@@ -132,20 +125,21 @@ class CWE(Texts):
         words: Sequence[str] = draw.forms.nouns
         if draw.forms.key_words == "pair":  # RULER's lists
             words = sorted({*wordlist("noun"), *wordlist("adjective"), *wordlist("verb")})
-        worked = ""
+        template, prefix = self.ask()
         if self.example:
             size, times = (40, (10, 3)) if long else (20, (3, 1))
             chosen = draw.rng.sample(words, size)
-            worked = self.fill(self._list(chosen, times, f"{name}/example"))
-            worked += " " + self._items(chosen[: self.common]) + "\n"
+            items = self._list(chosen, times, f"{name}/example")
+            worked = template.replace("{context}", items) + prefix
+            template = f"{worked} {self._items(chosen[: self.common])}\n{template}"
         repeats = tuple(self.repeats or ((30, 3) if long else (6, 1)))
         order = draw.rng.sample(words, len(words))
 
-        def prompt(n: int) -> str:
-            return worked + self.fill(self._list(order[: self.common + n], repeats, f"{name}/{n}"))
+        def context(n: int) -> str:
+            return self._list(order[: self.common + n], repeats, f"{name}/{n}")
 
         answers, most = order[: self.common], len(order) - self.common
-        return Draft(prompt, answers, self.prefix(), most=most)
+        return Draft(template, prefix, context, answers, most=most)
 
     def _list(self, words: Sequence[str], repeats: Sequence[int], name: str) -> str:
         often, seldom = repeats
@@ -184,18 +178,18 @@ class FWE(Texts):
         coded = (_code(draw, "word", letters, self.letters) for _ in range(ranks - 1))
         words = [self.dots, *(f" {word}" for word in coded)]
 
-        def prompt(n: int) -> str:
+        def context(n: int) -> str:
             counts = (int(6 * n / (pi * rank) ** 2) for rank in range(1, ranks + 1))
             every = [word for word, times in zip(words, counts, strict=True) for _ in range(times)]
             seeded_random(f"{name}/{n}").shuffle(every)
             first = next((i for i, word in enumerate(every) if word != self.dots), 0)
             if first and not self.dots.startswith(" "):  # a mark behind a word begins no text
                 every[0], every[first] = every[first], every[0]
-            return self.fill("".join(every).lstrip())
+            return "".join(every).lstrip()
 
         answers = [word.strip() for word in words[1:4]]
         # From 74 words on, rank 4 is more frequent than rank 5.
-        return Draft(prompt, answers, self.prefix(), least=74, most=2 * source.length)
+        return Draft(*self.ask(), context, answers, least=74, most=2 * source.length)
 
 
 def _code(draw: Draw, kind: str, alphabet: str, letters: int) -> str:

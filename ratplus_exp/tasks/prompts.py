@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from concurrent.futures import BrokenExecutor, Future
 
 from ratplus_exp.tasks.niah import sample_name
+from ratplus_exp.tasks.ruler import Ruler
 from ratplus_exp.tasks.sample import Sample
-from ratplus_exp.tasks.source import Ruler
 from ratplus_exp.workers import Workers
 
 

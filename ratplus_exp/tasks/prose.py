@@ -1,15 +1,38 @@
-"""Essays as haystacks: generated from a small closed vocabulary, or read from a file.
+"""Essays as haystacks: generated from a small closed vocabulary, or read from a file; sentences.
 
 RULER hides its needles in Paul Graham's essays, which need a download and are too rich for a model
 of a million parameters. Generated sentences fill patterns with words grouped by meaning: plausible
 prose, hardly ever repeated, of at most 500 distinct words, all in a word-level tokenizer.
+
+RULER puts needles between the sentences of nltk's Punkt (Kiss and Strunk, 2006), which learns
+abbreviations and sentence openers from text, and needs a download. Here the lists have those of
+essays; the rules are Punkt's: '?' and '!' end a sentence, and so does a period, unless it belongs
+to an abbreviation, an initial or an ellipsis and no opener follows; closing quotes and brackets
+belong to the sentence before.
 """
 
 import json
 import random
 import re
+import tomllib
 from functools import lru_cache
+from importlib import resources
+from itertools import chain
 from pathlib import Path
+
+_DATA = tomllib.loads((resources.files("ratplus_exp.tasks") / "prose.toml").read_text("utf-8"))
+_PATTERNS: list[str] = _DATA["patterns"]
+_WORDS: dict[str, list[str]] = {
+    group: words.split() if isinstance(words, str) else words
+    for group, words in _DATA["words"].items()
+}
+_ABBREVIATIONS, _OPENERS = (frozenset(_DATA[x].split()) for x in ("abbreviations", "openers"))
+_SLOT = re.compile(r"\{(\w+)\}")
+_END = re.compile(r"(\S*[.!?])([\"'”’)\]}]*)\s+(?=(\S+))")
+
+_TEXT = " ".join(chain(_PATTERNS, *_WORDS.values()))
+VOCABULARY = tuple(sorted(set(_SLOT.sub(" ", _TEXT).split())))
+"""Every word of `sentence`, lower-cased and sorted."""
 
 
 def sentence(rng: random.Random) -> str:
@@ -54,105 +77,23 @@ def essay_words(path: str) -> tuple[str, ...]:
     return tuple(words)
 
 
-_SLOT = re.compile(r"\{(\w+)\}")
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, without the white space between them; [] of an empty one."""
+    parts, start = [], 0
+    for end in _END.finditer(text):
+        word, closing, following = end.groups()
+        if word[-1] in "!?" or closing or _ends(word, following):
+            parts.append(text[start : end.end(2)])
+            start = end.end()
+    return [*parts, text[start:]] if text[start:] else parts
 
-# Every word of a group fits every pattern with the group. Words behind 'a' begin with a consonant.
-_GROUPS: dict[str, str] = {
-    "person": "miller baker farmer teacher sailor shepherd gardener carpenter fisherman doctor"
-    " painter weaver merchant captain traveller nurse priest clerk musician potter cook librarian"
-    " ferryman tailor blacksmith beekeeper",
-    "folk": "neighbours children villagers fishermen farmers travellers sailors guests merchants"
-    " brothers sisters visitors workers students",
-    "kin": "daughter son brother sister friend mother father cousin uncle grandmother nephew",
-    "nature": "old young quiet cheerful patient tired kind clever careful gentle honest lonely"
-    " stubborn proud thoughtful shy generous",
-    "building": "mill chapel library lighthouse inn cottage school barn workshop bakery station"
-    " farm boathouse tower",
-    "outside": "harbour village market bridge garden forest valley meadow river orchard square"
-    " hill shore fountain pond",
-    "thing": "lantern basket rope hammer ladder bucket letter map blanket kettle book key violin"
-    " lamp box candle clock coat mirror flute spade ribbon",
-    "look": "small new borrowed worn plain beautiful strange precious forgotten fine curious",
-    "animal": "dog horse cat goat owl heron fox crow swan donkey hare robin lamb",
-    "colour": "grey brown white black red golden silver pale",
-    "food": "bread cheese apples soup honey tea plums pears fish butter cake",
-    "weather": "rain wind snow fog frost storm mist thunder",
-    "blanket": "rain snow fog frost mist darkness",
-    "season": "spring summer autumn winter",
-    "feeling": "joy grief relief worry pride wonder doubt hope peace",
-    "manner": "slowly quietly carefully gladly patiently calmly silently proudly",
-    "when": "before the storm|in the morning|after breakfast|at dusk|late in the evening"
-    "|before sunrise|at noon|just after midnight|when the bells rang|as the light faded"
-    "|on the first day of spring|during the long winter|at the end of the week"
-    "|after the harvest|while the others slept|once the work was done",
-    "often": "every morning|every evening|each winter|now and then|most days|all summer long",
-    "brought": "carried brought took sent delivered",
-    "found": "found lost noticed dropped hid kept discovered remembered",
-    "made": "repaired cleaned sold bought finished borrowed",
-    "told": "told asked reminded warned taught begged",
-    "went": "walked hurried returned wandered rode came",
-    "stayed": "slept waited rested sat stood",
-    "moved": "ran wandered crept walked came",
-    "shared": "shared prepared tasted enjoyed",
-    "spoke": "talked laughed argued whispered dreamed sang",
-    "deed": "close the gate|feed the horses|light the fire|mend the roof|wait for news"
-    "|follow the path|count the coins|wash the windows|sweep the floor|bake more bread"
-    "|gather wood|write a letter|lock the door|fetch some water|learn the song",
-    "subject": "the price of wool|the coming harvest|the lost ship|the old days|a distant country"
-    "|the new road|a better life|the weather|the wedding|the next journey",
-    "view": "the sea was calm|the road was empty|the fields were dry|the tide was low"
-    "|the night was cold|the air smelled of smoke|the stars were bright"
-    "|the streets were crowded|the days were short|the house was silent",
-    "part": "door roof window wall gate floor stove chimney",
-    "opening": "door window gate box cupboard",
-    "state": "broken dirty loose damp old",
-    "mended": "repaired cleaned painted mended",
-    "near": "beside|behind|near|beyond|across from",
-    "covered": "covered hid reached surrounded",
-    "said": "said believed knew thought wrote",
-}
-_WORDS = {
-    group: tuple(words.split("|" if "|" in words else None)) for group, words in _GROUPS.items()
-}
 
-_PATTERNS: tuple[str, ...] = (
-    "the {nature} {person} {brought} a {look} {thing} to the {building} {when}",
-    "the {person} {brought} the {thing} from the {building} to the {outside} {when}",
-    "{when} the {nature} {person} {went} {manner} to the {outside} with a {thing}",
-    "the {person} {found} a {look} {thing} {near} the {outside} {when}",
-    "the {person} and the {nature} {person} {spoke} about {subject} {when}",
-    "the {folk} {went} to the {outside} to hear about {subject}",
-    "the {person} {told} his {kin} to {deed} {when}",
-    "the {nature} {person} {told} the {folk} to {deed} and to {deed}",
-    "a {colour} {animal} {stayed} {near} the {building} while the {person} {made} the {thing}",
-    "the {colour} {animal} {moved} {manner} across the {outside} {when}",
-    "the {person} {shared} {food} and {food} with the {folk} {when}",
-    "there was {food} on the table and the {nature} {person} {shared} it {manner}",
-    "the {blanket} {covered} the {outside} and the {folk} {stayed} {manner} {near} the stove",
-    "in {season} the {blanket} {covered} the {building} where the {person} once lived",
-    "{often} the {person} {made} a {look} {thing} for the {folk}",
-    "because {view} the {person} {went} {manner} from the {outside} to the {building}",
-    "although {view} the {folk} {spoke} about {subject} with great {feeling}",
-    "the {nature} {person} felt {feeling} and {feeling} when the {kin} {went} home",
-    "the {person} {said} that the {look} {thing} was still {near} the {building}",
-    "her {kin} {said} that {view} and that the {weather} would soon come",
-    "nobody {said} that the {nature} {person} had left the {thing} {near} the {part}",
-    "the {part} of the {building} was {state} so the {person} {mended} it {when}",
-    "if the {weather} comes in {season} the {folk} will {deed} {manner}",
-    "his {kin} wanted to {deed} but the {nature} {person} wanted to {deed}",
-    "the {animal} and the {animal} {stayed} {manner} {near} the {outside} {when}",
-    "with {feeling} the {person} opened the {opening} and saw a {look} {thing}",
-    "the {thing} and the {thing} belonged to the {kin} of the {nature} {person}",
-    "between the {outside} and the {building} there is a {look} {thing} under a tree",
-)
-
-VOCABULARY: tuple[str, ...] = tuple(
-    sorted(
-        {
-            word
-            for text in (*_PATTERNS, *(entry for words in _WORDS.values() for entry in words))
-            for word in _SLOT.sub(" ", text).split()
-        }
-    )
-)
-"""Every word of `sentence`, lower-cased and sorted."""
+def _ends(word: str, following: str) -> bool:
+    """Whether a word's last period ends a sentence, given the word that follows."""
+    bare = re.sub(r"^\W+", "", word[:-1].lower())
+    initial = len(bare) == 1 and bare.isalpha()
+    abbreviated = initial or bare in _ABBREVIATIONS or bare.rpartition("-")[2] in _ABBREVIATIONS
+    if not abbreviated and not word.endswith(".."):
+        return True
+    opener = re.sub(r"\W", "", following)
+    return opener[:1].isupper() and opener.lower() in _OPENERS

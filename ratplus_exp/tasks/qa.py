@@ -18,7 +18,7 @@ from ratplus_exp.tasks.niah import QA_FILES, Draft, Draw, seeded_random, split_o
 from ratplus_exp.tasks.others import Texts
 
 if TYPE_CHECKING:
-    from ratplus_exp.tasks.source import Ruler
+    from ratplus_exp.tasks.ruler import Ruler
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class QA(Texts):
         draw.rng.shuffle(far)
         every = [*question.documents, *near, *far]
 
-        def prompt(n: int) -> str:
+        def context(n: int) -> str:
             size = len(question.documents) + n
             chosen = [every[i % len(every)] for i in range(size)]  # repeated if too few
             seeded_random(f"{name}/{n}").shuffle(chosen)
             texts = (self.document.format(number=i, text=d) for i, d in enumerate(chosen, start=1))
-            return self.fill("\n\n".join(texts), question.query)
+            return "\n\n".join(texts)
 
-        return Draft(prompt, question.answers, self.prefix(question.query))
+        return Draft(*self.ask(question.query), context, question.answers)
 
 
 class Question(NamedTuple):
@@ -85,26 +85,29 @@ def no_file(task: str) -> str:
 
 def squad(data: Any) -> Questions:
     """All paragraphs, and the questions that have an answer."""
-    articles = [[p["context"] for p in article["paragraphs"]] for article in data["data"]]
+    documents: set[str] = set()
     questions = []
-    for article, texts in zip(data["data"], articles, strict=True):
-        for paragraph, text in zip(article["paragraphs"], texts, strict=True):
-            others = tuple(other for other in dict.fromkeys(texts) if other != text)
+    for article in data["data"]:
+        texts = dict.fromkeys(paragraph["context"] for paragraph in article["paragraphs"])
+        documents |= texts.keys()
+        for paragraph in article["paragraphs"]:
+            text = paragraph["context"]
+            others = tuple(other for other in texts if other != text)
             for qa in paragraph["qas"]:
                 answers = tuple(dict.fromkeys(a["text"] for a in qa["answers"]))
                 if answers and not qa.get("is_impossible", False):
                     questions.append(Question(qa["question"], answers, (text,), others, text))
-    return sorted({text for texts in articles for text in texts}), questions
+    return sorted(documents), questions
 
 
 def hotpotqa(data: Any) -> Questions:
     """All paragraphs under their titles, and all questions with their ten paragraphs."""
-    every = [[f"{title}\n{''.join(p)}" for title, p in entry["context"]] for entry in data]
     questions = []
-    for entry, texts in zip(data, every, strict=True):
-        query, documents = entry["question"], tuple(dict.fromkeys(texts))
-        questions.append(Question(query, (entry["answer"],), documents, (), query))
-    return sorted({text for texts in every for text in texts}), questions
+    for entry in data:
+        query = entry["question"]
+        texts = dict.fromkeys(f"{title}\n{''.join(p)}" for title, p in entry["context"])
+        questions.append(Question(query, (entry["answer"],), tuple(texts), (), query))
+    return sorted({text for question in questions for text in question.documents}), questions
 
 
 @lru_cache(maxsize=4)

@@ -1,71 +1,136 @@
-"""RULER's JSONL files, read as samples."""
+"""Where samples come from: all of RULER's thirteen tasks, by name."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, Field, ValidationError
-
+from ratplus_exp.settings import Settings
+from ratplus_exp.tasks import prose
+from ratplus_exp.tasks.forms import Forms
+from ratplus_exp.tasks.niah import (
+    QA_FILES,
+    RULER_NAMES,
+    SPLITS,
+    TASKS,
+    Draw,
+    sample_name,
+    seeded_random,
+)
+from ratplus_exp.tasks.others import CWE, FWE, VT, Texts
+from ratplus_exp.tasks.qa import QA
 from ratplus_exp.tasks.sample import Sample, make_sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-LONGEST = 64
-"""Characters a token on average, above which a prompt is too long without being tokenised."""
+@dataclass(frozen=True)
+class Others(Settings):
+    """Texts and sizes of the tasks beyond NIAH; `Others()` is RULER."""
+
+    vt: VT = field(default_factory=VT)
+    cwe: CWE = field(default_factory=CWE)
+    fwe: FWE = field(default_factory=FWE)
+    qa: QA = field(default_factory=QA)
+
+    def of(self, task: str) -> Texts:
+        """The texts of a task beyond NIAH."""
+        texts: Texts = getattr(self, "qa" if task in QA_FILES else task)
+        return texts
+
+    def reserve(self, task: str, forms: Forms) -> int:
+        """Tokens that a task's prompts leave free for the answer."""
+        return forms.reserve if task in TASKS else self.of(task).reserve
 
 
-class _Record(BaseModel, strict=True):
-    """A line of RULER's files; further fields are ignored."""
+@dataclass(frozen=True, eq=False)
+class Ruler:
+    """Samples of all tasks for one tokenizer, context length and form of prompts.
 
-    index: int
-    input: str
-    outputs: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-    length: int
-    length_w_model_temp: int
-    answer_prefix: str
-
-
-def read_jsonl(
-    path: Path, tokenizer: PreTrainedTokenizerBase, length: int, task: str
-) -> list[Sample]:
-    """The samples of a RULER file, e.g. niah_multikey_2/validation.jsonl, for one task's name.
-
-    The prompt is `input` + `answer_prefix`, tokenised again: RULER's lengths are not used. Ids
-    count lines from 0 ('MK-2/validation/ruler/17'), since RULER overwrites its `index` with a text
-    position. ValueError, with file and line (from 1), if a line is malformed or its prompt has more
-    than `length` tokens.
+    `length` counts the prompt and the task's `reserve` for the answer. `essay` is None (generated
+    prose, new for each sample), a text file, or RULER's PaulGrahamEssays.json. Raises ValueError if
+    the essay cannot be read or `length` leaves no room for a prompt.
     """
-    try:
-        lines = path.read_text("utf-8").rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"RULER file {path} cannot be read: {error}") from None
-    samples = []
-    for i, line in enumerate(lines):
-        try:
-            record = _Record.model_validate_json(line)
-            if (size := len(record.input)) > LONGEST * length:
-                raise ValueError(
-                    f"the prompt has {size} characters, too many for the model's length {length}: "
-                    "generate the file for at most that length"
-                )
-            name, prefix = f"{task}/{path.stem}/ruler/{i}", record.answer_prefix
-            prompt = record.input + prefix
-            sample = make_sample(name, task, prompt, record.outputs, tokenizer, prefix)
-            if sample.length > length:
-                raise ValueError(
-                    f"{sample.id}: the prompt has {sample.length} tokens, more than the model's"
-                    f" length {length}: generate the file for at most that length"
-                )
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = "".join(f"field {name!r}: " for name in first["loc"][:1])
+
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+    forms: Forms = field(default_factory=Forms)
+    essay: str | None = None
+    others: Others = field(default_factory=Others)
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise ValueError("tasks need a fast tokenizer, for its offsets: load one with use_fast")
+        if self.length <= self.forms.reserve:
             raise ValueError(
-                f"{path}, line {i + 1}: {field}{first['msg']}: is this a RULER file?"
-            ) from None
-        except ValueError as error:
-            raise ValueError(f"{path}, line {i + 1}: {error}") from None
-        samples.append(sample)
-    return samples
+                f"length {self.length} leaves nothing beside the {self.forms.reserve} tokens of"
+                " forms.reserve: raise length or lower reserve"
+            )
+        if self.essay is not None:
+            prose.essay_words(self.essay)  # fails now instead of at the first essay task
+
+    def sample(self, task: str, seed: int, index: int, split: str = "validation") -> Sample:
+        """The sample of that name: the same on every machine, in any order of calls.
+
+        It is filled as closely as whole units of the haystack allow (for an essay, words) and never
+        truncated. ValueError if even the prompt without a haystack does not fit.
+        """
+        if task not in RULER_NAMES:
+            raise ValueError(f"unknown task {task!r}: use one of {', '.join(RULER_NAMES)}")
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: use train or validation")
+        name, forms = sample_name(task, seed, index, split), self.forms
+        texts = TASKS.get(task) or self.others.of(task)
+        draft = texts.draft(Draw(forms, split, seeded_random(name)), name, self)
+        style = str.lower if forms.lowercase else str
+        capacity = self.length - self.others.reserve(task, forms)
+        units = self.fit(lambda n: style(draft.prompt(n)), capacity, name, draft.most)
+        if units < draft.least:
+            raise ValueError(f"{name}: the context is too short for the task: raise data.length")
+        if units == draft.most:
+            raise ValueError(
+                f"{name}: there are too few words to fill the prompt: shorten data.length or raise"
+                f" data.{task}.repeats"
+            )
+        text, prefix = style(draft.prompt(units)), style(draft.prefix)
+        sample = make_sample(name, task, text, draft.answers, self.tokenizer, prefix)
+        if draft.groups:
+            place = sample.gold_spans.__getitem__
+            ordered = (value for group in draft.groups for value in sorted(group, key=place))
+            sample = replace(sample, answers=tuple(ordered))
+        return sample
+
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def fit(
+        self, prompt: Callable[[int], str], capacity: int, name: str, most: int | None = None
+    ) -> int:
+        """The largest number of units, at most `most`, whose prompt has at most `capacity` tokens.
+
+        Interpolates, and stops when less than an average unit is missing.
+        """
+        fits = 0
+        too_many = capacity + 1 if most is None else most + 1  # a unit has at least one token
+        empty = self.count(prompt(0))
+        if empty > capacity:
+            raise ValueError(
+                f"{name}: without any haystack the prompt takes {empty} tokens of {capacity}, which"
+                " is the length less the reserve for the answer: raise length"
+            )
+        n, tokens = 8, empty  # 8: enough for a first rate, without overshooting
+        while too_many - fits > 1:
+            n = min(max(n, fits + 1), too_many - 1)
+            tokens = self.count(prompt(n))
+            rate = max((tokens - empty) / n, 1e-3)
+            if tokens > capacity:
+                too_many = n
+            else:
+                fits = n
+                if capacity - tokens < rate:
+                    break
+            n += int((capacity - tokens) // rate)
+        return fits

@@ -1,4 +1,4 @@
-"""A task sample: prompt, gold values, their token positions, and the answer to learn."""
+"""A task's sample: prompt, gold values and their positions, the answer to learn; RULER's files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from ratplus_exp.tasks.forms import singular
 from ratplus_exp.tasks.niah import GOLDEN, QA_FILES
@@ -108,3 +111,103 @@ def make_sample(
             raise ValueError(f"{name}: the prompt does not contain the answer {value!r}")
     ids = tuple(encoded.input_ids)
     return Sample(name, task, prompt, ids, tuple(answers), spans, len(ids), answer_prefix)
+
+
+@dataclass(frozen=True)
+class GoldenAnswer:
+    """The gold answer, teacher-forced, and the place of each of its tokens.
+
+    ids: answer tokens, EOS last.
+    positions: for each token of `ids`, the prompt positions of this part of its value, one an
+        occurrence of the value; empty for commas, spaces and EOS.
+    values: for each token of `ids`, the index of its gold value, or −1.
+    """
+
+    ids: tuple[int, ...]
+    positions: tuple[frozenset[int], ...]
+    values: tuple[int, ...]
+
+
+def golden_answer(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> GoldenAnswer:
+    """Aligns the answer with every occurrence of its values, by characters.
+
+    Prompt and answer may cut a value into different tokens, so a token of the answer is matched by
+    its first character of the value.
+    """
+    ids = target_ids(sample, tokenizer)
+    text = sample.prompt + target(sample)
+    starts, ends = zip(*encode(text, tokenizer).offset_mapping, strict=True)
+    positions: list[frozenset[int]] = [frozenset()] * len(ids)
+    values = [-1] * len(ids)
+    begin = len(sample.prompt)
+    for number, value in enumerate(sample.answers):
+        begin = text.index(value, begin)
+        occurrences = [
+            sample.prompt.index(value, starts[first]) for first, _ in sample.gold_spans[value]
+        ]
+        for token in range(sample.length, len(starts)):
+            offset = max(starts[token] - begin, 0)
+            if ends[token] > begin and offset < len(value):
+                places = (bisect_right(ends, place + offset) for place in occurrences)
+                positions[token - sample.length] = frozenset(places)
+                values[token - sample.length] = number
+        begin += len(value)
+    return GoldenAnswer(ids, tuple(positions), tuple(values))
+
+
+LONGEST = 64
+"""Characters a token on average, above which a prompt is too long without being tokenised."""
+
+
+class _Record(BaseModel, strict=True):
+    """A line of RULER's files; further fields are ignored."""
+
+    index: int
+    input: str
+    outputs: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    length: int
+    length_w_model_temp: int
+    answer_prefix: str
+
+
+def read_jsonl(
+    path: Path, tokenizer: PreTrainedTokenizerBase, length: int, task: str
+) -> list[Sample]:
+    """The samples of a RULER file, e.g. niah_multikey_2/validation.jsonl, for one task's name.
+
+    The prompt is `input` + `answer_prefix`, tokenised again: RULER's lengths are not used. Ids
+    count lines from 0 ('MK-2/validation/ruler/17'), since RULER overwrites its `index` with a text
+    position. ValueError, with file and line (from 1), if a line is malformed or its prompt has more
+    than `length` tokens.
+    """
+    try:
+        lines = path.read_text("utf-8").rstrip("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"RULER file {path} cannot be read: {error}") from None
+    samples = []
+    for i, line in enumerate(lines):
+        try:
+            record = _Record.model_validate_json(line)
+            if (size := len(record.input)) > LONGEST * length:
+                raise ValueError(
+                    f"the prompt has {size} characters, too many for the model's length {length}: "
+                    "generate the file for at most that length"
+                )
+            name, prefix = f"{task}/{path.stem}/ruler/{i}", record.answer_prefix
+            prompt = record.input + prefix
+            sample = make_sample(name, task, prompt, record.outputs, tokenizer, prefix)
+            if sample.length > length:
+                raise ValueError(
+                    f"{sample.id}: the prompt has {sample.length} tokens, more than the model's"
+                    f" length {length}: generate the file for at most that length"
+                )
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = "".join(f"field {name!r}: " for name in first["loc"][:1])
+            raise ValueError(
+                f"{path}, line {i + 1}: {field}{first['msg']}: is this a RULER file?"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{path}, line {i + 1}: {error}") from None
+        samples.append(sample)
+    return samples

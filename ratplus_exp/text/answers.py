@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ratplus_exp.tasks.ruler import Ruler
 from ratplus_exp.tasks.sample import Sample, target_ids
-from ratplus_exp.tasks.source import Ruler
 from ratplus_exp.training.settings import IGNORE, Batch
 
 

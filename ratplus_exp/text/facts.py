@@ -59,7 +59,7 @@ class Facts:
     def _fact_sizes(self) -> dict[tuple[Forms, str, str], int]:
         """Tokens of a fact in each style, and 2 for its share of the separators."""
         sizes = {}
-        for forms in self.styles or (self.forms,):
+        for forms in (self.forms, *self.styles):
             draw = Draw(forms, "train", random.Random(0))
             for key, value, _ in _KINDS:
                 text = " " + forms.state(draw(key), draw(value), value)

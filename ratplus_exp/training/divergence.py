@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from typing import NoReturn
 
 from ratplus_exp.training.checkpoint import Checkpoints
@@ -14,14 +13,15 @@ class LossDiverged(ValueError):
 
 
 class LossMonitor:
-    """Checks every loss and gradient norm; its history is part of the checkpoint.
+    """Checks every loss and gradient norm.
 
     spike: the largest ratio of a loss to the mean of the last 100 of its kind; None: any.
+    recent: these losses, part of the checkpoint.
     """
 
     def __init__(self, spike: float | None, checkpoints: Checkpoints) -> None:
         self.spike, self.checkpoints = spike, checkpoints
-        self.load({"dense": [], "sparse": []})
+        self.recent: dict[str, list[float]] = {"dense": [], "sparse": []}
 
     def check(self, what: str, value: float, step: int, kind: str | None = None) -> None:
         """LossDiverged if a value is not finite, or far above the recent losses of its kind."""
@@ -37,12 +37,7 @@ class LossMonitor:
                 "lower the learning rate, or raise optimizer.spike,",
             )
         recent.append(value)
-
-    def state(self) -> dict[str, list[float]]:
-        return {kind: list(losses) for kind, losses in self.recent.items()}
-
-    def load(self, state: dict[str, list[float]]) -> None:
-        self.recent = {kind: deque(losses, maxlen=100) for kind, losses in state.items()}
+        del recent[:-100]
 
     def _stop(self, problem: str, remedy: str) -> NoReturn:
         start = "there is no checkpoint yet, so it starts over"

@@ -8,12 +8,8 @@ share each batch by rows; any number of them can continue the checkpoint of any 
 
 from __future__ import annotations
 
-import json
-import math
 import signal
-import threading
 import time
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -28,17 +24,12 @@ from ratplus_exp.cost import Shape, attended_keys, peak_tflops
 from ratplus_exp.distributed import rank, sum_over_ranks, world_size
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine, Method
-from ratplus_exp.store import naming, write_atomically
-from ratplus_exp.training.batches import Batches, BatchOf
+from ratplus_exp.training.batches import BatchOf, batches
 from ratplus_exp.training.checkpoint import Checkpoints
 from ratplus_exp.training.divergence import LossMonitor
+from ratplus_exp.training.log import Log
 from ratplus_exp.training.optimizer import adamw, set_learning_rates
-from ratplus_exp.training.parallel import (
-    Objective,
-    distribute,
-    prepare_layers,
-    reduce_gradients,
-)
+from ratplus_exp.training.parallel import Objective, distribute, prepare_layers, reduce_gradients
 from ratplus_exp.training.settings import Batch, Schedule, TrainSettings
 
 
@@ -65,7 +56,7 @@ class Trainer:
         log: called with each logged row, on rank 0.
         device: None: where the model is.
         data: names the data; a checkpoint with another name is refused.
-        workers: processes that make batches (`Batches.of`).
+        workers: processes that make batches (`batches`).
     """
 
     def __init__(
@@ -88,9 +79,9 @@ class Trainer:
         if settings.seconds and world_size() > 1:  # whose clocks would leave out other steps
             raise ValueError("stage.optimizer.seconds is for one process: use null")
         self.model: Any = model
-        self.batches, self.workers = Batches(batch, schedule), workers
+        self.batch, self.workers = batch, workers
         self.schedule, self.settings = schedule, settings
-        self.folder, self.log, self.data = folder, log, data
+        self.folder, self.data = folder, data
         self.sparse, self.alternate = sparse, alternate
         self.sparse_only_steps = sparse_only_steps
         self.device = device or next(model.parameters()).device
@@ -101,10 +92,11 @@ class Trainer:
         objective = Objective(model, settings.precision == "bf16")
         self.objective = distribute(objective, settings.parallel, self.device)
         self.optimizer = adamw(model, settings)
-        self.step, self.taken, self.tokens, self.seconds = 0, 0, 0, 0.0
+        self.step, self.taken, self.tokens = 0, 0, 0
         self._begun: float | None = None  # when the first step was done, less earlier runs
         self._signalled = self._stopping = False
         folder.mkdir(parents=True, exist_ok=True)
+        self.log = Log(folder / "log.jsonl", log)
         self.checkpoints = Checkpoints(folder)
         self.monitor = LossMonitor(settings.spike, self.checkpoints)
         self._load()
@@ -125,25 +117,26 @@ class Trainer:
             mininterval=1.0,
             disable=rank() > 0,
         )
-        self._begin_row()
-        steps: deque[int] = deque()  # of the batches that are being made
-        batches = self.batches.of(self._steps(total, steps), self.workers)
-        with self._handle_signals(), bar, closing(batches):
-            for batch in batches:
-                before, self.step = self.step, steps.popleft()
+        self.log.begin_row()
+        made = batches(self.batch, self._steps(total), self.workers)
+        with self._handle_signals(), bar, closing(made):
+            for step, batch in made:
+                before, self.step = self.step, step
                 micro_batches = self._share(batch)
-                scale = set_learning_rates(self.optimizer, settings, self.step, total)
+                scale = set_learning_rates(self.optimizer, settings, step, total)
                 for name, value in self._train_step(micro_batches).items():
-                    self._row[name].append(value)
-                self.tokens += sum(ids.numel() for ids, _ in micro_batches) * world_size()
-                self.step, self.taken = self.step + 1, self.taken + 1
-                self._begun = self._begun or time.perf_counter() - self.seconds
+                    self.log.values[name].append(value)
+                tokens = sum(ids.numel() for ids, _ in micro_batches) * world_size()
+                self.log.tokens += tokens
+                self.tokens += tokens
+                self.step, self.taken = step + 1, self.taken + 1
+                self._begun = self._begun or time.perf_counter() - self.log.seconds
                 bar.update(self.step - before)
                 last = self.step == total or self._stopping
                 if last or self._passed(before, settings.log_every):
-                    row = self._finish_row(scale) | self._gate_statistics(micro_batches[0][0][:4])
+                    row = self._end_row(scale) | self._gate_statistics(micro_batches[0][0][:4])
                     if rank() == 0:
-                        self._write_log(row)
+                        self.log.write(row)
                     bar.set_postfix({x: row[x] for x in ("loss", "accuracy") if x in row})
                     if last or self._passed(before, settings.checkpoint_every):
                         self.checkpoints.save(self._state())
@@ -156,13 +149,12 @@ class Trainer:
                 f"{self.checkpoints.kept()[-1]}: run the same command to go on"
             )
 
-    def _steps(self, total: int, made: deque[int]) -> Iterator[int]:
+    def _steps(self, total: int) -> Iterator[tuple[int, int, int]]:
         """The steps from the last checkpoint on, without those that settings.seconds leaves no time
-        for; each is appended to `made` as well."""
+        for, each as (step, rows, length)."""
         step = self.step
         while step < total:
-            made.append(step)
-            yield step
+            yield step, self.schedule.rows_at(step), self.schedule.length_at(step)
             step += 1
             if self.settings.seconds and self._begun:
                 share = (time.perf_counter() - self._begun) / self.settings.seconds
@@ -171,26 +163,14 @@ class Trainer:
     def _passed(self, before: int, every: int) -> bool:
         return self.step // every > before // every
 
-    def _begin_row(self) -> None:
-        """A row of the log covers the steps since the last one."""
-        self._row: dict[str, list[float]] = defaultdict(list)
-        self._row_start, self._row_tokens, self._row_flops = time.perf_counter(), self.tokens, 0.0
-
-    def _finish_row(self, scale: float) -> dict[str, float]:
-        seconds = time.perf_counter() - self._row_start
-        self.seconds += seconds
-        row = {name: round(sum(x) / len(x), 5) for name, x in self._row.items()} | {
+    def _end_row(self, scale: float) -> dict[str, float]:
+        state = {
             "step": self.step,
             "tokens": self.tokens,
             "length": self.schedule.length_at(self.step - 1),
             "lr": self.settings.lr * scale,
-            "tokens_per_second": round((self.tokens - self._row_tokens) / seconds),
-            "seconds": round(self.seconds, 1),
         }
-        if self.peak:
-            row["mfu"] = round(self._row_flops / seconds / (self.peak * 1e12 * world_size()), 4)
-        self._begin_row()
-        return row
+        return self.log.end_row(state, self.peak and self.peak * 1e12 * world_size())
 
     def _share(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """This rank's rows of a batch, in micro-batches."""
@@ -236,7 +216,7 @@ class Trainer:
             (loss * world_size() / labelled).backward()  # DDP and FSDP average over ranks
             loss_sum, correct = loss_sum + loss.item(), correct + float(hits)
             keys = attended_keys(engine.method if engine else None, ids.shape[1])
-            self._row_flops += ids.numel() * world_size() * self.shape.training_flops(keys)
+            self.log.flops += ids.numel() * world_size() * self.shape.training_flops(keys)
         loss_sum, correct = sum_over_ranks([loss_sum, correct], self.device)
         kind = "dense" if engine is None else "sparse"
         self.monitor.check("loss", loss_sum / labelled, self.step, kind)
@@ -260,26 +240,16 @@ class Trainer:
     @contextmanager
     def _handle_signals(self) -> Iterator[None]:
         """SIGTERM (preemption) and SIGUSR1 (SLURM's --signal) end the run after a step."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python handles signals in the main thread alone
-            return
 
         def stop(*_: Any) -> None:
             self._signalled = True
 
-        numbers = (signal.SIGTERM, signal.SIGUSR1)
-        before = [signal.signal(number, stop) for number in numbers]
+        before = {x: signal.signal(x, stop) for x in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             yield
         finally:
-            for number, handler in zip(numbers, before, strict=True):
+            for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def _write_log(self, row: dict[str, Any]) -> None:
-        log = self.folder / "log.jsonl"
-        with naming(log), log.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        self.log(row)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -288,9 +258,9 @@ class Trainer:
             "step": self.step,
             "taken": self.taken,  # batches; settings.seconds leaves out steps
             "tokens": self.tokens,
-            "seconds": self.seconds,
+            "seconds": self.log.seconds,
             "data": self.data,
-            "recent": self.monitor.state(),
+            "recent": self.monitor.recent,
         }
 
     def _blank_state(self) -> dict[str, Any]:
@@ -312,18 +282,8 @@ class Trainer:
                 )
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
-            self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-            self.taken = state.get("taken", self.step)
-            self.monitor.load(state["recent"])
-        log = self.folder / "log.jsonl"
-        if log.exists() and rank() == 0:  # drop later rows, which come again, and incomplete ones
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            write_atomically(log, "".join(x for x in lines if _step_of(x) <= self.step))
-
-
-def _step_of(line: str) -> float:
-    """The step of a row of the log; infinite for an incomplete row."""
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, TypeError, KeyError):
-        return math.inf
+            self.step, self.tokens = state["step"], state["tokens"]
+            self.taken, self.log.seconds = state.get("taken", self.step), state["seconds"]
+            self.monitor.recent = state["recent"]
+        if rank() == 0:
+            self.log.drop_after(self.step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,27 +14,22 @@ FLOPS = 1e8  # of its forward pass: milliseconds, or tenths of a second without 
 GAIN = 1.1  # bf16 rounds, so it must be this many times faster
 
 
-def fastest(
-    device: torch.device,
-    inputs: int,
-    outputs: int,
-    measure: Callable[[Type, int, int], float] | None = None,
-) -> Type:
+def fastest(device: torch.device, inputs: int, outputs: int) -> Type:
     """bf16 where the device multiplies it clearly faster than fp32, else fp32.
 
     A GPU with bf16 instructions uses bf16. A CPU is measured, in a fraction of a second.
 
-    inputs, outputs: of the model's typical linear layer. measure: seconds for (type, inputs,
-    outputs); None: of a linear layer's forward and backward pass on this CPU.
+    inputs, outputs: of the model's typical linear layer.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    fp32, bf16 = ((measure or _seconds)(kind, inputs, outputs) for kind in ("fp32", "bf16"))
+    fp32, bf16 = _seconds("fp32", inputs, outputs), _seconds("bf16", inputs, outputs)
     return "bf16" if fp32 > GAIN * bf16 else "fp32"
 
 
 def _seconds(kind: Type, inputs: int, outputs: int) -> float:
-    """The shortest of three passes of a linear layer, cast as in training."""
+    """The shortest of three forward and backward passes of a linear layer on this CPU, cast as in
+    training."""
     inputs, outputs = min(inputs, LARGEST), min(outputs, LARGEST)
     x = torch.ones(int(FLOPS / (2 * inputs * outputs)), inputs, requires_grad=True)
     weight = torch.ones(outputs, inputs, requires_grad=True)

@@ -3,8 +3,7 @@
 import pytest
 
 from ratplus_exp.tasks import TASKS, Forms, Ruler
-from ratplus_exp.tasks.golden import golden_answer
-from ratplus_exp.tasks.sample import make_sample, target_ids
+from ratplus_exp.tasks.sample import golden_answer, make_sample, target_ids
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -5,8 +5,7 @@ import re
 
 import pytest
 
-from ratplus_exp.tasks import paragraph
-from ratplus_exp.tasks.sentences import sentences
+from ratplus_exp.tasks.prose import paragraph, sentences
 
 # A bar is where nltk's English model splits; the first four are from its documentation.
 TEXTS = """

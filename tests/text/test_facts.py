@@ -79,4 +79,6 @@ def test_documents_fill_any_length(tokenizer):
     for length in (64, 4096):
         ids, labels = Facts(tokenizer, RULER, styles=(RULER, LIST)).batch(0, 1, 2, length)
         assert ids.shape == labels.shape == (2, length)
+        drills = Facts(tokenizer, RULER, drill_steps=1, styles=(LIST,)).batch(0, 0, 2, length)
+        assert drills[0].shape == (2, length)
         assert (labels >= 0).any()

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ratplus_exp.training.batches import NICE, Batches
-from ratplus_exp.training.settings import Schedule
+from ratplus_exp.training.batches import NICE, batches
 
-SCHEDULE = Schedule([(96, 8), (32, 16)], 32)  # 3 steps of 4 × 8, one of 2 × 16
+STEPS = [(0, 4, 8), (1, 4, 8), (2, 4, 8), (3, 2, 16)]  # step, rows, length
 pytestmark = pytest.mark.timeout(180)
 
 
@@ -30,9 +29,9 @@ def batch(step, rows, length):
 @pytest.mark.parametrize("first", [0, 2, 4])
 def test_batches_come_in_the_order_of_steps(workers, first):
     wanted = [batch(0, 4, 8), batch(1, 4, 8), batch(2, 4, 8), batch(3, 2, 16)][first:]
-    made = list(Batches(batch, SCHEDULE).of(range(first, SCHEDULE.steps), workers))
-    assert len(made) == len(wanted)
-    for pair, wanted_pair in zip(made, wanted, strict=True):
+    made = list(batches(batch, STEPS[first:], workers))
+    assert [step for step, _ in made] == [step for step, _, _ in STEPS[first:]]
+    for (_, pair), wanted_pair in zip(made, wanted, strict=True):
         for x, y in zip(pair, wanted_pair, strict=True):
             np.testing.assert_array_equal(x, y)
             assert x.dtype == y.dtype
@@ -51,7 +50,7 @@ def dying(step, rows, length):
 )
 def test_what_ends_a_worker_ends_the_training(made_by, message):
     with pytest.raises(ValueError, match=message):
-        next(Batches(made_by, SCHEDULE).of(range(SCHEDULE.steps), 1))
+        next(batches(made_by, STEPS, 1))
 
 
 def process(step, rows, length):
@@ -62,14 +61,22 @@ def process(step, rows, length):
 
 
 def test_workers_leave_signals_and_the_first_turn_to_the_training():
-    with closing(Batches(process, SCHEDULE).of(range(SCHEDULE.steps), 1)) as batches:
-        ids, niceness = next(batches)
+    with closing(batches(process, STEPS, 1)) as made:
+        _, (ids, niceness) = next(made)
         worker = int(ids[0, 0])
         assert niceness[0, 0] == min(19, os.nice(0) + NICE)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(worker, number)
-        assert int(next(batches)[0][0, 0]) == worker
-    assert not Path(f"/proc/{worker}").exists()
+        _, (ids, _) = next(made)
+        assert int(ids[0, 0]) == worker
+    ends(worker)
+
+
+def ends(worker):
+    end = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 PARENT = """
@@ -77,13 +84,13 @@ import multiprocessing, os, signal, sys, time
 from contextlib import closing
 from multiprocessing import forkserver
 sys.path.insert(0, {here!r})
-from test_batches import SCHEDULE, process
-from ratplus_exp.training.batches import Batches
+from test_batches import STEPS, process
+from ratplus_exp.training.batches import batches
 forkserver.set_forkserver_preload = lambda _: None  # the stages take seconds
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: None)
-    with closing(Batches(process, SCHEDULE).of(range(SCHEDULE.steps), {workers})) as batches:
-        print(int(next(batches)[0][0, 0]), flush=True)
+    with closing(batches(process, STEPS, {workers})) as made:
+        print(int(next(made)[1][0][0, 0]), flush=True)
         {then}
 """
 
@@ -103,10 +110,7 @@ def test_no_worker_outlives_the_training(tmp_path, number):
     worker = int(training.stdout.readline())
     training.send_signal(number)
     assert training.wait(timeout=30) != 0
-    end = time.monotonic() + 20
-    while Path(f"/proc/{worker}").exists():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    ends(worker)
 
 
 def test_a_signal_to_the_process_group_is_for_the_training(tmp_path):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from ratplus_exp.training import precision
 from ratplus_exp.training.precision import fastest
 
 CPU = torch.device("cpu")
@@ -15,14 +16,15 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("fp32", "bf16", "chosen"), [(2.0, 1.0, "bf16"), (1.05, 1.0, "fp32"), (1.0, 12.0, "fp32")]
 )
-def test_the_choice_follows_the_measurement(fp32, bf16, chosen):
+def test_the_choice_follows_the_measurement(monkeypatch, fp32, bf16, chosen):
     asked = []
 
     def seconds(kind, *sizes):
         asked.append(sizes)
         return {"fp32": fp32, "bf16": bf16}[kind]
 
-    assert fastest(CPU, 128, 512, seconds) == chosen
+    monkeypatch.setattr(precision, "_seconds", seconds)
+    assert fastest(CPU, 128, 512) == chosen
     assert asked == [(128, 512)] * 2
 
 

@@ -11,25 +11,16 @@ import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
+from tiny_trainings import DILATED, batch, settings
 
 from ratplus_exp.distributed import process_group, rank
-from ratplus_exp.methods import Dilated
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 from ratplus_exp.training.loop import Stopped, Trainer
 from ratplus_exp.training.parallel import whole_state_dict
-from ratplus_exp.training.settings import Schedule, TrainSettings
+from ratplus_exp.training.settings import Schedule
 
 SCHEDULE = Schedule([(10 * 48, 12)], 48)  # 10 steps of 4 × 12 tokens
-
-
-def batch(step, rows, length):
-    """Random tokens; about half of the labels are ignored, unevenly over the rows."""
-    generator = np.random.default_rng((7, step))
-    ids = generator.integers(1, 29, (rows, length + 1))
-    ignored = generator.random((rows, length)) < np.linspace(0.1, 0.9, rows)[:, None]
-    return ids[:, :-1], np.where(ignored, -100, ids[:, 1:])
 
 
 def model():
@@ -62,12 +53,10 @@ def main(folder: Path, how: dict) -> None:
     if interrupt:
         Interrupted.signal_rank, Interrupted.at, name = interrupt
         Interrupted.number = signal.Signals[name]
-    sparse = Dilated(dilation=4) if how.pop("joint", False) else None
-    defaults = {"lr": 3e-3, "memory_lr": 1e-2, "log_every": 1, "checkpoint_every": 4}
-    settings = TrainSettings(**defaults | how)
+    sparse = DILATED if how.pop("joint", False) else None
     with process_group(torch.device("cpu")):
         net = model()
-        trainer = Interrupted(net, batch, SCHEDULE, settings, folder, sparse)
+        trainer = Interrupted(net, batch, SCHEDULE, settings(**how), folder, sparse)
         try:
             trainer.run()
         except Stopped as stopped:
