@@ -89,9 +89,9 @@ def pattern_table(results: Results) -> Table:
             str(p.settings),
             *(interval(x, 2, sign="-") for x in (p.gain, p.attention, p.ratplus)),
         )
-        for whole, *methods in by_table
-        if whole.measured
-        for p in (whole, *methods)
+        for of_table in by_table
+        if of_table["measured"].any()
+        for p in of_table.itertuples()
     ]
     columns = (
         *("Of paper", "Methods", "Decisive", "Measured", "agree", "against", "tied"),
@@ -238,8 +238,8 @@ def rank_table(results: Results) -> Table:
     """The table of `rank_agreement`: attention beside the paper's Table 4."""
     agreement = rank_agreement(results.paper("table4"), results.draws)
     rows = [
-        (over, str(count), interval(Estimate(*rho), 2, "-"), ", ".join(tasks))
-        for over, tasks, count, *rho in agreement.itertuples(index=False, name=None)
+        (over, str(count), interval(rho, 2, "-"), ", ".join(tasks))
+        for over, tasks, count, rho in agreement.itertuples(index=False, name=None)
     ]
     columns = ("Over", "Count", "ρ", "Tasks")
     return Table.described("ranks", columns, rows, group=0, r=results, solved=f"{SOLVED:.0f}")
