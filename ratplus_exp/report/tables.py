@@ -9,8 +9,8 @@ import pandas as pd
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, spread
 from ratplus_exp.analysis.frame import BACKBONES, SCORERS, SETTING, TASKS, select
 from ratplus_exp.analysis.hits import MEAN, estimate, ranked_heads
+from ratplus_exp.analysis.means import GAP
 from ratplus_exp.analysis.pattern import DECISIVE, FEWEST, SOLVED, patterns, rank_agreement
-from ratplus_exp.analysis.selectors import GAP
 from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import (
     METHODS,
