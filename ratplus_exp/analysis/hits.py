@@ -70,19 +70,24 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
                 f"several models or seeds share {' '.join(map(str, setting))}: choose one of each "
                 "backbone with stage.where"
             )
-        pairs = rows[["backbone", "training"]].drop_duplicates()
-        trainings = [sorted(pairs.loc[pairs["backbone"] == b, "training"]) for b in BACKBONES]
+        trainings = [
+            sorted(rows.loc[rows["backbone"] == b, "training"].unique()) for b in BACKBONES
+        ]
         rates = {}
         for task, of_task in rows.groupby("task"):
             by_training, shared = _rates(str(task), of_task, n_boot)
-            if len(by_training) == len(pairs) and all(trainings):
+            if len(by_training) == sum(map(len, trainings)) and all(trainings):
                 rates[str(task)], n = by_training, shared
-        for task in [*rates, *([MEAN] if rates else [])]:
-            tasks = list(rates) if task == MEAN else [task]
+        if rates:
+            groups = next(iter(rates.values()))
+            rates[MEAN] = {
+                x: np.mean([of_task[x] for of_task in rates.values()], 0) for x in groups
+            }
+        for task, of_task in rates.items():
             sides = []
             for backbone, numbers in zip(BACKBONES, trainings, strict=True):
-                means = [np.mean([rates[t][backbone, i] for t in tasks], 0) for i in numbers]
-                ranked = -np.sort(-np.stack(means, 1), axis=-1)  # (n_boot + 1, trainings, heads)
+                heads = np.stack([of_task[backbone, i] for i in numbers], 1)
+                ranked = -np.sort(-heads, axis=-1)  # (n_boot + 1, trainings, heads)
                 sides.append(over_trainings(ranked, numbers, numbers))
             place = dict(zip(SETTING, setting, strict=True)) | {"task": task, "n": n}
             frames.append(_curve(*sides).assign(**place))
