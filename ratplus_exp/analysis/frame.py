@@ -60,10 +60,11 @@ def tidy(cells: Cells, stage: str = "eval") -> pd.DataFrame:
     Returns:
         COLUMNS, with one dtype a column (Int64, float64 or object), also when empty.
     """
-    return _tidy(finished(cells, stage))
+    return rows_of(finished(cells, stage))
 
 
-def _tidy(cells: Iterable[Cell]) -> pd.DataFrame:
+def rows_of(cells: Iterable[Cell]) -> pd.DataFrame:
+    """The frame of `tidy` from cells of `finished`."""
     rows = [_row(cell) for cell in cells]
     frame = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
     frame = frame.astype(dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys(_FLOATS, "float64"))
@@ -81,7 +82,7 @@ def sample_scores(cells: Cells, stage: str = "eval", **where: Any) -> pd.DataFra
         hits (gold values hit, an array over layers and heads) and values (their number).
     """
     by_id = {cell.id: cell for cell in finished(cells, stage)}
-    settings = select(_tidy(by_id.values()), where).drop(columns=[*_FLOATS, "n"])
+    settings = select(rows_of(by_id.values()), where).drop(columns=[*_FLOATS, "n"])
     fields = tuple(FIELDS[stage])
     rows = [
         (name, i, *(record[field] for field in fields), record.get("prompt_tokens", 0) > room)

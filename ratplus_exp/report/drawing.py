@@ -48,13 +48,9 @@ def drawing(
     handles, labels = panels[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kinds: dict[str, dict[str, Any]] = {
-        "png": {"dpi": 160},
-        "pdf": {"metadata": {"CreationDate": None}},
-    }
-    for kind, options in kinds.items():
+    for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
         drawn = BytesIO()
-        figure.savefig(drawn, format=kind, **options)
+        figure.savefig(drawn, format=kind, dpi=160, metadata=metadata)
         write_atomically(path.with_suffix(f".{kind}"), drawn.getvalue())
     plt.close(figure)
 

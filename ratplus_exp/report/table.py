@@ -123,9 +123,7 @@ class Table:
     def to_csv(self) -> str:
         """Header and rows with ASCII minus signs and the methods' configured names; no caption."""
         frame = pd.DataFrame(self.rows, columns=self.columns)
-        return frame.map(lambda cell: cell.replace("−", "-")).to_csv(
-            index=False, lineterminator="\n"
-        )
+        return frame.replace("−", "-", regex=True).to_csv(index=False, lineterminator="\n")
 
     def write(self, folder: str | Path, name: str) -> Table:
         """Write name.md, name.csv and name.tex, each atomically; returns the table."""

@@ -86,9 +86,6 @@ class Cell:
         self._ids: set[Any] = set()
         self._file: FileIO | None = None  # a file of samples while open for writing
 
-    def __repr__(self) -> str:
-        return f"Cell({self.path})"
-
     @contextmanager
     def open(self, provenance: dict[str, Any]) -> Iterator[Cell]:
         """Open the cell for writing: lock it, add provenance, repair an interrupted write.
