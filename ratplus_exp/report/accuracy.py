@@ -9,7 +9,7 @@ import pandas as pd
 from ratplus_exp.analysis.bootstrap import spread
 from ratplus_exp.analysis.frame import ALL_TASKS, BACKBONES, DENSE, GROUP, SETTING, grouped
 from ratplus_exp.report.paper import PAPER_TABLES
-from ratplus_exp.report.prose import MISSING, bounds, interval, number, plus_minus, span
+from ratplus_exp.report.prose import MISSING, bounds, number, plus_minus, span
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
 
@@ -88,7 +88,7 @@ def tasks_table(results: Results) -> Table:
         check_unmixed(of_protocol)
     tasks = [task for task in ALL_TASKS if task in set(cells["task"])]
     place = [*SETTING, "selector", "protocol"]
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[Any, ...]] = []
     for group in sorted(
         set(cells[place].itertuples(index=False, name=None)),
         key=lambda g: (g[:4] != DENSE, *g[:2], -Fraction(g[2]), g[4] == "split"),
@@ -97,9 +97,9 @@ def tasks_table(results: Results) -> Table:
         of_group = cells[(cells[place] == list(group)).all(axis=1)]
         draws = results.protocols["split" if protocol == "split" else "whole"].draws
         gain = draws.gain((*group[:4], "RAT+"), (*group[:4], "Attention"), tasks)
-        label = (method, "" if group[:4] == DENSE else str(block), budget, protocol)
+        label = (method, "" if group[:4] == DENSE else block, budget, protocol)
         for backbone, texts, n, _ in _sides(of_group, _measured(cells), tasks, results.scorer):
-            rows.append((*label, *texts, interval(gain) if backbone == "RAT+" else "", n))
+            rows.append((*label, *texts, gain if backbone == "RAT+" else "", n))
     columns = ("Method", "Block", "Budget", "Protocol", "Kept", "Backbone", *tasks)
     return Table.described("tasks", (*columns, "Mean", "Δ", "n"), rows, group=4, r=results)
 

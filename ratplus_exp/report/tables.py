@@ -12,14 +12,7 @@ from ratplus_exp.analysis.hits import MEAN, estimate, ranked_heads
 from ratplus_exp.analysis.means import GAP
 from ratplus_exp.analysis.pattern import DECISIVE, FEWEST, SOLVED, patterns, rank_agreement
 from ratplus_exp.report.paper import PAPER_TABLES
-from ratplus_exp.report.prose import (
-    METHODS,
-    SELECTORS,
-    bounds,
-    interval,
-    number,
-    plus_minus,
-)
+from ratplus_exp.report.prose import METHODS, SELECTORS, bounds, interval, number, plus_minus
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
 
