@@ -38,7 +38,7 @@ def accuracy_table(results: Results, name: str) -> Table:
     )
     extra = sorted(measured, key=lambda s: (*s[:2], -Fraction(s[2])))
     settings = list(dict.fromkeys([DENSE[:3], *of_paper, *extra]))
-    printed = paper.groupby([*SETTING, "backbone"])["accuracy"].mean().unstack()
+    printed = paper.groupby([*SETTING, "backbone"], sort=False)["accuracy"].mean().unstack()
     printed = printed.reindex(pd.MultiIndex.from_tuples(settings))
     backbones = _measured(cells)
     rows: list[tuple[Any, ...]] = []
