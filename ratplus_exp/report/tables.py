@@ -94,16 +94,14 @@ def pattern_table(results: Results) -> Table:
 
 def against_table(results: Results, name: str) -> Table:
     """The table of `compare`."""
-    place = ("method", "paper_block", "top_k", "budget", "selector", "backbone", "task")
+    names = (
+        *("method", "paper_block", "top_k", "budget", "selector", "backbone", "task", "accuracy"),
+        *("std", "measured", "measured_std", "difference", "n", "trainings", "seeds"),
+        "budget_measured",
+    )
+    digits = {"std": 2, "measured_std": 2, "budget_measured": 3}
     rows = [
-        (
-            *(row[name] for name in (*place, "accuracy")),
-            number(row["std"], 2),
-            row["measured"],
-            number(row["measured_std"], 2),
-            *(row[name] for name in ("difference", "n", "trainings", "seeds")),
-            number(row["budget_measured"], 3),
-        )
+        tuple(number(row[x], digits[x]) if x in digits else row[x] for x in names)
         for row in results.compared(name).to_dict("records")
     ]
     columns = (
