@@ -109,13 +109,13 @@ class Bootstrap:
         return over_trainings(means, numbers, self.trainings[group])
 
 
-def sample_counts(task: str, n: int, n_boot: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+def sample_counts(task: str, n: int, n_boot: int = RESAMPLES) -> np.ndarray:
     """How often a resample draws each of a task's n samples: (n_boot + 1, n), float64.
 
     Row 0 has every sample once: `counts @ scores / n` is the estimate, then its resamples. The
-    draws are a function of task, n and seed.
+    draws are a function of task and n.
     """
-    return _draws(n, n_boot, (seed, *task.encode())).astype(float)
+    return _draws(n, n_boot, (0, *task.encode())).astype(float)
 
 
 def over_trainings(means: np.ndarray, numbers: Sequence[int], drawn: Iterable[int]) -> np.ndarray:

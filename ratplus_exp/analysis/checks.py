@@ -32,19 +32,17 @@ class Doubt(NamedTuple):
 def doubts(draws: Bootstrap) -> list[Doubt]:
     """Sparse attention better than dense, and a smaller budget better than a larger one on the mean
     of the tasks, at the same method and block size."""
-    groups = [group for group in draws.trainings if group[3] == "topk"]
-    compared = []
-    for group in groups:
-        dense = (*DENSE, group[-1])
-        compared += [(group, dense, "dense", task) for task in (None, *TASKS)]
-    for start in dict.fromkeys((*group[:2], *group[3:]) for group in groups):
-        same = [group for group in groups if (*group[:2], *group[3:]) == start]
-        same.sort(key=lambda group: Budget.parse(group[2]).fraction)
-        compared += [(small, large, large[2], None) for small, large in pairwise(same)]
+    compared: list[tuple[Group, Group, str, str | None]] = []
+    same: dict[Group, list[Group]] = {}  # but for the budget
+    for group in (group for group in draws.trainings if group[3] == "topk"):
+        compared += [(group, (*DENSE, group[-1]), "dense", task) for task in (None, *TASKS)]
+        same.setdefault((*group[:2], *group[3:]), []).append(group)
+    for groups in same.values():
+        groups.sort(key=lambda group: Budget.parse(group[2]).fraction)
+        compared += [(small, large, large[2], None) for small, large in pairwise(groups)]
     result = []
     for group, other, than, task in compared:
-        candidates = TASKS if task is None else (task,)
-        tasks = [t for t in candidates if draws.count(t, (group, other)) >= FEWEST]
+        tasks = [t for t in TASKS if task in (t, None) and draws.count(t, (group, other)) >= FEWEST]
         difference = draws.mean(group, tasks, (other,)) - draws.mean(other, tasks, (group,))
         x = Estimate.of(100 * difference, level=2 * LEVEL - 1)
         if x.low > 0:

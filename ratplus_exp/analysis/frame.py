@@ -25,8 +25,6 @@ GROUP = [*SETTING, "selector", "backbone"]
 COLUMNS = (
     *("backbone", "training", "method", "block_size", "budget", "budget_measured", "selector"),
     *("task", "seed", "n", *SCORERS),
-)
-EXTRA = (
     *("model", "checkpoint", "top_k", "first_token", "selector_seed", "variant"),
     *("context_length", "effective_memory_length", "gate_mean", "tier", "cell"),
 )
@@ -60,14 +58,15 @@ def tidy(cells: Cells, stage: str = "eval") -> pd.DataFrame:
     of the data.
 
     Returns:
-        COLUMNS then EXTRA, with one dtype a column (Int64, float64 or object), also when empty.
+        COLUMNS, with one dtype a column (Int64, float64 or object), also when empty.
     """
-    return _tidy(finished(cells, stage))
+    return rows_of(finished(cells, stage))
 
 
-def _tidy(cells: Iterable[Cell]) -> pd.DataFrame:
+def rows_of(cells: Iterable[Cell]) -> pd.DataFrame:
+    """The frame of `tidy` from cells of `finished`."""
     rows = [_row(cell) for cell in cells]
-    frame = pd.DataFrame(rows, columns=[*COLUMNS, *EXTRA], dtype=object)
+    frame = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
     frame = frame.astype(dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys(_FLOATS, "float64"))
     return frame.sort_values(list(_ORDER), kind="stable", ignore_index=True)
 
@@ -83,7 +82,7 @@ def sample_scores(cells: Cells, stage: str = "eval", **where: Any) -> pd.DataFra
         hits (gold values hit, an array over layers and heads) and values (their number).
     """
     by_id = {cell.id: cell for cell in finished(cells, stage)}
-    settings = select(_tidy(by_id.values()), where).drop(columns=[*_FLOATS, "n"])
+    settings = select(rows_of(by_id.values()), where).drop(columns=[*_FLOATS, "n"])
     fields = tuple(FIELDS[stage])
     rows = [
         (name, i, *(record[field] for field in fields), record.get("prompt_tokens", 0) > room)
@@ -123,12 +122,11 @@ def grouped(frame: pd.DataFrame) -> pd.DataFrame:
 
 def cost(cells: Iterable[Cell]) -> pd.DataFrame:
     """Cost by stage, device and model: cells, samples, seconds (of all processes)."""
-    rows = [
-        (key["stage"], device, key["model"], 1, metrics["n"], metrics.get("seconds", 0.0))
-        for cell in cells
-        for key, metrics in [(cell.key, cell.metrics())]
-        for device in [cell.provenance()[-1].get("device", "")]
-    ]
+    rows = []
+    for cell in cells:
+        device, metrics = cell.provenance()[-1].get("device", ""), cell.metrics()
+        counts = (1, metrics["n"], metrics.get("seconds", 0.0))
+        rows.append((cell.key["stage"], device, cell.key["model"], *counts))
     place = ["stage", "device", "model"]
     frame = pd.DataFrame(rows, columns=[*place, "cells", "samples", "seconds"])
     return frame.groupby(place, as_index=False).sum()
@@ -136,7 +134,7 @@ def cost(cells: Iterable[Cell]) -> pd.DataFrame:
 
 def _row(cell: Cell) -> dict[str, Any]:
     values = {**cell.key, **cell.metrics(), "cell": cell.id, "variant": _variant(cell.key)}
-    row: dict[str, Any] = {column: values.get(column) for column in (*COLUMNS, *EXTRA)}
+    row: dict[str, Any] = {column: values.get(column) for column in COLUMNS}
     return row | {
         "training": row["training"] or 0,
         "selector_seed": row["selector_seed"] or 0,
@@ -146,23 +144,23 @@ def _row(cell: Cell) -> dict[str, Any]:
 
 
 def _fits(cell: Cell) -> bool:
-    """Whether all values of a cell have their types."""
-    row, fields = _row(cell), FIELDS.get(cell.key["stage"], {})
+    """Whether all values of a cell have their types; a warning names a file with others."""
+    row, stage = _row(cell), cell.key["stage"]
     integers, floats = ([row[name] or 0 for name in names] for names in (_INTEGERS, _FLOATS))
-    key = isinstance(row["method"], str) and all(
-        isinstance(number, int) and abs(number) < 2**63 for number in integers
-    )
-    rates = cell.key["stage"] != "hit_rate" or isinstance(cell.metrics().get("hit_rate"), list)
-    metrics = rates and all(isinstance(number, int | float) for number in floats)
-    samples = all(
-        isinstance(record.get(name), kind)
-        for record in cell.records().values()
-        for name, kind in fields.items()
-    )
-    files = {"config.json": key, "metrics.json": metrics, "samples.jsonl": samples}
-    for name in (name for name, fits in files.items() if not fits):
+    fits = {
+        "config.json": isinstance(row["method"], str)
+        and all(isinstance(number, int) and abs(number) < 2**63 for number in integers),
+        "metrics.json": all(isinstance(number, int | float) for number in floats)
+        and (stage != "hit_rate" or isinstance(cell.metrics().get("hit_rate"), list)),
+        "samples.jsonl": all(
+            isinstance(record.get(name), kind)
+            for record in cell.records().values()
+            for name, kind in FIELDS.get(stage, {}).items()
+        ),
+    }
+    for name in (name for name, fit in fits.items() if not fit):
         warn(f"{cell.path / name} has a value that no job can write: delete its folder")
-    return all(files.values())
+    return all(fits.values())
 
 
 def _variant(key: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import RESAMPLES, Estimate, over_trainings, sample_counts
-from ratplus_exp.analysis.frame import BACKBONES, SETTING, Cells, finished, select, tidy
+from ratplus_exp.analysis.frame import BACKBONES, SETTING, Cells, finished, rows_of, select
 
 STAGE = "hit_rate"
 MEAN = "mean"  # in the task column: the mean over tasks
@@ -24,7 +24,7 @@ def hit_rates(cells: Cells, **where: Any) -> pd.DataFrame:
     (gold values counted), and the columns of `tidy` except accuracies. where: for `select`."""
     by_id = {cell.id: cell for cell in finished(cells, STAGE)}
     rows = []
-    for row in select(tidy(list(by_id.values()), STAGE), where).to_dict("records"):
+    for row in select(rows_of(by_id.values()), where).to_dict("records"):
         metrics = by_id[row["cell"]].metrics()
         for (layer, head), rate in np.ndenumerate(metrics["hit_rate"]):
             of_head = {"layer": layer, "head": head, "hit_rate": rate, "values": metrics["values"]}
@@ -70,19 +70,21 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
                 f"several models or seeds share {' '.join(map(str, setting))}: choose one of each "
                 "backbone with stage.where"
             )
-        pairs = rows[["backbone", "training"]].drop_duplicates()
-        trainings = [sorted(pairs.loc[pairs["backbone"] == b, "training"]) for b in BACKBONES]
+        of_backbone = (rows.loc[rows["backbone"] == b, "training"] for b in BACKBONES)
+        trainings = [sorted(numbers.unique()) for numbers in of_backbone]
         rates = {}
         for task, of_task in rows.groupby("task"):
             by_training, shared = _rates(str(task), of_task, n_boot)
-            if len(by_training) == len(pairs) and all(trainings):
+            if len(by_training) == sum(map(len, trainings)) and all(trainings):
                 rates[str(task)], n = by_training, shared
-        for task in [*rates, *([MEAN] if rates else [])]:
-            tasks = list(rates) if task == MEAN else [task]
+        if rates:
+            groups = next(iter(rates.values()))
+            rates[MEAN] = {g: np.mean([x[g] for x in rates.values()], axis=0) for g in groups}
+        for task, of_task in rates.items():
             sides = []
             for backbone, numbers in zip(BACKBONES, trainings, strict=True):
-                means = [np.mean([rates[t][backbone, i] for t in tasks], 0) for i in numbers]
-                ranked = -np.sort(-np.stack(means, 1), axis=-1)  # (n_boot + 1, trainings, heads)
+                heads = np.stack([of_task[backbone, i] for i in numbers], 1)
+                ranked = -np.sort(-heads, axis=-1)  # (n_boot + 1, trainings, heads)
                 sides.append(over_trainings(ranked, numbers, numbers))
             place = dict(zip(SETTING, setting, strict=True)) | {"task": task, "n": n}
             frames.append(_curve(*sides).assign(**place))

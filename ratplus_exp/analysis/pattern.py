@@ -1,7 +1,8 @@
 """A table of the paper beside measured cells: cell by cell, by pattern, and by rank."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,33 +16,6 @@ FEWEST = 5
 """Least number of settings for a rank correlation; with fewer it has few possible values."""
 SOLVED = 50.0
 """Dense accuracy in percent, below which a task has little accuracy to lose."""
-RANKS = ("over", "tasks", "count", "value", "low", "high")
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Agreement of measured cells with one of the paper's tables, or with one method in it.
-
-    decisive: number of the paper's cells (setting × task) whose backbones differ by DECISIVE points
-        or more; measured: those measured with both backbones; agree, against, tied: those with the
-        paper's sign, the other one, or no difference; agreement: 100 · agree / measured.
-    settings: number of fully measured settings.
-    gain, attention, ratplus: Spearman's correlation of paper and measured over these settings, of
-        RAT+ minus Attention, and of each backbone's accuracy (means over tasks).
-    """
-
-    table: str
-    scope: str
-    decisive: int
-    measured: int
-    agree: int
-    against: int
-    tied: int
-    agreement: Estimate
-    settings: int
-    gain: Estimate
-    attention: Estimate
-    ratplus: Estimate
 
 
 def scaled(paper: pd.DataFrame, context: int) -> pd.DataFrame:
@@ -80,39 +54,57 @@ def compare(paper: pd.DataFrame, cells: pd.DataFrame, accuracy: str) -> pd.DataF
     return frame.assign(difference=frame["measured"] - frame["accuracy"])
 
 
-def patterns(paper: pd.DataFrame, draws: Bootstrap) -> list[Pattern]:
-    """The pattern of a table of `scaled`, then of each of its methods."""
+def patterns(paper: pd.DataFrame, draws: Bootstrap) -> pd.DataFrame:
+    """Agreement of measured cells with a table of `scaled`: all of it, then each of its methods.
+
+    Returns:
+        table; scope: "all" or a method.
+        decisive: number of the paper's cells (setting × task) whose backbones differ by DECISIVE
+            points or more; measured: those measured with both backbones; agree, against, tied:
+            those with the paper's sign, the other one, or no difference.
+        agreement: 100 · agree / measured, an Estimate.
+        settings: number of fully measured settings.
+        gain, attention, ratplus: Estimates of Spearman's correlation of paper and measured over
+            these settings, of RAT+ minus Attention, and of each backbone's mean over tasks.
+    """
+    tasks = paper["task"].unique()
     wide = paper.pivot_table("accuracy", [*SETTING, "selector"], ["task", "backbone"], sort=False)
-    settings = list(wide.index)
-    tasks = list(paper["task"].unique())
-    printed = np.array([[wide[task][b] for b in BACKBONES] for task in tasks]).transpose(2, 0, 1)
+    wide = wide.reindex(columns=pd.MultiIndex.from_product([tasks, BACKBONES]))
+    printed = wide.to_numpy().reshape(len(wide), len(tasks), len(BACKBONES))
     measured = np.empty((draws.n_boot + 1, *printed.shape))
-    for place in np.ndindex(printed.shape):
-        setting, task, backbone = settings[place[0]], tasks[place[1]], BACKBONES[place[2]]
-        both = [(*setting, b) for b in BACKBONES]
-        measured[:, *place] = 100 * draws.mean((*setting, backbone), [task], both)
-    methods = [method for method, *_ in settings]
-    scopes = {"all": np.full(len(methods), True)}
-    scopes |= {m: np.array(methods) == m for m in dict.fromkeys(methods)}
-    name = paper["table"].iloc[0]
-    return [_pattern(name, s, printed[rows], measured[:, rows]) for s, rows in scopes.items()]
+    for i, setting in enumerate(wide.index):
+        both = [(*setting, backbone) for backbone in BACKBONES]
+        for j, task in enumerate(tasks):
+            for k, group in enumerate(both):
+                measured[:, i, j, k] = 100 * draws.mean(group, [task], both)
+    methods = wide.index.get_level_values("method")
+    scopes = {"all": np.full(len(wide), True)} | {m: methods == m for m in methods.unique()}
+    rows = [
+        {"table": paper["table"].iloc[0], "scope": scope} | _pattern(printed[own], measured[:, own])
+        for scope, own in scopes.items()
+    ]
+    return pd.DataFrame(rows)
 
 
-def _pattern(table: str, scope: str, paper: np.ndarray, measured: np.ndarray) -> Pattern:
+def _pattern(paper: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
     """paper: (settings, tasks, backbones); measured: (n_boot + 1, settings, tasks, backbones)."""
     paper_gain, gain = (x[..., 1] - x[..., 0] for x in (paper, measured))
     decisive = np.abs(paper_gain) >= DECISIVE - 1e-9
     both = decisive & np.isfinite(gain[0])
     signs = np.sign(np.round(gain[:, both], 9)) * np.sign(paper_gain[both])
     agreement = 100 * (signs == 1).mean(axis=1) if both.any() else np.full(len(gain), np.nan)
-    agree, against, tied = (int((signs[0] == sign).sum()) for sign in (1, -1, 0))
-    counts = (int(decisive.sum()), int(both.sum()), agree, against, tied)
     complete = np.isfinite(measured[0]).all(axis=(1, 2))
     means, printed = measured[:, complete].mean(axis=2), paper[complete].mean(axis=1)
-    gains = _correlation(means[..., 1] - means[..., 0], printed[:, 1] - printed[:, 0])
-    sides = (_correlation(means[..., side], printed[:, side]) for side in (0, 1))
-    settings = int(complete.sum())
-    return Pattern(table, scope, *counts, Estimate.of(agreement), settings, gains, *sides)
+    return {
+        "decisive": int(decisive.sum()),
+        "measured": int(both.sum()),
+        **{x: int((signs[0] == n).sum()) for x, n in (("agree", 1), ("against", -1), ("tied", 0))},
+        "agreement": Estimate.of(agreement),
+        "settings": int(complete.sum()),
+        "gain": _correlation(means[..., 1] - means[..., 0], printed[:, 1] - printed[:, 0]),
+        "attention": _correlation(means[..., 0], printed[:, 0]),
+        "ratplus": _correlation(means[..., 1], printed[:, 1]),
+    }
 
 
 def rank_agreement(paper: pd.DataFrame, draws: Bootstrap) -> pd.DataFrame:
@@ -124,38 +116,33 @@ def rank_agreement(paper: pd.DataFrame, draws: Bootstrap) -> pd.DataFrame:
     grouped by `frame.GROUP`.
 
     Returns:
-        `RANKS`: over, tasks (in the paper's order), count (of settings or tasks), value, low,
-        high (over samples), for all tasks and for those SOLVED when dense; no rows without dense.
+        over, tasks (in the paper's order), count (of settings or tasks), rho (an Estimate, its
+        interval over samples), for all tasks and for those SOLVED when dense; no rows without
+        dense.
     """
-    backbone = BACKBONES[0]
-    paper = paper[paper["backbone"] == backbone]
-    selector = paper["selector"].iloc[0]
-    printed = paper.set_index([*SETTING, "task"])["accuracy"]
+    paper = paper[paper["backbone"] == BACKBONES[0]]
+    printed = paper.pivot_table("accuracy", [*SETTING, "selector"], "task", sort=False)
 
-    def measured(task: str, *group: object) -> np.ndarray:
-        return 100 * draws.mean((*group, backbone), [task])
+    def measured(group: tuple[Any, ...], tasks: Sequence[str]) -> np.ndarray:
+        """(tasks, n_boot + 1), percent."""
+        return np.array([100 * draws.mean((*group, BACKBONES[0]), [task]) for task in tasks])
 
-    dense = {t: measured(t, *DENSE) for t in paper["task"].unique()}
-    dense = {t: x for t, x in dense.items() if np.isfinite(x[0])}
-    settings = dict.fromkeys(x[:-1] for x in printed.index)
-    by_setting = {s: np.array([measured(t, *s, selector) for t in dense]) for s in settings}
-    by_setting = {s: x for s, x in by_setting.items() if len(x) and np.isfinite(x[:, 0]).all()}
-    if not by_setting:
-        return pd.DataFrame(columns=RANKS)
-    values = np.stack(list(by_setting.values()), axis=-1)  # (tasks, draws, settings)
-    paper_values = np.array([[printed[(*s, t)] for s in by_setting] for t in dense])
-    lost = values - np.stack(list(dense.values()))[..., None]
+    every = paper["task"].unique()
+    dense = measured(DENSE, every)
+    tasks, dense = every[np.isfinite(dense[:, 0])], dense[np.isfinite(dense[:, 0])]
+    of_setting = {setting: measured(setting, tasks) for setting in printed.index}
+    of_setting = {s: x for s, x in of_setting.items() if len(x) and np.isfinite(x[:, 0]).all()}
     rows = []
-    for kept in (np.full(len(dense), True), np.array([x[0] >= SOLVED for x in dense.values()])):
-        if not kept.any():
-            break
-        tasks = tuple(t for t, on in zip(dense, kept, strict=True) if on)
-        for over, a, b in (
-            ("settings", values[kept].mean(0), paper_values[kept].mean(0)),
-            ("tasks", lost[kept].mean(2).T, paper_values[kept].mean(1)),
-        ):
-            rows.append({"over": over, "tasks": tasks, "count": len(b), **vars(_correlation(a, b))})
-    return pd.DataFrame(rows, columns=RANKS)
+    for kept in (np.full(len(tasks), True), dense[:, 0] >= SOLVED):
+        if of_setting and kept.any():
+            paper_values = printed.loc[[*of_setting], tasks[kept]].to_numpy()  # (settings, tasks)
+            values = np.stack([x[kept] for x in of_setting.values()], axis=-1)
+            lost = values - dense[kept][..., None]
+            of_settings = _correlation(values.mean(0), paper_values.mean(1))
+            of_tasks = _correlation(lost.mean(2).T, paper_values.mean(0))
+            rows.append(("settings", tuple(tasks[kept]), len(of_setting), of_settings))
+            rows.append(("tasks", tuple(tasks[kept]), kept.sum(), of_tasks))
+    return pd.DataFrame(rows, columns=["over", "tasks", "count", "rho"])
 
 
 def _correlation(measured: np.ndarray, printed: np.ndarray) -> Estimate:

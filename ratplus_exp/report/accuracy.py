@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import spread
 from ratplus_exp.analysis.frame import ALL_TASKS, BACKBONES, DENSE, GROUP, SETTING, grouped
 from ratplus_exp.report.paper import PAPER_TABLES
-from ratplus_exp.report.prose import MISSING, bounds, interval, number, plus_minus, span
+from ratplus_exp.report.prose import MISSING, bounds, number, plus_minus, span
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
 
@@ -32,13 +33,16 @@ def accuracy_table(results: Results, name: str) -> Table:
     if cells.empty:
         raise ValueError(f"no finished cells for {name}: run make {name}")
     check_unmixed(cells)
+    of_paper, measured = (
+        x[SETTING].drop_duplicates().itertuples(index=False, name=None) for x in (paper, cells)
+    )
+    extra = sorted(measured, key=lambda s: (*s[:2], -Fraction(s[2])))
+    settings = list(dict.fromkeys([DENSE[:3], *of_paper, *extra]))
     printed = paper.groupby([*SETTING, "backbone"], sort=False)["accuracy"].mean().unstack()
-    measured = {tuple(s) for s in cells[SETTING].itertuples(index=False)}
-    extra = sorted(measured, key=lambda s: (s[0], s[1], -Fraction(s[2])))
+    printed = printed.reindex(pd.MultiIndex.from_tuples(settings))
     backbones = _measured(cells)
-    rows: list[tuple[str, ...]] = []
-    printed_settings = paper[SETTING].itertuples(index=False, name=None)
-    for setting in dict.fromkeys([DENSE[:3], *printed_settings, *extra]):
+    rows: list[tuple[Any, ...]] = []
+    for setting in settings:
         method, block, budget = setting
         if block < 0:  # the paper's block size has no counterpart in this context
             continue
@@ -46,19 +50,18 @@ def accuracy_table(results: Results, name: str) -> Table:
         stored = of_setting["top_k"].dropna()
         top_k = stored.iloc[0] if len(stored) else Fraction(budget) * results.context / block
         dense = setting == DENSE[:3]
-        sizes = ("", "") if dense else (str(block), str(top_k))
-        values = printed.loc[setting] if setting in printed.index else dict.fromkeys(BACKBONES)
+        sizes = ("", "") if dense else (block, str(top_k))
+        values = printed.loc[setting]
         groups = [(*setting, "dense" if dense else selector, b) for b in BACKBONES]
         gain = results.draws.gain(groups[1], groups[0], tasks)
-        paper_gain = values["RAT+"] - values["Attention"] if values["RAT+"] is not None else None
-        gains = (number(gain.value, sign="+"), bounds(gain), number(paper_gain, sign="+"))
+        paper_gain = number(values["RAT+"] - values["Attention"], sign="+")
+        gains = (number(gain.value, sign="+"), bounds(gain), paper_gain)
         for backbone, texts, n, side in _sides(of_setting, backbones, tasks, results.scorer):
             draws = side.drop_duplicates(["training", "seed", "selector_seed"])
             seeds = draws.groupby("training").size()
-            counts = (str(len(seeds)), str(seeds.max())) if len(side) else (MISSING, MISSING)
+            counts = (len(seeds), seeds.max()) if len(side) else (MISSING, MISSING)
             shown = gains if backbone == "RAT+" else ("", "", "")
-            means = (*texts, number(values[backbone]))
-            rows.append((method, *sizes, budget, *means, *shown, n, *counts))
+            rows.append((method, *sizes, budget, *texts, values[backbone], *shown, n, *counts))
     columns = ("Method", "Block", "k", "Budget", "Kept", "Backbone", *tasks, "Mean", "Paper")
     columns = (*columns, "Δ", "Δ 95 %", "Paper Δ", *COUNTS)
     distinct = [{row[i] for row in rows} - {MISSING} for i in range(-len(COUNTS), 0)]
@@ -85,7 +88,7 @@ def tasks_table(results: Results) -> Table:
         check_unmixed(of_protocol)
     tasks = [task for task in ALL_TASKS if task in set(cells["task"])]
     place = [*SETTING, "selector", "protocol"]
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[Any, ...]] = []
     for group in sorted(
         set(cells[place].itertuples(index=False, name=None)),
         key=lambda g: (g[:4] != DENSE, *g[:2], -Fraction(g[2]), g[4] == "split"),
@@ -94,9 +97,9 @@ def tasks_table(results: Results) -> Table:
         of_group = cells[(cells[place] == list(group)).all(axis=1)]
         draws = results.protocols["split" if protocol == "split" else "whole"].draws
         gain = draws.gain((*group[:4], "RAT+"), (*group[:4], "Attention"), tasks)
-        label = (method, "" if group[:4] == DENSE else str(block), budget, protocol)
+        label = (method, "" if group[:4] == DENSE else block, budget, protocol)
         for backbone, texts, n, _ in _sides(of_group, _measured(cells), tasks, results.scorer):
-            rows.append((*label, *texts, interval(gain) if backbone == "RAT+" else "", n))
+            rows.append((*label, *texts, gain if backbone == "RAT+" else "", n))
     columns = ("Method", "Block", "Budget", "Protocol", "Kept", "Backbone", *tasks)
     return Table.described("tasks", (*columns, "Mean", "Δ", "n"), rows, group=4, r=results)
 

@@ -27,13 +27,6 @@ COLORS = {
     "asked": "#8f7bd6",
     "good": "#2b8a3e",
 }
-WHEN = {
-    "decode": "at each answer token",
-    "step": "at each answer token; what is not kept is gone",
-    "once": "once, after the prompt; what is not kept is gone",
-    "prefill": "for each token of the question; the answer is decoded densely",
-    None: "",
-}
 
 
 @dataclass(frozen=True)
@@ -46,6 +39,10 @@ class Step:
     query: int
     gold: list[list[int]]
     kept: np.ndarray
+
+    def data(self) -> dict[str, Any]:
+        """For the page: `kept` as a list of candidates for each row of the map."""
+        return vars(self) | {"kept": [np.flatnonzero(x).tolist() for x in _heads(self.kept)]}
 
 
 @dataclass(frozen=True)
@@ -116,13 +113,10 @@ class Look:
     @property
     def needles(self) -> list[tuple[int, int]]:
         """The sentence around each value."""
-        ends = [
-            -1,
-            *(i for i, x in enumerate(self.tokens) if x.rstrip().endswith(".")),
-            self.prompt,
-        ]
+        periods = [i for i, x in enumerate(self.tokens, start=1) if x.rstrip().endswith(".")]
+        ends = [0, *periods, self.prompt]
         return [
-            (max(e for e in ends if e < start) + 1, min(e for e in ends if e >= end - 1) + 1)
+            (max(e for e in ends if e <= start), min(e for e in ends if e >= end))
             for start, end in self.values
         ]
 
@@ -140,30 +134,21 @@ class Look:
         return page, picture
 
     def _data(self) -> dict[str, Any]:
-        """The page's data, a row a head, with the indices of the candidates that are kept."""
-        views = [
+        """The page's data, a row a head."""
+        own = {x: getattr(self, x) for x in ("tokens", "prompt", "question", "needles", "gold")}
+        own["views"] = [
             vars(view)
-            | {
-                "when": WHEN[view.phase],
-                "layers": len(view.steps[0].kept) if view.steps else 0,
-                "steps": [
-                    vars(step) | {"kept": [np.flatnonzero(x).tolist() for x in _heads(step.kept)]}
-                    for step in view.steps
-                ],
-            }
+            | {"layers": len(view.steps[0].kept) if view.steps else 0}
+            | {"steps": [step.data() for step in view.steps]}
             for view in self.views
         ]
-        memories = [
-            {
-                "model": memory.model,
-                "layers": len(memory.lengths),
-                "lengths": _heads(np.sort(memory.lengths)).round(2).tolist(),
-                "gates": _heads(memory.gates).round(2).tolist(),
-            }
-            for memory in self.memories
+        own["memories"] = [
+            {"model": x.model, "layers": len(x.lengths)}
+            | {"lengths": _heads(np.sort(x.lengths)).round(2).tolist()}
+            | {"gates": _heads(x.gates).round(2).tolist()}
+            for x in self.memories
         ]
-        own = {x: getattr(self, x) for x in ("tokens", "prompt", "question", "needles", "gold")}
-        return own | {"views": views, "memories": memories}
+        return own
 
 
 def _heads(values: np.ndarray) -> np.ndarray:
@@ -226,7 +211,7 @@ def _map(panel: Any, look: Look, view: View) -> None:
 
 def _heat(panel: Any, values: np.ndarray, title: str, label: str, bar: str, norm: Any) -> None:
     """values (layers, heads, n)."""
-    rows = values.reshape(-1, values.shape[-1])
+    rows = _heads(values)
     image = panel.imshow(rows, aspect="auto", interpolation="nearest", cmap="viridis", norm=norm)
     panel.figure.colorbar(image, ax=panel, label=bar, pad=0.01)
     _axes(panel, values.shape, title, label)

@@ -1,6 +1,7 @@
 """Text: the papers' names, formatted numbers, and the templates of all prose."""
 
 from functools import cache
+from numbers import Integral
 from typing import Any
 
 import pandas as pd
@@ -38,6 +39,13 @@ def span(values: pd.Series) -> str:
     """The smallest and largest value of a column."""
     low, high = (MISSING, MISSING) if values.empty else (values.min(), values.max())
     return str(low) if low == high else f"{low}–{high}"
+
+
+def cell_text(value: str | float | Estimate | None) -> str:
+    """A table's cell: text, a number or an estimate with its interval."""
+    if isinstance(value, Estimate):
+        return interval(value)
+    return str(value) if isinstance(value, str | Integral) else number(value)
 
 
 def setting_name(method: str, block: int, budget: str, selector: str = "topk") -> str:

@@ -10,9 +10,8 @@ import pandas as pd
 
 from ratplus_exp.analysis import frame, hits
 from ratplus_exp.analysis.bootstrap import Bootstrap
-from ratplus_exp.analysis.lengths import length_curves
+from ratplus_exp.analysis.means import length_curves, selector_means
 from ratplus_exp.analysis.pattern import compare, scaled
-from ratplus_exp.analysis.selectors import selector_means
 from ratplus_exp.report.paper import paper_tables
 from ratplus_exp.store import Cell, Store
 

@@ -11,7 +11,6 @@ from ratplus_exp.analysis.frame import TASKS, cost, select
 from ratplus_exp.analysis.hits import ranked_heads
 from ratplus_exp.report import figures, tables
 from ratplus_exp.report.accuracy import accuracy_table, check_unmixed, tasks_table
-from ratplus_exp.report.missing import missing
 from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import paragraphs, render, sentence
 from ratplus_exp.report.results import Results
@@ -84,17 +83,15 @@ def page(
     results: Results,
     parts: list[Section],
     warnings: Section,
-    outputs: list[str],
-    absent: list[str],
+    lacking: list[str],
     settings: str,
     folder: Path,
 ) -> list[Section]:
-    """All sections, the long tables last. parts: tables, figures and the pattern; absent: why some
-    of them are missing; settings: the configuration to show."""
+    """All sections, the long tables last. parts: tables, figures and the pattern; lacking: what
+    is missing; settings: the configuration to show."""
     findings = tables.findings_table(results).write(folder, "findings")
     order = ("Figure", "Paper", "Table")
     parts = sorted(parts, key=lambda part: (order.index(part.title.split()[0]), part.title))
-    lacking = (*missing(results, outputs), *absent)
     place = ["backbone", "training", "model", "checkpoint"]
     memory = results.every.groupby(place)["effective_memory_length"].mean()
     points = [sentence("model", *model, tokens) for model, tokens in memory.items()]
@@ -103,7 +100,7 @@ def page(
         Section("Introduction", paragraphs("introduction", r=results), paragraphs("glossary")),
         Section("Findings", tables=(findings,)),
         *parts[:1],
-        Section("Missing results", points=lacking or ("Nothing.",)),
+        Section("Missing results", points=tuple(lacking) or ("Nothing.",)),
         warnings,
         *parts[1:],
         Section("Models, seeds, configuration", (sentence("files"),), tuple(points), code=settings),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from ratplus_exp.report.prose import METHODS, MISSING, paragraphs
+from ratplus_exp.report.prose import METHODS, MISSING, cell_text, paragraphs
 from ratplus_exp.store import write_atomically
 
 WIDTH = 120  # characters of a terminal's line
@@ -48,17 +48,19 @@ class Table:
         cls,
         macro: str,
         columns: Sequence[str],
-        rows: Sequence[tuple[str, ...]],
+        rows: Sequence[tuple[Any, ...]],
         group: int = 1,
         hide: Iterable[str] = (),
         **values: Any,
     ) -> Table:
-        """A table with title and caption from a macro of prose.j2, formatted with `values`; group:
-        rows with the same first columns, of this number, are one group (0: no groups)."""
-        pairs = enumerate(pairwise(rows), start=1)
+        """A table with title and caption from a macro of prose.j2, formatted with `values`. rows:
+        of what `cell_text` takes; group: those with the same first columns, of this number, are
+        one group (0: no groups)."""
+        texts = tuple(tuple(map(cell_text, row)) for row in rows)
+        pairs = enumerate(pairwise(texts), start=1)
         breaks = frozenset(i for i, (above, row) in pairs if above[:group] != row[:group])
         title, caption = paragraphs(macro, **values)
-        return cls(title, caption, tuple(columns), tuple(rows), breaks, frozenset(hide))
+        return cls(title, caption, tuple(columns), texts, breaks, frozenset(hide))
 
     def lines(self) -> list[tuple[str, ...]]:
         """The columns' names, then the rows, with the papers' names of the methods."""
@@ -121,9 +123,7 @@ class Table:
     def to_csv(self) -> str:
         """Header and rows with ASCII minus signs and the methods' configured names; no caption."""
         frame = pd.DataFrame(self.rows, columns=self.columns)
-        return frame.map(lambda cell: cell.replace("−", "-")).to_csv(
-            index=False, lineterminator="\n"
-        )
+        return frame.replace("−", "-", regex=True).to_csv(index=False, lineterminator="\n")
 
     def write(self, folder: str | Path, name: str) -> Table:
         """Write name.md, name.csv and name.tex, each atomically; returns the table."""

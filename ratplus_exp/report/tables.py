@@ -9,18 +9,10 @@ import pandas as pd
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, spread
 from ratplus_exp.analysis.frame import BACKBONES, SCORERS, SETTING, TASKS, select
 from ratplus_exp.analysis.hits import MEAN, estimate, ranked_heads
+from ratplus_exp.analysis.means import GAP
 from ratplus_exp.analysis.pattern import DECISIVE, FEWEST, SOLVED, patterns, rank_agreement
-from ratplus_exp.analysis.selectors import GAP
 from ratplus_exp.report.paper import PAPER_TABLES
-from ratplus_exp.report.prose import (
-    METHODS,
-    MISSING,
-    SELECTORS,
-    bounds,
-    interval,
-    number,
-    plus_minus,
-)
+from ratplus_exp.report.prose import METHODS, SELECTORS, bounds, interval, number, plus_minus
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
 
@@ -32,7 +24,7 @@ def findings_table(results: Results) -> Table:
     """The paper's two questions and its main table at its main block size, a row a method and
     budget, each with a verdict; and single tasks that contradict the paper under random selection.
     """
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[Any, ...]] = []
 
     def add(question: str, name: str, tasks: Sequence[str], single: bool = False) -> None:
         paper = results.paper(name)
@@ -44,17 +36,16 @@ def findings_table(results: Results) -> Table:
             paper_gain = means["RAT+"] - means["Attention"]
             result = verdict(gain, paper_gain)
             if result and (not single or result == OPPOSITE):
-                values = (results.draws.mean(side, tasks, sides) for side in sides)
-                both = (number(100 * float(value[0])) for value in values)
-                place = (question, group[0], group[2], *both, interval(gain))
-                rows.append((*place, number(paper_gain, sign="+"), result))
+                both = (100 * results.draws.mean(side, tasks, sides)[0] for side in sides)
+                change = (gain, number(paper_gain, sign="+"), result)
+                rows.append((question, group[0], group[2], *both, *change))
 
     add("accuracy (Table 3)", "table3", TASKS)
     for row in select(results.curves, {"task": MEAN, "rank": 1}).to_dict("records"):
         gain = estimate(row, "difference")
-        both = (number(row[b]) for b in BACKBONES)
-        place = ("hit rate of the best head (H1)", row["method"], row["budget"], *both)
-        rows.append((*place, interval(gain), "> 0", verdict(gain, 1.0)))  # the paper prints none
+        place = ("hit rate of the best head (H1)", row["method"], row["budget"])
+        change = (gain, "> 0", verdict(gain, 1.0))  # the paper prints none
+        rows.append((*place, *(row[b] for b in BACKBONES), *change))
     hard = list(results.paper("table2")["task"].unique())
     add("random selection, tasks of Table 2 (H2)", "table5", hard)
     add("random selection, all tasks (H2)", "table5", TASKS)
@@ -84,14 +75,14 @@ def pattern_table(results: Results) -> Table:
         (
             f"Table {p.table[-1]}",
             p.scope,
-            *map(str, (p.decisive, p.measured, p.agree, p.against, p.tied)),
+            *(p.decisive, p.measured, p.agree, p.against, p.tied),
             interval(p.agreement, 0, sign="-"),
-            str(p.settings),
+            p.settings,
             *(interval(x, 2, sign="-") for x in (p.gain, p.attention, p.ratplus)),
         )
-        for whole, *methods in by_table
-        if whole.measured
-        for p in (whole, *methods)
+        for of_table in by_table
+        if of_table["measured"].any()
+        for p in of_table.itertuples()
     ]
     columns = (
         *("Of paper", "Methods", "Decisive", "Measured", "agree", "against", "tied"),
@@ -103,15 +94,14 @@ def pattern_table(results: Results) -> Table:
 
 def against_table(results: Results, name: str) -> Table:
     """The table of `compare`."""
-    texts = ("method", "paper_block", "top_k", "budget", "selector", "backbone", "task")
-    numbers = {"accuracy": 1, "std": 2, "measured": 1, "measured_std": 2, "difference": 1}
+    names = (
+        *("method", "paper_block", "top_k", "budget", "selector", "backbone", "task", "accuracy"),
+        *("std", "measured", "measured_std", "difference", "n", "trainings", "seeds"),
+        "budget_measured",
+    )
+    digits = {"std": 2, "measured_std": 2, "budget_measured": 3}
     rows = [
-        (
-            *(str(row[column]) for column in texts),
-            *(number(row[column], digits) for column, digits in numbers.items()),
-            *(MISSING if pd.isna(row[x]) else str(row[x]) for x in ("n", "trainings", "seeds")),
-            number(row["budget_measured"], 3),
-        )
+        tuple(number(row[x], digits[x]) if x in digits else row[x] for x in names)
         for row in results.compared(name).to_dict("records")
     ]
     columns = (
@@ -132,12 +122,12 @@ def heads_table(results: Results, method: str) -> Table:
         for backbone in BACKBONES:
             heads = ranked[(ranked[[*SETTING, "backbone"]] == [*setting, backbone]).all(axis=1)]
             best = heads[heads["rank"] == 1].sort_values("training")
-            rates = (number(x) for x in by_task.loc[list(TASKS), backbone])
             best_mean = plus_minus(mean[backbone], best["hit_rate"].std())
             gains = (number(gap.value, sign="+"), bounds(gap)) if backbone == "RAT+" else ("", "")
             names = ", ".join(f"{head.layer}.{head.head}" for head in best.itertuples())
-            tail = (names, number(heads["hit_rate"].mean()), f"{mean['n']:.0f}")
-            rows.append((*map(str, setting), backbone, *rates, best_mean, *gains, *tail))
+            tail = (names, heads["hit_rate"].mean(), int(mean["n"]))
+            rates = by_task.loc[list(TASKS), backbone]
+            rows.append((*setting, backbone, *rates, best_mean, *gains, *tail))
     columns = (*_PLACE, *TASKS, "Best of mean", "Δ", "Δ 95 %", "Head", "All heads", "n")
     return Table.described("heads", columns, rows, r=results)
 
@@ -146,12 +136,11 @@ def top_heads_table(results: Results, method: str) -> Table:
     """The best heads on the mean of the tasks, and their difference, by setting."""
     curves = select(results.curves, {"method": method, "task": MEAN})
     top = curves[curves["rank"] <= TOP].sort_values("rank")
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[Any, ...]] = []
     for setting, group in top.groupby(SETTING, sort=False):
-        texts = {backbone: [number(x) for x in group[backbone]] for backbone in BACKBONES}
-        texts[GAP] = [interval(estimate(row, "difference")) for row in group.to_dict("records")]
-        n = str(group["n"].min())
-        rows += [(*map(str, setting), side, *text, n) for side, text in texts.items()]
+        rates = {backbone: list(group[backbone]) for backbone in BACKBONES}
+        rates[GAP] = [estimate(row, "difference") for row in group.to_dict("records")]
+        rows += [(*setting, side, *of_side, group["n"].min()) for side, of_side in rates.items()]
     ranks = sorted(top["rank"].unique())
     columns = (*_PLACE, *(f"rank {rank}" for rank in ranks), "n")
     return Table.described("top_heads", columns, rows, len(SETTING), r=results, count=len(ranks))
@@ -162,22 +151,17 @@ def selector_table(results: Results) -> Table:
     random = results.cells[results.cells["selector"] == "random"]
     means, rows = results.selector_means, []
     shown = set(means["side"])  # not both of a lone model
-    sides = [side for side in (*BACKBONES, GAP) if side in shown]
     for setting, group in means.groupby(SETTING, sort=False):
         estimates = group.set_index(["side", "selector"])["estimate"].to_dict()
-        for side in sides:
-            texts = []
-            for kind in (*SELECTORS, "selection"):
+        for side in (side for side in (*BACKBONES, GAP) if side in shown):
+            own = random[(random[[*SETTING, "backbone"]] == [*setting, side]).all(axis=1)]
+            row: list[Any] = [*setting, side]
+            for kind in SELECTORS:
                 x = estimates.get((side, kind))
-                if x is None:
-                    texts.append("" if (side, kind) == (GAP, "selection") else MISSING)
-                elif side == GAP or kind == "selection":
-                    texts.append(interval(x))
-                else:
-                    cells = random[(random[[*SETTING, "backbone"]] == [*setting, side]).all(axis=1)]
-                    std = spread(cells, results.scorer).std if kind == "random" else np.nan
-                    texts.append(plus_minus(x.value, std))
-            rows.append((*map(str, setting), side, *texts, str(group["n"].min())))
+                std = spread(own, results.scorer).std if kind == "random" else np.nan
+                row.append(x if x is None or side == GAP else plus_minus(x.value, std))
+            selection = "" if side == GAP else estimates.get((side, "selection"))
+            rows.append((*row, selection, group["n"].min()))
     columns = (*_PLACE, *SELECTORS.values(), "Selection", "n")
     return Table.described("selectors", columns, rows, len(SETTING), r=results)
 
@@ -193,13 +177,12 @@ def model_table(
     draws = Bootstrap(samples, SCORERS[0], ["method", "model"])
     rows = []
     for model in models:
-        row = [model]
+        row: list[Any] = [model]
         for method in methods:
             groups = [(method, name) for name in models]
             mean: np.ndarray = 100 * draws.mean((method, model), among=groups)
             first: np.ndarray = 100 * draws.mean((method, models[0]), among=groups)
-            gain = "" if model == models[0] else interval(Estimate.of(mean - first))
-            row += [number(float(mean[0])), gain]
+            row += [mean[0], "" if model == models[0] else Estimate.of(mean - first)]
         rows.append(tuple(row))
     names = [METHODS.get(method, method) for method in methods]
     columns = ("Model", *(column for name in names for column in (name, f"Δ {name}")))
@@ -218,7 +201,7 @@ def random_table(cells: pd.DataFrame, tasks: Iterable[str], **values: Any) -> Ta
         side = cells[cells["selector"] == name]
         parts = [*(side[side["task"] == task] for task in tasks), side]
         texts = [plus_minus(*spread(part, SCORERS[0])[:2]) for part in parts]
-        rows.append((name, *texts, str(side["n"].min()), str(side["selector_seed"].nunique())))
+        rows.append((name, *texts, side["n"].min(), side["selector_seed"].nunique()))
     columns = ("Selector", *tasks, "Mean", "n", "seeds")
     return Table.described("random", columns, rows, group=0, **values)
 
@@ -227,8 +210,8 @@ def cost_table(cost: pd.DataFrame) -> Table:
     """The table of `analysis.frame.cost`."""
     rows = []
     for row in cost.itertuples():
-        rate = number(row.samples / row.seconds) if row.seconds else ""
-        counts = (str(row.cells), str(row.samples), number(row.seconds, 0), rate)
+        rate = row.samples / row.seconds if row.seconds else ""
+        counts = (row.cells, row.samples, number(row.seconds, 0), rate)
         rows.append((row.stage, row.device, row.model, *counts))
     columns = ("Stage", "Device", "Model", "Cells", "Samples", "Seconds", "Samples/s")
     return Table.described("cost", columns, rows, group=0)
@@ -238,8 +221,8 @@ def rank_table(results: Results) -> Table:
     """The table of `rank_agreement`: attention beside the paper's Table 4."""
     agreement = rank_agreement(results.paper("table4"), results.draws)
     rows = [
-        (over, str(count), interval(Estimate(*rho), 2, "-"), ", ".join(tasks))
-        for over, tasks, count, *rho in agreement.itertuples(index=False, name=None)
+        (over, count, interval(rho, 2, "-"), ", ".join(tasks))
+        for over, tasks, count, rho in agreement.itertuples(index=False, name=None)
     ]
     columns = ("Over", "Count", "ρ", "Tasks")
     return Table.described("ranks", columns, rows, group=0, r=results, solved=f"{SOLVED:.0f}")

@@ -61,10 +61,15 @@ def run(cfg: DictConfig) -> None:
 
 
 @cache
+def composed(override: str) -> DictConfig:
+    """The default configuration with one override and unresolved interpolations."""
+    paths = [x for x in HydraConfig.get().overrides.hydra if x.startswith("hydra.searchpath")]
+    return compose("config", [*paths, override])
+
+
 def option(group: str, name: str) -> DictConfig:
     """One option of a configuration group, with unresolved interpolations."""
-    paths = [x for x in HydraConfig.get().overrides.hydra if x.startswith("hydra.searchpath")]
-    return compose("config", [*paths, f"{group}={name}"])[group]
+    return composed(f"{group}={name}")[group]
 
 
 def model_option(cfg: DictConfig, name: str, training: int) -> DictConfig:

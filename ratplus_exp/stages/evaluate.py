@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ratplus_exp.analysis.frame import COLUMNS, EXTRA, SCORERS, accuracies, tidy
+from ratplus_exp.analysis.frame import COLUMNS, SCORERS, accuracies, tidy
 from ratplus_exp.config import reserve_of
 from ratplus_exp.methods import Engine, Usage
 from ratplus_exp.models.decoding import cuda_graphs, greedy
@@ -124,7 +124,7 @@ def _report(job: Job) -> dict[str, Any]:
     """Print and write the table of this job's cells, one row a task; what to track of them."""
     cfg, frame = job.cfg, _frame(job)
     first = frame.iloc[0]
-    others = [name for name in frame.columns if name not in (*COLUMNS, *EXTRA)]
+    others = [name for name in frame.columns if name not in COLUMNS]
     numbers = frame.set_index("task")[[*SCORERS, *others]].astype(float)
     numbers.loc["Mean"] = numbers.mean(skipna=False)
     counts = [*frame["n"], frame["n"].sum()]

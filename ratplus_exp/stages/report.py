@@ -13,10 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from ratplus_exp.analysis.frame import BACKBONES
 from ratplus_exp.config import plain
 from ratplus_exp.report import sections
+from ratplus_exp.report.missing import missing
+from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import sentence
 from ratplus_exp.report.results import Results
-from ratplus_exp.report.sections import PAGE
-from ratplus_exp.stages.common import checkpoint_of, job_folder, model_option, resolve
+from ratplus_exp.report.sections import FIGURES, PAGE
+from ratplus_exp.stages.common import checkpoint_of, composed, job_folder, model_option, resolve
 from ratplus_exp.store import Cell, Store, remove_drafts, write_atomically
 from ratplus_exp.tracking import tracked
 
@@ -61,7 +63,10 @@ def run(cfg: DictConfig) -> None:
         print("No warnings." if point == "None." else f"Warning: {point}")
     if PAGE in outputs:
         title = f"Decaying memory and query-aware KV sparsity: {sentence('at', results)}"
-        every = sections.page(results, parts, warnings, outputs, absent, _settings(cfg), folder)
+        papers = [name for name in outputs if name in (*PAPER_TABLES, *FIGURES)]
+        needed = {x: plain(composed(f"experiment={x}").stage)["cells"] for x in papers}
+        lacking = [*missing(results, needed), *absent]
+        every = sections.page(results, parts, warnings, lacking, _settings(cfg), folder)
         html, markdown = sections.write_page(title, every, folder)
         print(f"The whole report: {html} and {markdown.name}.")
     print(f"Written to {folder}.")

@@ -71,22 +71,20 @@ class Cell:
 
     root: the store's folder.
     key: everything that affects the numbers, and nothing else (no n, no paths, no dates), as plain
-        JSON. "stage" is required; model, method, budget, task, training and seed name the folder.
-        1, 1.0 and true are different values. The attribute has lists in place of tuples.
+        JSON (otherwise ValueError or TypeError). "stage" is required; model, method, budget, task,
+        training and seed name the folder. 1, 1.0 and true are different values. The attribute has
+        lists in place of tuples.
     id: 16 hex digits, the hash of FORMAT and key.
     path: the cell's folder.
     """
 
     def __init__(self, root: Path, key: dict[str, Any]) -> None:
-        canonical = _canonical(key)
+        canonical = _text(key)
         self.key: dict[str, Any] = json.loads(canonical)
         self.id = hashlib.sha256(f"{FORMAT}:{canonical}".encode()).hexdigest()[:16]
         self.path = root / _plain(key["stage"]) / f"{_readable(self.key)}{self.id}"
         self._ids: set[Any] = set()
         self._file: FileIO | None = None  # a file of samples while open for writing
-
-    def __repr__(self) -> str:
-        return f"Cell({self.path})"
 
     @contextmanager
     def open(self, provenance: dict[str, Any]) -> Iterator[Cell]:
@@ -267,20 +265,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("id"), str | int) else None
 
 
-def _canonical(key: dict[str, Any]) -> str:
-    """The JSON text of a key, independent of the order of its entries."""
-    if "stage" not in key:
-        raise ValueError(f"a cell's key needs a 'stage'; got {sorted(key)}")
-    try:
-        return _text(key)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"a cell's key must be plain JSON ({error}): pass str, int, finite float, bool, None, "
-            "list and dict only"
-        ) from error
-
-
 def _text(key: Any) -> str:
+    """The JSON text of a key, independent of the order of its entries."""
     return json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 

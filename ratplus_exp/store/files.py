@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -20,20 +20,10 @@ class StoreBusy(OSError):
 def locked(folder: Path) -> Iterator[None]:
     """Lock folder/lock, which names this process; the folder is created if missing. StoreBusy if
     another process has locked it, OSError if the folder can't be written or locked."""
-
-    def unwritable(error: OSError) -> OSError:
-        return OSError(
-            f"cannot write results under {folder} ({error.strerror}): make this folder writable, "
-            "or choose another one on a disk that supports file locks"
-        )
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise unwritable(error) from error
-    with lock:
+    with ExitStack() as stack:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / "lock").open("a+", encoding="utf-8"))
             # The kernel releases the lock with its process, so a kill leaves no stale one.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -43,7 +33,10 @@ def locked(folder: Path) -> Iterator[None]:
                 "wait until it ends or stop it, then start again"
             ) from None
         except OSError as error:
-            raise unwritable(error) from error
+            raise OSError(
+                f"cannot write results under {folder} ({error.strerror}): make this folder "
+                "writable, or choose another one on a disk that supports file locks"
+            ) from error
         with naming(folder / "lock"):
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")

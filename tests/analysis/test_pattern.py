@@ -19,7 +19,7 @@ CONTEXT = 512
 
 def patterns(table: str, samples: pd.DataFrame, score: str, n_boot: int):
     draws = Bootstrap(samples, score, GROUP, n_boot)
-    return pattern.patterns(scaled(paper_tables(table), CONTEXT), draws)
+    return list(pattern.patterns(scaled(paper_tables(table), CONTEXT), draws).itertuples())
 
 
 def measured(table: str, accuracy, n: int = 8) -> pd.DataFrame:

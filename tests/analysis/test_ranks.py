@@ -64,8 +64,8 @@ def test_orders_of_settings_and_tasks_beside_the_paper():
     ]
     # Of 30 little is lost, so that MK-3, the paper's last task, comes first and the others follow:
     # 1 − 6 · (5 · 1² + 5²) / (6 · 35).
-    np.testing.assert_allclose(found["value"], [-1, 1 / 7, -1, 1])
-    assert (found["low"] <= found["value"]).all() and (found["value"] <= found["high"]).all()
+    np.testing.assert_allclose([rho.value for rho in found["rho"]], [-1, 1 / 7, -1, 1])
+    assert all(rho.low <= rho.value <= rho.high for rho in found["rho"])
 
 
 def test_nothing_without_dense():

@@ -1,7 +1,5 @@
 """The paper's numbers against its own text."""
 
-import pytest
-
 from ratplus_exp.analysis import BACKBONES, TASKS
 from ratplus_exp.report import paper_tables
 
@@ -23,8 +21,3 @@ def test_paper_tables_are_whole_and_say_what_was_inferred():
     assert frame["inferred"].sum() == 68
     assert frame["std"].notna().equals(frame["inferred"])
     assert frame["accuracy"].between(0, 100).all()
-
-
-def test_an_unknown_paper_table_is_an_error():
-    with pytest.raises(ValueError, match="choose one of table2"):
-        paper_tables("table9")

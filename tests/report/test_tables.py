@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from ratplus_exp.analysis import TASKS, accuracies, sample_scores, tidy
-from ratplus_exp.analysis.frame import COLUMNS, EXTRA
+from ratplus_exp.analysis.frame import COLUMNS
 from ratplus_exp.report import Table
 from ratplus_exp.report.accuracy import accuracy_table, tasks_table
 from ratplus_exp.report.results import Results
@@ -61,7 +61,7 @@ def test_tidy_has_a_row_for_each_finished_cell(store):
     with store.cell({"stage": "eval", "task": "S-2"}).open({}) as unfinished:
         unfinished.append([{"id": "a"}])
     frame = tidy(store)
-    assert list(frame.columns) == [*COLUMNS, *EXTRA]
+    assert list(frame.columns) == [*COLUMNS]
     assert len(frame) == 2
     row = frame[frame["task"] == "MK-2"].iloc[0]
     assert (row["backbone"], row["budget"], row["n"]) == ("RAT+", "1/16", 10)
@@ -104,7 +104,7 @@ def test_a_value_that_is_no_number_spoils_its_cell_alone(store, capsys, name, wa
 
 
 def test_an_empty_store_has_empty_frames_with_the_same_columns(store):
-    assert list(tidy(store).columns) == [*COLUMNS, *EXTRA]
+    assert list(tidy(store).columns) == [*COLUMNS]
     assert sample_scores(store).empty and "exact" in sample_scores(store)
     with pytest.raises(ValueError, match="no finished cells with tier=pocket"):
         make(store)

@@ -10,7 +10,7 @@ import torch
 
 from ratplus_exp.methods import Dilated, Engine
 from ratplus_exp.models.loading import load_model, load_tokenizer, weights_digest
-from ratplus_exp.report import figures
+from ratplus_exp.report import drawing
 from ratplus_exp.stages import sweep
 from ratplus_exp.store import Store
 from ratplus_exp.tasks import Forms
@@ -60,7 +60,7 @@ def test_losses_are_those_of_the_documents_tokens(job, pair, tiny_models):
 
 
 def test_p2s_models_run_under_the_pattern_they_were_adapted_to(job, pair, tiny_models, monkeypatch):
-    monkeypatch.setattr(figures.plt, "close", (drawn := []).append)
+    monkeypatch.setattr(drawing.plt, "close", (drawn := []).append)
     few = [f"stage.init={tiny_models['attention']}", "stage.schedule=[[256,64]]"]
     for local in (0, 8):
         sizes = ["stage.joint.dilation=4", f"stage.joint.local={local}"]

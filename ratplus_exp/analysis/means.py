@@ -1,0 +1,77 @@
+"""Mean accuracies by selector (H2), and against the context length."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate
+from ratplus_exp.analysis.frame import BACKBONES, DENSE, SETTING, TASKS
+
+SELECTORS = ("random", "topk", "oracle", "dense")
+GAP = "RAT+ − Attention"
+LINE = ["backbone", "budget", "method", "blocks"]
+
+
+def selector_means(draws: Bootstrap) -> pd.DataFrame:
+    """Mean accuracies by selector of every setting with random selection.
+
+    The oracle selects the candidates with gold values first, and as many as the method. Its gain
+    over top-k is the loss due to selection; its loss to dense attention is due to other tokens that
+    are not attended to. It can be worse than top-k, since the gold candidates displace others.
+
+    Returns:
+        SETTING, side (a backbone, or GAP), selector (or "selection": oracle minus topk), estimate
+        (percent or points), over the tasks and samples that all of a setting's groups have; n is
+        the smallest number of samples of a task.
+    """
+    settings = sorted({group[:3] for group in draws.trainings if group[3] == "random"})
+    rows = []
+    for setting in settings:
+        groups = {
+            (side, kind): (*(DENSE if kind == "dense" else (*setting, kind)), side)
+            for side in BACKBONES
+            for kind in SELECTORS
+        }
+        groups = {place: group for place, group in groups.items() if group in draws.trainings}
+        counts = {task: draws.count(task, groups.values()) for task in TASKS}
+        tasks = [task for task, count in counts.items() if count]
+        if not tasks:
+            continue
+        means = {x: 100 * draws.mean(g, tasks, groups.values()) for x, g in groups.items()}
+        for kind in SELECTORS:
+            if all((side, kind) in groups for side in BACKBONES):
+                attention, ratplus = (means[side, kind] for side in BACKBONES)
+                means[GAP, kind] = ratplus - attention
+        for side in BACKBONES:
+            if (side, "oracle") in groups and (side, "topk") in groups:
+                means[side, "selection"] = means[side, "oracle"] - means[side, "topk"]
+        n = min(counts[task] for task in tasks)
+        rows += [(*setting, *x, Estimate.of(values), n) for x, values in means.items()]
+    return pd.DataFrame(rows, columns=[*SETTING, "side", "selector", "estimate", "n"])
+
+
+def length_curves(draws: Mapping[int, Bootstrap]) -> pd.DataFrame:
+    """Means over the tasks that all lengths have, in percent with their 95 % intervals.
+
+    draws: the accuracies of each context length, by `GROUP`. The columns LINE name a line of a
+    plot: of a method with blocks, one line has a fixed block size and another a fixed number of
+    blocks; a point may be in both. Lines of a single length are left out. n: samples a task.
+    """
+    tasks = sorted(set.intersection(*(set(x.tasks) for x in draws.values()))) if draws else []
+    rows = []
+    for length, of_length in draws.items():
+        for group in of_length.trainings:
+            method, size, budget, selector, backbone = group
+            if selector not in ("topk", "dense"):
+                continue
+            x = Estimate.of(100 * of_length.mean(group, tasks))
+            n = min((of_length.count(task, [group]) for task in tasks), default=0)
+            names = [f"blocks of {size}", f"{length // size} blocks"] if size > 1 else [""]
+            rows += [
+                (backbone, budget, method, blocks, length, size, x.value, x.low, x.high, n)
+                for blocks in names
+            ]
+    columns = [*LINE, "length", "block_size", "accuracy", "low", "high", "n"]
+    frame = pd.DataFrame(rows, columns=columns).dropna()
+    several = frame.groupby(LINE)["length"].transform("nunique") > 1
+    return frame[several].sort_values([*LINE, "length"], ignore_index=True)
