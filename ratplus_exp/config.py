@@ -7,7 +7,7 @@ Stages read the composed DictConfig. This module imports neither torch nor trans
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
@@ -129,18 +129,15 @@ def expected_sha256(model: DictConfig) -> str | None:
     return str(digests[model.training])
 
 
-def forms_of(cfg: DictConfig, style: DictConfig | None = None) -> Forms:
-    """The texts of data.forms; `style` replaces some of its fields."""
-    changes = plain(style) if style is not None else {}
-    where = "data.forms" if style is None else "stage.styles"
-    return build(Forms, plain(cfg.data.forms) | changes, where)
+def forms_of(cfg: DictConfig) -> Forms:
+    """The texts of data.forms."""
+    return build(Forms, plain(cfg.data.forms), "data.forms")
 
 
 def others_of(cfg: DictConfig) -> Others:
     """The texts of data.vt, cwe, fwe and qa."""
-    return build(
-        Others, {name: plain(cfg.data[name]) for name in ("vt", "cwe", "fwe", "qa")}, "data"
-    )
+    names = (field.name for field in fields(Others))
+    return build(Others, {name: plain(cfg.data[name]) for name in names}, "data")
 
 
 def reserve_of(cfg: DictConfig, task: str) -> int:

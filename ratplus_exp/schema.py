@@ -6,6 +6,7 @@ Hydra uses the defaults of the root; the fields of a stage are in `stage_schema`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from omegaconf import MISSING
@@ -46,16 +47,8 @@ Digest = Annotated[str, matching("[0-9a-f]{64}", "use a sha256, 64 hexadecimal d
 Head = Annotated[str, matching(r"\d{1,6}-\d{1,6}", "write layer-head, as in [1-0,1-3]")]
 Device = Annotated[str, matching(r"auto|cpu|cuda(:\d\d?)?", "use auto, cpu or cuda")]
 Lengths = Annotated[tuple[Amount, Amount], OF_LIST]
-
-
-def _empty() -> Any:
-    """No fields in the configuration: the class has the defaults."""
-    return {}
-
-
-def _no_files() -> Any:
-    """Fields of question files, so that the command line can set them."""
-    return {"squad": None, "hotpotqa": None}
+EMPTY: Any = dict  # no fields in the configuration: the class has the defaults
+NO_FILES: Any = partial(dict, squad=None, hotpotqa=None)  # which the command line can set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +100,7 @@ class ModelConfig(Settings):
     training: Seed = 0  # its seed, the same for both backbones of a pair
     # of model.safetensors, or one a training: {0: …, 1: …}
     sha256: Digest | dict[Annotated[Seed, Field(strict=False)], Digest] | None = None
-    architecture: Architecture = field(default_factory=_empty)  # for training and converting
+    architecture: Architecture = field(default_factory=EMPTY)  # for training and converting
     tokenizer: Text | None = None  # a folder, for training from scratch; null: built of data.forms
 
 
@@ -124,11 +117,11 @@ class DataConfig(Settings):
     )
     examples: Examples = 100  # a task
     first_token: FirstToken = "prefill"  # what gives an answer's first token
-    forms: Forms = field(default_factory=_empty)
-    vt: VT = field(default_factory=_empty)
-    cwe: CWE = field(default_factory=_empty)
-    fwe: FWE = field(default_factory=_empty)
-    qa: QA = field(default_factory=_no_files)
+    forms: Forms = field(default_factory=EMPTY)
+    vt: VT = field(default_factory=EMPTY)
+    cwe: CWE = field(default_factory=EMPTY)
+    fwe: FWE = field(default_factory=EMPTY)
+    qa: QA = field(default_factory=NO_FILES)
     essay: Text | None = None  # a text file or RULER's PaulGrahamEssays.json; None: generated prose
     path: Text | None = None  # a folder of RULER's own <task>/validation.jsonl to use instead
 

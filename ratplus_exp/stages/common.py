@@ -1,7 +1,8 @@
-"""What all stages share: dispatch, paths, models, device, output."""
+"""What all stages share: paths, models, device, output."""
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 from functools import cache
@@ -11,53 +12,16 @@ from typing import Any
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_method
 from omegaconf import DictConfig, open_dict
 from transformers import PreTrainedModel
 
 from ratplus_exp import provenance
-from ratplus_exp.config import expected_sha256, forms_of, others_of, rope_of, validate
+from ratplus_exp.config import expected_sha256, forms_of, others_of, rope_of
 from ratplus_exp.distributed import local_rank, world_size
 from ratplus_exp.models.loading import check_length, check_model, load_model, weight_files
 from ratplus_exp.report import Table
 from ratplus_exp.store import Store
 from ratplus_exp.tasks import Ruler
-
-STAGES = {
-    "eval": "evaluate.run",
-    "hit_rate": "hit_rate.run",
-    "sweep": "sweep.run",
-    "random_selector": "sweep.random_selector",
-    "ablation": "sweep.ablation",
-    "loss": "sweep.loss",
-    "methods": "methods.run",
-    "look": "look.run",
-    "report": "report.run",
-    "pretrain": "train.pretrain",
-    "continued_pretrain": "train.continued_pretrain",
-    "sft": "train.sft",
-    "tokenize": "tokenize.run",
-    "convert": "convert.run",
-}
-"""The function of each stage in this package, imported when it runs."""
-
-SHARED = ("pretrain", "continued_pretrain", "sft", "eval", "hit_rate")
-"""The stages that several processes can share; the others run in one."""
-
-
-def run(cfg: DictConfig) -> None:
-    """Validate the configuration and run its stage, or estimate the cost with dry_run."""
-    validate(cfg)
-    if world_size() > 1 and (cfg.dry_run or cfg.stage.name not in SHARED):
-        what = "dry_run=true" if cfg.dry_run else f"stage={cfg.stage.name}"
-        raise ValueError(
-            f"{what} runs in one process: start it with python run.py; torchrun is for stage="
-            + ", ".join(SHARED)
-        )
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    function = "dry_run.run" if cfg.dry_run else STAGES[cfg.stage.name]
-    get_method(f"ratplus_exp.stages.{function}")(cfg)
 
 
 @cache
@@ -149,14 +113,9 @@ def corpus_folder(cfg: DictConfig, init: Path) -> Path:
 def store_of(cfg: DictConfig) -> Store:
     """The results store; OSError, before any work, if its folder can't be written."""
     root = Path(cfg.results)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"cannot write results to {root} ({error.strerror}): set output=DIR"
-        ) from None
+    root.mkdir(parents=True, exist_ok=True)
     if not os.access(root, os.W_OK):
-        raise OSError(f"cannot write results to {root}: set output=DIR to a folder you can write")
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(root))
     return Store(root)
 
 

@@ -139,46 +139,46 @@ class Loss(MeasuringStage):
 
 def loss_table(cells: list[Cell]) -> Table:
     """A row for each model and method."""
-    keys, found = [cell.key for cell in cells], [cell.metrics() for cell in cells]
-    kind = _kind(cells)
+    found = [cell.key | cell.metrics() for cell in cells]
+    kind = _kind(found)
     rows = [
         (
-            f"{key['model']}/{key['training']}",
-            f"{key['method']} {_sizes(key['settings'])}".strip(),
+            f"{x['model']}/{x['training']}",
+            f"{x['method']} {_sizes(x['settings'])}".strip(),
             number(x["budget_measured"], 3),
             *(number(x[f"all_{name}"], 2) for name in ("loss", "perplexity")),
             *(number(x[f"recallable_{name}"], 2) for name in ("loss", "accuracy")),
             *(number(loss, 2) for loss in x[f"{kind}_by_bin"]),
         )
-        for key, x in zip(keys, found, strict=True)
+        for x in found
     ]
     columns = (
         *("Model", "Method", "Read", "Loss", "Perplexity", "Recall loss", "Recalled"),
         *(f"{i + 1}/{BINS}" for i in range(BINS)),
     )
-    about = {"length": keys[0]["context_length"], "n": found[0]["n"], "kind": kind}
+    about = {"length": found[0]["context_length"], "n": found[0]["n"], "kind": kind}
     return Table.described("loss", columns, rows, **about)
 
 
 def loss_figures(cells: list[Cell], folder: Path) -> list[Path]:
     """`figures.losses` of the cells of dense attention and dilated patterns."""
-    kind, dense = _kind(cells), {"dilation": 1, "local": 0, "initial": 0}
+    found = [cell.key | cell.metrics() for cell in cells]
+    kind, dense = _kind(found), {"dilation": 1, "local": 0, "initial": 0}
     rows = [
         dense
-        | key["settings"]
-        | {name: key[name] for name in ("model", "training")}
-        | {"backbone": LABELS[key["backbone"]], "parts": x[f"{kind}_by_bin"]}
-        | {"loss": x[f"{kind}_loss"]}
-        for key, x in ((cell.key, cell.metrics()) for cell in cells)
-        if not key["top_k"] and key["settings"].keys() <= {*dense, "top_k", "block_size"}
+        | x["settings"]
+        | {"model": x["model"], "training": x["training"], "backbone": LABELS[x["backbone"]]}
+        | {"parts": x[f"{kind}_by_bin"], "loss": x[f"{kind}_loss"]}
+        for x in found
+        if not x["top_k"] and x["settings"].keys() <= {*dense, "top_k", "block_size"}
     ]
-    what = {"kind": kind, "tier": cells[0].key["tier"], "length": cells[0].key["context_length"]}
-    return losses(pd.DataFrame(rows), folder, **what) if rows else []
+    about = {"kind": kind, "tier": found[0]["tier"], "length": found[0]["context_length"]}
+    return losses(pd.DataFrame(rows), folder, **about) if rows else []
 
 
-def _kind(cells: list[Cell]) -> str:
+def _kind(found: list[dict[str, Any]]) -> str:
     """The tokens of tables by position and of figures: recallable ones where there are any."""
-    return KINDS[any(cell.metrics()["recallable_loss"] is not None for cell in cells)]
+    return KINDS[any(x["recallable_loss"] is not None for x in found)]
 
 
 def _sizes(settings: dict[str, Any]) -> str:

@@ -69,15 +69,15 @@ EXECUTION = (
 def pretrain(cfg: DictConfig) -> None:
     """Next-token training on generated text: from scratch, or from `stage.init`."""
     tokenizer = _tokenizer(cfg)
-    stage = cfg.stage
+    stage, forms = cfg.stage, forms_of(cfg)
     facts = Facts(
         tokenizer,
-        forms_of(cfg),
+        forms,
         other_rate=stage.other_rate,
         several_rate=stage.several_rate,
         drill_steps=stage.drill_tokens // stage.tokens_per_step,
         list_rate=stage.list_rate,
-        styles=tuple(forms_of(cfg, style) for style in stage.get("styles", [])),
+        styles=tuple(replace(forms, **plain(style)) for style in stage.get("styles", [])),
     )
     _train(cfg, tokenizer, partial(facts.batch, cfg.seed))
 
