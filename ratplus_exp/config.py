@@ -158,8 +158,8 @@ def oracle_heads(cfg: DictConfig) -> tuple[tuple[int, int], ...]:
 
 def validate_method(cfg: DictConfig) -> Method:
     """The method, after checks of budget, selector and prompt length."""
-    method, forms, others = method_of(cfg), forms_of(cfg), others_of(cfg)
-    reserve = max(others.reserve(task, forms) for task in cfg.data.tasks)
+    method = method_of(cfg)
+    reserve = max(reserve_of(cfg, task) for task in cfg.data.tasks)
     prompt = cfg.data.length - reserve
     if method.phase in ("once", "step") and prompt < method.forced:
         raise ValueError(

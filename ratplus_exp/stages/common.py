@@ -82,13 +82,13 @@ def resolve(path: str) -> Path:
     return local if local.exists() or local.is_absolute() else provenance.REPOSITORY / path
 
 
-def source_of(cfg: DictConfig, tokenizer: Any, length: int) -> Ruler:
-    """The samples of data.* at a context of `length` tokens."""
+def source_of(cfg: DictConfig, tokenizer: Any) -> Ruler:
+    """The samples of data.*, its files resolved."""
     others = others_of(cfg)
     squad, hotpotqa = (x and str(resolve(x)) for x in (others.qa.squad, others.qa.hotpotqa))
     others = replace(others, qa=replace(others.qa, squad=squad, hotpotqa=hotpotqa))
     essay = str(resolve(cfg.data.essay)) if cfg.data.essay else None
-    return Ruler(tokenizer, length, forms_of(cfg), essay, others)
+    return Ruler(tokenizer, cfg.data.length, forms_of(cfg), essay, others)
 
 
 def model_folder(cfg: DictConfig) -> Path:
@@ -98,16 +98,6 @@ def model_folder(cfg: DictConfig) -> Path:
             f"stage={cfg.stage.name} starts from a trained model: set stage.init=FOLDER"
         )
     return resolve(cfg.stage.init)
-
-
-def tokenizer_name(folder: Path) -> str:
-    """A digest that identifies a model's tokenizer."""
-    return provenance.sha256(folder / "tokenizer.json")
-
-
-def corpus_folder(cfg: DictConfig, init: Path) -> Path:
-    """The tokens of the corpus: a folder below corpus.folder for each tokenizer."""
-    return Path(cfg.corpus.folder) / tokenizer_name(init)[:12]
 
 
 def store_of(cfg: DictConfig) -> Store:
@@ -134,9 +124,8 @@ def show(table: Table, name: str, also: str = "") -> None:
 def device_of(cfg: DictConfig) -> torch.device:
     """cfg.device; of several processes on GPUs, each has the one of its local rank. A GPU with a
     number becomes the current device, on which kernels run by default."""
-    device = torch.device(cfg.device if cfg.device != "auto" else "cpu")
-    if cfg.device == "auto" and torch.cuda.is_available():
-        device = torch.device("cuda")
+    fastest = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(fastest if cfg.device == "auto" else cfg.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device}: there is no GPU that torch can use; use device=cpu")
     if (device.index or 0) >= max(1, torch.cuda.device_count()):

@@ -23,8 +23,9 @@ from ratplus_exp.report import Table
 from ratplus_exp.report.figures import losses
 from ratplus_exp.report.prose import number
 from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
-from ratplus_exp.stages.common import corpus_folder, resolve, tokenizer_name
+from ratplus_exp.stages.common import resolve
 from ratplus_exp.stages.samples import Samples
+from ratplus_exp.stages.tokenize import corpus_of
 from ratplus_exp.store import Cell
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.niah import sample_name
@@ -73,11 +74,8 @@ class Documents(Samples):
 
 
 def _corpus(cfg: DictConfig) -> Corpus | None:
-    """The corpus that stage=tokenize wrote for the model's tokenizer, if one is configured."""
-    if cfg.corpus is None:
-        return None
-    path = resolve(cfg.model.path)
-    return Corpus(corpus_folder(cfg, path), tokenizer_name(path))
+    """The corpus in the model's tokens, if one is configured."""
+    return corpus_of(cfg, resolve(cfg.model.path)) if cfg.corpus else None
 
 
 class Loss(MeasuringStage):

@@ -72,27 +72,24 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
     for job, task in missing:
         groups.setdefault(job.prefill(task), ([], task))[0].append(job)
     kinds = {(job.stage.samples, job.path, job.cfg.data.length): job for job, _ in missing}
-    with closing(Session()) as session:
-        for job in kinds.values():
-            source = session.source(job)
-            for task in job.cells:
-                source(task, 0)  # invalid prompts are refused before anything is written
-    have = sum(min(len(job.cells[task].records()), job.examples) for job, task in missing)
-    bar = tqdm(
-        desc=f"{len(missing)} of {len(cells)} cells",
-        total=sum(job.examples for job, _ in missing),
-        initial=have,
-        unit="example",
-        smoothing=0.02,
-        disable=rank() > 0,
-    )
     workers = min(_workers(cfg), len(groups))
     failed: list[str] = []
-    with bar, closing(Session()) as session:
-        if workers > 1:
-            busy, failed = _fill_in_workers(workers, list(groups.values()), bar.update)
-        else:
-            busy = sum(fill(*group, session, bar.update) for group in groups.values())
+    with closing(Session()) as session:
+        for job in kinds.values():
+            for task in job.cells:
+                session.source(job)(task, 0)  # refuses invalid prompts before anything is written
+        with tqdm(
+            desc=f"{len(missing)} of {len(cells)} cells",
+            total=sum(job.examples for job, _ in missing),
+            initial=sum(min(len(job.cells[t].records()), job.examples) for job, t in missing),
+            unit="example",
+            smoothing=0.02,
+            disable=rank() > 0,
+        ) as bar:
+            if workers > 1:
+                busy, failed = _fill_in_workers(workers, list(groups.values()), bar.update)
+            else:
+                busy = sum(fill(*group, session, bar.update) for group in groups.values())
     if busy and rank() == 0:
         print(f"{busy} cells are being written by another process: run this again after it.")
     return failed

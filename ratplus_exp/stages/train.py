@@ -31,20 +31,13 @@ from ratplus_exp.models.loading import (
     weight_files,
     weights_digest,
 )
-from ratplus_exp.stages.common import (
-    corpus_folder,
-    device_of,
-    model_folder,
-    resolve,
-    source_of,
-    tokenizer_name,
-)
+from ratplus_exp.stages.common import device_of, model_folder, resolve, source_of
 from ratplus_exp.stages.samples import ruler_files
+from ratplus_exp.stages.tokenize import corpus_of
 from ratplus_exp.store import locked, write_atomically
 from ratplus_exp.tasks import TASKS, pocket_tokenizer, read_jsonl
 from ratplus_exp.tasks.qa import QA_FILES
 from ratplus_exp.text.answers import Answers
-from ratplus_exp.text.corpus import Corpus
 from ratplus_exp.text.facts import Facts
 from ratplus_exp.tracking import tracked
 from ratplus_exp.training.batches import BatchOf
@@ -86,7 +79,7 @@ def continued_pretrain(cfg: DictConfig) -> None:
     """Next-token training of `stage.init` on the corpus that stage=tokenize wrote."""
     init = model_folder(cfg)
     tokenizer = load_tokenizer(init)
-    corpus = Corpus(corpus_folder(cfg, init), tokenizer_name(init))
+    corpus = corpus_of(cfg, init)
     passes = 0.0
     for tokens, length in cfg.stage.schedule:
         corpus.check(length)
@@ -106,7 +99,7 @@ def sft(cfg: DictConfig) -> None:
         task: read_jsonl(file, tokenizer, shortest - reserve_of(cfg, task), task)
         for task, file in ruler_files(cfg, mixture).items()
     }
-    answers = Answers(source_of(cfg, tokenizer, cfg.data.length), mixture, read)
+    answers = Answers(source_of(cfg, tokenizer), mixture, read)
     _train(cfg, tokenizer, partial(answers.batch, cfg.seed))
 
 
