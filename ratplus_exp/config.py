@@ -65,10 +65,8 @@ def check(settings: Mapping[str, Any]) -> Config:
 def _check_method(settings: Mapping[str, Any]) -> None:
     common = {name: settings[name] for name in ("name", "target") if name in settings}
     target = build(MethodConfig, common, "method").target
-    package, _, name = target.rpartition(".")
-    if package == "ratplus_exp.methods" and name in METHOD_SETTINGS:
-        sizes = {x: value for x, value in settings.items() if x not in common}
-        build(METHOD_SETTINGS[name], sizes, "method")
+    if sizes := METHOD_SETTINGS.get(target.removeprefix("ratplus_exp.methods.")):
+        build(sizes, {x: value for x, value in settings.items() if x not in common}, "method")
 
 
 def by_layer(method: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -47,16 +47,8 @@ from ratplus_exp.training.parallel import whole_state_dict
 from ratplus_exp.training.precision import fastest
 from ratplus_exp.training.settings import Schedule, TrainSettings
 
-# Settings of the optimizer that may change when a training resumes.
-RATES = ("lr", "memory_lr", "spike", "log_every", "checkpoint_every")
-EXECUTION = (
-    "seconds",
-    "rows_per_pass",
-    "activation_checkpointing",
-    "compile",
-    "parallel",
-    "peak_tflops",
-)
+FIXED = ("min_lr_ratio", "warmup", "weight_decay", "decay", "betas", "clip", "precision")
+"""Settings of the optimizer that a resumed training keeps; rates and execution may change."""
 
 
 def pretrain(cfg: DictConfig) -> None:
@@ -249,8 +241,7 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
             trained = [task for task, weight in stage["mixture"].items() if weight]
             texts = {"qa" if task in QA_FILES else task for task in trained} - TASKS.keys()
             data |= {k: config["data"].get(k) for k in ("path", *texts)}
-        optimizer = config["stage"]["optimizer"]
-        stage |= {k: v for k, v in optimizer.items() if k not in (*RATES, *EXECUTION)}
+        stage |= {k: config["stage"]["optimizer"].get(k) for k in FIXED}
         model = {k: config["model"][k] for k in ("backbone", "architecture")}
         return {"model": model, "data": data, "stage": stage, "seed": config["seed"]}
 
