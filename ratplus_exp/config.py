@@ -7,7 +7,7 @@ Stages read the composed DictConfig. This module imports neither torch nor trans
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
@@ -65,10 +65,8 @@ def check(settings: Mapping[str, Any]) -> Config:
 def _check_method(settings: Mapping[str, Any]) -> None:
     common = {name: settings[name] for name in ("name", "target") if name in settings}
     target = build(MethodConfig, common, "method").target
-    package, _, name = target.rpartition(".")
-    if package == "ratplus_exp.methods" and name in METHOD_SETTINGS:
-        sizes = {x: value for x, value in settings.items() if x not in common}
-        build(METHOD_SETTINGS[name], sizes, "method")
+    if sizes := METHOD_SETTINGS.get(target.removeprefix("ratplus_exp.methods.")):
+        build(sizes, {x: value for x, value in settings.items() if x not in common}, "method")
 
 
 def by_layer(method: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -129,18 +127,15 @@ def expected_sha256(model: DictConfig) -> str | None:
     return str(digests[model.training])
 
 
-def forms_of(cfg: DictConfig, style: DictConfig | None = None) -> Forms:
-    """The texts of data.forms; `style` replaces some of its fields."""
-    changes = plain(style) if style is not None else {}
-    where = "data.forms" if style is None else "stage.styles"
-    return build(Forms, plain(cfg.data.forms) | changes, where)
+def forms_of(cfg: DictConfig) -> Forms:
+    """The texts of data.forms."""
+    return build(Forms, plain(cfg.data.forms), "data.forms")
 
 
 def others_of(cfg: DictConfig) -> Others:
     """The texts of data.vt, cwe, fwe and qa."""
-    return build(
-        Others, {name: plain(cfg.data[name]) for name in ("vt", "cwe", "fwe", "qa")}, "data"
-    )
+    names = (field.name for field in fields(Others))
+    return build(Others, {name: plain(cfg.data[name]) for name in names}, "data")
 
 
 def reserve_of(cfg: DictConfig, task: str) -> int:
@@ -161,8 +156,8 @@ def oracle_heads(cfg: DictConfig) -> tuple[tuple[int, int], ...]:
 
 def validate_method(cfg: DictConfig) -> Method:
     """The method, after checks of budget, selector and prompt length."""
-    method, forms, others = method_of(cfg), forms_of(cfg), others_of(cfg)
-    reserve = max(others.reserve(task, forms) for task in cfg.data.tasks)
+    method = method_of(cfg)
+    reserve = max(reserve_of(cfg, task) for task in cfg.data.tasks)
     prompt = cfg.data.length - reserve
     if method.phase in ("once", "step") and prompt < method.forced:
         raise ValueError(

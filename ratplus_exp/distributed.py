@@ -58,7 +58,6 @@ def process_group(
         yield
         return
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)

@@ -6,59 +6,49 @@ Hydra uses the defaults of the root; the fields of a stage are in `stage_schema`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from omegaconf import MISSING
 from pydantic import Field
 
-from ratplus_exp.fields import (
-    Batch,
-    Device,
-    Digest,
+from ratplus_exp.settings import (
+    OF_LIST,
+    Amount,
+    BlockSettings,
+    DilatedSettings,
     Distinct,
     Dtype,
     Examples,
     FirstToken,
     Fraction,
-    Head,
     Length,
-    Lengths,
     Name,
     Names,
-    Processes,
+    NoSettings,
+    Positive,
     Seed,
     Seeds,
     Selector,
-    Task,
-    Tokens,
-)
-from ratplus_exp.settings import (
-    Amount,
-    BlockSettings,
-    DilatedSettings,
-    NoSettings,
-    Positive,
     Settings,
     Share,
     SnapKVSettings,
     Text,
+    Threads,
     Whole,
     matching,
 )
-from ratplus_exp.stage_schema import Stage
+from ratplus_exp.stage_schema import Stage, Task
 from ratplus_exp.tasks import TASKS, Forms
 from ratplus_exp.tasks.others import CWE, FWE, VT
 from ratplus_exp.tasks.qa import QA
 
-
-def _empty() -> Any:
-    """No fields in the configuration: the class has the defaults."""
-    return {}
-
-
-def _no_files() -> Any:
-    """Fields of question files, so that the command line can set them."""
-    return {"squad": None, "hotpotqa": None}
+Digest = Annotated[str, matching("[0-9a-f]{64}", "use a sha256, 64 hexadecimal digits, or null")]
+Head = Annotated[str, matching(r"\d{1,6}-\d{1,6}", "write layer-head, as in [1-0,1-3]")]
+Device = Annotated[str, matching(r"auto|cpu|cuda(:\d\d?)?", "use auto, cpu or cuda")]
+Lengths = Annotated[tuple[Amount, Amount], OF_LIST]
+EMPTY: Any = dict  # no fields in the configuration: the class has the defaults
+NO_FILES: Any = partial(dict, squad=None, hotpotqa=None)  # which the command line can set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +100,7 @@ class ModelConfig(Settings):
     training: Seed = 0  # its seed, the same for both backbones of a pair
     # of model.safetensors, or one a training: {0: …, 1: …}
     sha256: Digest | dict[Annotated[Seed, Field(strict=False)], Digest] | None = None
-    architecture: Architecture = field(default_factory=_empty)  # for training and converting
+    architecture: Architecture = field(default_factory=EMPTY)  # for training and converting
     tokenizer: Text | None = None  # a folder, for training from scratch; null: built of data.forms
 
 
@@ -118,7 +108,7 @@ class ModelConfig(Settings):
 class DataConfig(Settings):
     name: Name = MISSING
     length: Length = MISSING  # context length in tokens, answer included
-    batch_size: Batch = 50  # prompts at a time in evaluation; stage.batch_size may differ
+    batch_size: Examples = 50  # prompts at a time in evaluation; stage.batch_size may differ
     block_size: Positive = MISSING  # the tier's block size; 64 in the paper
     window: Positive = MISSING  # SnapKV's observation window; 64 in the paper
     kernel: Positive = MISSING  # of SnapKV's pooling; 5 in its original
@@ -127,11 +117,11 @@ class DataConfig(Settings):
     )
     examples: Examples = 100  # a task
     first_token: FirstToken = "prefill"  # what gives an answer's first token
-    forms: Forms = field(default_factory=_empty)
-    vt: VT = field(default_factory=_empty)
-    cwe: CWE = field(default_factory=_empty)
-    fwe: FWE = field(default_factory=_empty)
-    qa: QA = field(default_factory=_no_files)
+    forms: Forms = field(default_factory=EMPTY)
+    vt: VT = field(default_factory=EMPTY)
+    cwe: CWE = field(default_factory=EMPTY)
+    fwe: FWE = field(default_factory=EMPTY)
+    qa: QA = field(default_factory=NO_FILES)
     essay: Text | None = None  # a text file or RULER's PaulGrahamEssays.json; None: generated prose
     path: Text | None = None  # a folder of RULER's own <task>/validation.jsonl to use instead
 
@@ -144,7 +134,7 @@ class CorpusConfig(Settings):
     subset: Name | None = None
     split: Text = "train"
     field: Name = "text"
-    tokens: Tokens | None = None
+    tokens: Positive | None = None
     folder: Text
 
 
@@ -157,7 +147,7 @@ class PairConfig(Settings):
     adapted: Names = field(default_factory=list)  # the same, each adapted to its pattern
     trainings: Seeds = field(default_factory=lambda: [0])  # of every model
     random_examples: Examples = 100  # a task and seed, for random selection with its five seeds
-    workers: Processes = 0
+    workers: Threads = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,12 +230,10 @@ class Config(Settings):
     seed: Seed = 0  # of the samples; in training, of the data and the initial weights
     dtype: Dtype | None = None  # of evaluation; null: float32 on a CPU, bfloat16 on a GPU
     rope: Rope | None = None  # of evaluation; null: as the model was saved
-    positions: Positive | None = (
-        None  # longest context; null: the model's, of rope times its factor
-    )
+    positions: Positive | None = None  # longest context; null: the model's, times rope's factor
     device: Device = "auto"  # auto: a GPU if there is one
     cuda_graphs: bool = True  # on a GPU: replay decoding steps as CUDA graphs
-    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # of torch on a CPU; 0: one a core
+    threads: Threads = 0  # of torch on a CPU; 0: one a core
     dry_run: bool = False  # print the estimated cost of the job, and do nothing
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     output: Text = "outputs"

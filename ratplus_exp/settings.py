@@ -10,16 +10,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
     model_validator,
 )
+
+from ratplus_exp.budget import Budget
 
 T = TypeVar("T")
 
@@ -57,15 +60,43 @@ def _odd(number: int) -> int:
     return number
 
 
-Positive = Annotated[int, Field(ge=1, le=10**9)]
-Whole = Annotated[int, Field(ge=0, le=10**9)]
+def _distinct(values: list[T]) -> list[T]:
+    if len({str(value) for value in values}) < len(values):
+        raise ValueError("use each of them once")
+    return values
+
+
+def _fraction(value: Any) -> str:
+    if not re.fullmatch(r"\d{1,9}(/\d{1,9})?|\d?\.\d{1,12}", str(value)):
+        raise ValueError("write it as 1/16")
+    return str(Budget.parse(str(value)))
+
+
+OF_LIST = Field(strict=False)  # a tuple, given as a list
+Positive = Annotated[int, Field(ge=1, le=10**15)]
+Whole = Annotated[int, Field(ge=0, le=10**15)]
+Length = Annotated[int, Field(ge=2, le=10**8)]  # of a context, in tokens
+Examples = Annotated[int, Field(ge=1, le=10**6)]
+Threads = Annotated[int, Field(ge=0, le=1024)]  # or processes
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Odd = Annotated[int, Field(ge=1, lt=10**6), AfterValidator(_odd)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 Amount = Annotated[float, Field(gt=0, le=1e9)]
 Rate = Annotated[float, Field(ge=0, le=1e3)]
-Odd = Annotated[int, Field(ge=1, lt=10**6), AfterValidator(_odd)]
+Fraction = Annotated[str, BeforeValidator(_fraction)]
 Text = Annotated[str, matching(r"(?!\s)[^\0-\x1f\x7f]{1,4096}", "use some text in one line")]
-OF_LIST = Field(strict=False)  # a tuple, given as a list
+Name = Annotated[
+    str,
+    # Names appear unescaped in tables, CSV files, folders and pages.
+    matching(r"[^\W_][\w./-]{0,99}", "use letters, digits and ._/- behind a first letter or digit"),
+]
+Distinct = AfterValidator(_distinct)
+Names = Annotated[list[Name], Distinct]
+Seeds = Annotated[list[Seed], Field(min_length=1), Distinct]
+Selector = Literal["topk", "random", "oracle"]
+FirstToken = Literal["prefill", "decode"]
+Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -110,16 +141,13 @@ def build(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:
     with the remedy, for the first field of a wrong type or out of bounds."""
     try:
         # As JSON: in strict mode pydantic builds dataclasses from JSON objects, not from dicts.
-        built: T = _adapter(cast(Any, cls)).validate_json(json.dumps(settings))
-        return built
+        return _adapter(cls).validate_json(json.dumps(settings))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    raise ValueError(_line(first, settings, where))
+        raise ValueError(_line(first, settings, where)) from None
 
 
-@cache
-def _adapter(cls: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
+_adapter: Any = cache(TypeAdapter)
 
 
 _REMEDIES = {  # by pydantic's type of error, formatted with its context

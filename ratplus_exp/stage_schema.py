@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from ratplus_exp.fields import (
-    Batch,
+from ratplus_exp.settings import (
+    OF_LIST,
+    DilatedSettings,
     Dtype,
     Examples,
     FirstToken,
     Fraction,
-    Golden,
     Length,
     Name,
     Names,
-    Output,
-    Processes,
-    Protocol,
-    Scorer,
+    Positive,
+    Rate,
     Seed,
     Seeds,
     Selector,
-    Task,
-    Tokens,
-)
-from ratplus_exp.settings import (
-    OF_LIST,
-    DilatedSettings,
-    Positive,
-    Rate,
     Settings,
     Share,
     Text,
+    Threads,
     Whole,
 )
+from ratplus_exp.tasks import GOLDEN, RULER_NAMES
 from ratplus_exp.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    Task = str
+    Golden = str
+else:
+    Task = Literal[tuple(RULER_NAMES)]
+    Golden = Literal[tuple(GOLDEN)]
+
+Protocol = Literal["whole", "split"]
+Figure = Literal["fig1", "fig2", "fig3", "fig4", "lengths"]
+Output = Literal["table2", "table3", "table4", "table5", Figure, "tasks", "report"]
 
 
 def _not_empty(cells: dict[str, Grid]) -> dict[str, Grid]:
@@ -68,7 +71,7 @@ class Grid(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Measuring(Settings):
-    batch_size: Batch
+    batch_size: Examples
     first_token: FirstToken
     protocol: Protocol  # whether a method selects for the whole prompt, or before the question
 
@@ -88,16 +91,14 @@ class Grids(Measuring):
 
     models: Names
     trainings: Seeds = field(default_factory=lambda: [0])
-    workers: Processes
+    workers: Threads
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomSelector(Measuring):
+class RandomSelector(Grids):
     name: Literal["random_selector"]
     selector_seeds: Seeds
-    models: Names = field(default_factory=list)
-    cells: dict[Name, Grid] = field(default_factory=dict)
-    workers: Processes
+    cells: dict[Name, Grid]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ class Report(Settings):
     models: Names
     trainings: Seeds
     outputs: dict[Output, bool]
-    scorer: Scorer
+    scorer: Literal["exact", "substring"]
     first_token: FirstToken
     protocol: Protocol  # which of the cells
     folder: Text | None
@@ -157,12 +158,12 @@ class Sweep(Report, Grids):
 class Training(Settings):
     folder: Text
     init: Text | None
-    schedule: Annotated[list[Annotated[tuple[Tokens, Length], OF_LIST]], Field(min_length=1)]
+    schedule: Annotated[list[Annotated[tuple[Positive, Length], OF_LIST]], Field(min_length=1)]
     tokens_per_step: Positive
     joint: DilatedSettings | None
     alternate: bool
-    sparse_only_tokens: Annotated[int, Field(ge=0, le=10**15)]
-    workers: Processes = 0
+    sparse_only_tokens: Whole
+    workers: Threads = 0
     dtype: Dtype | None = None  # of the saved weights; null: as they are trained
     optimizer: TrainSettings
 
@@ -170,7 +171,7 @@ class Training(Settings):
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Training):
     name: Literal["pretrain"]
-    drill_tokens: Annotated[int, Field(ge=0, le=10**15)]
+    drill_tokens: Whole
     list_rate: Share
     several_rate: Share
     other_rate: Share
@@ -192,7 +193,7 @@ class Sft(Training):
 class Tokenize(Settings):
     name: Literal["tokenize"]
     init: Text | None
-    workers: Processes
+    workers: Threads
 
 
 @dataclass(frozen=True, kw_only=True)

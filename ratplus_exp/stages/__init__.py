@@ -1,5 +1,42 @@
 """The stages of `run.py`: each a function of the composed configuration."""
 
-from ratplus_exp.stages.common import run
+import torch
+from hydra.utils import get_method
+from omegaconf import DictConfig
 
-__all__ = ["run"]
+from ratplus_exp.distributed import world_size
+
+STAGES = {
+    "eval": "evaluate.run",
+    "hit_rate": "hit_rate.run",
+    "sweep": "sweep.run",
+    "random_selector": "sweep.random_selector",
+    "ablation": "sweep.ablation",
+    "loss": "sweep.loss",
+    "methods": "methods.run",
+    "look": "look.run",
+    "report": "report.run",
+    "pretrain": "train.pretrain",
+    "continued_pretrain": "train.continued_pretrain",
+    "sft": "train.sft",
+    "tokenize": "tokenize.run",
+    "convert": "convert.run",
+}
+"""Where the function of each stage is in this package, imported when it runs."""
+
+SHARED = ("pretrain", "continued_pretrain", "sft", "eval", "hit_rate")
+"""The stages that several processes can share; the others run in one."""
+
+
+def run(cfg: DictConfig) -> None:
+    """Run the stage of a valid configuration, or estimate its cost with dry_run."""
+    if world_size() > 1 and (cfg.dry_run or cfg.stage.name not in SHARED):
+        what = "dry_run=true" if cfg.dry_run else f"stage={cfg.stage.name}"
+        raise ValueError(
+            f"{what} runs in one process: start it with python run.py; torchrun is for stage="
+            + ", ".join(SHARED)
+        )
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    function = "dry_run.run" if cfg.dry_run else STAGES[cfg.stage.name]
+    get_method(f"ratplus_exp.stages.{function}")(cfg)

@@ -1,7 +1,8 @@
-"""What all stages share: dispatch, paths, models, device, output."""
+"""What all stages share: paths, models, device, output."""
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 from functools import cache
@@ -11,53 +12,16 @@ from typing import Any
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_method
 from omegaconf import DictConfig, open_dict
 from transformers import PreTrainedModel
 
 from ratplus_exp import provenance
-from ratplus_exp.config import expected_sha256, forms_of, others_of, rope_of, validate
+from ratplus_exp.config import expected_sha256, forms_of, others_of, rope_of
 from ratplus_exp.distributed import local_rank, world_size
 from ratplus_exp.models.loading import check_length, check_model, load_model, weight_files
 from ratplus_exp.report import Table
 from ratplus_exp.store import Store
 from ratplus_exp.tasks import Ruler
-
-STAGES = {
-    "eval": "evaluate.run",
-    "hit_rate": "hit_rate.run",
-    "sweep": "sweep.run",
-    "random_selector": "sweep.random_selector",
-    "ablation": "sweep.ablation",
-    "loss": "sweep.loss",
-    "methods": "methods.run",
-    "look": "look.run",
-    "report": "report.run",
-    "pretrain": "train.pretrain",
-    "continued_pretrain": "train.continued_pretrain",
-    "sft": "train.sft",
-    "tokenize": "tokenize.run",
-    "convert": "convert.run",
-}
-"""The function of each stage in this package, imported when it runs."""
-
-SHARED = ("pretrain", "continued_pretrain", "sft", "eval", "hit_rate")
-"""The stages that several processes can share; the others run in one."""
-
-
-def run(cfg: DictConfig) -> None:
-    """Validate the configuration and run its stage, or estimate the cost with dry_run."""
-    validate(cfg)
-    if world_size() > 1 and (cfg.dry_run or cfg.stage.name not in SHARED):
-        what = "dry_run=true" if cfg.dry_run else f"stage={cfg.stage.name}"
-        raise ValueError(
-            f"{what} runs in one process: start it with python run.py; torchrun is for stage="
-            + ", ".join(SHARED)
-        )
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    function = "dry_run.run" if cfg.dry_run else STAGES[cfg.stage.name]
-    get_method(f"ratplus_exp.stages.{function}")(cfg)
 
 
 @cache
@@ -123,13 +87,13 @@ def resolve(path: str) -> Path:
     return local if local.exists() or local.is_absolute() else provenance.REPOSITORY / path
 
 
-def source_of(cfg: DictConfig, tokenizer: Any, length: int) -> Ruler:
-    """The samples of data.* at a context of `length` tokens."""
+def source_of(cfg: DictConfig, tokenizer: Any) -> Ruler:
+    """The samples of data.*, its files resolved."""
     others = others_of(cfg)
     squad, hotpotqa = (x and str(resolve(x)) for x in (others.qa.squad, others.qa.hotpotqa))
     others = replace(others, qa=replace(others.qa, squad=squad, hotpotqa=hotpotqa))
     essay = str(resolve(cfg.data.essay)) if cfg.data.essay else None
-    return Ruler(tokenizer, length, forms_of(cfg), essay, others)
+    return Ruler(tokenizer, cfg.data.length, forms_of(cfg), essay, others)
 
 
 def model_folder(cfg: DictConfig) -> Path:
@@ -141,27 +105,12 @@ def model_folder(cfg: DictConfig) -> Path:
     return resolve(cfg.stage.init)
 
 
-def tokenizer_name(folder: Path) -> str:
-    """A digest that identifies a model's tokenizer."""
-    return provenance.sha256(folder / "tokenizer.json")
-
-
-def corpus_folder(cfg: DictConfig, init: Path) -> Path:
-    """The tokens of the corpus: a folder below corpus.folder for each tokenizer."""
-    return Path(cfg.corpus.folder) / tokenizer_name(init)[:12]
-
-
 def store_of(cfg: DictConfig) -> Store:
     """The results store; OSError, before any work, if its folder can't be written."""
     root = Path(cfg.results)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"cannot write results to {root} ({error.strerror}): set output=DIR"
-        ) from None
+    root.mkdir(parents=True, exist_ok=True)
     if not os.access(root, os.W_OK):
-        raise OSError(f"cannot write results to {root}: set output=DIR to a folder you can write")
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(root))
     return Store(root)
 
 
@@ -180,9 +129,8 @@ def show(table: Table, name: str, also: str = "") -> None:
 def device_of(cfg: DictConfig) -> torch.device:
     """cfg.device; of several processes on GPUs, each has the one of its local rank. A GPU with a
     number becomes the current device, on which kernels run by default."""
-    device = torch.device(cfg.device if cfg.device != "auto" else "cpu")
-    if cfg.device == "auto" and torch.cuda.is_available():
-        device = torch.device("cuda")
+    fastest = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(fastest if cfg.device == "auto" else cfg.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device}: there is no GPU that torch can use; use device=cpu")
     if (device.index or 0) >= max(1, torch.cuda.device_count()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -102,7 +101,7 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
         checkpointing=settings.activation_checkpointing,
         bf16=settings.precision != "fp32",
     )
-    seconds = cost.hours(flops, gpus.gpus, gpus.peak_tflops, gpus.mfu) * 3600
+    hours = cost.hours(flops, gpus.gpus, gpus.peak_tflops, gpus.mfu)
     passes = "1: dense"
     if cfg.stage.joint:
         passes = "1: dilated and dense in turn" if cfg.stage.alternate else "2: dilated and dense"
@@ -112,11 +111,11 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
         ("Tokens", f"{tokens:.3g} in {schedule.steps} steps of {schedule.tokens_per_step}"),
         ("Passes a batch", passes),
         ("FLOPs", f"{flops:.3g}"),
-        ("Hours", f"{seconds / 3600:.3g}"),
-        ("Tokens/s", f"{tokens / seconds:.3g}"),
+        ("Hours", f"{hours:.3g}"),
+        ("Tokens/s", f"{tokens / hours / 3600:.3g}"),
     ]
     corpus = tokens * (2 if shape.vocabulary <= 1 << 16 else 4) if cfg.corpus else 0
-    disk = {
+    disk: dict[str, float] = {
         "checkpoints (two, and one being written)": 3 * cost.checkpoint_bytes(shape),
         "the model (fp32)": 4 * shape.parameters,
         "the corpus": corpus,
@@ -174,5 +173,5 @@ def _cache(cfg: DictConfig, shape: Shape) -> Rows:
     return rows
 
 
-def _gigabytes(what: str, parts: Mapping[str, float]) -> Rows:
+def _gigabytes(what: str, parts: dict[str, float]) -> Rows:
     return [(f"{what}: {name}", f"{size / 1e9:.2f} GB") for name, size in parts.items() if size]

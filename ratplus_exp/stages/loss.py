@@ -23,8 +23,9 @@ from ratplus_exp.report import Table
 from ratplus_exp.report.figures import losses
 from ratplus_exp.report.prose import number
 from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
-from ratplus_exp.stages.common import corpus_folder, resolve, tokenizer_name
+from ratplus_exp.stages.common import resolve
 from ratplus_exp.stages.samples import Samples
+from ratplus_exp.stages.tokenize import corpus_of
 from ratplus_exp.store import Cell
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.niah import sample_name
@@ -73,11 +74,8 @@ class Documents(Samples):
 
 
 def _corpus(cfg: DictConfig) -> Corpus | None:
-    """The corpus that stage=tokenize wrote for the model's tokenizer, if one is configured."""
-    if cfg.corpus is None:
-        return None
-    path = resolve(cfg.model.path)
-    return Corpus(corpus_folder(cfg, path), tokenizer_name(path))
+    """The corpus in the model's tokens, if one is configured."""
+    return corpus_of(cfg, resolve(cfg.model.path)) if cfg.corpus else None
 
 
 class Loss(MeasuringStage):
@@ -139,46 +137,46 @@ class Loss(MeasuringStage):
 
 def loss_table(cells: list[Cell]) -> Table:
     """A row for each model and method."""
-    keys, found = [cell.key for cell in cells], [cell.metrics() for cell in cells]
-    kind = _kind(cells)
+    found = [cell.key | cell.metrics() for cell in cells]
+    kind = _kind(found)
     rows = [
         (
-            f"{key['model']}/{key['training']}",
-            f"{key['method']} {_sizes(key['settings'])}".strip(),
+            f"{x['model']}/{x['training']}",
+            f"{x['method']} {_sizes(x['settings'])}".strip(),
             number(x["budget_measured"], 3),
             *(number(x[f"all_{name}"], 2) for name in ("loss", "perplexity")),
             *(number(x[f"recallable_{name}"], 2) for name in ("loss", "accuracy")),
             *(number(loss, 2) for loss in x[f"{kind}_by_bin"]),
         )
-        for key, x in zip(keys, found, strict=True)
+        for x in found
     ]
     columns = (
         *("Model", "Method", "Read", "Loss", "Perplexity", "Recall loss", "Recalled"),
         *(f"{i + 1}/{BINS}" for i in range(BINS)),
     )
-    about = {"length": keys[0]["context_length"], "n": found[0]["n"], "kind": kind}
+    about = {"length": found[0]["context_length"], "n": found[0]["n"], "kind": kind}
     return Table.described("loss", columns, rows, **about)
 
 
 def loss_figures(cells: list[Cell], folder: Path) -> list[Path]:
     """`figures.losses` of the cells of dense attention and dilated patterns."""
-    kind, dense = _kind(cells), {"dilation": 1, "local": 0, "initial": 0}
+    found = [cell.key | cell.metrics() for cell in cells]
+    kind, dense = _kind(found), {"dilation": 1, "local": 0, "initial": 0}
     rows = [
         dense
-        | key["settings"]
-        | {name: key[name] for name in ("model", "training")}
-        | {"backbone": LABELS[key["backbone"]], "parts": x[f"{kind}_by_bin"]}
-        | {"loss": x[f"{kind}_loss"]}
-        for key, x in ((cell.key, cell.metrics()) for cell in cells)
-        if not key["top_k"] and key["settings"].keys() <= {*dense, "top_k", "block_size"}
+        | x["settings"]
+        | {"model": x["model"], "training": x["training"], "backbone": LABELS[x["backbone"]]}
+        | {"parts": x[f"{kind}_by_bin"], "loss": x[f"{kind}_loss"]}
+        for x in found
+        if not x["top_k"] and x["settings"].keys() <= {*dense, "top_k", "block_size"}
     ]
-    what = {"kind": kind, "tier": cells[0].key["tier"], "length": cells[0].key["context_length"]}
-    return losses(pd.DataFrame(rows), folder, **what) if rows else []
+    about = {"kind": kind, "tier": found[0]["tier"], "length": found[0]["context_length"]}
+    return losses(pd.DataFrame(rows), folder, **about) if rows else []
 
 
-def _kind(cells: list[Cell]) -> str:
+def _kind(found: list[dict[str, Any]]) -> str:
     """The tokens of tables by position and of figures: recallable ones where there are any."""
-    return KINDS[any(cell.metrics()["recallable_loss"] is not None for cell in cells)]
+    return KINDS[any(x["recallable_loss"] is not None for x in found)]
 
 
 def _sizes(settings: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, wait
 from contextlib import closing
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +21,10 @@ from ratplus_exp.tracking import tracked
 from ratplus_exp.workers import Workers, context
 
 MAX_WORKERS = 8  # on a CPU; more would compete for memory bandwidth
-GPU_LOST = "the worker's GPU is lost"  # so that another one has to fill its groups
-MAX_FAILURES = 16  # cells that may fail before one succeeds
+MAX_FAILURES = 16  # errors before a cell is filled
 
 Group = tuple[list[Job], str]  # jobs whose cells of a task begin with the same prefill
-Progress = Callable[[int, int], None]  # called with new samples and newly finished cells
+Progress = Callable[[int], object]  # called with the number of new samples
 
 
 def fill_tracked(job: Job, report: Callable[[Job], dict[str, Any]]) -> None:
@@ -74,33 +72,24 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
     for job, task in missing:
         groups.setdefault(job.prefill(task), ([], task))[0].append(job)
     kinds = {(job.stage.samples, job.path, job.cfg.data.length): job for job, _ in missing}
+    workers = min(_workers(cfg), len(groups))
+    failed: list[str] = []
     with closing(Session()) as session:
         for job in kinds.values():
-            source = session.source(job)
             for task in job.cells:
-                source(task, 0)  # invalid prompts are refused before anything is written
-    done = len(cells) - len(missing)
-    have = sum(min(len(job.cells[task].records()), job.examples) for job, task in missing)
-    bar = tqdm(
-        total=sum(job.examples for job, _ in missing),
-        initial=have,
-        unit="example",
-        smoothing=0.02,
-        disable=rank() > 0,
-    )
-
-    def progress(samples: int, finished: int) -> None:
-        nonlocal done
-        done += finished
-        bar.set_description(f"{done}/{len(cells)} cells", refresh=False)
-        bar.update(samples)
-
-    with bar, closing(Session()) as session:
-        workers = min(_workers(cfg), len(groups))
-        fill_all = partial(_fill_in_process, session)
-        if workers > 1:
-            fill_all = partial(_fill_in_workers, workers)
-        busy, failed = fill_all(list(groups.values()), progress)
+                session.source(job)(task, 0)  # refuses invalid prompts before anything is written
+        with tqdm(
+            desc=f"{len(missing)} of {len(cells)} cells",
+            total=sum(job.examples for job, _ in missing),
+            initial=sum(min(len(job.cells[t].records()), job.examples) for job, t in missing),
+            unit="example",
+            smoothing=0.02,
+            disable=rank() > 0,
+        ) as bar:
+            if workers > 1:
+                busy, failed = _fill_in_workers(workers, list(groups.values()), bar.update)
+            else:
+                busy = sum(fill(*group, session, bar.update) for group in groups.values())
     if busy and rank() == 0:
         print(f"{busy} cells are being written by another process: run this again after it.")
     return failed
@@ -123,34 +112,21 @@ def _workers(cfg: DictConfig) -> int:
     return min(cores(), MAX_WORKERS) if device_of(cfg).type == "cpu" else 1
 
 
-def _fill_in_process(
-    session: Session, groups: list[Group], progress: Progress
-) -> tuple[int, list[str]]:
-    """Fill the groups' cells; returns how many another process is writing, and no failures: it
-    raises them."""
-    busy = 0
-    for jobs, task in groups:
-        left_out = fill(jobs, task, session, lambda n: progress(n, 0))
-        progress(0, len(jobs) - left_out)
-        busy += left_out
-    return busy, []
+def _fill_in_workers(workers: int, groups: list[Group], done: Progress) -> tuple[int, list[str]]:
+    """Fill the groups' cells in several processes of one thread each; returns how many another
+    process is writing, and the errors of those that can't be filled.
 
-
-def _fill_in_workers(
-    workers: int, groups: list[Group], progress: Progress
-) -> tuple[int, list[str]]:
-    """`_fill_in_process` in several processes of one thread each; returns failures as well. If a
-    group fails, its cells are filled one by one, so that only those that fail are missing."""
-    busy, finished, shown = 0, 0, 0
-    failed: list[str] = []
+    What fails is tried again, cell by cell and in new processes, whose GPU has no error, until all
+    that is left fails.
+    """
+    busy, filled, shown = 0, 0, 0
     samples = context().Value("q")
     while groups:
-        again: list[Group] = []
+        before, failed, errors = filled, [], []
         with Workers(workers, _begin, samples, workers) as pool:
             running = {pool.submit(_fill, *group): group for group in groups}
             while running:
                 over, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-                ended = 0
                 for future in over:
                     jobs, task = running.pop(future)
                     try:
@@ -160,29 +136,27 @@ def _fill_in_workers(
                             "a worker process was killed, probably for memory: run again with "
                             f"stage.workers={workers // 2}"
                         ) from None
-                    if not error:
-                        ended += len(jobs) - left_out
-                        busy += left_out
-                    elif error == GPU_LOST:
-                        again.append((jobs, task))
-                    elif len(jobs) > 1:
-                        again += [([job], task) for job in jobs]
-                    else:
-                        failed.append(error)
+                    if error:
                         tqdm.write(f"failed: {error}")
+                        errors.append(error)
+                        failed += [([job], task) for job in jobs]
+                    else:
+                        filled += len(jobs) - left_out
+                        busy += left_out
                 now = samples.get_obj().value  # without its lock, which a killed worker may hold
-                progress(now - shown, ended)
-                shown, finished = now, finished + ended
-                if len(failed) >= MAX_FAILURES and not finished:
-                    refuse(failed)
-        groups = again
-    return busy, failed
+                done(now - shown)
+                shown = now
+                if len(errors) >= MAX_FAILURES and not filled:
+                    refuse(errors)
+        if filled == before and len(failed) == len(groups):
+            return busy, errors
+        groups = failed
+    return busy, []
 
 
 # Of a worker process:
 _session: Session
 _samples: Any
-_gpu_lost = False
 
 
 def _begin(samples: Any, workers: int) -> None:
@@ -194,17 +168,9 @@ def _begin(samples: Any, workers: int) -> None:
 def _fill(jobs: list[Job], task: str) -> tuple[int, str]:
     """Fill the jobs' cells of a task; returns how many another process is writing, and "" or an
     error."""
-    global _gpu_lost
-    if _gpu_lost:
-        return 0, GPU_LOST
     try:
         return fill(jobs, task, _session, _count), ""
     except Exception as error:
-        try:
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-        except RuntimeError:  # after some errors this process can't use its GPU again
-            _gpu_lost = True
         return 0, f"{jobs[0].cells[task].path.name}: {type(error).__name__}: {error}"
 
 

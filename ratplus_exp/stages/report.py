@@ -51,7 +51,7 @@ def run(cfg: DictConfig) -> None:
     cells = pd.concat([part.cells for part in shown]).drop_duplicates("cell")
     for name, frame in (("cells", cells), ("hit_rates", results.rates)):
         if len(frame) or name == "cells":
-            text = frame.map(_not_a_formula).to_csv(index=False, lineterminator="\n")
+            text = frame.to_csv(index=False, lineterminator="\n")
             write_atomically(folder / f"{name}.csv", text)
     _write_provenance({cell.id: cell for part in shown for cell in part.used}.values(), folder)
     for table in (table for part in parts for table in part.tables):
@@ -88,11 +88,6 @@ def _where(cfg: DictConfig) -> dict[str, Any]:
     return where | (plain(cfg.stage.where) if cfg.stage.where else {})
 
 
-def _not_a_formula(value: Any) -> Any:
-    """Text that a spreadsheet does not evaluate."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@")) else value
-
-
 def _settings(cfg: DictConfig) -> str:
     """The configuration of the page; that of its cells is in the store."""
     stage = {k: v for k, v in plain(cfg.stage).items() if k not in ("name", "folder")}
@@ -104,15 +99,13 @@ def _write_provenance(cells: Iterable[Cell], folder: Path) -> None:
     entries: dict[str, dict[str, Any]] = {}
     for cell in cells:
         key = {k: v for k, v in cell.key.items() if k not in ("data", "task")}
-        entry = entries.setdefault(json.dumps(key), {"key": key, "cells": {}, "runs": []})
+        entry = entries.setdefault(json.dumps(key), {"key": key, "cells": {}, "runs": {}})
         entry["cells"][cell.key["task"]] = cell.id
         for run in cell.provenance():
             date = run.get("date", "")
             run = {k: v for k, v in run.items() if k not in ("config", "date", "from_sample")}
-            known = next((r for r in entry["runs"] if r["run"] == run), None)
-            if known is None:
-                entry["runs"].append({"first": date, "last": date, "run": run})
-            else:
-                known["first"], known["last"] = min(known["first"], date), max(known["last"], date)
-    path = folder / "provenance.json"
-    write_atomically(path, json.dumps(list(entries.values()), indent=1) + "\n")
+            new = {"first": date, "last": date, "run": run}
+            seen = entry["runs"].setdefault(json.dumps(run), new)
+            seen["first"], seen["last"] = min(seen["first"], date), max(seen["last"], date)
+    content = [entry | {"runs": list(entry["runs"].values())} for entry in entries.values()]
+    write_atomically(folder / "provenance.json", json.dumps(content, indent=1) + "\n")

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ratplus_exp import provenance
-from ratplus_exp.config import forms_of, others_of
+from ratplus_exp.config import forms_of, others_of, reserve_of
 from ratplus_exp.distributed import cores
 from ratplus_exp.stages.common import device_of, resolve, source_of
 from ratplus_exp.tasks import RULER_NAMES, TASKS, Forms, Others, Sample, read_jsonl
@@ -33,23 +33,21 @@ class Samples:
         """Of each configured task what determines its samples, for the keys of its cells."""
         forms, others = forms_of(cfg), others_of(cfg)
         files = ruler_files(cfg, cfg.data.tasks)
-        data: dict[str, dict[str, Any]] = {}
-        for task in cfg.data.tasks:
+
+        def data(task: str) -> dict[str, Any]:
             if files:
-                reserve = others.reserve(task, forms)
-                data[task] = {"file": _digest(files[task], "data.path"), "reserve": reserve}
-            elif task in TASKS:
-                data[task] = _niah(forms, cfg.data.essay)
-            else:
-                data[task] = _beyond_niah(task, others, forms)
+                file = _digest(files[task], "data.path")
+                return {"file": file, "reserve": others.reserve(task, forms)}
+            return _niah(forms, cfg.data.essay) if task in TASKS else _beyond(task, others, forms)
+
         seed = 0 if files else cfg.seed
-        return {task: {"seed": seed, "data": x} for task, x in data.items()}
+        return {task: {"seed": seed, "data": data(task)} for task in cfg.data.tasks}
 
     def __init__(self, cfg: DictConfig, tokenizer: Any) -> None:
         self.cfg, self.seed, self.tokenizer = cfg, cfg.seed, tokenizer
         self.device = device_of(cfg)
-        self.source = source = source_of(cfg, tokenizer, cfg.data.length)
-        self.reserve = {task: source.others.reserve(task, source.forms) for task in RULER_NAMES}
+        self.source = source_of(cfg, tokenizer)
+        self.reserve = {task: reserve_of(cfg, task) for task in RULER_NAMES}
         self.prompts = prompts_of(self.source, cfg.seed, _workers(self.device))
         self.read: dict[str, list[Sample]] = {}
         for task, file in ruler_files(cfg, cfg.data.tasks).items():
@@ -133,7 +131,7 @@ def _niah(forms: Forms, essay: str | None) -> dict[str, Any]:
     return data
 
 
-def _beyond_niah(task: str, others: Others, forms: Forms) -> dict[str, Any]:
+def _beyond(task: str, others: Others, forms: Forms) -> dict[str, Any]:
     """What determines the generated samples of another task."""
     texts = asdict(others.of(task))
     files = {name: texts.pop(name) for name in QA_FILES.values() if name in texts}

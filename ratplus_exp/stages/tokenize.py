@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
-from ratplus_exp.config import build, plain
+from ratplus_exp.config import plain
 from ratplus_exp.models.loading import load_tokenizer
-from ratplus_exp.stages.common import corpus_folder, model_folder, tokenizer_name
+from ratplus_exp.provenance import sha256
+from ratplus_exp.stages.common import model_folder
 from ratplus_exp.store import locked
 from ratplus_exp.text.corpus import Corpus
 from ratplus_exp.text.shards import Source, write_shards
@@ -14,12 +17,22 @@ from ratplus_exp.text.shards import Source, write_shards
 
 def run(cfg: DictConfig) -> None:
     """Tokenise the corpus with the tokenizer of stage.init, resuming a killed run."""
-    settings = plain(cfg.corpus)
-    settings.pop("folder")
-    source = build(Source, settings, "corpus")
     init = model_folder(cfg)
     tokenizer = load_tokenizer(init)
-    folder, name = corpus_folder(cfg, init), tokenizer_name(init)
+    folder, name = _place(cfg, init)
+    source = Source(**{field: x for field, x in plain(cfg.corpus).items() if field != "folder"})
     with locked(folder):
         write_shards(source, tokenizer, name, folder, cfg.stage.workers)
-    print(f"{Corpus(folder, name).tokens:,} tokens in {folder}")
+    print(f"{corpus_of(cfg, init).tokens:,} tokens in {folder}")
+
+
+def corpus_of(cfg: DictConfig, model: Path) -> Corpus:
+    """The configured corpus in the tokens of a model's folder; ValueError if it is not there."""
+    return Corpus(*_place(cfg, model))
+
+
+def _place(cfg: DictConfig, model: Path) -> tuple[Path, str]:
+    """The folder of the tokens, one below corpus.folder for each tokenizer, and the tokenizer's
+    digest."""
+    name = sha256(model / "tokenizer.json")
+    return Path(cfg.corpus.folder) / name[:12], name

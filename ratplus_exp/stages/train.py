@@ -31,20 +31,13 @@ from ratplus_exp.models.loading import (
     weight_files,
     weights_digest,
 )
-from ratplus_exp.stages.common import (
-    corpus_folder,
-    device_of,
-    model_folder,
-    resolve,
-    source_of,
-    tokenizer_name,
-)
+from ratplus_exp.stages.common import device_of, model_folder, resolve, source_of
 from ratplus_exp.stages.samples import ruler_files
+from ratplus_exp.stages.tokenize import corpus_of
 from ratplus_exp.store import locked, write_atomically
 from ratplus_exp.tasks import TASKS, pocket_tokenizer, read_jsonl
 from ratplus_exp.tasks.qa import QA_FILES
 from ratplus_exp.text.answers import Answers
-from ratplus_exp.text.corpus import Corpus
 from ratplus_exp.text.facts import Facts
 from ratplus_exp.tracking import tracked
 from ratplus_exp.training.batches import BatchOf
@@ -54,30 +47,22 @@ from ratplus_exp.training.parallel import whole_state_dict
 from ratplus_exp.training.precision import fastest
 from ratplus_exp.training.settings import Schedule, TrainSettings
 
-# Settings of the optimizer that may change when a training resumes.
-RATES = ("lr", "memory_lr", "spike", "log_every", "checkpoint_every")
-EXECUTION = (
-    "seconds",
-    "rows_per_pass",
-    "activation_checkpointing",
-    "compile",
-    "parallel",
-    "peak_tflops",
-)
+FIXED = ("min_lr_ratio", "warmup", "weight_decay", "decay", "betas", "clip", "precision")
+"""Settings of the optimizer that a resumed training keeps; rates and execution may change."""
 
 
 def pretrain(cfg: DictConfig) -> None:
     """Next-token training on generated text: from scratch, or from `stage.init`."""
     tokenizer = _tokenizer(cfg)
-    stage = cfg.stage
+    stage, forms = cfg.stage, forms_of(cfg)
     facts = Facts(
         tokenizer,
-        forms_of(cfg),
+        forms,
         other_rate=stage.other_rate,
         several_rate=stage.several_rate,
         drill_steps=stage.drill_tokens // stage.tokens_per_step,
         list_rate=stage.list_rate,
-        styles=tuple(forms_of(cfg, style) for style in stage.get("styles", [])),
+        styles=tuple(replace(forms, **plain(style)) for style in stage.get("styles", [])),
     )
     _train(cfg, tokenizer, partial(facts.batch, cfg.seed))
 
@@ -86,7 +71,7 @@ def continued_pretrain(cfg: DictConfig) -> None:
     """Next-token training of `stage.init` on the corpus that stage=tokenize wrote."""
     init = model_folder(cfg)
     tokenizer = load_tokenizer(init)
-    corpus = Corpus(corpus_folder(cfg, init), tokenizer_name(init))
+    corpus = corpus_of(cfg, init)
     passes = 0.0
     for tokens, length in cfg.stage.schedule:
         corpus.check(length)
@@ -106,7 +91,7 @@ def sft(cfg: DictConfig) -> None:
         task: read_jsonl(file, tokenizer, shortest - reserve_of(cfg, task), task)
         for task, file in ruler_files(cfg, mixture).items()
     }
-    answers = Answers(source_of(cfg, tokenizer, cfg.data.length), mixture, read)
+    answers = Answers(source_of(cfg, tokenizer), mixture, read)
     _train(cfg, tokenizer, partial(answers.batch, cfg.seed))
 
 
@@ -256,8 +241,7 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
             trained = [task for task, weight in stage["mixture"].items() if weight]
             texts = {"qa" if task in QA_FILES else task for task in trained} - TASKS.keys()
             data |= {k: config["data"].get(k) for k in ("path", *texts)}
-        optimizer = config["stage"]["optimizer"]
-        stage |= {k: v for k, v in optimizer.items() if k not in (*RATES, *EXECUTION)}
+        stage |= {k: config["stage"]["optimizer"].get(k) for k in FIXED}
         model = {k: config["model"][k] for k in ("backbone", "architecture")}
         return {"model": model, "data": data, "stage": stage, "seed": config["seed"]}
 

@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 from ratplus_exp import stages
+from ratplus_exp.config import validate
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 from ratplus_exp.models.loading import load_tokenizer, read_tokenizer
 from ratplus_exp.models.p2_checkpoint import to_p2
@@ -47,6 +48,7 @@ class Job:
 
     def __call__(self, *overrides):
         with self.ready(*overrides) as cfg:
+            validate(cfg)
             stages.run(cfg)
         return cfg
 

@@ -12,7 +12,7 @@ from transformers import Olmo2ForCausalLM
 from ratplus_exp.analysis import tidy
 from ratplus_exp.models import Olmo2RatPlusForCausalLM
 from ratplus_exp.models.loading import load_model
-from ratplus_exp.stages.common import tokenizer_name
+from ratplus_exp.provenance import sha256
 from ratplus_exp.store import Store, StoreBusy, locked
 
 STAGE = [
@@ -62,7 +62,7 @@ def test_text_becomes_shards_and_trains_an_attention_model_with_fresh_gates(
 
 def test_two_tokenizations_do_not_share_a_folder(job, tiny_models, corpus):
     init = tiny_models["attention"]
-    folder = job.folder / "corpus/local" / tokenizer_name(init)[:12]
+    folder = job.folder / "corpus/local" / sha256(init / "tokenizer.json")[:12]
     with locked(folder), pytest.raises(StoreBusy, match="is being written by process"):
         job("stage=tokenize", *corpus, f"stage.init={init}", "stage.workers=0")
 
