@@ -225,7 +225,7 @@ def test_models_on_a_cpu_stand_beside_their_floors_and_transformers():
     if models.KVPRESS.exists():
         llama.add("SnapKV, kvpress")
     for suite in models.SUITES[:2]:
-        for case, wanted in (("pocket B=2 T=992", pocket), ("Llama T=64 layers=1", llama)):
+        for case, wanted in (("pocket B=2 T=992", pocket), ("Llama B=1 T=64 layers=1", llama)):
             assert {x.form for x in rows if (x.suite, x.case) == (suite, case)} == wanted
 
 
