@@ -79,7 +79,7 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
             for task in job.cells:
                 session.source(job)(task, 0)  # refuses invalid prompts before anything is written
         with tqdm(
-            desc=f"{len(missing)} of {len(cells)} cells",
+            desc=f"filling {len(missing)} of {len(cells)} cells",
             total=sum(job.examples for job, _ in missing),
             initial=sum(min(len(job.cells[t].records()), job.examples) for job, t in missing),
             unit="example",

@@ -47,8 +47,11 @@ from ratplus_exp.training.parallel import whole_state_dict
 from ratplus_exp.training.precision import fastest
 from ratplus_exp.training.settings import Schedule, TrainSettings
 
-FIXED = ("min_lr_ratio", "warmup", "weight_decay", "decay", "betas", "clip", "precision")
-"""Settings of the optimizer that a resumed training keeps; rates and execution may change."""
+FREE = (
+    *("lr", "memory_lr", "spike", "log_every", "checkpoint_every", "seconds", "rows_per_pass"),
+    *("activation_checkpointing", "compile", "parallel", "peak_tflops"),
+)
+"""Settings of the optimizer, rates and execution, that may change when a training resumes."""
 
 
 def pretrain(cfg: DictConfig) -> None:
@@ -241,7 +244,7 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
             trained = [task for task, weight in stage["mixture"].items() if weight]
             texts = {"qa" if task in QA_FILES else task for task in trained} - TASKS.keys()
             data |= {k: config["data"].get(k) for k in ("path", *texts)}
-        stage |= {k: config["stage"]["optimizer"].get(k) for k in FIXED}
+        stage |= {k: x for k, x in config["stage"]["optimizer"].items() if k not in FREE}
         model = {k: config["model"][k] for k in ("backbone", "architecture")}
         return {"model": model, "data": data, "stage": stage, "seed": config["seed"]}
 
