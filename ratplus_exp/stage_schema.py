@@ -162,6 +162,7 @@ class Training(Settings):
     tokens_per_step: Positive
     joint: DilatedSettings | None
     alternate: bool
+    prefix: Literal["random", "prompt"] | None = None
     sparse_only_tokens: Whole
     workers: Threads = 0
     dtype: Dtype | None = None  # of the saved weights; null: as they are trained

@@ -107,6 +107,22 @@ class Dilated(DilatedSettings, Method):
         return initial + position // self.dilation - initial // self.dilation
 
 
+@dataclass(frozen=True, kw_only=True)
+class DilatedAfterPrefix(Dilated):
+    """`Dilated` for the queries from position `prefix` on; those before attend densely, as in the
+    prefill of a method that selects when decoding. For training."""
+
+    prefix: int
+
+    def pattern(self, query: Tensor, key: Tensor) -> Tensor:
+        return (query < self.prefix) | super().pattern(query, key)
+
+    def attend_prefill(self, states: States) -> Tensor:
+        q, k, v = (x[:, :, : self.prefix] for x in (states.q, states.k, states.v))
+        dense = attend(q, k, v, causal=True)
+        return torch.cat((dense, super().attend_prefill(states)[:, :, self.prefix :]), dim=2)
+
+
 def _in_chunks(states: Tensor, chunk: int) -> Tensor:
     """(B, ·, T, D) -> (B, n, ·, chunk, D), zeros at the end."""
     if missing := -states.shape[2] % chunk:  # padding by 0 would copy

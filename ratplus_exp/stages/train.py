@@ -129,6 +129,7 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
                     folder,
                     sparse=sparse,
                     alternate=cfg.stage.alternate,
+                    prefix=cfg.stage.prefix,
                     sparse_only_steps=cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step,
                     log=tracker.log,
                     device=device,
@@ -238,7 +239,7 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
     def fixed(config: dict[str, Any]) -> dict[str, Any]:
         free = ("folder", "optimizer", "workers")
         stage = {k: v for k, v in config["stage"].items() if k not in free}
-        stage.setdefault("alternate", False)  # trainings begun before there was a choice
+        stage = {"alternate": False, "prefix": None} | stage  # trainings begun before these
         data = {k: config["data"][k] for k in ("length", "forms", "essay")}
         if "mixture" in stage:
             trained = [task for task, weight in stage["mixture"].items() if weight]

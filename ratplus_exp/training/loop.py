@@ -12,9 +12,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,6 +26,7 @@ from ratplus_exp.cost import Shape, attended_keys, peak_tflops
 from ratplus_exp.distributed import rank, sum_over_ranks, world_size
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine, Method
+from ratplus_exp.methods.dilated import Dilated, DilatedAfterPrefix
 from ratplus_exp.training.batches import BatchOf, batches
 from ratplus_exp.training.checkpoint import Checkpoints
 from ratplus_exp.training.divergence import LossMonitor
@@ -53,6 +56,9 @@ class Trainer:
         sparse_only_steps: the first batches, without a dense step. A trained attention model with a
             new memory keeps its gates shut under dense steps, since it can retrieve without the
             memory; sparse steps alone open them.
+        prefix: the first part of a context attends densely in a sparse step, too, as in the prefill
+            of a method that selects when decoding: a "random" number of eighths of the context, or
+            the "prompt", up to the first label of this process's rows.
         log: called with each logged row, on rank 0.
         device: None: where the model is.
         data: names the data; a checkpoint with another name is refused.
@@ -66,9 +72,10 @@ class Trainer:
         schedule: Schedule,
         settings: TrainSettings,
         folder: Path,
-        sparse: Method | None = None,
+        sparse: Dilated | None = None,
         alternate: bool = False,
         sparse_only_steps: int = 0,
+        prefix: str | None = None,
         log: Callable[[dict[str, Any]], None] = lambda row: None,
         device: torch.device | None = None,
         data: str = "",
@@ -83,7 +90,7 @@ class Trainer:
         self.schedule, self.settings = schedule, settings
         self.folder, self.data = folder, data
         self.sparse, self.alternate = sparse, alternate
-        self.sparse_only_steps = sparse_only_steps
+        self.sparse_only_steps, self.prefix = sparse_only_steps, prefix
         self.device = device or next(model.parameters()).device
         self.shape = Shape.of(model)
         self.peak = settings.peak_tflops or peak_tflops(self.device)
@@ -182,22 +189,34 @@ class Trainer:
 
     def _train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         row = {}
-        for pattern in self._patterns():
+        for pattern in self._patterns(micro_batches):
             engine = Engine(pattern, counted=frozenset()) if pattern else None
             prefix = "sparse_" if pattern else ""
             for name, value in self._optimizer_step(micro_batches, engine).items():
                 row[prefix + name] = value
         return row
 
-    def _patterns(self) -> list[Method | None]:
+    def _patterns(self, micro_batches: list[tuple[Tensor, Tensor]]) -> list[Method | None]:
         """A pattern, or None for dense attention, for each optimizer step on this batch."""
         if self.sparse is None:
             return [None]
+        sparse = self.sparse
+        if self.prefix:
+            prefix = self._prefix(micro_batches)
+            sparse = DilatedAfterPrefix(**asdict(sparse), prefix=prefix)
         if self.step < self.sparse_only_steps:
-            return [self.sparse]
+            return [sparse]
         if self.alternate:
-            return [None if self.taken % 2 else self.sparse]
-        return [self.sparse, None]
+            return [None if self.taken % 2 else sparse]
+        return [sparse, None]
+
+    def _prefix(self, micro_batches: list[tuple[Tensor, Tensor]]) -> int:
+        """How many of the first queries attend densely in this batch's sparse step."""
+        if self.prefix == "prompt":
+            labelled = torch.cat([labels for _, labels in micro_batches]) >= 0
+            return int(labelled.any(dim=0).int().argmax())
+        length = micro_batches[0][0].shape[1]
+        return length * int(np.random.default_rng(self.step).integers(8)) // 8
 
     def _optimizer_step(
         self, micro_batches: list[tuple[Tensor, Tensor]], engine: Engine | None
