@@ -122,6 +122,9 @@ class DilatedAfterPrefix(Dilated):
         dense = attend(q, k, v, causal=True)
         return torch.cat((dense, super().attend_prefill(states)[:, :, self.prefix :]), dim=2)
 
+    def attended(self, positions: Tensor) -> Tensor:
+        return torch.where(positions < self.prefix, positions + 1, super().attended(positions))
+
 
 def _in_chunks(states: Tensor, chunk: int) -> Tensor:
     """(B, ·, T, D) -> (B, n, ·, chunk, D), zeros at the end."""

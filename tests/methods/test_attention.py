@@ -9,6 +9,7 @@ from engine_runs import attend, attend_by_hand, states
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ratplus_exp.methods import Dilated, Engine, MoBA, States, Step
+from ratplus_exp.methods.dilated import DilatedAfterPrefix
 
 
 @pytest.fixture
@@ -48,6 +49,21 @@ def test_dilated_decoding_reads_what_the_pattern_sees(calls, sizes):
     attended = method.attended(torch.arange(30, 37)).tolist()
     assert decoded == [(keys, False, False) for keys in attended]
     torch.testing.assert_close(out, attend_by_hand(method, q, k, v, [30, 30], 7))
+
+
+@pytest.mark.parametrize("prefix", [0, 7, 30])
+def test_queries_of_a_dense_prefix_see_all_before_them(prefix):
+    q, k, v = (x.double() for x in states(2, length=30))
+    method = DilatedAfterPrefix(dilation=4, prefix=prefix)
+    out = method.attend_prefill(States(q, k, v, Step(torch.arange(30)[None])))
+    for t in range(30):
+        where = [j for j in range(t + 1) if t < prefix or j == t or (j + 1) % 4 == 0]
+        keys, values = (x[:, :, where].repeat_interleave(2, dim=1) for x in (k, v))
+        weights = (keys @ q[:, :, t, :, None] / q.shape[-1] ** 0.5).softmax(dim=2)
+        torch.testing.assert_close(out[:, :, t], (weights * values).sum(2))
+    assert method.attended(torch.arange(30)).tolist() == [
+        t + 1 if t < prefix else len({t, *range(3, t + 1, 4)}) for t in range(30)
+    ]
 
 
 def test_dilated_attention_is_one_graph():

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tiny_trainings import DILATED, ONE_STEP, SCHEDULE, SHORT, batch, settings, train
 
 from ratplus_exp.methods import Engine
+from ratplus_exp.methods.dilated import DilatedAfterPrefix
 from ratplus_exp.training.loop import Trainer
 from ratplus_exp.training.settings import Schedule
 
@@ -80,6 +81,43 @@ def test_joint_training_takes_a_sparse_and_a_dense_step_a_batch(make_model, tmp_
     assert {int(state["step"]) for state in alone.optimizer.state.values()} == {1}
     for name in ("step", "tokens", "lr"):
         assert row[name] == dense[name]  # one batch, one step of the schedule
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"), [("prompt", [5]), ("random", [0, 1, 3, 4, 6, 7, 9, 10])]
+)
+def test_a_sparse_step_may_have_a_dense_prefix(make_model, tmp_path, prefix, expected):
+    """expected: its possible lengths, of 12 tokens; of all rows the earliest label is the sixth."""
+    seen = set()
+
+    def prompts(step, rows, length):
+        ids, labels = batch(step, rows, length)
+        labels[:, :5], labels[0, :7], labels[1, 5] = -100, -100, 3
+        return ids, labels
+
+    class ByHand(Trainer):
+        def _optimizer_step(self, micro_batches, engine):
+            ids, labels = prompts(self.step, 4, 12)
+            by_prefix = {
+                cross_entropy(
+                    self.model, ids, labels, Engine(DilatedAfterPrefix(dilation=4, prefix=n))
+                ): n
+                for n in expected
+            }
+            row = super()._optimizer_step(micro_batches, engine)
+            loss = min(by_prefix, key=lambda x: abs(x - row["loss"]))
+            assert row["loss"] == pytest.approx(loss, abs=1e-4)
+            seen.add(by_prefix[loss])
+            return row
+
+    trained = []
+    for folder in ("once", "again"):
+        how = {"prefix": prefix, "sparse_only_steps": 99, "sparse": DILATED}
+        model, schedule = make_model(), Schedule([(12 * 48, 12)], 48)
+        ByHand(model, prompts, schedule, settings(), tmp_path / folder, **how).run()
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert seen <= set(expected) and len(seen) >= min(4, len(expected))
+    assert torch.equal(*trained)
 
 
 @pytest.mark.parametrize("sparse", [None, DILATED], ids=["dense", "joint"])
