@@ -18,9 +18,10 @@ SET   :=
 SWEEP  = $(RUN) experiment=$@ pair=$(PAIR) $(SET)
 
 # Trainings of the pocket tier (docs/pocket-training.md): three of each model, one of each control.
+SEEDS    := 0 1 3
 MODELS   := attention ratplus
 CONTROLS := ema ema_fixed conv shift
-trained   = $(foreach seed,0 1 2,$(MODELS:%=pocket_%_$(seed)))
+trained   = $(foreach seed,$(SEEDS),$(MODELS:%=pocket_%_$(seed)))
 controls  = $(CONTROLS:%=pocket_%_0) pocket_select_0
 
 .DEFAULT_GOAL := help
@@ -53,18 +54,23 @@ weights: $(trained:%=outputs/training/%_sft/model) ## train the pocket models an
 controls: $(controls:%=outputs/training/%_sft/model) ## train the controls of the memory and compare them (hours; -j2: on two cores)
 	$(RUN) experiment=pocket_controls $(SET)
 
-outputs/training/pocket_base_%/model: | $(STAMP)
-	$(RUN) experiment=pocket_base seed=$* threads=1
+# $(1) folder, $(2) experiment, $(3) model, $(4) the folder from which it goes on
+define TRAINING
+$(SEEDS:%=outputs/training/$(1)/model): outputs/training/$(1)/model: | $(if $(4),outputs/training/$(4)/model,$$(STAMP))
+	$$(RUN) experiment=$(2) model=$(3) seed=$$* threads=1
+endef
+$(eval $(call TRAINING,pocket_base_%,pocket_base,pocket_base))
+$(eval $(call TRAINING,pocket_base_%_long,pocket_base_long,pocket_base,pocket_base_%))
+$(eval $(call TRAINING,pocket_base_%_sft,pocket_base_sft,pocket_base,pocket_base_%_long))
 
 # $(1) experiment, $(2) model
-define TRAINING
-outputs/training/$(2)_%/model: | outputs/training/pocket_base_%/model
-	$(RUN) experiment=$(1) model=$(2) seed=$$* threads=1
-outputs/training/$(2)_%_sft/model: | outputs/training/$(2)_%/model
-	$(RUN) experiment=$(1)_sft model=$(2) seed=$$* threads=1
+define TRAININGS
+$(call TRAINING,$(2)_%_open,$(1)_open,$(2),pocket_base_%_sft)
+$(call TRAINING,$(2)_%,$(1),$(2),$(2)_%_open)
+$(call TRAINING,$(2)_%_sft,$(1)_sft,$(2),$(2)_%)
 endef
-$(foreach m,$(MODELS),$(eval $(call TRAINING,pocket_$m,pocket_$m)))
-$(foreach m,$(CONTROLS),$(eval $(call TRAINING,pocket_ratplus,pocket_$m)))
+$(foreach m,$(MODELS),$(eval $(call TRAININGS,pocket_$m,pocket_$m)))
+$(foreach m,$(CONTROLS),$(eval $(call TRAININGS,pocket_ratplus,pocket_$m)))
 
 outputs/training/pocket_select_0_sft/model: | outputs/training/pocket_attention_0/model
 	$(RUN) experiment=pocket_attention_sft model=pocket_select threads=1 stage.init=outputs/training/pocket_attention_0/model

@@ -120,11 +120,14 @@ def pocket(out: Path) -> Steps:
     workers = f"pair.workers={1 if DRY else 4}"
     table3 = f"experiment=table3 pair=pocket {examples} {workers}"
     table3 = run(out, table3, f"stage.folder={out}/table3")
-    yield 120, [run(out, "experiment=pocket_base", base, rest), table3]
+
+    def trainings(phases: dict[str, str]) -> str:
+        return " && ".join(run(out, f"experiment={x}", size, rest) for x, size in phases.items())
+
+    base = trainings({"pocket_base": base, "pocket_base_long": more, "pocket_base_sft": tuned})
+    yield 240, [base, table3]
     models = ("pocket_attention", "pocket_ratplus")
-    first = [run(out, f"experiment={model}", more, rest) for model in models]
-    then = [run(out, f"experiment={model}_sft", tuned, rest) for model in models]
-    yield 240, list(map(" && ".join, zip(first, then, strict=True)))
+    yield 240, [trainings({f"{x}_open": more, x: more, f"{x}_sft": tuned}) for x in models]
 
 
 def small(out: Path) -> Steps:

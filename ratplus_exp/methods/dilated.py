@@ -15,6 +15,7 @@ from ratplus_exp.settings import DilatedSettings
 
 CHUNK = 64  # queries that share their keys
 AT_ONCE = 64  # chunks in one call of attention
+PREFIXES = 8  # lengths of a random dense prefix, in equal parts of the context
 
 Position = TypeVar("Position", int, Tensor)
 

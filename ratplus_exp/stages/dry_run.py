@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from statistics import mean
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from ratplus_exp.config import build, forms_of, plain, validate_method
 from ratplus_exp.cost import Shape
 from ratplus_exp.methods import Dilated
 from ratplus_exp.methods.base import EVICTING
+from ratplus_exp.methods.dilated import PREFIXES, DilatedAfterPrefix
 from ratplus_exp.models.building import config_for, memory_config, new_model
 from ratplus_exp.models.loading import load_config
 from ratplus_exp.report import Table
@@ -78,7 +81,12 @@ def training_flops(cfg: DictConfig, shape: Shape) -> float:
         flops += dense * shape.training_flops(cost.attended_keys(None, length))
         if joint:
             dilated = alone + dense
-            flops += dilated * shape.training_flops(cost.attended_keys(joint, length))
+            eighths = {None: [0], "random": range(PREFIXES), "prompt": [PREFIXES]}[cfg.stage.prefix]
+            patterns = [
+                DilatedAfterPrefix(**asdict(joint), prefix=length * x // PREFIXES) for x in eighths
+            ]
+            keys = mean(cost.attended_keys(pattern, length) for pattern in patterns)
+            flops += dilated * shape.training_flops(keys)
     return flops
 
 

@@ -26,7 +26,7 @@ from ratplus_exp.cost import Shape, attended_keys, peak_tflops
 from ratplus_exp.distributed import rank, sum_over_ranks, world_size
 from ratplus_exp.memory import gate_statistics
 from ratplus_exp.methods import Engine, Method
-from ratplus_exp.methods.dilated import Dilated, DilatedAfterPrefix
+from ratplus_exp.methods.dilated import PREFIXES, Dilated, DilatedAfterPrefix
 from ratplus_exp.training.batches import BatchOf, batches
 from ratplus_exp.training.checkpoint import Checkpoints
 from ratplus_exp.training.divergence import LossMonitor
@@ -216,7 +216,7 @@ class Trainer:
             labelled = torch.cat([labels for _, labels in micro_batches]) >= 0
             return int(labelled.any(dim=0).int().argmax())
         length = micro_batches[0][0].shape[1]
-        return length * int(np.random.default_rng(self.step).integers(8)) // 8
+        return length * int(np.random.default_rng(self.step).integers(PREFIXES)) // PREFIXES
 
     def _optimizer_step(
         self, micro_batches: list[tuple[Tensor, Tensor]], engine: Engine | None

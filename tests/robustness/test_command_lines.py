@@ -288,6 +288,7 @@ stage=pretrain stage.workers=-1 -> use at least 0
 stage=pretrain stage.folder= -> use some text
 stage=pretrain stage.init= -> use some text
 stage=pretrain stage.joint=x -> use fields
+stage=pretrain stage.prefix=dense -> use one of random, prompt
 stage=pretrain stage.joint={local:-1} -> use at least 0
 stage=pretrain stage.joint={dilation:x} -> use a whole number
 stage=pretrain stage.joint={depth:1} -> no field 'depth'
