@@ -1,6 +1,7 @@
-"""The small tier: two backbones on equal terms, and its path from nothing to a measured cell."""
+"""Recipes: two backbones on equal terms; the small tier from nothing to a measured cell."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from omegaconf import OmegaConf
@@ -9,19 +10,32 @@ from ratplus_exp.analysis import tidy
 from ratplus_exp.config import validate, validate_method
 from ratplus_exp.store import Store
 
+POCKET = ["pocket_{}_open", "pocket_{}", "pocket_{}_sft"]
 
-@pytest.mark.parametrize("kind", ["", "_sft"])
-def test_attention_takes_as_many_optimizer_steps_on_the_same_batches(job, kind):
-    ratplus = job.compose(f"experiment=small_ratplus{kind}").stage
-    attention = job.compose(f"experiment=small_attention{kind}").stage
-    assert ratplus.joint.dilation == 32 and ratplus.alternate and attention.joint is None
-    own = ("folder", "joint")
+
+@pytest.mark.parametrize("phase", ["small_{}", "small_{}_sft", *POCKET])
+def test_attention_takes_as_many_optimizer_steps_on_the_same_batches(job, phase):
+    ratplus, attention = (
+        job.compose(f"experiment={phase.format(backbone)}") for backbone in ("ratplus", "attention")
+    )
+    assert ratplus.stage.joint and ratplus.stage.alternate and attention.stage.joint is None
+    own = ("folder", "joint", "init")
     rest = [
-        {k: v for k, v in OmegaConf.to_container(stage, resolve=True).items() if k not in own}
-        for stage in (ratplus, attention)
+        {k: v for k, v in OmegaConf.to_container(cfg.stage, resolve=True).items() if k not in own}
+        for cfg in (ratplus, attention)
     ]
-    rest[1]["init"] = rest[1]["init"].replace("small_attention", "small_ratplus")
     assert rest[0] == rest[1]
+    assert ratplus.stage.init.replace("ratplus", "attention") == attention.stage.init
+
+
+@pytest.mark.parametrize("backbone", ["attention", "ratplus"])
+def test_each_phase_goes_on_from_the_one_before(job, backbone):
+    phases = [f"pocket_base{phase}" for phase in ("", "_long", "_sft")]
+    phases += [phase.format(backbone) for phase in POCKET]
+    stages = [job.compose(f"experiment={phase}", "seed=3").stage for phase in phases]
+    assert stages[0].init is None
+    for before, stage in pairwise(stages):
+        assert stage.init == f"{before.folder}/model"
 
 
 @pytest.mark.parametrize("method", ["quest", "moba", "snapkv"])
