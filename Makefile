@@ -49,9 +49,9 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 
 # A training uses one core: `make -j2 weights` does two at a time. Each resumes where it was killed.
 .SECONDARY: # the models in between stay
-weights: $(trained:%=outputs/training/%_sft/model) ## train the pocket models anew, three of each (hours; -j2: on two cores)
+weights: $(trained:%=outputs/training/%_sft2/model) ## train the pocket models anew, three of each (hours; -j2: on two cores)
 
-controls: $(controls:%=outputs/training/%_sft/model) ## train the controls of the memory and compare them (hours; -j2: on two cores)
+controls: $(controls:%=outputs/training/%_sft2/model) ## train the controls of the memory and compare them (hours; -j2: on two cores)
 	$(RUN) experiment=pocket_controls $(SET)
 
 # $(1) folder, $(2) experiment, $(3) model, $(4) the folder from which it goes on
@@ -60,18 +60,17 @@ $(SEEDS:%=outputs/training/$(1)/model): outputs/training/$(1)/model: | $(if $(4)
 	$$(RUN) experiment=$(2) model=$(3) seed=$$* threads=1
 endef
 $(eval $(call TRAINING,pocket_base_%,pocket_base,pocket_base))
-$(eval $(call TRAINING,pocket_base_%_long,pocket_base_long,pocket_base,pocket_base_%))
-$(eval $(call TRAINING,pocket_base_%_sft,pocket_base_sft,pocket_base,pocket_base_%_long))
 
 # $(1) experiment, $(2) model
 define TRAININGS
-$(call TRAINING,$(2)_%_open,$(1)_open,$(2),pocket_base_%_sft)
-$(call TRAINING,$(2)_%,$(1),$(2),$(2)_%_open)
+$(call TRAINING,$(2)_%,$(1),$(2),pocket_base_%)
 $(call TRAINING,$(2)_%_sft,$(1)_sft,$(2),$(2)_%)
+$(call TRAINING,$(2)_%_sft2,$(1)_sft2,$(2),$(2)_%_sft)
 endef
 $(foreach m,$(MODELS),$(eval $(call TRAININGS,pocket_$m,pocket_$m)))
 $(foreach m,$(CONTROLS),$(eval $(call TRAININGS,pocket_ratplus,pocket_$m)))
 
+$(eval $(call TRAINING,pocket_select_%_sft2,pocket_attention_sft2,pocket_select,pocket_select_%_sft))
 outputs/training/pocket_select_0_sft/model: | outputs/training/pocket_attention_0/model
 	$(RUN) experiment=pocket_attention_sft model=pocket_select threads=1 stage.init=outputs/training/pocket_attention_0/model
 

@@ -124,10 +124,9 @@ def pocket(out: Path) -> Steps:
     def trainings(phases: dict[str, str]) -> str:
         return " && ".join(run(out, f"experiment={x}", size, rest) for x, size in phases.items())
 
-    base = trainings({"pocket_base": base, "pocket_base_long": more, "pocket_base_sft": tuned})
-    yield 240, [base, table3]
+    yield 120, [trainings({"pocket_base": base}), table3]
     models = ("pocket_attention", "pocket_ratplus")
-    yield 240, [trainings({f"{x}_open": more, x: more, f"{x}_sft": tuned}) for x in models]
+    yield 240, [trainings({x: more, f"{x}_sft": tuned, f"{x}_sft2": tuned}) for x in models]
 
 
 def small(out: Path) -> Steps:
