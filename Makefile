@@ -1,7 +1,7 @@
 # `make` lists what there is. Every target installs what it needs first.
 #
 #   make PYTHON=python3.12 demo       build .venv from another Python (3.11 or newer)
-#   make BIN=/path/to/venv/bin demo   use an environment that is there already, and install nothing
+#   make BIN=/path/to/venv/bin demo   use an existing environment, and install nothing
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 #                                     on Linux without a GPU: torch's small CPU build
 
@@ -49,12 +49,12 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 
 # A training uses one core: `make -j2 weights` does two at a time. Each resumes where it was killed.
 .SECONDARY: # the models in between stay
-weights: $(trained:%=outputs/training/%_sft2/model) ## train the pocket models anew, three of each (hours; -j2: on two cores)
+weights: $(trained:%=outputs/training/%_sft2/model) ## train the pocket models again, three of each (hours; -j2: on two cores)
 
 controls: $(controls:%=outputs/training/%_sft2/model) ## train the controls of the memory and compare them (hours; -j2: on two cores)
 	$(RUN) experiment=pocket_controls $(SET)
 
-# $(1) folder, $(2) experiment, $(3) model, $(4) the folder from which it goes on
+# $(1) folder, $(2) experiment, $(3) model, $(4) the folder of the model to start from
 define TRAINING
 $(SEEDS:%=outputs/training/$(1)/model): outputs/training/$(1)/model: | $(if $(4),outputs/training/$(4)/model,$$(STAMP))
 	$$(RUN) experiment=$(2) model=$(3) seed=$$* threads=1
@@ -147,7 +147,7 @@ table3: $(STAMP) ## Table 3: Quest, MoBA and SnapKV at all budgets and block siz
 table4: $(STAMP) ## Table 4: Table 3's settings on OLMo2-7B (PAIR=olmo2_7b)
 	$(SWEEP)
 
-table5: $(STAMP) ## Table 5: random selection, five seeds; oracle and top-k beside it
+table5: $(STAMP) ## Table 5: random selection, five seeds; compared with oracle and top-k
 	$(SWEEP)
 
 fig1: $(STAMP) ## Figure 1: accuracy against the budget

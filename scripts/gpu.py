@@ -72,7 +72,7 @@ def kernels(out: Path) -> Steps:
 
 
 def bench(out: Path) -> Steps:
-    """Our kernels beside their floors, then cut in other ways."""
+    """Our kernels compared with their floors, then with other plans."""
     if DRY:
         yield 90, [measured(out, "scan sparse", "")]
         return
@@ -87,7 +87,7 @@ def baselines(out: Path) -> Steps:
 
 
 def warm(out: Path) -> Steps:
-    """Fill the compilers' caches for `bench`, beside other pieces."""
+    """Fill the compilers' caches for `bench`; runs in parallel with other pieces."""
     parts = {"sparse": OURS, "scan": OURS, "plans": PLANS}
     short = "^(?!.*T=131072).*({})".format
     yield 70, [measured(out / x, x, short(match), "--once") for x, match in parts.items()]
@@ -213,7 +213,7 @@ def main(arguments: list[str]) -> int:
     for name in arguments or PIECES:
         record = WORK / f"{name}.json"
         if not arguments and record.exists() and json.loads(record.read_text())["rc"] is not None:
-            print(f"{name}: there already")
+            print(f"{name}: already exists")
             continue
         result = run_piece(name, PIECES[name], about)
         codes.append(result["rc"] or 0)

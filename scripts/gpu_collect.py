@@ -144,7 +144,7 @@ def rates(device: str, about: dict[str, Any]) -> str:
 
 
 def aims(runs: list[dict[str, Any]]) -> str:
-    """Every aim beside its measured figure, for the default plan of that time and the fastest."""
+    """Every target with its measured figure, for the default plan of that time and the fastest."""
     rows = [row for run in runs for row in run["rows"] if row["seconds"]]
     found = {(row["suite"], row["case"], row["form"]): row for row in rows}
     fastest: dict[tuple[str, str], dict[str, Any]] = {}

@@ -143,7 +143,7 @@ def _totals(
 
 
 def step(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`memory_step` in one launch, a channel a thread; state is contiguous."""
+    """`memory_step` in one launch, one channel per thread; state is contiguous."""
     _, heads, dim = k.shape
     k_out, v_out, new = k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(state)
     _step_kernel[(triton.cdiv(k.numel(), _CHANNELS),)](

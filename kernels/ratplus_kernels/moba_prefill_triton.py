@@ -1,12 +1,12 @@
 """`moba_prefill` in Triton: only what was selected is computed.
 
 1. The gate keeps the scores of 16 queries for all blocks in registers, selects there, and writes
-   one bit a query and block: T · N / 8 bytes a head.
+   one bit per query and block: T · N / 8 bytes per head.
 2. Every block between a query's first and its own lists the queries that selected it.
-3. A block attends for its list, gathered into tiles: one partial output and log Σ exp a pair.
+3. A block attends for its list, gathered into tiles: one partial output and log Σ exp per pair.
 4. Queries attend to block 0 and their own, and add their partial outputs.
 
-Partial outputs take T · k · D elements a head, so 2 to 4 take as many heads at a time as ROOM has
+Partial outputs take T · k · D elements per head, so 2 to 4 take as many heads at a time as ROOM has
 space for, or a span of one head's queries.
 """
 

@@ -20,7 +20,7 @@ ENDS = ("", " low", " high")  # of the columns of an estimate
 
 
 def hit_rates(cells: Cells, **where: Any) -> pd.DataFrame:
-    """One row a layer, head and finished cell: layer, head (from 0), hit_rate (percent), values
+    """One row per layer, head and finished cell: layer, head (from 0), hit_rate (percent), values
     (gold values counted), and the columns of `tidy` except accuracies. where: for `select`."""
     by_id = {cell.id: cell for cell in finished(cells, STAGE)}
     rows = []

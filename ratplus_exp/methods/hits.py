@@ -27,7 +27,7 @@ class HitCounter:
         self.hits: Tensor | None = None  # (B, A, layers, heads) bool
 
     def __call__(self, layer: int, rows: Tensor, positions: Tensor, selected: Tensor) -> None:
-        """See `Engine.recorder`. Under GQA an evicting method has one selection a KV head."""
+        """See `Engine.recorder`. Under GQA an evicting method has one selection per KV head."""
         selected = selected.flatten(1, 2)  # (R, H, Q, N)
         golden = self._candidates(selected.shape[-1])[rows]  # (R, A, N)
         answers = golden.shape[1]

@@ -44,7 +44,7 @@ class Selection:
     def select_blocks(
         self, q: Tensor, representatives: Tensor, positions: Tensor, layer: int
     ) -> Tensor:
-        """Which candidates each query attends to: (B, K, G, Q, N) bool, at most top_k a query.
+        """Which candidates each query attends to: (B, K, G, Q, N) bool, at most top_k per query.
 
         q (B, H, Q, D), representatives (B, K, N, *), positions (B or 1, Q). The first and the local
         candidate are forced; later ones are never selected.

@@ -51,7 +51,7 @@ class TopK:
 
 @dataclass(frozen=True, eq=False)
 class Random:
-    """Uniformly random candidates (H2), drawn anew for every layer, head and query.
+    """Uniformly random candidates (H2), drawn separately for every layer, head and query.
 
     seeds: (B,) int64, one a sample. The draw is a hash of (seed, layer, head, query position,
         candidate), so that it depends neither on the batch nor on earlier draws.

@@ -27,7 +27,8 @@ def config_for(architecture: dict[str, Any], memory: bool) -> PretrainedConfig:
     if family == "ratplus":
         if unknown := settings.keys() - RatPlusConfig().to_dict().keys() - {*SPECIAL_TOKENS}:
             raise ValueError(
-                f"model.architecture.{min(unknown)} is no field of P2's backbone: leave it out"
+                f"model.architecture.{min(unknown)} is not a field of the RAT+ paper's backbone: "
+                "leave it out"
             )
         return RatPlusConfig(memory=memory, **settings)
     if not memory and not settings.get("output_gate"):

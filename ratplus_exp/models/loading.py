@@ -36,7 +36,7 @@ def weight_files(path: Path) -> list[Path]:
         names = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         return [path / Path(name).name for name in sorted(set(names))]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path / INDEX} is no index of weights: restore the file") from None
+        raise ValueError(f"{path / INDEX} is not an index of weights: restore the file") from None
 
 
 def weights_digest(path: Path) -> str:
@@ -66,7 +66,7 @@ def check_model(path: Path, expected_sha256: str | None, backbone: str) -> str:
     memory = bool(config.get("memory"))  # stock configs have no such field
     if memory != (backbone == "ratplus"):
         raise ValueError(
-            f"the model in {path} has memory={memory}, so it is no {backbone} backbone: set "
+            f"the model in {path} has memory={memory}, so its backbone is not {backbone}: set "
             "model.path or model.backbone"
         )
     digest = weights_digest(path)
@@ -86,7 +86,7 @@ def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
     except ValueError:
         config = None
     if not isinstance(config, dict):
-        raise ValueError(f"{file} is no configuration in JSON: restore the file")
+        raise ValueError(f"{file} is not a configuration in JSON: restore the file")
     return config
 
 

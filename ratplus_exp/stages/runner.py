@@ -64,7 +64,7 @@ def fill(jobs: list[Job], task: str, session: Session, done: Callable[[int], Non
     Returns how many cells are left out, since another process is writing them.
 
     jobs: with the same prefill of the task's prompts. Rank 0 reads what is missing and the ranks
-    deal it out in turn, so any number of processes can complete what others left.
+    distribute it round-robin, so any number of processes can complete what others left.
 
     done: called with the number of appended samples, of all ranks together.
     """
@@ -156,7 +156,7 @@ def total_memory(device: torch.device) -> int:
 @contextmanager
 def _opened(jobs: list[Job], task: str) -> Iterator[list[Job]]:
     """The jobs with their cells open for writing, without those that another process is writing.
-    Rank 0 locks a cell; other ranks open a file beside its own."""
+    Rank 0 locks a cell; each other rank opens its own file in the same folder."""
     with ExitStack() as stack:
 
         def lock() -> list[int]:

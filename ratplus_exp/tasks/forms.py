@@ -151,4 +151,6 @@ def _fields(name: str, text: str) -> set[str]:
     try:
         return {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
     except ValueError as error:
-        raise ValueError(f"{name} is no format string ({error}): double literal braces") from error
+        raise ValueError(
+            f"{name} is not a format string ({error}): double literal braces"
+        ) from error

@@ -69,7 +69,7 @@ class TaskSpec:
         units: list[str] = []
 
         def context(n: int) -> str:
-            """The haystack's first n units with the needles, which are placed anew for each n."""
+            """The haystack's first n units with the needles, which are placed again for each n."""
             units.extend(islice(more, max(0, n - len(units))))
             places = seeded_random(f"{name}/{n}")
             if self.haystack == "essay":

@@ -62,7 +62,7 @@ def essay_words(path: str) -> tuple[str, ...]:
     """
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(

@@ -156,7 +156,7 @@ def golden_answer(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> GoldenA
 
 
 LONGEST = 64
-"""Characters a token on average, above which a prompt is too long without being tokenised."""
+"""Characters per token on average, above which a prompt is too long without being tokenised."""
 
 
 class _Record(BaseModel, strict=True):

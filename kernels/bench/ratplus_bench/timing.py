@@ -86,8 +86,8 @@ class Machine:
     device: torch.device
     dtype: torch.dtype
     dry: bool = False
-    bandwidth: float = 1.0  # bytes a second, read and written, of a device copy
-    matmul: float = 1.0  # FLOP a second of a large product in `dtype`
+    bandwidth: float = 1.0  # bytes per second, read and written, of a device copy
+    matmul: float = 1.0  # FLOP per second of a large product in `dtype`
 
     @classmethod
     def measure(cls, device: torch.device, dtype: torch.dtype, dry: bool = False) -> Machine:
@@ -220,7 +220,7 @@ def _fill(
 
 
 def copies(inputs: float, touched: float, held: float, memory: float = math.inf) -> int:
-    """How many sets of inputs to use in turn, so that none is still in the L2 cache.
+    """How many sets of inputs to rotate through, so that none is still in the L2 cache.
 
     Bytes of a set: inputs: all of them; touched: those that are read, few in sparse forms; held:
     with everything that is computed from the set. memory: bytes that are free.
