@@ -105,7 +105,7 @@ bench: $(STAMP) ## measure kernels and models on the GPU, into outputs/bench/<de
 bench-cpu: $(STAMP) ## measure the memory scan and models on one CPU thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m ratplus_bench --cpu
 
-# A GPU for a quarter of an hour (docs/small-tier.md): what it lacks, and a trial with its versions on a CPU.
+# A rented GPU (docs/small-tier.md): packages and weights to copy, and a trial with its versions on a CPU.
 # Triton's interpreter fails with NumPy 2.5, the version there, so it gets NumPy 2.3.
 GPU_PYTHON ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python)),python3.12)
 GPU_VENV   := .venv-gpu
