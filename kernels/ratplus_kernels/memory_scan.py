@@ -2,10 +2,10 @@
 
     k̃_t = g_t ⊙ k̃_{t-1} + (1 − g_t) ⊙ k_t        ṽ_t = g_t ⊙ ṽ_{t-1} + (1 − g_t) ⊙ v_t
 
-with g_t = sigmoid(z_t). The torch forms are the definition. They go from token to token; one
-operation takes all batches, heads and channels of K and V. They cut the sequence into tiles that
-fit into a core's cache, which is faster than parallel scans, as these touch every number several
-times (docs/kernels.md).
+with g_t = sigmoid(z_t). The torch forms are the definition. They process one token after the other,
+in one operation for all batches, heads and channels of K and V. They cut the sequence into tiles
+that fit into a core's cache, which is faster than parallel scans, as these touch every number
+several times (docs/kernels.md).
 """
 
 from __future__ import annotations

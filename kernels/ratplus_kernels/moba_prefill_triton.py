@@ -23,7 +23,7 @@ from torch import Tensor
 from ratplus_kernels.selection_triton import select_blocks
 
 ROWS = 16  # queries that a program gates at a time
-SEGMENT = 128  # blocks up to which gates of shorter reach don't pay (a multiple of 32)
+SEGMENT = 128  # blocks up to which gates over fewer blocks are not faster (a multiple of 32)
 ROOM = 1 << 30  # bytes of partial outputs at a time
 TILE = 64  # queries that a program lists, and whose outputs it adds, at a time
 SHARES = 4  # programs among which a block's list is divided

@@ -12,7 +12,7 @@ from ratplus_exp.methods.base import Method
 class KeyDiff(Method):
     """Minus the cosine of a key with the mean of all normalised keys.
 
-    The original evicts block by block during the prefill, this one once after it.
+    The original evicts block by block during the prefill; here eviction is once, after it.
     """
 
     phase = "once"

@@ -137,7 +137,7 @@ class Selection:
         chosen = selected[:, :, 0, 0]
         most = int(chosen.sum(-1).max()) if method.pooled else method.k(layer, self.layers)
         most = min(most, length)
-        # Each to its place; a sort takes longer.
+        # A scatter, since a sort takes longer.
         place = torch.where(chosen, running_count(chosen) - 1, most + token)
         tokens = token.new_full((*chosen.shape[:2], most + length), EMPTY)
         tokens = tokens.scatter_(-1, place, token.expand_as(place))[..., :most]

@@ -158,7 +158,7 @@ def attach_engine(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, modified in place: an engine computes attention, and it has `new_cache`.
 
     Weights, config and saved form stay those of the stock class; models of this project are
-    returned unchanged. ValueError if some layers are no plain softmax attention.
+    returned unchanged. ValueError if some layers are not plain softmax attention.
     """
     if isinstance(model, SparseGeneration):
         return model

@@ -93,7 +93,7 @@ def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
 def load_config(path: Path, rope: dict[str, Any] | None = None) -> PretrainedConfig:
     """The configuration of the model in a folder; rope: changes of its rope_parameters.
 
-    ValueError for what transformers refuses, or changes for a model without such parameters."""
+    ValueError if transformers refuses it, or for changes to a model without such parameters."""
     try:
         config = AutoConfig.from_pretrained(path, **LOCAL)
     except (ValueError, KeyError, TypeError) as error:
@@ -162,7 +162,7 @@ def dtype_on(device: torch.device, name: str | None = None) -> torch.dtype:
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a model's folder; ValueError if it is broken or does not fit the model.
 
-    An EOS that is none of the model's end tokens is replaced by the first of those."""
+    An EOS that is not one of the model's end tokens is replaced by the first of those."""
     if not (path / "config.json").is_file():
         raise ValueError(f"there is no model in {path}: train it first, or name another folder")
     tokenizer = read_tokenizer(path, read_config(path).get("vocab_size"))

@@ -31,7 +31,7 @@ FIRST = 16  # prompts of a cell that its metrics can use
 
 
 class Session:
-    """What a process keeps between groups: the model, and the sources of samples.
+    """The state of a process between groups: the model, and the sources of samples.
 
     workers: how many processes share this machine's memory.
     """
@@ -60,8 +60,8 @@ class Session:
 
 
 def fill(jobs: list[Job], task: str, session: Session, done: Callable[[int], None]) -> int:
-    """Append the samples that the jobs' cells of a task lack, batch by batch, and finish the cells.
-    Returns how many cells are left out, since another process is writing them.
+    """Append the missing samples of the jobs' cells of a task, batch by batch; finish the cells.
+    Returns the number of cells that are skipped, since another process is writing them.
 
     jobs: with the same prefill of the task's prompts. Rank 0 reads what is missing and the ranks
     distribute it round-robin, so any number of processes can complete what others left.

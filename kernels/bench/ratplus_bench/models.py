@@ -108,7 +108,7 @@ def cpu_rows(machine: Machine) -> Iterator[Row]:
 def _kvpress(
     config: dict[str, Any], prompts: tuple[int, int], method: SnapKV, case: str
 ) -> Iterator[Row]:
-    """SnapKV's prefill and step by kvpress, which takes an older transformers than ours."""
+    """SnapKV's prefill and step by kvpress, which needs an older transformers than ours."""
     settings = {
         "config": config, "prompts": prompts, "top_k": method.top_k, "window": method.window
     }  # fmt: skip

@@ -175,7 +175,7 @@ def slug(device: str) -> str:
 
 
 def _plot(path: Path, frame: pd.DataFrame, device: str) -> None:
-    """A panel a suite: the time of every form in each case, and the floor."""
+    """One panel per suite: the time of every form in each case, and the floor."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -170,7 +170,7 @@ def _backward_inputs(z: Tensor, k: Tensor, v: Tensor) -> tuple:
 
 
 def _backward(*inputs: Tensor, plan: Any) -> tuple:
-    """The kernel's backward pass alone, with the forward's outputs at hand."""
+    """The kernel's backward pass alone, from stored outputs of the forward pass."""
     from ratplus_kernels.memory_scan_triton import backward
 
     return backward(plan, *inputs)

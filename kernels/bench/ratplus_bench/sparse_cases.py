@@ -88,7 +88,7 @@ def _qkv(shape: Shape, queries: int, machine: Machine, seed: int) -> list[Tensor
 
 
 def _dense(machine: Machine, causal: bool) -> dict[str, Form]:
-    """Attention to everything, by each backend: what sparsity is meant to beat."""
+    """Attention to all tokens, by each backend: the baseline of sparse attention."""
 
     def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -160,7 +160,7 @@ def moba(shape: Shape, size: int, top_k: int, correlated: bool, machine: Machine
     seen = sum(min(n + 1, top_k) - 0.5 for n in range(blocks)) * size * size  # pairs per head
     flops = b * h * d * (4 * seen + t * blocks)  # the causal half of the gate's scores
     forms = {"kernel": Form(prefill)}
-    if not correlated:  # to dense attention queries make no difference
+    if not correlated:  # dense attention takes the same time for all queries
         forms |= _dense(machine, causal=True)
     if t <= 4096:
         forms["torch definition"] = Form(in_torch(prefill))
