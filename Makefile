@@ -98,7 +98,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# In processes of their own, since an error on a GPU may spoil all that comes after it.
+# In separate processes, since an error on a GPU may affect all later work of its process.
 bench: $(STAMP) ## measure kernels and models on the GPU, into outputs/bench/<device>
 	for part in scan sparse models plans; do $(BIN)/python -m ratplus_bench --only $$part || exit; done
 
@@ -128,7 +128,7 @@ $(GPU_VENV)/.installed: pyproject.toml constraints-gpu.txt
 KVPRESS_VENV := .venv-kvpress
 
 .PHONY: kvpress
-kvpress: $(KVPRESS_VENV)/.installed ## kvpress, to compare methods with, in an environment of its own
+kvpress: $(KVPRESS_VENV)/.installed ## kvpress, to compare methods with, in a separate environment
 
 $(KVPRESS_VENV)/.installed: constraints-kvpress.txt
 	@test -x $(KVPRESS_VENV)/bin/pip || $(PYTHON) -m venv $(KVPRESS_VENV)

@@ -36,7 +36,7 @@ SMALL = float(os.environ.get("SMALL_SECONDS", 290))  # of the small pair
 START = 20  # seconds of a training for its start and its end
 LATE = 15  # more seconds for a slow start
 GRACE = 12  # seconds from SIGTERM to SIGKILL: trainings write a checkpoint
-ARCHIVE = 15 << 20  # bytes of a result at most; a file that comes back may have 16 MiB
+ARCHIVE = 15 << 20  # bytes of a result at most; the limit of copied files is 16 MiB
 
 # Rows of the bench: our kernels, ways to cut them, what to compare them with, what to profile.
 OURS = r"B=1 (T=\d+ )?H=32 (K=32 )?[TD]=.* \| kernel$"
@@ -166,7 +166,7 @@ def smollm2(out: Path) -> Steps:
     model, corpus = Path("outputs/models/smollm2_135m"), Path("outputs/corpus/local")
     parts = sorted(model.parent.glob("smollm2.gguf.*"))
     if not corpus.exists() or not (parts or model.exists()):
-        raise NotRun(f"there is no {corpus}, or neither {model} nor a smollm2.gguf.* beside it")
+        raise NotRun(f"there is no {corpus}, or neither {model} nor a smollm2.gguf.* next to it")
     if not model.exists():
         file = out / "joined.gguf"
         convert = f"stage=convert stage.dtype=null model.path={model} checkpoint={file}"
@@ -240,7 +240,7 @@ def prepare() -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Device, versions, commit and date, found by a process of its own."""
+    """Device, versions, commit and date, found by a separate process."""
     code = "import json, ratplus_exp.provenance as p; print(json.dumps(p.provenance({})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:

@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
 
 def lay(archive: Path, root: Path) -> str:
     """Unpack a piece's archive into outputs/gpu, where the next run finds it, and copy the files of
-    PLACES; returns what was done."""
+    PLACES; returns a description."""
     unpacked = root / "outputs" / "gpu"
     with tarfile.open(archive) as file:
         file.extractall(unpacked, filter="data")

@@ -1,4 +1,4 @@
-"""`moba_prefill` in Triton: only what was selected is computed.
+"""`moba_prefill` in Triton: only the selected pairs are computed.
 
 1. The gate keeps the scores of 16 queries for all blocks in registers, selects there, and writes
    one bit per query and block: T · N / 8 bytes per head.
@@ -162,7 +162,7 @@ def _list(
     row = start + at
     own = row // block_size
     word = tl.arange(0, WORDS)[None, :]
-    # A gate has not written words for what lies behind its queries.
+    # A gate has not written words for blocks after its queries.
     there = (row < length) & (at < span) & (word <= own // 32) & (word < words)
     row_ptr = bits + ((first + local).to(tl.int64) * length + row) * words
     left = tl.load(row_ptr + word, mask=there, other=0)

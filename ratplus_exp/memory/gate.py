@@ -81,7 +81,7 @@ class Gate(Memory):
 
 
 class Ema(Gate):
-    """Control: one learned rate per channel, g = σ(b), whatever the input."""
+    """Control: one learned rate per channel, g = σ(b), independent of the input."""
 
     sees_input = False
 

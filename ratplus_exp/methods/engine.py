@@ -26,7 +26,7 @@ class Engine(Selection):
     """A method and its selector for one batch.
 
     counted: of "prefill" and "decode", whose queries the usage counts (None: where the method is
-        sparse): in all layers alike, so that dense layers among sparse ones count.
+        sparse): the same in all layers, so that dense layers among sparse ones count.
     """
 
     usage: Usage = field(default_factory=Usage)

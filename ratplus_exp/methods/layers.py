@@ -8,7 +8,7 @@ from ratplus_exp.methods.base import EVICTING, Method
 
 @dataclass(frozen=True, kw_only=True)
 class Layers(Method):
-    """Each layer has a method of its own; a list shorter than the model repeats.
+    """Each layer has its own method; a list shorter than the model repeats.
 
     The configured budget applies to every layer that selects; the nominal one is the mean over all
     layers. The measured ones include dense layers, over the queries that any layer is sparse for. A

@@ -96,7 +96,7 @@ def _view(job: Job, model: Any, sample: Sample, source: Samples, look: Look, lab
     feed(prompts, engine, prompts.ids.new_tensor([answer.ids[:-2]]))
     first = 0 if fed else 1  # the answer's first token with a step
     gold = [sorted(places) for places in answer.positions[first:-1]]
-    if method.phase in ("decode", "step"):  # the query behind token t − 1 predicts token t
+    if method.phase in ("decode", "step"):  # the query of token t − 1 predicts token t
         wanted = [(t - 1, [x]) for t, x in enumerate(gold, look.prompt + first)]
     elif method.phase == "prefill":
         wanted = [(t, gold) for t in range(look.question, look.prompt)]

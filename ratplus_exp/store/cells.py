@@ -33,7 +33,7 @@ from typing import Any
 from ratplus_exp.store.files import locked, naming, sync, warn, write_atomically
 
 FORMAT = 2
-"""Part of every hash. Increase it when a key stands for different numbers than before."""
+"""Part of every hash. Increase it when the numbers of a key change."""
 DAMAGED = ".damaged"  # in the name of folders that are ignored
 
 
@@ -73,7 +73,7 @@ class Cell:
     key: everything that affects the numbers, and nothing else (no n, no paths, no dates), as plain
         JSON (otherwise ValueError or TypeError). "stage" is required; model, method, budget, task,
         training and seed name the folder. 1, 1.0 and true are different values. The attribute has
-        lists in place of tuples.
+        lists instead of tuples.
     id: 16 hex digits, the hash of FORMAT and key.
     path: the cell's folder.
     """

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 class Draft(NamedTuple):
     """A sample before its haystack has a size: a prompt is the template, with the context of n
-    units of the haystack in the place of "{context}", and the prefix."""
+    units of the haystack instead of "{context}", and the prefix."""
 
     template: str
     prefix: str

@@ -49,7 +49,7 @@ def target(sample: Sample) -> str:
 
 
 def target_ids(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids of `target(sample)` behind the prompt, and EOS.
+    """Token ids of `target(sample)` after the prompt, and EOS.
 
     ValueError if the tokenizer merges the prompt's end with the answer's beginning.
     """
@@ -65,7 +65,7 @@ def target_ids(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
 
 def question_tokens(sample: Sample, template: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """The number of tokens of a prompt's question, which follows `template`, the part of the
-    texts' template behind "{context}". A token shared with the context counts.
+    texts' template after "{context}". A token shared with the context counts.
 
     ValueError if the prompt has no such question, as in files with other texts.
     """
@@ -74,7 +74,7 @@ def question_tokens(sample: Sample, template: str, tokenizer: PreTrainedTokenize
     place = max(sample.prompt.rfind(text) for text in (words, singular(words)))
     if not words.strip() or place < 0:
         raise ValueError(
-            f"{sample.id}: the prompt has no {words!r} behind the context, so its question cannot"
+            f"{sample.id}: the prompt has no {words!r} after the context, so its question cannot"
             " be found: set stage.protocol=whole, or the template to the file's"
         )
     return sum(end > place for _, end in encode(sample.prompt, tokenizer).offset_mapping)
