@@ -81,7 +81,7 @@ def lay(archive: Path, root: Path) -> str:
     place, patterns = PLACES.get(archive.stem, ("", ()))
     if record["rc"] is None or record.get("dry") or "device" not in record or not place:
         return (
-            f"not laid: {record['note'] or 'a dry run, on an unknown device, or nothing to keep'}"
+            f"not copied: {record['note'] or 'a dry run, on an unknown device, or nothing to keep'}"
         )
     target = root / REFERENCE / place.format(device=report.slug(record["device"]))
     target.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def lay(archive: Path, root: Path) -> str:
         about = new[-1]["about"]
         runs = [*report.read(target, about), *report.read(source / "bench", about)]
         report.write(target, sorted(runs, key=lambda run: run.about["date"]))
-    return f"rc {record['rc']}, laid under {target.relative_to(root)}"
+    return f"rc {record['rc']}, copied to {target.relative_to(root)}"
 
 
 def tables(root: Path) -> dict[str, str]:

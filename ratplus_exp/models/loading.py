@@ -104,14 +104,14 @@ def load_config(path: Path, rope: dict[str, Any] | None = None) -> PretrainedCon
     saved = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" not in saved:  # P2's backbone, or parameters by layer type
         raise ValueError(
-            f"the model in {path} has no rope_parameters of all layers: leave rope out, or set "
+            f"the model in {path} has no rope_parameters for all layers: leave rope out, or set "
             "positions=N for longer contexts without it"
         )
     try:
         return type(config).from_dict(config.to_dict() | {"rope_parameters": saved | rope})
     except (KeyError, ValueError) as error:
         raise ValueError(
-            f"rope={rope} is incomplete: add what transformers needs ({error})"
+            f"rope={rope} is incomplete: add the fields that transformers needs ({error})"
         ) from None
 
 

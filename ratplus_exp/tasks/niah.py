@@ -144,7 +144,7 @@ class Draw:
                 self.used.add(text)
                 return text
         raise ValueError(
-            f"the prompt needs more than the {len(self.used)} {kind}s there are: shorten length,"
+            f"the prompt needs more than the {len(self.used)} available {kind}s: shorten length,"
             " or raise forms.key_count or number_digits"
         )
 

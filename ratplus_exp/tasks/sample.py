@@ -58,7 +58,7 @@ def target_ids(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
     if tuple(ids[: sample.length]) != sample.input_ids:
         raise ValueError(
             f"{sample.id}: the tokenizer merges prompt and answer: end forms.answer_prefix, or else"
-            " forms.template, with a character that it keeps apart from a space"
+            " forms.template, with a character that it does not merge with a space"
         )
     return (*ids[sample.length :], tokenizer.eos_token_id)
 

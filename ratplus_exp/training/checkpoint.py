@@ -66,7 +66,7 @@ class Checkpoints:
             text = " ".join(str(error.__context__ or error).split())[:160]
             raise OSError(
                 f"cannot write {target} ({text}): make room or repair the disk, then run the same "
-                "command to resume from the checkpoint before"
+                "command to resume from the previous checkpoint"
             ) from None
         finally:
             if rank() == 0:

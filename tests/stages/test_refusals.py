@@ -138,7 +138,7 @@ def test_weights_that_give_no_numbers_are_refused(job, tiny_models, tmp_path, ch
         ({"quantization_config": {"bits": 4}}, "is quantised"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps is x: it must be a positive number"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0: it must be a positive integer"),
-        (None, "no configuration in JSON"),
+        (None, "not a configuration in JSON"),
         (
             {"model_type": "unheard_of", "auto_map": {"AutoConfig": "own.Config"}},
             "cannot be|broken",
@@ -191,7 +191,7 @@ def test_a_prompt_that_does_not_fit_leaves_nothing_behind(job, tiny_models):
 
 
 def test_the_wrong_backbone_is_refused(job, tiny_models):
-    with pytest.raises(ValueError, match="no ratplus backbone"):
+    with pytest.raises(ValueError, match="backbone is not ratplus"):
         job(f"model.path={tiny_models['attention']}", "model.sha256=null")
 
 

@@ -39,7 +39,7 @@ def read(folder: Path, about: dict[str, Any]) -> list[Run]:
     try:
         runs = json.loads(path.read_text())["runs"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a bench's: remove it, or set --out") from None
+        raise ValueError(f"{path} is not a benchmark result: remove it, or set --out") from None
     for earlier, name in product((run["about"] for run in runs), ("device", "dtype", "dry")):
         if earlier[name] != about[name]:
             raise ValueError(
