@@ -89,7 +89,7 @@ def settings(folder, length, *more):
         (["rope={rope_type: default}"], "more than the 64 positions"),
         (["rope={rope_type: linear, factor: 1.5}"], "more than the 96 positions"),
         (["rope={rope_type: linear, factor: 4}", "positions=100"], "than the 100 positions"),
-        (["rope={rope_type: llama3, factor: 2}"], "add the fields that transformers needs.*low_freq_factor"),
+        (["rope={rope_type: llama3, factor: 2}"], "that transformers needs.*low_freq_factor"),
         (["rope={rope_type: dynamic, factor: 2}"], "use one of default, linear, yarn, llama3"),
     ],
 )
