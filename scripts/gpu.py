@@ -1,4 +1,4 @@
-"""All that needs a GPU, in a quarter of an hour: pieces with time limits, the main ones first.
+"""The measurements that need a GPU: pieces with time limits, the most important ones first.
 
     python scripts/gpu.py               the pieces without a result, in order
     python scripts/gpu.py bench small   these pieces, with or without a result (trainings resume)
@@ -56,7 +56,7 @@ Steps = Iterator[tuple[float, list[str]]]  # seconds since the piece began, comm
 
 
 class NotRun(Exception):
-    """Something that a piece needs was not carried."""
+    """Something that a piece needs was not copied."""
 
 
 def kernels(out: Path) -> Steps:
@@ -81,7 +81,7 @@ def bench(out: Path) -> Steps:
 
 
 def baselines(out: Path) -> Steps:
-    """What our kernels are compared with."""
+    """The baselines of our kernels."""
     yield 45, [measured(out, "sparse", SPARSE)]
     yield 90, [measured(out, "scan", SCANS)]
 
@@ -94,7 +94,7 @@ def warm(out: Path) -> Steps:
 
 
 def profile(out: Path) -> Steps:
-    """What limits our kernels, by Nsight Compute."""
+    """A profile of our kernels, by Nsight Compute."""
     sections = ("SpeedOfLight", "WarpStateStats", "Occupancy", "LaunchStats")
     flags = " ".join(f"--section {x}" for x in sections)
     flags = f"{flags} --kernel-name regex:^(_|totals) --log-file {out}/ncu.txt"
@@ -162,7 +162,7 @@ def small(out: Path) -> Steps:
 
 def smollm2(out: Path) -> Steps:
     """A training of pretrained weights with the memory, if weights (or their parts) and a corpus
-    were carried."""
+    were copied."""
     model, corpus = Path("outputs/models/smollm2_135m"), Path("outputs/corpus/local")
     parts = sorted(model.parent.glob("smollm2.gguf.*"))
     if not corpus.exists() or not (parts or model.exists()):
@@ -198,7 +198,7 @@ def schedule(*phases: list[int]) -> str:
 
 
 def interpreted() -> str:
-    """With NumPy 2.3 where it is there (`make gpu-dry`): 2.5 breaks Triton's interpreter itself."""
+    """With NumPy 2.3 if it is installed (`make gpu-dry`): 2.5 breaks Triton's interpreter."""
     return f"TRITON_INTERPRET=1 PYTHONPATH={sys.prefix}/numpy2.3:$PYTHONPATH"
 
 
@@ -223,7 +223,7 @@ def main(arguments: list[str]) -> int:
 
 
 def prepare() -> None:
-    """The environment of all commands, with the carried wheels."""
+    """The environment of all commands, with the copied wheels."""
     os.chdir(ROOT)
     WORK.mkdir(parents=True, exist_ok=True)
     OUT.mkdir(parents=True, exist_ok=True)
@@ -272,7 +272,7 @@ def run_piece(name: str, steps: Callable[[Path], Steps], about: dict[str, Any]) 
 
 
 def side_by_side(commands: list[str], end: float, folder: Path) -> list[dict[str, Any]]:
-    """Run commands until they end or time is up; none of their children outlives them."""
+    """Run commands until they end or time is up, and end all of their child processes."""
     begun, running = time.monotonic(), dict[Path, subprocess.Popen]()
     if begun >= end:
         return [{"command": x, "rc": 124, "output": "no time was left"} for x in commands]

@@ -121,7 +121,7 @@ def tables(root: Path) -> dict[str, str]:
 
 
 def summary(path: Path) -> str:
-    """A record in a sentence."""
+    """A one-sentence summary of a record."""
     record = json.loads(path.read_text())
     versions = record["versions"]
     last = record["commands"][-1]["output"] if record["commands"] else "stopped from outside"
@@ -134,7 +134,7 @@ def summary(path: Path) -> str:
 
 
 def rates(device: str, about: dict[str, Any]) -> str:
-    """The rates of which a device's floors are made."""
+    """The rates from which a device's floors are computed."""
     return (
         f"{about['device']}, {about['date'][:10]}, commit {str(about['commit'])[:12]}: device copy "
         f"{about['copy_bytes_per_second'] / 1e12:.2f} TB/s, matrix product ({about['dtype']}) "

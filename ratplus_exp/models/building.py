@@ -47,7 +47,7 @@ def config_for(architecture: dict[str, Any], memory: bool) -> PretrainedConfig:
 
 def new_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     """A model with random weights, for any method; under `torch.device("meta")` without storage.
-    The global generator stays as it was."""
+    The global generator's state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return attach_engine(AutoModelForCausalLM.from_config(config))
