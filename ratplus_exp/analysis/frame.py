@@ -50,7 +50,7 @@ def finished(cells: Cells, stage: str) -> list[Cell]:
 
 
 def tidy(cells: Cells, stage: str = "eval") -> pd.DataFrame:
-    """One row a finished cell of a stage, sorted by setting.
+    """One row per finished cell of a stage, sorted by setting.
 
     Values are those of the cell's metrics or else of its key. Accuracies are percent; budget is the
     nominal fraction as a string ("1" for method "dense"), budget_measured the fraction attended or

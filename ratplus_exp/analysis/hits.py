@@ -1,6 +1,6 @@
 """H1: hit rates by head, and the top heads of both backbones compared.
 
-A head's hit rate is the share of gold values whose golden position was among the head's selected
+A head's hit rate is the share of gold values whose gold position was among the head's selected
 candidates at every step; tasks have equal weight in its mean. Heads are ranked within each
 training, and each rank is averaged over trainings.
 """
@@ -54,7 +54,7 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
 
     The maximum over heads is biased upwards, equally for backbones with as many heads.
 
-    samples: rows of `sample_scores` of stage hit_rate, one model a backbone.
+    samples: rows of `sample_scores` of stage hit_rate, one model per backbone.
 
     Returns:
         SETTING, task (or MEAN, over the tasks that both backbones have), rank, and for Attention,

@@ -42,7 +42,7 @@ def target(sample: Sample) -> str:
 
     P2 joins the answers by commas and ends them with EOS; of alternatives, the shortest is used.
     Prompts end without a space, so the answer begins with one. Tokenise it with `target_ids`:
-    Llama-2's tokenizer, for one, adds a second space to a text by itself.
+    Some tokenizers, such as Llama-2's, would add a second space to the text alone.
     """
     values = [min(sample.answers, key=len)] if sample.one_of else sample.answers
     return " " + ", ".join(values)
@@ -118,7 +118,7 @@ class GoldenAnswer:
     """The gold answer, teacher-forced, and the place of each of its tokens.
 
     ids: answer tokens, EOS last.
-    positions: for each token of `ids`, the prompt positions of this part of its value, one an
+    positions: for each token of `ids`, the prompt positions of this part of its value, one per
         occurrence of the value; empty for commas, spaces and EOS.
     values: for each token of `ids`, the index of its gold value, or −1.
     """
