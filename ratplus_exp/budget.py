@@ -17,7 +17,7 @@ class Budget:
         try:
             fraction = Fraction(str(text))
         except (ValueError, ZeroDivisionError):
-            raise ValueError(f"budget {text!r} is no fraction: write it as 1/16") from None
+            raise ValueError(f"budget {text!r} is not a fraction: write it as 1/16") from None
         if not 0 < fraction <= 1:
             raise ValueError(f"budget {text} is not in (0, 1]: write it as 1/16")
         return cls(fraction)
@@ -43,7 +43,7 @@ class Budget:
         if part.denominator != 1:
             fitting = ", ".join(f"1/{d}" for d in (1, 2, 4, 8, 16, 32, 64) if whole % d == 0)
             raise ValueError(
-                f"budget {self} of {whole} {unit} is no whole number: take one of {fitting}, or "
-                "change data.length"
+                f"budget {self} of {whole} {unit} is not a whole number: take one of {fitting}, "
+                "or change data.length"
             )
         return int(part)

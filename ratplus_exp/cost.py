@@ -83,8 +83,8 @@ class Shape:
 
     def forward_flops(self, attended: float) -> float:
         """FLOPs of one token's forward pass that attends to `attended` keys on average: a
-        multiply-add a parameter, and two a channel of each key (q·k and p·v). The memory's scan, a
-        few operations a channel, is left out."""
+        multiply-add per parameter, and two per channel of each key (q·k and p·v). The memory's
+        scan, a few operations per channel, is left out."""
         return 2 * self.multiplied + 4 * self.layers * self.heads * self.head_dim * attended
 
     def training_flops(self, attended: float) -> float:
@@ -127,7 +127,7 @@ def training_memory(
 
     rows: of one pass on this GPU; passes: of a batch. States are exact: fp32 weights, gradients and
     Adam's two moments. Activations are an estimate: with flash-like attention a layer stores about
-    10 · hidden + 3 · ffn + 4 · kv values a token (inputs and outputs of its products and norms);
+    10 · hidden + 3 · ffn + 4 · kv values per token (inputs and outputs of its products and norms);
     with checkpointing its input alone, and everything for one layer at a time. Logits are the fp32
     logits, their gradient and log-probabilities, and with bf16 the product's logits and their
     gradient.
@@ -164,6 +164,6 @@ def decode_hours(
     shape: Shape, *, examples: int, batch: int, new_tokens: int, read: float, bandwidth: float
 ) -> float:
     """Hours of decoding on one GPU, which reads all weights and the attended cache at every step;
-    read: cache bytes a sequence and step; bandwidth: TB/s of the GPU's memory."""
+    read: cache bytes per sequence and step; bandwidth: TB/s of the GPU's memory."""
     steps = -(-examples // batch) * new_tokens
     return steps * (2 * shape.multiplied + batch * read) / (bandwidth * 1e12) / 3600

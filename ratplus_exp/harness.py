@@ -40,7 +40,7 @@ class RatPlus(HFLM):
         words: overrides as for `run.py model=hf` (method, budget, data, method.block_size, …), and
             HARNESS, which go to the harness's own model type.
 
-    Raises ValueError for what `run.py` refuses, and for settings that have no meaning here.
+    Raises ValueError for what `run.py` refuses, and for settings that are not supported here.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RatPlus(HFLM):
             ("cut", cut, ("left", "middle")),
         ):
             if value not in use:
-                raise ValueError(f"{name}={value} has no meaning here: use {' or '.join(use)}")
+                raise ValueError(f"{name}={value} is not supported here: use {' or '.join(use)}")
         if not str(size := batch_size or cfg.stage.batch_size).isdigit():
             raise ValueError(f"batch_size={size}: use a number")
         self.cfg, self.cut, path = cfg, cut, resolve(cfg.model.path)
@@ -84,7 +84,7 @@ class RatPlus(HFLM):
         self.pretrained = str(path)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness's results report of the model, beside its arguments."""
+        """What the harness's results report of the model, in addition to its arguments."""
         nominal = str(self.method.fraction(self.cfg.data.length))
         measured = sum(self.measured) / len(self.measured) if self.measured else None
         return {"method": repr(self.method), "budget": nominal, "budget_measured": measured}
@@ -103,7 +103,7 @@ class RatPlus(HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **options: Any
     ) -> Tensor:
-        """Prompts (B, T) with their answers behind them; the harness cuts those at `stop`."""
+        """Prompts (B, T) followed by their answers; the harness cuts the answers at `stop`."""
         for name, value in GREEDY.items():
             if (other := options.get(name) or value) != value:
                 raise ValueError(f"{name}={other}: decoding is greedy, set {name}={value}")
@@ -118,7 +118,7 @@ class RatPlus(HFLM):
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Of each (texts, context ids, continuation ids): the continuation's log-probability behind
+        """For each (texts, context ids, continuation ids): the continuation's log-probability after
         its context, and whether it is the greedy one."""
         if self.method.phase and self.method.dense_prefill:
             raise ValueError(

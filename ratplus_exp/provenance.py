@@ -56,8 +56,8 @@ def commit() -> str | None:
 
 
 def sha256(path: Path) -> str:
-    """OSError if it cannot be read or is no regular file, as a device, which may never end."""
+    """OSError if it cannot be read or is not a regular file (a device may never end)."""
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no file", str(path))
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -89,7 +89,7 @@ Text = Annotated[str, matching(r"(?!\s)[^\0-\x1f\x7f]{1,4096}", "use some text i
 Name = Annotated[
     str,
     # Names appear unescaped in tables, CSV files, folders and pages.
-    matching(r"[^\W_][\w./-]{0,99}", "use letters, digits and ._/- behind a first letter or digit"),
+    matching(r"[^\W_][\w./-]{0,99}", "use letters, digits and ._/- after a first letter or digit"),
 ]
 Distinct = AfterValidator(_distinct)
 Names = Annotated[list[Name], Distinct]

@@ -1,4 +1,4 @@
-"""W&B: one run a job, offline by default. Its failures do not affect the job."""
+"""W&B: one run per job, offline by default. Its failures do not affect the job."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ class Tracker:
     def __init__(self, start: Callable[..., Any], mode: str) -> None:
         self._run: Any = None
         if mode == "online":
-            self._run = _guarded(partial(start, mode=mode), "tracking goes on offline")
+            self._run = _guarded(partial(start, mode=mode), "tracking continues offline")
         if mode != "disabled" and self._run is None:
             self._run = _guarded(partial(start, mode="offline"))
 
@@ -73,7 +73,7 @@ def tracked(cfg: DictConfig, folder: Path) -> Iterator[Tracker]:
         tracker.finish(int(failed))
 
 
-def _guarded(action: Callable[[], T], then: str = "the job goes on") -> T | None:
+def _guarded(action: Callable[[], T], then: str = "the job continues") -> T | None:
     try:
         return action()
     except Exception as error:  # W&B's own, the network's and the disk's, of many kinds

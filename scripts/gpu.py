@@ -1,4 +1,4 @@
-"""All that needs a GPU, in a quarter of an hour: pieces with time limits, the main ones first.
+"""The measurements that need a GPU: pieces with time limits, the most important ones first.
 
     python scripts/gpu.py               the pieces without a result, in order
     python scripts/gpu.py bench small   these pieces, with or without a result (trainings resume)
@@ -36,7 +36,7 @@ SMALL = float(os.environ.get("SMALL_SECONDS", 290))  # of the small pair
 START = 20  # seconds of a training for its start and its end
 LATE = 15  # more seconds for a slow start
 GRACE = 12  # seconds from SIGTERM to SIGKILL: trainings write a checkpoint
-ARCHIVE = 15 << 20  # bytes of a result at most; a file that comes back may have 16 MiB
+ARCHIVE = 15 << 20  # bytes of a result at most; the limit of copied files is 16 MiB
 
 # Rows of the bench: our kernels, ways to cut them, what to compare them with, what to profile.
 OURS = r"B=1 (T=\d+ )?H=32 (K=32 )?[TD]=.* \| kernel$"
@@ -56,7 +56,7 @@ Steps = Iterator[tuple[float, list[str]]]  # seconds since the piece began, comm
 
 
 class NotRun(Exception):
-    """Something that a piece needs was not carried."""
+    """Something that a piece needs was not copied."""
 
 
 def kernels(out: Path) -> Steps:
@@ -72,7 +72,7 @@ def kernels(out: Path) -> Steps:
 
 
 def bench(out: Path) -> Steps:
-    """Our kernels beside their floors, then cut in other ways."""
+    """Our kernels compared with their floors, then with other plans."""
     if DRY:
         yield 90, [measured(out, "scan sparse", "")]
         return
@@ -81,20 +81,20 @@ def bench(out: Path) -> Steps:
 
 
 def baselines(out: Path) -> Steps:
-    """What our kernels are compared with."""
+    """The baselines of our kernels."""
     yield 45, [measured(out, "sparse", SPARSE)]
     yield 90, [measured(out, "scan", SCANS)]
 
 
 def warm(out: Path) -> Steps:
-    """Fill the compilers' caches for `bench`, beside other pieces."""
+    """Fill the compilers' caches for `bench`; runs in parallel with other pieces."""
     parts = {"sparse": OURS, "scan": OURS, "plans": PLANS}
     short = "^(?!.*T=131072).*({})".format
     yield 70, [measured(out / x, x, short(match), "--once") for x, match in parts.items()]
 
 
 def profile(out: Path) -> Steps:
-    """What limits our kernels, by Nsight Compute."""
+    """A profile of our kernels, by Nsight Compute."""
     sections = ("SpeedOfLight", "WarpStateStats", "Occupancy", "LaunchStats")
     flags = " ".join(f"--section {x}" for x in sections)
     flags = f"{flags} --kernel-name regex:^(_|totals) --log-file {out}/ncu.txt"
@@ -162,11 +162,11 @@ def small(out: Path) -> Steps:
 
 def smollm2(out: Path) -> Steps:
     """A training of pretrained weights with the memory, if weights (or their parts) and a corpus
-    were carried."""
+    were copied."""
     model, corpus = Path("outputs/models/smollm2_135m"), Path("outputs/corpus/local")
     parts = sorted(model.parent.glob("smollm2.gguf.*"))
     if not corpus.exists() or not (parts or model.exists()):
-        raise NotRun(f"there is no {corpus}, or neither {model} nor a smollm2.gguf.* beside it")
+        raise NotRun(f"there is no {corpus}, or neither {model} nor a smollm2.gguf.* next to it")
     if not model.exists():
         file = out / "joined.gguf"
         convert = f"stage=convert stage.dtype=null model.path={model} checkpoint={file}"
@@ -198,7 +198,7 @@ def schedule(*phases: list[int]) -> str:
 
 
 def interpreted() -> str:
-    """With NumPy 2.3 where it is there (`make gpu-dry`): 2.5 breaks Triton's interpreter itself."""
+    """With NumPy 2.3 if it is installed (`make gpu-dry`): 2.5 breaks Triton's interpreter."""
     return f"TRITON_INTERPRET=1 PYTHONPATH={sys.prefix}/numpy2.3:$PYTHONPATH"
 
 
@@ -213,7 +213,7 @@ def main(arguments: list[str]) -> int:
     for name in arguments or PIECES:
         record = WORK / f"{name}.json"
         if not arguments and record.exists() and json.loads(record.read_text())["rc"] is not None:
-            print(f"{name}: there already")
+            print(f"{name}: already exists")
             continue
         result = run_piece(name, PIECES[name], about)
         codes.append(result["rc"] or 0)
@@ -223,7 +223,7 @@ def main(arguments: list[str]) -> int:
 
 
 def prepare() -> None:
-    """The environment of all commands, with the carried wheels."""
+    """The environment of all commands, with the copied wheels."""
     os.chdir(ROOT)
     WORK.mkdir(parents=True, exist_ok=True)
     OUT.mkdir(parents=True, exist_ok=True)
@@ -240,7 +240,7 @@ def prepare() -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Device, versions, commit and date, found by a process of its own."""
+    """Device, versions, commit and date, found by a separate process."""
     code = "import json, ratplus_exp.provenance as p; print(json.dumps(p.provenance({})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
@@ -272,7 +272,7 @@ def run_piece(name: str, steps: Callable[[Path], Steps], about: dict[str, Any]) 
 
 
 def side_by_side(commands: list[str], end: float, folder: Path) -> list[dict[str, Any]]:
-    """Run commands until they end or time is up; none of their children outlives them."""
+    """Run commands until they end or time is up, and end all of their child processes."""
     begun, running = time.monotonic(), dict[Path, subprocess.Popen]()
     if begun >= end:
         return [{"command": x, "rc": 124, "output": "no time was left"} for x in commands]

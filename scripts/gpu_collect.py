@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
 
 def lay(archive: Path, root: Path) -> str:
     """Unpack a piece's archive into outputs/gpu, where the next run finds it, and copy the files of
-    PLACES; returns what was done."""
+    PLACES; returns a description."""
     unpacked = root / "outputs" / "gpu"
     with tarfile.open(archive) as file:
         file.extractall(unpacked, filter="data")
@@ -81,7 +81,7 @@ def lay(archive: Path, root: Path) -> str:
     place, patterns = PLACES.get(archive.stem, ("", ()))
     if record["rc"] is None or record.get("dry") or "device" not in record or not place:
         return (
-            f"not laid: {record['note'] or 'a dry run, on an unknown device, or nothing to keep'}"
+            f"not copied: {record['note'] or 'a dry run, on an unknown device, or nothing to keep'}"
         )
     target = root / REFERENCE / place.format(device=report.slug(record["device"]))
     target.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def lay(archive: Path, root: Path) -> str:
         about = new[-1]["about"]
         runs = [*report.read(target, about), *report.read(source / "bench", about)]
         report.write(target, sorted(runs, key=lambda run: run.about["date"]))
-    return f"rc {record['rc']}, laid under {target.relative_to(root)}"
+    return f"rc {record['rc']}, copied to {target.relative_to(root)}"
 
 
 def tables(root: Path) -> dict[str, str]:
@@ -121,7 +121,7 @@ def tables(root: Path) -> dict[str, str]:
 
 
 def summary(path: Path) -> str:
-    """A record in a sentence."""
+    """A one-sentence summary of a record."""
     record = json.loads(path.read_text())
     versions = record["versions"]
     last = record["commands"][-1]["output"] if record["commands"] else "stopped from outside"
@@ -134,7 +134,7 @@ def summary(path: Path) -> str:
 
 
 def rates(device: str, about: dict[str, Any]) -> str:
-    """The rates of which a device's floors are made."""
+    """The rates from which a device's floors are computed."""
     return (
         f"{about['device']}, {about['date'][:10]}, commit {str(about['commit'])[:12]}: device copy "
         f"{about['copy_bytes_per_second'] / 1e12:.2f} TB/s, matrix product ({about['dtype']}) "
@@ -144,7 +144,7 @@ def rates(device: str, about: dict[str, Any]) -> str:
 
 
 def aims(runs: list[dict[str, Any]]) -> str:
-    """Every aim beside its measured figure, for the default plan of that time and the fastest."""
+    """Every target with its measured figure, for the default plan of that time and the fastest."""
     rows = [row for run in runs for row in run["rows"] if row["seconds"]]
     found = {(row["suite"], row["case"], row["form"]): row for row in rows}
     fastest: dict[tuple[str, str], dict[str, Any]] = {}

@@ -156,7 +156,7 @@ def test_runs_of_parts_add_up_and_the_later_row_counts(tmp_path):
     ):
         report.read(tmp_path, a_run([], device="E").about)
     (tmp_path / "bench.json").write_text('{"rows": []}')
-    with pytest.raises(ValueError, match=r"bench\.json is not a bench's: remove it"):
+    with pytest.raises(ValueError, match=r"bench\.json is not a benchmark result: remove it"):
         report.read(tmp_path, again.about)
 
 

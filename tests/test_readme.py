@@ -92,7 +92,7 @@ def test_the_reference_table_is_of_the_shipped_weights():
 
 def test_the_readmes_figures_are_those_of_the_reference():
     text = (REPOSITORY / "README.md").read_text()
-    found = text[: text.index("## Going on")]
+    found = text[: text.index("## Usage")]
     folder = REPOSITORY / "outputs/reference/pocket"
     cells = pd.read_csv(folder / "cells.csv")
     cells = cells[(cells["selector"] == "topk") & cells["block_size"].isin([1, 16])]

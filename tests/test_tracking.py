@@ -1,4 +1,4 @@
-"""W&B may fail in any way: it costs a warning, and the run goes on offline where it can."""
+"""W&B may fail in any way: it costs a warning, and the run continues offline where it can."""
 
 from functools import partial
 
@@ -67,5 +67,5 @@ def test_without_a_server_or_a_key_the_run_is_offline(tmp_path, monkeypatch, cap
     tracker = Tracker(partial(wandb.init, project="p", dir=tmp_path, settings=settings), "online")
     tracker.log({"loss": 1.0})
     tracker.finish(0)
-    assert "tracking goes on offline" in capsys.readouterr().err
+    assert "tracking continues offline" in capsys.readouterr().err
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))

@@ -2,10 +2,10 @@
 
     k̃_t = g_t ⊙ k̃_{t-1} + (1 − g_t) ⊙ k_t        ṽ_t = g_t ⊙ ṽ_{t-1} + (1 − g_t) ⊙ v_t
 
-with g_t = sigmoid(z_t). The torch forms are the definition. They go from token to token; one
-operation takes all batches, heads and channels of K and V. They cut the sequence into tiles that
-fit into a core's cache, which is faster than parallel scans, as these touch every number several
-times (docs/kernels.md).
+with g_t = sigmoid(z_t). The torch forms are the definition. They process one token after the other,
+in one operation for all batches, heads and channels of K and V. They cut the sequence into tiles
+that fit into a core's cache, which is faster than parallel scans, as these touch every number
+several times (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def memory_scan(
     """Run Eq. 1 over a sequence.
 
     Args:
-        z: gate logits, (B, T, H, D), any strides. One gate a channel, shared by K and V.
+        z: gate logits, (B, T, H, D), any strides. One gate per channel, shared by K and V.
         k, v: keys (before RoPE) and values, (B, T, H, D).
         initial_state: (2, B, H, D) fp32, k̃ and ṽ of the token before the first; zeros if None.
 
@@ -88,7 +88,7 @@ def memory_prefill(
         z, k, v: as in `memory_scan`.
         rope: cosines and sines, (B or 1, T, 1, D), of the half-rotation form: channel d turns with
             channel d + D/2, by the same angle.
-        block_size: tokens a block, a power of two; block 0 starts at the first token given.
+        block_size: tokens per block, a power of two; block 0 starts at the first token given.
 
     Returns:
         The rotated k̃ and ṽ (B, T, H, D), the final state (before RoPE), and the `Blocks` of the

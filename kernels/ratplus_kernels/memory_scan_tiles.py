@@ -22,8 +22,8 @@ def combine(a1, x1, y1, a2, x2, y2):
 def combine_with_before(
     a1, x1, y1, before_a1, before_x1, before_y1, a2, x2, y2, before_a2, before_x2, before_y2
 ):
-    """`combine`, and beside it the same without the last segment: what each segment is entered
-    with. The first one's must be (1, 0, 0)."""
+    """`combine`, and the same without the last segment: the state before each segment. The first
+    one's must be (1, 0, 0)."""
     return (
         a1 * a2, a2 * x1 + x2, a2 * y1 + y2,
         a1 * before_a2, before_a2 * x1 + before_x2, before_a2 * y1 + before_y2,
@@ -147,7 +147,7 @@ def load_gradients(
 def carry(
     start_ptr, totals_ptr, state, plane, chunk, inside, HAS_START: tl.constexpr, BD: tl.constexpr
 ):
-    """The state that a chunk is entered with: the initial one, carried over the chunks before."""
+    """The state before a chunk: the initial one, carried over the chunks before."""
     x = tl.zeros([BD], tl.float32)
     y = tl.zeros([BD], tl.float32)
     if HAS_START:
@@ -185,7 +185,7 @@ def totals_kernel(
     D: tl.constexpr, REVERSE: tl.constexpr, W: tl.constexpr, L: tl.constexpr, BD: tl.constexpr,
     VECTOR: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk does to a state: h → a h + x. Chunks count from the end where REVERSE."""
+    """The map of a state by each chunk: h → a h + x. Chunks count from the end where REVERSE."""
     chunk, head, b, h, d, inside = program(H, D, BD)
     z_ptr += b * z_b + h * z_h
     x_ptr += b * x_b + h * x_h

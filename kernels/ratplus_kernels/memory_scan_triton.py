@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     stages: int = 3
 
     def tile(self, block_t: int = 0) -> dict[str, int]:
-        """The kernels' constants; block_t: tokens in place of the plan's."""
+        """The kernels' constants; block_t: tokens instead of the plan's."""
         segments = min(self.segments, block_t or self.block_t)
         vector = segments * self.block_d // (32 * self.warps)  # channels of one thread
         return {
@@ -143,7 +143,7 @@ def _totals(
 
 
 def step(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`memory_step` in one launch, a channel a thread; state is contiguous."""
+    """`memory_step` in one launch, one channel per thread; state is contiguous."""
     _, heads, dim = k.shape
     k_out, v_out, new = k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(state)
     _step_kernel[(triton.cdiv(k.numel(), _CHANNELS),)](
@@ -155,7 +155,7 @@ def step(z: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor
 
 @torch.library.custom_op("ratplus_exp::memory_scan", mutates_args=())
 def scan(z: Tensor, k: Tensor, v: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """`memory_scan` as an operator, which torch.compile leaves as it is."""
+    """`memory_scan` as an operator, which torch.compile does not change."""
     return forward(z, k, v, initial)[:3]
 
 

@@ -12,7 +12,7 @@ from ratplus_kernels.dispatch import use_triton
 from ratplus_kernels.selection import check_top_k, inner_products
 
 MAX_BLOCKS = 2048  # the kernel keeps a query's scores of all blocks in registers
-PAIRS = 1 << 17  # pairs of a query and a block that the torch form has in memory at a time
+PAIRS = 1 << 17  # (query, block) pairs that the torch form has in memory at a time
 SLOTS = 1 << 12  # pairs that it computes at a time, in a core's cache
 PAIR = 100  # a pair takes about as long as this many keys of attention with the engine's masks
 
@@ -56,7 +56,7 @@ def moba_prefill_torch(
 ) -> Tensor:
     """`moba_prefill` by blocks: each one attended to by all the queries that chose it.
 
-    Shapes: N blocks of S tokens, G query heads a KV head.
+    Shapes: N blocks of S tokens, G query heads per KV head.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     length, kv_heads = q.shape[2], k.shape[1]
@@ -148,7 +148,7 @@ def _far(
     (B, K, n, G S, picks): which of them, and whether it is one. Pairs of a query and a block are
     sorted by block and cut into tiles, so that a tile attends to one block.
 
-    Returns outputs (slots, D), one a pair; of each query, in its order, log Σ exp (·, picks), −∞
+    Returns outputs (slots, D), one per pair; of each query, in its order, log Σ exp (·, picks), −∞
     where there is no block, and its slots (·, picks).
     """
     size, dim = q.shape[-2:]

@@ -1,12 +1,12 @@
-"""`moba_prefill` in Triton: only what was selected is computed.
+"""`moba_prefill` in Triton: only the selected pairs are computed.
 
 1. The gate keeps the scores of 16 queries for all blocks in registers, selects there, and writes
-   one bit a query and block: T · N / 8 bytes a head.
+   one bit per query and block: T · N / 8 bytes per head.
 2. Every block between a query's first and its own lists the queries that selected it.
-3. A block attends for its list, gathered into tiles: one partial output and log Σ exp a pair.
+3. A block attends for its list, gathered into tiles: one partial output and log Σ exp per pair.
 4. Queries attend to block 0 and their own, and add their partial outputs.
 
-Partial outputs take T · k · D elements a head, so 2 to 4 take as many heads at a time as ROOM has
+Partial outputs take T · k · D elements per head, so 2 to 4 take as many heads at a time as ROOM has
 space for, or a span of one head's queries.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from ratplus_kernels.selection_triton import select_blocks
 
 ROWS = 16  # queries that a program gates at a time
-SEGMENT = 128  # blocks up to which gates of shorter reach don't pay (a multiple of 32)
+SEGMENT = 128  # blocks up to which gates over fewer blocks are not faster (a multiple of 32)
 ROOM = 1 << 30  # bytes of partial outputs at a time
 TILE = 64  # queries that a program lists, and whose outputs it adds, at a time
 SHARES = 4  # programs among which a block's list is divided
@@ -162,7 +162,7 @@ def _list(
     row = start + at
     own = row // block_size
     word = tl.arange(0, WORDS)[None, :]
-    # A gate has not written words for what lies behind its queries.
+    # A gate has not written words for blocks after its queries.
     there = (row < length) & (at < span) & (word <= own // 32) & (word < words)
     row_ptr = bits + ((first + local).to(tl.int64) * length + row) * words
     left = tl.load(row_ptr + word, mask=there, other=0)

@@ -63,7 +63,7 @@ def quest_decode_torch(
     block = torch.arange(blocks, device=q.device)
     own = (positions // block_size)[:, None, :, None]
     chosen = select(scores, top_k, allowed=block <= own, forced=(block == 0) | (block == own))
-    # Their numbers (B, H, Q, top_k), ascending; behind them `blocks`, ahead of all queries.
+    # Their numbers (B, H, Q, top_k), ascending, padded with `blocks`, which is after all queries.
     top_k = min(top_k, blocks)
     slot = torch.where(chosen, chosen.cumsum(-1) - 1, top_k)
     index = block.new_full((*chosen.shape[:-1], top_k + 1), blocks)
@@ -88,7 +88,7 @@ def _runs(x: Tensor, start: Tensor, size: int) -> Tensor:
     row = torch.arange(batch, device=x.device).view(-1, 1, 1, 1) * x.stride(0)
     head = torch.arange(start.shape[1], device=x.device).view(-1, 1, 1)
     head = head // (start.shape[1] // kv_heads) * x.stride(1)
-    # A run is a row of a view in which a row starts at every number, so one copy takes it.
+    # A run is one row of a view whose rows start at every element, so one copy reads it.
     last = (batch - 1) * x.stride(0) + (kv_heads - 1) * x.stride(1) + (length - size) * dim
     rows = x.as_strided((last + 1, size * dim), (1, 1), x.storage_offset())
     return rows.index_select(0, (row + head + start * dim).flatten())

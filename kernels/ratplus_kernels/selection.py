@@ -28,7 +28,7 @@ def select(scores: Tensor, k: int, *, allowed: Tensor, forced: Tensor) -> Tensor
 
 
 def running_count(mask: Tensor) -> Tensor:
-    """mask.cumsum(-1) in int32. In chunks, since torch scans a row by one block of a GPU."""
+    """mask.cumsum(-1) in int32, in chunks: on a GPU torch scans each row by one thread block."""
     if mask.shape[-1] <= CHUNK:
         return mask.cumsum(-1, dtype=torch.int32)
     parts = F.pad(mask, (0, -mask.shape[-1] % CHUNK)).unflatten(-1, (-1, CHUNK))

@@ -68,7 +68,7 @@ def select_blocks(scores, own, top_k):
     selected = key >= low[:, None]
     excess = tl.sum(selected.to(tl.int32), axis=1) - wanted
     if tl.max(excess, axis=0) > 0:
-        # The block behind the last of equal keys that has room, by bisection too: a cumulative sum
+        # The block after the last of equal keys that has room, also by bisection: a cumulative sum
         # would take more registers and shared memory than all of the above.
         tied = key == low[:, None]
         room = tl.sum(tied.to(tl.int32), axis=1) - excess

@@ -45,7 +45,7 @@ def attention_mass(q: Tensor, k: Tensor, lse: Tensor | None = None) -> Tensor:
 
 
 def window_logits(q: Tensor, k: Tensor) -> Tensor:
-    """Causal q · k / √D of the window, (B, K, G, W, T) for G query heads a KV head."""
+    """Causal q · k / √D of the window, (B, K, G, W, T) for G query heads per KV head."""
     queries = q.unflatten(1, (k.shape[1], -1))
     logits = inner_products(queries, k.unsqueeze(2)) / math.sqrt(q.shape[-1])
     token = torch.arange(k.shape[2], device=q.device)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 _TILE = 64  # keys at a time
-_PIECE = 1024  # keys that one program of the LSE pass goes through
+_PIECE = 1024  # keys that one program of the LSE pass processes
 
 
 def attention_mass(q: Tensor, k: Tensor, lse: Tensor | None) -> Tensor:

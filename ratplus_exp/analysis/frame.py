@@ -1,4 +1,4 @@
-"""The store as tidy frames: one row a finished cell, or one row a sample of finished cells."""
+"""The store as tidy frames: one row per finished cell, or one row per sample of finished cells."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def finished(cells: Cells, stage: str) -> list[Cell]:
 
 
 def tidy(cells: Cells, stage: str = "eval") -> pd.DataFrame:
-    """One row a finished cell of a stage, sorted by setting.
+    """One row per finished cell of a stage, sorted by setting.
 
     Values are those of the cell's metrics or else of its key. Accuracies are percent; budget is the
     nominal fraction as a string ("1" for method "dense"), budget_measured the fraction attended or
@@ -72,7 +72,7 @@ def rows_of(cells: Iterable[Cell]) -> pd.DataFrame:
 
 
 def sample_scores(cells: Cells, stage: str = "eval", **where: Any) -> pd.DataFrame:
-    """One row a sample of the finished cells, for statistics that pair samples.
+    """One row per sample of the finished cells, for statistics that pair samples.
 
     where: for `select`, as in `sample_scores(store, tier="pocket", task=["MK-1", "MK-2"])`.
 
@@ -159,7 +159,7 @@ def _fits(cell: Cell) -> bool:
         ),
     }
     for name in (name for name, fit in fits.items() if not fit):
-        warn(f"{cell.path / name} has a value that no job can write: delete its folder")
+        warn(f"{cell.path / name} has an invalid value: delete its folder")
     return all(fits.values())
 
 

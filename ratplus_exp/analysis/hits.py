@@ -1,6 +1,6 @@
 """H1: hit rates by head, and the top heads of both backbones compared.
 
-A head's hit rate is the share of gold values whose golden position was among the head's selected
+A head's hit rate is the share of gold values whose gold position was among the head's selected
 candidates at every step; tasks have equal weight in its mean. Heads are ranked within each
 training, and each rank is averaged over trainings.
 """
@@ -20,7 +20,7 @@ ENDS = ("", " low", " high")  # of the columns of an estimate
 
 
 def hit_rates(cells: Cells, **where: Any) -> pd.DataFrame:
-    """One row a layer, head and finished cell: layer, head (from 0), hit_rate (percent), values
+    """One row per layer, head and finished cell: layer, head (from 0), hit_rate (percent), values
     (gold values counted), and the columns of `tidy` except accuracies. where: for `select`."""
     by_id = {cell.id: cell for cell in finished(cells, STAGE)}
     rows = []
@@ -54,7 +54,7 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
 
     The maximum over heads is biased upwards, equally for backbones with as many heads.
 
-    samples: rows of `sample_scores` of stage hit_rate, one model a backbone.
+    samples: rows of `sample_scores` of stage hit_rate, one model per backbone.
 
     Returns:
         SETTING, task (or MEAN, over the tasks that both backbones have), rank, and for Attention,

@@ -55,7 +55,7 @@ def length_curves(draws: Mapping[int, Bootstrap]) -> pd.DataFrame:
 
     draws: the accuracies of each context length, by `GROUP`. The columns LINE name a line of a
     plot: of a method with blocks, one line has a fixed block size and another a fixed number of
-    blocks; a point may be in both. Lines of a single length are left out. n: samples a task.
+    blocks; a point may be in both. Lines of a single length are left out. n: samples per task.
     """
     tasks = sorted(set.intersection(*(set(x.tasks) for x in draws.values()))) if draws else []
     rows = []

@@ -1,4 +1,4 @@
-"""A table of the paper beside measured cells: cell by cell, by pattern, and by rank."""
+"""A table of the paper compared with measured cells: cell by cell, by pattern, and by rank."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -20,7 +20,7 @@ SOLVED = 50.0
 
 def scaled(paper: pd.DataFrame, context: int) -> pd.DataFrame:
     """Rows of the paper with `block_size` scaled so that a context has as many blocks, 64 of 4096
-    tokens as 8 of 512; negative, so that it matches no cell, if that is no whole number.
+    tokens as 8 of 512; negative, so that it matches no cell, if that is not a whole number.
     `paper_block` is as printed."""
     sizes = []
     for row in paper.itertuples():
@@ -30,9 +30,9 @@ def scaled(paper: pd.DataFrame, context: int) -> pd.DataFrame:
 
 
 def compare(paper: pd.DataFrame, cells: pd.DataFrame, accuracy: str) -> pd.DataFrame:
-    """Each accuracy of a table of the paper beside the measured one.
+    """Each accuracy of a table of the paper with the measured one.
 
-    paper: of `scaled`; cells: rows of `tidy`, one model a backbone, of one context length;
+    paper: of `scaled`; cells: rows of `tidy`, one model per backbone, of one context length;
     accuracy: their column to compare.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The memory of Eq. 1, and the controls that stand in its place, by their names in a config."""
+"""The memory of Eq. 1, and the controls that can replace it, by their names in a config."""
 
 from typing import Any
 

@@ -45,8 +45,8 @@ class Memory(nn.Module):
         """k̃, ṽ (B, T, heads, head_dim) and the final state (·, B, ..., heads, head_dim) in fp32.
 
         x is (B, T, d_model), k (before RoPE) and v as the result, state that of earlier
-        tokens (None: the sequence starts), lengths (B,) real tokens a row (None: all T). The final
-        state is that at each row's last real token.
+        tokens (None: the sequence starts), lengths (B,) real tokens per row (None: all T). The
+        final state is that at each row's last real token.
         """
         raise NotImplementedError
 

@@ -14,7 +14,7 @@ from ratplus_exp.memory.base import Memory
 class Gate(Memory):
     """Eq. 1 of P1: k̃_t = g_t ⊙ k̃_{t-1} + (1 − g_t) ⊙ k_t, and the same for ṽ, g_t = σ(W_g x_t + b).
 
-    One gate a channel, shared by K and V. The state is the last k̃ and ṽ, (2, B, heads, head_dim).
+    One gate per channel, shared by K and V. The state is the last k̃ and ṽ, (2, B, heads, head_dim).
     """
 
     sees_input: ClassVar[bool] = True
@@ -81,7 +81,7 @@ class Gate(Memory):
 
 
 class Ema(Gate):
-    """Control: one learned rate a channel, g = σ(b), whatever the input."""
+    """Control: one learned rate per channel, g = σ(b), independent of the input."""
 
     sees_input = False
 

@@ -15,7 +15,7 @@ class Taps(Memory):
     """
 
     taps: ClassVar[int]
-    per_head: ClassVar[bool]  # one weight a head, or one a channel
+    per_head: ClassVar[bool]  # one weight per head, or one per channel
 
     def __init__(self, d_model: int, num_heads: int, head_dim: int, **settings: Any) -> None:
         super().__init__(d_model, num_heads, head_dim, **settings)
@@ -69,7 +69,7 @@ class Convolution(Taps):
 
 class Shift(Taps):
     """Control: KV shifting attention (Xu et al., 2024), token t mixed with t − 1, by α for keys and
-    β for values, one pair a KV head."""
+    β for values, one pair per KV head."""
 
     taps, per_head = 2, True
 

@@ -1,5 +1,5 @@
 """`python -m ratplus_exp.methods` makes the tables and notes of docs/methods.md from the classes of
-conf/method, and leaves its other text as it is."""
+conf/method, and does not change its other text."""
 
 import csv
 import inspect

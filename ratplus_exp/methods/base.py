@@ -1,6 +1,6 @@
 """The interface of sparse methods (Eq. 3): when they select, what, and by which scores.
 
-Shapes: B batch, H query heads, G query heads a KV head, K = H / G KV heads, Q queries, T tokens,
+Shapes: B batch, H query heads, G query heads per KV head, K = H / G KV heads, Q queries, T tokens,
 N candidates (blocks or tokens), D head size.
 """
 
@@ -172,7 +172,7 @@ class Method(Settings):
     def choosing(self, positions: Tensor, dim: int, layer: int = 0) -> Tensor | None:
         """What a selection reads at each query position, in key-value pairs (2 D numbers).
 
-        The representatives of all candidates, once a group of heads, and for each selected one an
+        The representatives of all candidates, once per group of heads, and for each selected one an
         index of four bytes, where a number has two. None: nothing, as when evicting.
         """
         if self.phase not in ("decode", "prefill"):

@@ -26,7 +26,7 @@ class Engine(Selection):
     """A method and its selector for one batch.
 
     counted: of "prefill" and "decode", whose queries the usage counts (None: where the method is
-        sparse): in all layers alike, so that dense layers beside sparse ones count.
+        sparse): the same in all layers, so that dense layers among sparse ones count.
     """
 
     usage: Usage = field(default_factory=Usage)
@@ -169,8 +169,8 @@ class Engine(Selection):
         self.usage.add(attended.expand(positions.shape), positions, choosing)
 
     def _count_fast_step(self, states: States) -> None:
-        """`_count`, computed once a step for all layers: it takes more launches than the fast path
-        itself."""
+        """`_count`, computed once per step for all layers: it takes more launches than the fast
+        path itself."""
         method, step = self.method, states.step
         if "decode" not in (self.counted or ()):
             return

@@ -12,7 +12,7 @@ class ExpectedAttention(Method):
     """softmax(μᵀk / √D + kᵀΣk / 2D) · ‖v‖, with mean μ and covariance Σ of the prompt's queries.
 
     The weights of a group's query heads are averaged. The original computes the statistics before
-    RoPE and rotates them to the next 512 positions; here they are those of the rotated queries.
+    RoPE and rotates them to the next 512 positions; here they are computed on the rotated queries.
     """
 
     phase = "once"

@@ -1,4 +1,4 @@
-"""Hits of H1: whether a head's selection contains the golden answer position at every step."""
+"""Hits of H1: whether a head's selection contains the gold answer position at every step."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ from ratplus_exp.methods.base import Method
 
 class HitCounter:
     """An `Engine.recorder` of whether the candidates selected for each answer token, layer and
-    head contain one of the token's golden positions.
+    head contain one of the token's gold positions.
 
     Args:
         method: of phase "decode", "once" or "step".
-        golden: (B, A, T) bool, true where token t of the prompt is a golden position of answer
+        golden: (B, A, T) bool, true where token t of the prompt is a gold position of answer
             token a; a token without any does not count.
         lengths: (B,) tokens of each prompt: the query at position lengths + a − 1 predicts answer
             token a.
@@ -27,7 +27,7 @@ class HitCounter:
         self.hits: Tensor | None = None  # (B, A, layers, heads) bool
 
     def __call__(self, layer: int, rows: Tensor, positions: Tensor, selected: Tensor) -> None:
-        """See `Engine.recorder`. Under GQA an evicting method has one selection a KV head."""
+        """See `Engine.recorder`. Under GQA an evicting method has one selection per KV head."""
         selected = selected.flatten(1, 2)  # (R, H, Q, N)
         golden = self._candidates(selected.shape[-1])[rows]  # (R, A, N)
         answers = golden.shape[1]
@@ -42,7 +42,7 @@ class HitCounter:
         self.hits[rows.cpu(), :, layer] |= hit.any(2).cpu()
 
     def _candidates(self, count: int) -> Tensor:
-        """(B, A, T) golden tokens as (B, A, count) golden candidates."""
+        """(B, A, T) gold tokens as (B, A, count) gold candidates."""
         size = self.method.block_size if self.method.unit == "block" else 1
         room = count * size - self.golden.shape[-1]
         return F.pad(self.golden, (0, room)).unflatten(-1, (count, size)).any(-1)

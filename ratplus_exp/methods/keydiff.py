@@ -12,7 +12,7 @@ from ratplus_exp.methods.base import Method
 class KeyDiff(Method):
     """Minus the cosine of a key with the mean of all normalised keys.
 
-    The original evicts block by block during the prefill, this one once after it.
+    The original evicts block by block during the prefill; here eviction is once, after it.
     """
 
     phase = "once"
@@ -20,7 +20,7 @@ class KeyDiff(Method):
     reads = "all keys, once"
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
-        """(B, K, 1, 1, N), whatever the queries."""
+        """(B, K, 1, 1, N), independent of the queries."""
         wide = promote_types(representatives.dtype, float32)
         keys = F.normalize(representatives.to(wide), dim=-1)
         anchor = F.normalize(keys.mean(2, keepdim=True), dim=-1)

@@ -8,11 +8,11 @@ from ratplus_exp.methods.base import EVICTING, Method
 
 @dataclass(frozen=True, kw_only=True)
 class Layers(Method):
-    """Each layer has a method of its own; a list shorter than the model repeats.
+    """Each layer has its own method; a list shorter than the model repeats.
 
-    A budget is that of every layer that selects; the nominal one is the mean over all layers. The
-    measured ones are of all layers, dense ones too, over the queries that any layer is sparse for.
-    Also what a list in place of a number makes, as in `method=dilated method.dilation=[1,16]`.
+    The configured budget applies to every layer that selects; the nominal one is the mean over all
+    layers. The measured ones include dense layers, over the queries that any layer is sparse for. A
+    list instead of a number makes such a method, too: `method=dilated method.dilation=[1,16]`.
     """
 
     paper = "Wei and Gulcehre, 2026, arXiv 2602.18196"

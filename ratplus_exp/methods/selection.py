@@ -44,7 +44,7 @@ class Selection:
     def select_blocks(
         self, q: Tensor, representatives: Tensor, positions: Tensor, layer: int
     ) -> Tensor:
-        """Which candidates each query attends to: (B, K, G, Q, N) bool, at most top_k a query.
+        """Which candidates each query attends to: (B, K, G, Q, N) bool, at most top_k per query.
 
         q (B, H, Q, D), representatives (B, K, N, *), positions (B or 1, Q). The first and the local
         candidate are forced; later ones are never selected.
@@ -137,7 +137,7 @@ class Selection:
         chosen = selected[:, :, 0, 0]
         most = int(chosen.sum(-1).max()) if method.pooled else method.k(layer, self.layers)
         most = min(most, length)
-        # Each to its place; a sort takes longer.
+        # A scatter, since a sort takes longer.
         place = torch.where(chosen, running_count(chosen) - 1, most + token)
         tokens = token.new_full((*chosen.shape[:2], most + length), EMPTY)
         tokens = tokens.scatter_(-1, place, token.expand_as(place))[..., :most]

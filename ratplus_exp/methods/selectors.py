@@ -1,4 +1,4 @@
-"""Selectors: the ranking behind the top-k of Eq. 3. H2 swaps the selector and nothing else.
+"""Selectors: the ranking behind the top-k of Eq. 3. H2 changes only the selector.
 
 A selector maps a method's scores (B, K, G, Q, N) to the scores that the engine ranks. The engine
 forces the first and the local candidates and takes the k best, so that all selectors select equally
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Candidates(NamedTuple):
-    """What the scores belong to.
+    """The candidates of the scores.
 
     positions: (B or 1, Q) of the queries. Candidate i is the tokens [i · block_size,
         (i + 1) · block_size), or the token tokens[:, :, i] (B, K, N).
@@ -51,9 +51,9 @@ class TopK:
 
 @dataclass(frozen=True, eq=False)
 class Random:
-    """Uniformly random candidates (H2), drawn anew for every layer, head and query.
+    """Uniformly random candidates (H2), drawn separately for every layer, head and query.
 
-    seeds: (B,) int64, one a sample. The draw is a hash of (seed, layer, head, query position,
+    seeds: (B,) int64, one per sample. The draw is a hash of (seed, layer, head, query position,
         candidate), so that it depends neither on the batch nor on earlier draws.
     """
 

@@ -14,7 +14,7 @@ from torch import Tensor
 class Step:
     """Positions of the tokens of one forward pass, (B or 1, T), from 0 at each row's first token.
 
-    lengths: (B,) real tokens a row; None if all T are real, as after the prompt.
+    lengths: (B,) real tokens per row; None if all T are real, as after the prompt.
     counts: what a method's fast path attends to and reads, for all layers of the pass.
     """
 

@@ -13,8 +13,8 @@ from ratplus_exp.settings import Whole
 class StreamingLLM(Dilated):
     """Query t sees position j <= t when j < I or t − j <= W, with I + W + 1 tokens in all.
 
-    This applies to prompt and answer. RoPE's positions are those of the text; the original counts
-    them within the cache.
+    This applies to prompt and answer. RoPE's positions are those in the text; the original uses
+    positions in the cache.
     """
 
     paper = "Xiao et al., 2023, arXiv 2309.17453"

@@ -19,7 +19,7 @@ class Twilight(TopKTokens):
     All heads of a layer share p, which is set at each step so that they select top_k tokens on
     average: the measured budget is the nominal one. The original fixes p and estimates the mass
     with 4-bit keys; here it is exact.
-    page: tokens of a block of Quest's; candidates: the size of Quest's selection in budgets.
+    page: Quest's block size; candidates: the size of Quest's selection, in budgets.
     """
 
     paper = "Lin et al., 2025, arXiv 2502.02770"

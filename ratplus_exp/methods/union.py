@@ -32,7 +32,7 @@ class WithDilation(BlockMethod):
     def within(self, budget: Budget, length: int) -> Self:
         left = budget.fraction - Fraction(1, self.dilation)
         if left <= 0:
-            raise ValueError(f"budget {budget} has no room beside method.dilation: raise one")
+            raise ValueError(f"budget {budget} leaves no room besides method.dilation: raise one")
         return replace(self, top_k=Budget(left).blocks(length, self.block_size))
 
 

@@ -16,8 +16,8 @@ class Usage:
     """How many tokens the queries of the sparse phase attended to.
 
     counts: for each layer and forward pass the arguments of `add`, all (B, Q).
-    slots: (B,) a layer, the slots that a row needs after the prompt: as many as the head that keeps
-        most tokens.
+    slots: (B,) per layer, the slots that a row needs after the prompt: as many as the head that
+        keeps most tokens.
     """
 
     counts: list[tuple[Tensor, ...]] = field(default_factory=list)

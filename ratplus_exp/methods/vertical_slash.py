@@ -13,7 +13,7 @@ from ratplus_kernels.selection import inner_products
 
 @dataclass(frozen=True)
 class VerticalSlash(Method):
-    """top_k / 2 keys that all queries see, and as many distances at which they see one.
+    """top_k / 2 keys that all queries see, and top_k / 2 distances at which each sees a key.
 
     Both are selected by the attention of the prompt's last `window` queries, summed over columns
     and diagonals; the first column and the distance 0 are forced. The original tunes the numbers of

@@ -24,7 +24,7 @@ class XAttention(BlockMethod):
 
     phase = "prefill"
     paper = "Xu et al., 2025, arXiv 2503.16428"
-    reads = "all keys, once a block of queries"
+    reads = "all keys, once per block of queries"
     by_query_block = True
     stride: Positive = 8
 

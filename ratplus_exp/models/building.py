@@ -27,7 +27,8 @@ def config_for(architecture: dict[str, Any], memory: bool) -> PretrainedConfig:
     if family == "ratplus":
         if unknown := settings.keys() - RatPlusConfig().to_dict().keys() - {*SPECIAL_TOKENS}:
             raise ValueError(
-                f"model.architecture.{min(unknown)} is no field of P2's backbone: leave it out"
+                f"model.architecture.{min(unknown)} is not a field of the RAT+ paper's backbone: "
+                "leave it out"
             )
         return RatPlusConfig(memory=memory, **settings)
     if not memory and not settings.get("output_gate"):
@@ -46,7 +47,7 @@ def config_for(architecture: dict[str, Any], memory: bool) -> PretrainedConfig:
 
 def new_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     """A model with random weights, for any method; under `torch.device("meta")` without storage.
-    The global generator stays as it was."""
+    The global generator's state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return attach_engine(AutoModelForCausalLM.from_config(config))

@@ -13,7 +13,7 @@ class MemoryFields:
     """Fields of every config with the memory; attention and RAT+ differ in `memory` alone.
 
     memory: whether K and V go through the exponentially decaying memory (Eq. 1).
-    gate_bias: where the gates start: one logit for all channels, or a pair of effective lengths in
+    gate_bias: the initial gates: one logit for all channels, or a pair of effective lengths in
         tokens over which the channels of every head are spread.
     memory_kind: a key of `KINDS`: the papers' gate, or a control.
     memory_on, shared_gate: for ablations and controls, see `Memory`.

@@ -59,7 +59,7 @@ class CudaGraphs:
         return graph.replay
 
 
-cuda_graphs = CudaGraphs()  # one a process
+cuda_graphs = CudaGraphs()  # one per process
 
 
 @torch.inference_mode()

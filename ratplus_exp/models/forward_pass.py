@@ -27,7 +27,7 @@ class ForwardPass:
     @property
     def length(self) -> int:
         """Tokens of the longest row after this pass, plus the room for an answer at a prompt, since
-        replayed steps check nothing."""
+        replayed steps have no checks."""
         length, cache = self.step.positions.shape[1], self.cache
         if cache is None:
             return length

@@ -61,7 +61,7 @@ AttentionInterface.register(ATTENTION, attention)
 class EngineDecoder:
     """Mixin for decoders (causal models without their heads), whose layers attend by a ForwardPass.
 
-    The layers see right padding in place of left padding, so that each row starts at its first
+    The layers see right padding instead of left padding, so that each row starts at its first
     token: the memory starts from zero, block 0 is the row's first block, and a batch gives the same
     answers as its rows alone.
     """
@@ -158,7 +158,7 @@ def attach_engine(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, modified in place: an engine computes attention, and it has `new_cache`.
 
     Weights, config and saved form stay those of the stock class; models of this project are
-    returned unchanged. ValueError if some layers are no plain softmax attention.
+    returned unchanged. ValueError if some layers are not plain softmax attention.
     """
     if isinstance(model, SparseGeneration):
         return model

@@ -36,7 +36,7 @@ def weight_files(path: Path) -> list[Path]:
         names = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         return [path / Path(name).name for name in sorted(set(names))]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path / INDEX} is no index of weights: restore the file") from None
+        raise ValueError(f"{path / INDEX} is not an index of weights: restore the file") from None
 
 
 def weights_digest(path: Path) -> str:
@@ -66,7 +66,7 @@ def check_model(path: Path, expected_sha256: str | None, backbone: str) -> str:
     memory = bool(config.get("memory"))  # stock configs have no such field
     if memory != (backbone == "ratplus"):
         raise ValueError(
-            f"the model in {path} has memory={memory}, so it is no {backbone} backbone: set "
+            f"the model in {path} has memory={memory}, so its backbone is not {backbone}: set "
             "model.path or model.backbone"
         )
     digest = weights_digest(path)
@@ -86,14 +86,14 @@ def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
     except ValueError:
         config = None
     if not isinstance(config, dict):
-        raise ValueError(f"{file} is no configuration in JSON: restore the file")
+        raise ValueError(f"{file} is not a configuration in JSON: restore the file")
     return config
 
 
 def load_config(path: Path, rope: dict[str, Any] | None = None) -> PretrainedConfig:
     """The configuration of the model in a folder; rope: changes of its rope_parameters.
 
-    ValueError for what transformers refuses, or changes for a model without such parameters."""
+    ValueError if transformers refuses it, or for changes to a model without such parameters."""
     try:
         config = AutoConfig.from_pretrained(path, **LOCAL)
     except (ValueError, KeyError, TypeError) as error:
@@ -104,14 +104,14 @@ def load_config(path: Path, rope: dict[str, Any] | None = None) -> PretrainedCon
     saved = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" not in saved:  # P2's backbone, or parameters by layer type
         raise ValueError(
-            f"the model in {path} has no rope_parameters of all layers: leave rope out, or set "
+            f"the model in {path} has no rope_parameters for all layers: leave rope out, or set "
             "positions=N for longer contexts without it"
         )
     try:
         return type(config).from_dict(config.to_dict() | {"rope_parameters": saved | rope})
     except (KeyError, ValueError) as error:
         raise ValueError(
-            f"rope={rope} is incomplete: add what transformers needs ({error})"
+            f"rope={rope} is incomplete: add the fields that transformers needs ({error})"
         ) from None
 
 
@@ -162,7 +162,7 @@ def dtype_on(device: torch.device, name: str | None = None) -> torch.dtype:
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a model's folder; ValueError if it is broken or does not fit the model.
 
-    An EOS that is none of the model's end tokens is replaced by the first of those."""
+    An EOS that is not one of the model's end tokens is replaced by the first of those."""
     if not (path / "config.json").is_file():
         raise ValueError(f"there is no model in {path}: train it first, or name another folder")
     tokenizer = read_tokenizer(path, read_config(path).get("vocab_size"))

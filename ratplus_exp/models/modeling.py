@@ -113,7 +113,7 @@ class RatPlusModel(EngineDecoder, RatPlusPreTrainedModel):
 
 
 class RatPlusForCausalLM(SavedWithCode, RatPlusPreTrainedModel, GenerationMixin):
-    """Takes, beside the usual arguments, `engine`, as RatPlusModel."""
+    """Takes `engine`, as RatPlusModel does, in addition to the usual arguments."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     forward = LlamaForCausalLM.forward

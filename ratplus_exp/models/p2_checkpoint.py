@@ -1,6 +1,7 @@
-"""Conversion from and to P2's published checkpoints (wimh966/rat-plus, weights barpitf/ratplus).
+"""Conversion from and to the RAT+ paper's (P2's) published checkpoints (wimh966/rat-plus, weights
+barpitf/ratplus).
 
-A `.pth` contains the model's state dict under the key `task`, beside the state of the training.
+A `.pth` contains the model's state dict under the key `task`, and the state of the training.
 Names may have `_orig_mod.` of torch.compile. Each layer's `seq_layer.in_proj` stacks the rows o, q,
 k, v and, with the memory, g; older files have g in `seq_layer.fgate_proj`.
 """
@@ -44,10 +45,10 @@ class _EasyDict:
 def read_p2(path: Path) -> dict[str, Tensor]:
     """The state dict in a `.pth`, with P2's names, memory-mapped, without running code in it.
 
-    ValueError if the file is missing, damaged or no such checkpoint.
+    ValueError if the file is missing, damaged or not such a checkpoint.
     """
     if not path.is_file():
-        raise ValueError(f"there is no {path}: set checkpoint to one of P2's .pth files")
+        raise ValueError(f"there is no {path}: set checkpoint to a .pth file of the RAT+ paper")
     try:
         with torch.serialization.safe_globals([(_EasyDict, "easydict.EasyDict")]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -62,7 +63,9 @@ def read_p2(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged ({reason}): download it again") from None
     state = content.get("task") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise ValueError(f"{path} has no state dict under 'task': is it one of P2's checkpoints?")
+        raise ValueError(
+            f"{path} has no state dict under 'task': is it one of the RAT+ paper's checkpoints?"
+        )
     return dict(state)
 
 
@@ -71,11 +74,13 @@ def p2_shapes(config: RatPlusConfig) -> dict[str, tuple[int, ...]]:
     layout does not support it."""
     if (config.memory_kind, config.memory_on, config.shared_gate) != ("gate", "kv", True):
         raise ValueError(
-            "P2's memory is on keys and values, by one gate: see memory_kind, memory_on and "
-            "shared_gate"
+            "the RAT+ paper's memory is on keys and values, by one gate: see memory_kind, "
+            "memory_on and shared_gate"
         )
     if config.num_key_value_heads * config.head_dim != config.hidden_size:
-        raise ValueError("P2's layout has no grouped-query attention: every head has its own K, V")
+        raise ValueError(
+            "the RAT+ paper's layout has no grouped-query attention: every head has its own K, V"
+        )
     with torch.device("meta"):
         state = RatPlusForCausalLM(config).state_dict()
     return {name: tuple(x.shape) for name, x in _in_p2_layout(state, config).items()}
@@ -92,7 +97,7 @@ def from_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Ten
         state["head.lm_head.weight"], state["embedding.wte.weight"]
     ):
         raise ValueError(
-            "head.lm_head.weight and embedding.wte.weight differ, but P2 ties them: set "
+            "head.lm_head.weight and embedding.wte.weight differ, but this model ties them: set "
             "model.architecture.tie_word_embeddings=false"
         )
     result = {name: state[p2_name] for p2_name, name in _names(config).items()}
@@ -115,7 +120,7 @@ def to_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tenso
     p2_shapes(config)  # refuses a memory that the layout lacks
     for name, x in state.items():
         if name.endswith("memory.bias") and x.any():
-            raise ValueError(f"{name} is not zero: P2's gates have no bias")
+            raise ValueError(f"{name} is not zero: the RAT+ paper's gates have no bias")
     result = _in_p2_layout(state, config)
     _check(result, config)
     return result

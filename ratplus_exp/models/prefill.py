@@ -1,6 +1,6 @@
 """One prefill for many methods: the state after a batch of prompts, as a value.
 
-Dense attention, Quest and SnapKV, whatever their budgets, selectors and seeds, share the same dense
+Dense attention, Quest and SnapKV, with any budgets, selectors and seeds, share the same dense
 prefill. It is computed once, and each of them continues from a copy.
 """
 

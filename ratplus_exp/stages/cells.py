@@ -57,7 +57,7 @@ class MeasuringStage(Protocol):
 
 
 class Job:
-    """One configuration of a measuring stage and its cells, one a task.
+    """One configuration of a measuring stage and its cells, one per task.
 
     The constructor checks all settings, and neither loads a model nor writes.
     """

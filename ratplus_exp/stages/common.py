@@ -1,4 +1,4 @@
-"""What all stages share: paths, models, device, output."""
+"""Common functions of all stages: paths, models, device, output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""stage=convert: P2's checkpoints and GGUF files to folders in Hugging Face's format."""
+"""stage=convert: the RAT+ paper's (P2's) checkpoints and GGUF files to Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def run(cfg: DictConfig) -> None:
     """Read `checkpoint`; write weights, config and tokenizer to model.path."""
     if not cfg.checkpoint:
         raise ValueError(
-            "stage=convert reads one of P2's .pth files or a .gguf file: set checkpoint=FILE"
+            "stage=convert reads one of the RAT+ paper's .pth files or a .gguf file: set "
+            "checkpoint=FILE"
         )
     target, file = resolve(cfg.model.path), resolve(cfg.checkpoint)
     refuse_target(target)
@@ -42,8 +43,8 @@ def run(cfg: DictConfig) -> None:
     print(f"Saved {target}: {count:,} parameters, sha256 {weights_digest(target)}")
     if tokenizer is None:
         print(
-            f"It has no tokenizer yet: copy the model's tokenizer files (Llama-2's, for P2's "
-            f"models) into {target}."
+            f"It has no tokenizer yet: copy the model's tokenizer files (Llama-2's, for the RAT+ "
+            f"paper's models) into {target}."
         )
 
 
@@ -52,8 +53,8 @@ def _read_p2(cfg: DictConfig, file: Path) -> Parts:
     config = config_for(plain(cfg.model.architecture), cfg.model.backbone == "ratplus")
     if not isinstance(config, RatPlusConfig):
         raise ValueError(
-            f"model={cfg.model.name} is not of P2's architecture: use model=ratplus_7b or another "
-            "of docs/models.md"
+            f"model={cfg.model.name} is not of the RAT+ paper's architecture: use "
+            "model=ratplus_7b or another of docs/models.md"
         )
     tokenizer = None
     if cfg.stage.tokenizer:

@@ -31,8 +31,8 @@ def run(cfg: DictConfig) -> None:
     shape = shape_of(cfg)
     model = [
         ("Parameters", f"{shape.parameters / 1e6:,.1f} M"),
-        ("of them the memory's", f"{shape.memory_parameters / 1e6:,.1f} M"),
-        ("FLOPs of a token's products, forward", f"{2 * shape.multiplied:.3g}"),
+        ("of which memory", f"{shape.memory_parameters / 1e6:,.1f} M"),
+        ("FLOPs per token of matrix products, forward", f"{2 * shape.multiplied:.3g}"),
     ]
     groups = [model]
     if "joint" in cfg.stage:
@@ -50,7 +50,7 @@ def run(cfg: DictConfig) -> None:
     part = "one setting of " if "models" in cfg.stage else ""
     title = f"{part}stage={cfg.stage.name} model={cfg.model.name}: estimated cost"
     rows = tuple(row for group in groups for row in group)
-    print(Table(title, caption, ("What", "How much"), rows, breaks).to_text())
+    print(Table(title, caption, ("Quantity", "Estimate"), rows, breaks).to_text())
 
 
 def shape_of(cfg: DictConfig) -> Shape:
@@ -112,12 +112,14 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
     hours = cost.hours(flops, gpus.gpus, gpus.peak_tflops, gpus.mfu)
     passes = "1: dense"
     if cfg.stage.joint:
-        passes = "1: dilated and dense in turn" if cfg.stage.alternate else "2: dilated and dense"
+        passes = (
+            "1: dilated and dense alternately" if cfg.stage.alternate else "2: dilated and dense"
+        )
         if cfg.stage.sparse_only_tokens >= tokens:
             passes = "1: dilated"
     work = [
         ("Tokens", f"{tokens:.3g} in {schedule.steps} steps of {schedule.tokens_per_step}"),
-        ("Passes a batch", passes),
+        ("Steps per batch", passes),
         ("FLOPs", f"{flops:.3g}"),
         ("Hours", f"{hours:.3g}"),
         ("Tokens/s", f"{tokens / hours / 3600:.3g}"),

@@ -1,8 +1,8 @@
 """stage=look: what each layer and head keeps of one prompt (task, seed, index), under several
 methods and on both backbones, as a page and a picture.
 
-The answers shown are those of the methods. What a method keeps is recorded at the tokens of the
-right answer, which is fed as for H1 (`stages.hit_rate`).
+The answers shown are those of the methods. A method's selection is recorded at the tokens of the
+gold answer, which is the input as for H1 (`stages.hit_rate`).
 """
 
 from __future__ import annotations
@@ -92,10 +92,11 @@ def _view(job: Job, model: Any, sample: Sample, source: Samples, look: Look, lab
 
     answer = golden_answer(sample, source.tokenizer)
     engine = Engine(method, selector_of(job.cfg, [sample], prompts.ids.device), record)
-    feed(prompts, engine, prompts.ids.new_tensor([answer.ids[:-2]]))  # what predicts EOS is no step
+    # The token that predicts EOS is not a step.
+    feed(prompts, engine, prompts.ids.new_tensor([answer.ids[:-2]]))
     first = 0 if fed else 1  # the answer's first token with a step
     gold = [sorted(places) for places in answer.positions[first:-1]]
-    if method.phase in ("decode", "step"):  # the query behind token t − 1 predicts token t
+    if method.phase in ("decode", "step"):  # the query of token t − 1 predicts token t
         wanted = [(t - 1, [x]) for t, x in enumerate(gold, look.prompt + first)]
     elif method.phase == "prefill":
         wanted = [(t, gold) for t in range(look.question, look.prompt)]

@@ -175,7 +175,7 @@ def loss_figures(cells: list[Cell], folder: Path) -> list[Path]:
 
 
 def _kind(found: list[dict[str, Any]]) -> str:
-    """The tokens of tables by position and of figures: recallable ones where there are any."""
+    """The tokens of tables by position and of figures: recallable ones if there are any."""
     return KINDS[any(x["recallable_loss"] is not None for x in found)]
 
 

@@ -31,7 +31,7 @@ FIRST = 16  # prompts of a cell that its metrics can use
 
 
 class Session:
-    """What a process keeps between groups: the model, and the sources of samples.
+    """The state of a process between groups: the model, and the sources of samples.
 
     workers: how many processes share this machine's memory.
     """
@@ -60,11 +60,11 @@ class Session:
 
 
 def fill(jobs: list[Job], task: str, session: Session, done: Callable[[int], None]) -> int:
-    """Append the samples that the jobs' cells of a task lack, batch by batch, and finish the cells.
-    Returns how many cells are left out, since another process is writing them.
+    """Append the missing samples of the jobs' cells of a task, batch by batch; finish the cells.
+    Returns the number of cells that are skipped, since another process is writing them.
 
     jobs: with the same prefill of the task's prompts. Rank 0 reads what is missing and the ranks
-    deal it out in turn, so any number of processes can complete what others left.
+    distribute it round-robin, so any number of processes can complete what others left.
 
     done: called with the number of appended samples, of all ranks together.
     """
@@ -156,7 +156,7 @@ def total_memory(device: torch.device) -> int:
 @contextmanager
 def _opened(jobs: list[Job], task: str) -> Iterator[list[Job]]:
     """The jobs with their cells open for writing, without those that another process is writing.
-    Rank 0 locks a cell; other ranks open a file beside its own."""
+    Rank 0 locks a cell; each other rank opens its own file in the same folder."""
     with ExitStack() as stack:
 
         def lock() -> list[int]:

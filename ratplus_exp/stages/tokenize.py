@@ -27,7 +27,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def corpus_of(cfg: DictConfig, model: Path) -> Corpus:
-    """The configured corpus in the tokens of a model's folder; ValueError if it is not there."""
+    """The configured corpus in the tokens of a model's folder; ValueError if it does not exist."""
     return Corpus(*_place(cfg, model))
 
 

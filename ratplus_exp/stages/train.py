@@ -110,7 +110,7 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
     _refuse_other_settings(cfg, folder)
     with locked(folder) if rank() == 0 else nullcontext():
         if weight_files(target)[0].exists():
-            print(f"Trained already: {target}. Delete the folder to train again.")
+            print(f"Already trained: {target}. Delete the folder to train again.")
             return
         refuse_target(target)
         with process_group(device):
@@ -176,7 +176,7 @@ def save_model(
 def refuse_target(target: Path) -> None:
     """ValueError, before any work, for a folder that `save_model` can't replace."""
     if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is there already: delete the folder or choose another one")
+        raise ValueError(f"{target} already exists: delete the folder or choose another one")
 
 
 def _tokenizer(cfg: DictConfig) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""The append-only store of results: one folder a cell."""
+"""The append-only store of results: one folder per cell."""
 
 from ratplus_exp.store.cells import Cell, Store
 from ratplus_exp.store.files import StoreBusy, locked, naming, remove_drafts, warn, write_atomically

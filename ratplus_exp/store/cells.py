@@ -1,8 +1,8 @@
-"""Append-only results: one folder a cell, safe against a kill at any moment.
+"""Append-only results: one folder per cell, safe against a kill at any moment.
 
     <root>/<stage>/<readable name>-<hash of the key>/
         config.json     the key, and one provenance entry for each time the cell was opened
-        samples.jsonl   one line a sample, on disk before `append` returns
+        samples.jsonl   one line per sample, on disk before `append` returns
         samples.3.jsonl the same, from rank 3 of several processes; rank 0 writes samples.jsonl
         metrics.json    computed from all of these lines
         done            {"n": number of lines that metrics.json covers}
@@ -11,9 +11,9 @@
 Files are written in this order, so `done` implies the rest. The number of samples is not part of
 the key: a later run can extend the cell. Samples are identified by id, in whichever file.
 
-A file that no kill can explain, such as an empty one, is damaged. Its cell counts as missing, with
-a warning. The next run recomputes a damaged metrics.json or done. If another file is damaged, it
-renames the folder to <folder>.damaged1 and starts again.
+A file that an interrupted write cannot produce, such as an empty one, is damaged. Its cell counts
+as missing, with a warning. The next run recomputes a damaged metrics.json or done. If another file
+is damaged, it renames the folder to <folder>.damaged1 and starts again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 from ratplus_exp.store.files import locked, naming, sync, warn, write_atomically
 
 FORMAT = 2
-"""Part of every hash. Increase it when a key stands for different numbers than before."""
+"""Part of every hash. Increase it when the numbers of a key change."""
 DAMAGED = ".damaged"  # in the name of folders that are ignored
 
 
@@ -61,7 +61,7 @@ class Store:
             except (ValueError, KeyError, TypeError):
                 cell = None
             if cell is None or cell.path != path.parent:
-                _warn_of(f"{path} is no configuration of this folder's cell")
+                _warn_of(f"{path} is not the configuration of this folder's cell")
             else:
                 yield cell
 
@@ -73,7 +73,7 @@ class Cell:
     key: everything that affects the numbers, and nothing else (no n, no paths, no dates), as plain
         JSON (otherwise ValueError or TypeError). "stage" is required; model, method, budget, task,
         training and seed name the folder. 1, 1.0 and true are different values. The attribute has
-        lists in place of tuples.
+        lists instead of tuples.
     id: 16 hex digits, the hash of FORMAT and key.
     path: the cell's folder.
     """
@@ -96,7 +96,7 @@ class Cell:
         Raises StoreBusy if another process has locked the cell, OSError if the folder can't be
         written or locked.
         """
-        assert self._file is None, "the cell is open already"
+        assert self._file is None, "the cell is already open"
         with ExitStack() as stack:
             stack.enter_context(locked(self.path))
             try:
@@ -181,7 +181,7 @@ class Cell:
         past = config.get("provenance", [])
         entries = isinstance(past, list) and past and all(isinstance(x, dict) for x in past)
         if config and not (entries and _text(config.get("key")) == _text(self.key)):
-            raise ValueError(f"{self.path / 'config.json'} is no configuration of this cell")
+            raise ValueError(f"{self.path / 'config.json'} is not the configuration of this cell")
         return past
 
     def done(self) -> int:
@@ -235,7 +235,7 @@ def _warn_of(problem: str) -> None:
 
 def _read_samples(path: Path) -> tuple[dict[Any, dict[str, Any]], int]:
     """Complete records of one file by id, and their number of bytes; ValueError for an incomplete
-    line before a complete one, or a sample twice, which no kill can explain."""
+    line before a complete one, or a sample twice, which an interrupted write cannot produce."""
     records: dict[Any, dict[str, Any]] = {}
     size, broken = 0, 0
     if not path.exists():
@@ -246,7 +246,9 @@ def _read_samples(path: Path) -> tuple[dict[Any, dict[str, Any]], int]:
             if record is None:
                 broken = broken or number
             elif broken or record["id"] in records:
-                problem = f"line {broken} is no sample" if broken else f"{record['id']} is doubled"
+                problem = (
+                    f"line {broken} is not a sample" if broken else f"{record['id']} is doubled"
+                )
                 raise ValueError(f"{path} is damaged: {problem}")
             else:
                 records[record["id"]] = record

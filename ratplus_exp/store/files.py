@@ -80,7 +80,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @cache
 def warn(text: str) -> None:
-    """Print one line to stderr, once a process."""
+    """Print one line to stderr, once per process."""
     tqdm.write(f"warning: {' '.join(text.split())}", file=sys.stderr)
 
 

@@ -5,7 +5,7 @@
 writes the shipped one. It splits text as the tokenizers of current language models do: a word
 includes the space in front of it, digits form groups of up to three from the left ("4815162" is
 481 516 2), and punctuation is separate. The space in front of a number is a token: seven digits
-take four tokens, and the first token of an answer carries no information.
+take four tokens, and the first token of an answer has no information.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""What needles, questions and prompts look like: one generator serves RULER and the pocket tier.
+"""The texts of needles, questions and prompts: one generator for RULER and the pocket tier.
 
 The defaults are RULER's, word for word (NVIDIA/RULER, scripts/data/synthetic/niah.py and
 constants.py). The pocket tier's forms are in conf/data/pocket.yaml.
@@ -96,7 +96,7 @@ class Forms(Settings):
     def nouns(self) -> tuple[str, ...]:
         """The keys if `key_words` is 'noun', alphabetically.
 
-        None is profane, or a word of the prose or of the texts, so a key means one thing only.
+        None is profane, or a word of the prose or of the texts, so each key is unambiguous.
         """
         nouns = _nouns(self.words)
         count = self.key_count or len(nouns)
@@ -151,4 +151,6 @@ def _fields(name: str, text: str) -> set[str]:
     try:
         return {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
     except ValueError as error:
-        raise ValueError(f"{name} is no format string ({error}): double literal braces") from error
+        raise ValueError(
+            f"{name} is not a format string ({error}): double literal braces"
+        ) from error

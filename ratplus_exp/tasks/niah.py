@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 class Draft(NamedTuple):
     """A sample before its haystack has a size: a prompt is the template, with the context of n
-    units of the haystack in the place of "{context}", and the prefix."""
+    units of the haystack instead of "{context}", and the prefix."""
 
     template: str
     prefix: str
@@ -69,7 +69,7 @@ class TaskSpec:
         units: list[str] = []
 
         def context(n: int) -> str:
-            """The haystack's first n units with the needles, which are placed anew for each n."""
+            """The haystack's first n units with the needles, which are placed again for each n."""
             units.extend(islice(more, max(0, n - len(units))))
             places = seeded_random(f"{name}/{n}")
             if self.haystack == "essay":
@@ -144,7 +144,7 @@ class Draw:
                 self.used.add(text)
                 return text
         raise ValueError(
-            f"the prompt needs more than the {len(self.used)} {kind}s there are: shorten length,"
+            f"the prompt needs more than the {len(self.used)} available {kind}s: shorten length,"
             " or raise forms.key_count or number_digits"
         )
 

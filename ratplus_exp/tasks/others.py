@@ -183,7 +183,7 @@ class FWE(Texts):
             every = [word for word, times in zip(words, counts, strict=True) for _ in range(times)]
             seeded_random(f"{name}/{n}").shuffle(every)
             first = next((i for i, word in enumerate(every) if word != self.dots), 0)
-            if first and not self.dots.startswith(" "):  # a mark behind a word begins no text
+            if first and not self.dots.startswith(" "):  # a text must not start with punctuation
                 every[0], every[first] = every[first], every[0]
             return "".join(every).lstrip()
 

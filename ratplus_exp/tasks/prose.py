@@ -40,7 +40,7 @@ def sentence(rng: random.Random) -> str:
     used: set[str] = set()
 
     def fill(slot: re.Match[str]) -> str:
-        # A word occurs once a sentence: not "from the mill to the mill".
+        # A word occurs once per sentence: not "from the mill to the mill".
         choice = rng.choice([word for word in _WORDS[slot[1]] if word not in used])
         used.add(choice)
         return choice
@@ -58,11 +58,11 @@ def paragraph(rng: random.Random, n: int) -> str:
 def essay_words(path: str) -> tuple[str, ...]:
     """All words of a text file, or of RULER's PaulGrahamEssays.json ({"text": ...}); read once.
 
-    ValueError, naming the file, if it cannot be read, is malformed, or holds no word.
+    ValueError, naming the file, if it cannot be read, is malformed, or has no word.
     """
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(

@@ -65,7 +65,7 @@ class Ruler:
             raise ValueError("tasks need a fast tokenizer, for its offsets: load one with use_fast")
         if self.length <= self.forms.reserve:
             raise ValueError(
-                f"length {self.length} leaves nothing beside the {self.forms.reserve} tokens of"
+                f"length {self.length} leaves no room besides the {self.forms.reserve} tokens of"
                 " forms.reserve: raise length or lower reserve"
             )
         if self.essay is not None:

@@ -42,14 +42,14 @@ def target(sample: Sample) -> str:
 
     P2 joins the answers by commas and ends them with EOS; of alternatives, the shortest is used.
     Prompts end without a space, so the answer begins with one. Tokenise it with `target_ids`:
-    Llama-2's tokenizer, for one, adds a second space to a text by itself.
+    Some tokenizers, such as Llama-2's, would add a second space to the text alone.
     """
     values = [min(sample.answers, key=len)] if sample.one_of else sample.answers
     return " " + ", ".join(values)
 
 
 def target_ids(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids of `target(sample)` behind the prompt, and EOS.
+    """Token ids of `target(sample)` after the prompt, and EOS.
 
     ValueError if the tokenizer merges the prompt's end with the answer's beginning.
     """
@@ -58,14 +58,14 @@ def target_ids(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
     if tuple(ids[: sample.length]) != sample.input_ids:
         raise ValueError(
             f"{sample.id}: the tokenizer merges prompt and answer: end forms.answer_prefix, or else"
-            " forms.template, with a character that it keeps apart from a space"
+            " forms.template, with a character that it does not merge with a space"
         )
     return (*ids[sample.length :], tokenizer.eos_token_id)
 
 
 def question_tokens(sample: Sample, template: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """The number of tokens of a prompt's question, which follows `template`, the part of the
-    texts' template behind "{context}". A token shared with the context counts.
+    texts' template after "{context}". A token shared with the context counts.
 
     ValueError if the prompt has no such question, as in files with other texts.
     """
@@ -74,7 +74,7 @@ def question_tokens(sample: Sample, template: str, tokenizer: PreTrainedTokenize
     place = max(sample.prompt.rfind(text) for text in (words, singular(words)))
     if not words.strip() or place < 0:
         raise ValueError(
-            f"{sample.id}: the prompt has no {words!r} behind the context, so its question cannot"
+            f"{sample.id}: the prompt has no {words!r} after the context, so its question cannot"
             " be found: set stage.protocol=whole, or the template to the file's"
         )
     return sum(end > place for _, end in encode(sample.prompt, tokenizer).offset_mapping)
@@ -118,7 +118,7 @@ class GoldenAnswer:
     """The gold answer, teacher-forced, and the place of each of its tokens.
 
     ids: answer tokens, EOS last.
-    positions: for each token of `ids`, the prompt positions of this part of its value, one an
+    positions: for each token of `ids`, the prompt positions of this part of its value, one per
         occurrence of the value; empty for commas, spaces and EOS.
     values: for each token of `ids`, the index of its gold value, or −1.
     """
@@ -156,7 +156,7 @@ def golden_answer(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> GoldenA
 
 
 LONGEST = 64
-"""Characters a token on average, above which a prompt is too long without being tokenised."""
+"""Characters per token on average, above which a prompt is too long without being tokenised."""
 
 
 class _Record(BaseModel, strict=True):

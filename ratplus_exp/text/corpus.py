@@ -16,7 +16,7 @@ class Corpus:
     """The tokens of a folder that `write_shards` made, cut into windows of one context each.
 
     A window may span documents, which end in EOS. Each pass over the corpus shuffles the windows
-    anew. tokens: their number; id: a digest of shards, lengths and tokenizer.
+    again. tokens: their number; id: a digest of shards, lengths and tokenizer.
     """
 
     def __init__(self, folder: Path, tokenizer: str) -> None:

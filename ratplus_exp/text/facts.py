@@ -39,8 +39,8 @@ class Facts:
         which is in the loss as well; recallable tokens always are.
     several_rate: the share of documents in which half of the keys have 2 to 4 values, as in MV.
     drill_steps: the first steps have drills alone: repeated sequences of random tokens, and
-        repeated lists of a few facts. On documents, a young model stays for millions of tokens with
-        a shortcut, any value of the document; only matching what came before solves a drill.
+        repeated lists of a few facts. Early in training (millions of tokens) on documents, models
+        predict any value of the document; drills require matching the preceding context.
     list_rate: the share of lists among the documents afterwards.
     styles: forms of documents instead of `forms`, drawn for each; keys and values are alike in
         all. RULER's needles and questions have three times as many words as values: key-value

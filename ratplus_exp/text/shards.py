@@ -5,8 +5,8 @@
     <folder>/index.json      the shards in order, with their lengths; written last
 
 A shard holds consecutive files of the data set, so processes write shards in parallel with the same
-result as one. A killed run resumes inside each shard: `.partial` has its tokens, the `.json` beside
-it how many of them are valid.
+result as one. A killed run resumes inside each shard: `.partial` has its tokens, the `.json` file
+the number of valid ones.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     <folder>/checkpoint-<step>.pt   one process (torch.save)
     <folder>/checkpoint-<step>/     many processes (torch.distributed.checkpoint)
 
-Any number of processes can read either kind. The last two are kept: an earlier one serves where the
+Any number of processes can read either kind. The last two are kept: the earlier one is used if the
 newest is damaged, or was written after the loss began to diverge.
 """
 
@@ -66,7 +66,7 @@ class Checkpoints:
             text = " ".join(str(error.__context__ or error).split())[:160]
             raise OSError(
                 f"cannot write {target} ({text}): make room or repair the disk, then run the same "
-                "command to resume from the checkpoint before"
+                "command to resume from the previous checkpoint"
             ) from None
         finally:
             if rank() == 0:
@@ -88,7 +88,7 @@ class Checkpoints:
             state, problem = None, "on another process"
             try:
                 state = _read(path, current)
-            except OSError:  # of disk or permissions, which the one before would meet too
+            except OSError:  # of disk or permissions, which would affect the previous one, too
                 raise
             except (Exception, dcp.CheckpointException) as error:  # torch raises a dozen kinds
                 problem = type(error).__name__

@@ -44,5 +44,5 @@ class LossMonitor:
         if kept := self.checkpoints.kept():
             newest, *older = reversed(kept)
             start = f"the last good checkpoint is {newest}"
-            start += f" (delete it to go on from {older[0]})" if older else ""
+            start += f" (delete it to resume from {older[0]})" if older else ""
         raise LossDiverged(f"{problem}; {start}: {remedy} and run again")

@@ -14,7 +14,7 @@ from ratplus_exp.store import naming, write_atomically
 
 
 class Log:
-    """Rows with the means over the steps since the row before.
+    """Rows with the means over the steps since the previous row.
 
     report: called with each row. seconds: of all rows, those of earlier runs included.
     """
@@ -46,7 +46,7 @@ class Log:
         self.report(row)
 
     def drop_after(self, step: int) -> None:
-        """Drop rows of later steps, which come again, and incomplete rows."""
+        """Drop incomplete rows, and rows of later steps, which will be repeated."""
         if self.file.exists():
             lines = self.file.read_text("utf-8", errors="replace").splitlines(keepends=True)
             write_atomically(self.file, "".join(x for x in lines if _step_of(x) <= step))

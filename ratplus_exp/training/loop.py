@@ -51,11 +51,11 @@ class Trainer:
         sparse: a fixed pattern for P2's joint training: every batch gives one optimizer step
             through attention with this pattern, one through dense attention, and one scheduler
             step. None: dense steps alone.
-        alternate: a batch gives one step, sparse or dense in turn, in place of both: half the
-            steps for the same batches.
-        sparse_only_steps: the first batches, without a dense step. A trained attention model with a
-            new memory keeps its gates shut under dense steps, since it can retrieve without the
-            memory; sparse steps alone open them.
+        alternate: each batch gives one step, alternately sparse and dense, instead of both: half
+            the steps for the same batches.
+        sparse_only_steps: the first batches, without a dense step. In a trained attention model
+            with a new memory, gates stay near zero under dense steps, since the model can retrieve
+            without the memory; sparse-only steps increase them.
         prefix: the first part of a context attends densely in a sparse step, too, as in the prefill
             of a method that selects when decoding: a "random" number of eighths of the context, or
             the "prompt", up to the first label of this process's rows.
@@ -153,7 +153,7 @@ class Trainer:
         if sum_over_ranks([self._signalled], self.device)[0]:
             raise Stopped(
                 f"stopped by a signal after step {self.step}; the checkpoint is "
-                f"{self.checkpoints.kept()[-1]}: run the same command to go on"
+                f"{self.checkpoints.kept()[-1]}: run the same command to resume"
             )
 
     def _steps(self, total: int) -> Iterator[tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate of its own for the memory, and the schedule of both rates."""
+"""AdamW with a separate learning rate for the memory, and the schedule of both rates."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Objective(nn.Module):
 
 
 def prepare_layers(model: Any, compile: bool, checkpointing: bool) -> None:
-    """Compile each decoder layer of a causal model, and keep of its activations only its input.
+    """Compile each decoder layer of a causal model, and store only its input for the backward pass.
 
     Both wrap `forward` in place, inside FSDP's hooks, so that no parameter changes its name.
     """

@@ -61,16 +61,16 @@ class TrainSettings(Settings):
 
     rows_per_pass: rows of a process in one forward pass; gradients accumulate over its share of a
         batch. None: the whole share at once.
-    decay: what decays, the "matrices" outside the memory or "all" parameters, as in P2.
+    decay: which weights decay, the "matrices" outside the memory or "all" parameters, as in P2.
     precision: "fp32", or "bf16": matmuls in bfloat16, weights and the memory's scan in fp32; or
         "auto", which `precision.fastest` resolves before there is a Trainer.
-    seconds: of training at most, after the first step: steps of the schedule are left out evenly to
+    seconds: of training at most, after the first step: steps of the schedule are skipped evenly to
         reach its end in time, so it may be far longer. On one process. None: all steps.
     spike: stop where a loss exceeds the mean of the last 100 this many times; None: never.
     activation_checkpointing: keep only the input of each layer and recompute the rest.
     compile: torch.compile each decoder layer.
     parallel: of several processes, "fsdp" shards the weights, "ddp" copies them.
-    peak_tflops: of one GPU, for the MFU; None: of the GPU at hand, if it is a known one.
+    peak_tflops: of one GPU, for the MFU; None: of the GPU in use, if it is a known one.
     """
 
     lr: Rate = 3e-3

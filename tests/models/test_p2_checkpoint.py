@@ -215,7 +215,7 @@ FC1 = "backbone.layers.1.hidden_layer.fc1.weight"
         ),
         (
             lambda s: s | {"head.lm_head.weight": s["head.lm_head.weight"] + 1},
-            "differ, but P2 ties",
+            "differ, but this model ties",
         ),
     ],
 )

@@ -26,7 +26,7 @@ def test_converted_loaded_and_evaluated(job, checkpoint, tmp_path, capsys):
     )
     (cell,) = Store(job.folder / "results").cells("eval")
     assert cell.done() == 2 and cell.key["tier"] == "paper"
-    with pytest.raises(ValueError, match="is there already: delete the folder"):
+    with pytest.raises(ValueError, match="already exists: delete the folder"):
         job(*overrides)
 
 
@@ -55,7 +55,7 @@ def test_weights_are_saved_in_the_dtype_asked_for(job, checkpoint, tmp_path):
         ("checkpoint=nowhere.pth", "there is no .*nowhere.pth"),
         ("stage.tokenizer=nowhere", "tokenizer in .*nowhere is broken"),
         ("stage.dtype=fp17", "use one of bfloat16"),
-        ("model=olmo2_7b", "not of P2's architecture: use model=ratplus_7b"),
+        ("model=olmo2_7b", "not of the RAT\\+ paper's architecture: use model=ratplus_7b"),
         ("model=attention_7b", "has gate rows: choose a model with backbone=ratplus"),
         (
             "model.architecture.num_hidden_layers=3",

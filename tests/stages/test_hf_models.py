@@ -86,7 +86,7 @@ def test_a_missing_weight_file_is_named(job, olmo2, tmp_path):
     with pytest.raises(ValueError, match=f"there is no {last.name}"):
         job(*small(tmp_path, "hf"))
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no index of weights"):
+    with pytest.raises(ValueError, match="is not an index of weights"):
         job(*small(tmp_path, "hf"))
 
 
@@ -104,7 +104,7 @@ def test_weights_that_are_missing_are_named(job, olmo2, tmp_path):
 
 
 def test_a_stock_model_is_no_ratplus_backbone(job, olmo2):
-    with pytest.raises(ValueError, match="memory=False, so it is no ratplus backbone"):
+    with pytest.raises(ValueError, match="memory=False, so its backbone is not ratplus"):
         job(*small(olmo2, "olmo2_1b_ratplus"))
 
 

@@ -89,7 +89,7 @@ def settings(folder, length, *more):
         (["rope={rope_type: default}"], "more than the 64 positions"),
         (["rope={rope_type: linear, factor: 1.5}"], "more than the 96 positions"),
         (["rope={rope_type: linear, factor: 4}", "positions=100"], "than the 100 positions"),
-        (["rope={rope_type: llama3, factor: 2}"], "add what transformers needs.*low_freq_factor"),
+        (["rope={rope_type: llama3, factor: 2}"], "that transformers needs.*low_freq_factor"),
         (["rope={rope_type: dynamic, factor: 2}"], "use one of default, linear, yarn, llama3"),
     ],
 )
@@ -107,7 +107,7 @@ def test_scaled_models_have_cells_of_their_own(job, llama):
 
 
 def test_rope_is_of_models_with_such_parameters(job, tiny_models):
-    with pytest.raises(ValueError, match="no rope_parameters of all layers: leave rope out"):
+    with pytest.raises(ValueError, match="no rope_parameters for all layers: leave rope out"):
         job(
             *("model=pocket_attention", f"model.path={tiny_models['attention']}"),
             *("model.sha256=null", "rope={rope_type: linear, factor: 2}"),

@@ -55,7 +55,7 @@ def test_refused_with_the_remedy(job, tiny_models, overrides, message):
         ({"head_dim": 3}, "RoPE needs an even number"),
         ({"+vocab_size": 2}, "vocab_size=2 is less than the tokenizer's"),
         ({"hidden_size": 10**9}, "makes no model here .* lower it"),
-        ({"+hidden_act": "foo"}, "hidden_act is no field of P2's backbone: leave it out"),
+        ({"+hidden_act": "foo"}, "hidden_act is not a field of .* backbone: leave it out"),
     ],
     ids=str,
 )
@@ -71,7 +71,7 @@ def test_an_architecture_that_makes_no_model_is_refused(job, architecture, messa
 def test_an_essay_without_end_is_refused(job, tiny_models, stage):
     model = [f"model.path={tiny_models['attention']}", "model.sha256=null"]
     train = ["experiment=pocket_attention_sft", f"stage.init={tiny_models['attention']}"]
-    with pytest.raises(ValueError, match="/dev/zero cannot be read .*it is no file"):
+    with pytest.raises(ValueError, match="/dev/zero cannot be read .*it is not a file"):
         job(*(train if stage == "sft" else model), "model=pocket_attention", "data.essay=/dev/zero")
 
 
@@ -138,7 +138,7 @@ def test_weights_that_give_no_numbers_are_refused(job, tiny_models, tmp_path, ch
         ({"quantization_config": {"bits": 4}}, "is quantised"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps is x: it must be a positive number"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0: it must be a positive integer"),
-        (None, "no configuration in JSON"),
+        (None, "not a configuration in JSON"),
         (
             {"model_type": "unheard_of", "auto_map": {"AutoConfig": "own.Config"}},
             "cannot be|broken",
@@ -191,7 +191,7 @@ def test_a_prompt_that_does_not_fit_leaves_nothing_behind(job, tiny_models):
 
 
 def test_the_wrong_backbone_is_refused(job, tiny_models):
-    with pytest.raises(ValueError, match="no ratplus backbone"):
+    with pytest.raises(ValueError, match="backbone is not ratplus"):
         job(f"model.path={tiny_models['attention']}", "model.sha256=null")
 
 

@@ -70,7 +70,7 @@ def test_a_memory_can_be_added_to_attention_weights(job):
 def test_a_trained_model_is_not_trained_again(job, capsys):
     train(job, "pocket_attention")
     train(job, "pocket_attention")
-    assert "Trained already" in capsys.readouterr().out
+    assert "Already trained" in capsys.readouterr().out
 
 
 def test_other_settings_do_not_go_on_from_a_checkpoint(job):

@@ -84,7 +84,7 @@ def test_values_have_their_formats(pocket_forms):
         ({"template": "{context} what?"}, "template lacks {query}: add"),
         ({"needle": "{key} is it."}, "needle lacks {value}: add"),
         ({"needle": "{key} is {value} or {other}."}, "unknown field {other}: use only"),
-        ({"needle": "{key} is {value}. {"}, "no format string"),
+        ({"needle": "{key} is {value}. {"}, "not a format string"),
         ({"key_words": "verb"}, "'verb': use one of pair, noun"),
         ({"uuid": "long"}, "'long': use one of uuid4, hex"),
         ({"answer_order": "random"}, "use one of creation, document"),

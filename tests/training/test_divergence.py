@@ -51,7 +51,7 @@ def test_a_loss_that_jumps_stops_the_run(make_model, tmp_path):
     with pytest.raises(LossDiverged, match=r"the loss rose to .* at step 22, from") as error:
         train(make_model(), tmp_path / "late", schedule, **how)
     newest, older = (str(tmp_path / "late" / f"checkpoint-{step}.pt") for step in (20, 16))
-    assert f"{newest} (delete it to go on from {older})" in str(error.value)
+    assert f"{newest} (delete it to resume from {older})" in str(error.value)
     with pytest.raises(LossDiverged, match="the loss rose to .* at step 22"):  # which it remembers
         train(make_model(), tmp_path / "late", schedule, **how)
 

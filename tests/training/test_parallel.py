@@ -1,4 +1,4 @@
-"""Training on two processes (gloo, CPU): the same steps as on one, and going on after a kill.
+"""Training on two processes (gloo, CPU): the same steps as on one, and resuming after a kill.
 
 Every run is processes of their own, as torchrun would start them; see worker.py.
 """
@@ -100,13 +100,13 @@ def test_a_killed_rank_costs_nothing_but_the_steps_since_the_checkpoint(tmp_path
 
 
 def test_sigterm_of_one_rank_stops_all_with_a_checkpoint(tmp_path, alone):
-    """And a checkpoint of one process goes on with two."""
+    """And a training with a checkpoint of one process resumes with two."""
     codes, texts = start(tmp_path, 1, joint=True, interrupt=(0, 2, "SIGTERM"))
     assert codes == [3] and "stopped by a signal after step 3" in texts[0]
     assert checkpoints(tmp_path) == ["checkpoint-3.pt"]
     codes, texts = start(tmp_path, joint=True, interrupt=(1, 6, "SIGTERM"))
     assert codes == [3, 3], texts
-    assert "checkpoint-7: run the same command to go on" in texts[0]
+    assert "checkpoint-7: run the same command to resume" in texts[0]
     weights = final(tmp_path, joint=True)
     for name, value in alone[0].items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Checkpoints: a killed, signalled or damaged training goes on as if nothing had happened."""
+"""Checkpoints: a killed, signalled or damaged training resumes as if nothing had happened."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""How fast kernels and whole models are: every form of every operation, beside the time that the
-hardware needs. Sparse methods run as models run them, through the engine of ratplus_exp.
+"""How fast kernels and whole models are: every form of every operation, compared with the time that
+the hardware needs. Sparse methods run as models run them, through the engine of ratplus_exp.
 """

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("a dry run without a GPU needs TRITON_INTERPRET=1 in its environment")
     if on_cpu:
         torch.set_num_threads(1)
-    torch._dynamo.config.recompile_limit = 64  # a baseline is compiled anew for every shape
+    torch._dynamo.config.recompile_limit = 64  # a baseline is compiled again for every shape
     machine = Machine.measure(device, torch.float32 if on_cpu else torch.bfloat16, dry)
     run = report.Run(_about(arguments, machine), [])
     folder = arguments.out or REPOSITORY / "outputs" / "bench" / report.slug(run.about["device"])

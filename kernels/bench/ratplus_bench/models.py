@@ -2,11 +2,11 @@
 
 On a GPU, P2's Figures 2 and 4 in our own measurements: its 1.5B and 7B shapes with random weights,
 for attention, RAT+, and RAT+ with each sparse method at budget 1/16. Models run as in `generate`,
-without CUDA graphs, so a step at a small batch takes as long as its launches; the GPU time beside
-it is that of the kernels alone.
+without CUDA graphs, so a step at a small batch takes as long as its launches; GPU time is reported
+too, and is that of the kernels alone.
 
 On a CPU, the pocket pair in batches of 25, and Llama's shape with 135M parameters (random weights),
-with fewer layers for longer prompts, so that none takes minutes; beside it transformers' own
+with fewer layers for longer prompts, so that none takes minutes; for comparison, transformers' own
 attention, and kvpress's SnapKV where `make kvpress` has installed it.
 """
 
@@ -108,7 +108,7 @@ def cpu_rows(machine: Machine) -> Iterator[Row]:
 def _kvpress(
     config: dict[str, Any], prompts: tuple[int, int], method: SnapKV, case: str
 ) -> Iterator[Row]:
-    """SnapKV's prefill and step by kvpress, which takes an older transformers than ours."""
+    """SnapKV's prefill and step by kvpress, which needs an older transformers than ours."""
     settings = {
         "config": config, "prompts": prompts, "top_k": method.top_k, "window": method.window
     }  # fmt: skip

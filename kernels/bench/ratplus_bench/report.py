@@ -39,7 +39,7 @@ def read(folder: Path, about: dict[str, Any]) -> list[Run]:
     try:
         runs = json.loads(path.read_text())["runs"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a bench's: remove it, or set --out") from None
+        raise ValueError(f"{path} is not a benchmark result: remove it, or set --out") from None
     for earlier, name in product((run["about"] for run in runs), ("device", "dtype", "dry")):
         if earlier[name] != about[name]:
             raise ValueError(
@@ -175,7 +175,7 @@ def slug(device: str) -> str:
 
 
 def _plot(path: Path, frame: pd.DataFrame, device: str) -> None:
-    """A panel a suite: the time of every form in each case, and the floor."""
+    """One panel per suite: the time of every form in each case, and the floor."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -91,7 +91,7 @@ def _of_shape(shape: Shape, machine: Machine) -> tuple[Case, Case, Case, Case]:
     tensor = b * t * h * d * machine.dtype.itemsize  # bytes
     block = _block(machine)
     scans, gradients = {"kernel": Form(memory_scan)}, {"kernel": Form(both(memory_scan))}
-    if t <= 8192:  # a launch a token
+    if t <= 8192:  # one launch per token
         scans["torch"], gradients["torch"] = Form(in_torch), Form(both(in_torch))
     if machine.cuda and h == 32:
         hgrn, plus = "chunk_hgrn (fla-core)", "associative_scan, compiled (P2)"
@@ -170,7 +170,7 @@ def _backward_inputs(z: Tensor, k: Tensor, v: Tensor) -> tuple:
 
 
 def _backward(*inputs: Tensor, plan: Any) -> tuple:
-    """The kernel's backward pass alone, with the forward's outputs at hand."""
+    """The kernel's backward pass alone, from stored outputs of the forward pass."""
     from ratplus_kernels.memory_scan_triton import backward
 
     return backward(plan, *inputs)

@@ -88,7 +88,7 @@ def _qkv(shape: Shape, queries: int, machine: Machine, seed: int) -> list[Tensor
 
 
 def _dense(machine: Machine, causal: bool) -> dict[str, Form]:
-    """Attention to everything, by each backend: what sparsity is meant to beat."""
+    """Attention to all tokens, by each backend: the baseline of sparse attention."""
 
     def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -157,10 +157,10 @@ def moba(shape: Shape, size: int, top_k: int, correlated: bool, machine: Machine
         step = Step(torch.arange(t, device=q.device)[None])
         return engine.prefill(States(q, k, v, step, representatives=means), layer=0)
 
-    seen = sum(min(n + 1, top_k) - 0.5 for n in range(blocks)) * size * size  # pairs a head
+    seen = sum(min(n + 1, top_k) - 0.5 for n in range(blocks)) * size * size  # pairs per head
     flops = b * h * d * (4 * seen + t * blocks)  # the causal half of the gate's scores
     forms = {"kernel": Form(prefill)}
-    if not correlated:  # to dense attention queries make no difference
+    if not correlated:  # dense attention takes the same time for all queries
         forms |= _dense(machine, causal=True)
     if t <= 4096:
         forms["torch definition"] = Form(in_torch(prefill))
@@ -229,7 +229,7 @@ def snapkv(shape: Shape, window: int, kept: int, machine: Machine) -> Iterator[C
         forms = {"kernel": Form(run), "torch definition": Form(in_torch(run))}
         if run is keep and machine.cuda:
             forms["torch definition, compiled"] = Form(in_torch(torch.compile(run, dynamic=False)))
-        exact = t <= 32_768 and run is not keep  # another choice is no error
+        exact = t <= 32_768 and run is not keep  # another choice is not an error
         yield Case(f"SnapKV {suite}", name, inputs, forms, moved, exact=exact)
 
 

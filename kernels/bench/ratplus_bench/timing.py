@@ -86,8 +86,8 @@ class Machine:
     device: torch.device
     dtype: torch.dtype
     dry: bool = False
-    bandwidth: float = 1.0  # bytes a second, read and written, of a device copy
-    matmul: float = 1.0  # FLOP a second of a large product in `dtype`
+    bandwidth: float = 1.0  # bytes per second, read and written, of a device copy
+    matmul: float = 1.0  # FLOP per second of a large product in `dtype`
 
     @classmethod
     def measure(cls, device: torch.device, dtype: torch.dtype, dry: bool = False) -> Machine:
@@ -125,7 +125,7 @@ class Machine:
         return torch.cuda.max_memory_allocated() - before if self.cuda else None
 
     def call_seconds(self, run: Callable[[], Any]) -> float:
-        """Median time of a call: on a GPU by the clock on the wall, launches included; on a CPU
+        """Median time of a call: on a GPU wall time, launches included; on a CPU
         processor time of this thread, which other processes disturb less."""
         clock = timer if self.cuda else time.thread_time
         if self.dry:
@@ -158,9 +158,9 @@ def noted(row: Row, machine: Machine) -> Iterator[None]:
 def measure(
     case: Case, machine: Machine, forms: Collection[str] | None = None, once: bool = False
 ) -> Iterator[Row]:
-    """One row a form (None: all); without a number for one that is not installed or fails.
+    """One row per form (None: all); without a number for one that is not installed or fails.
 
-    once: not timed, but run twice, the second time with CUDA's profiler on.
+    once: run twice, without timing, the second time with CUDA's profiler on.
     """
 
     @cache
@@ -220,7 +220,7 @@ def _fill(
 
 
 def copies(inputs: float, touched: float, held: float, memory: float = math.inf) -> int:
-    """How many sets of inputs to use in turn, so that none is still in the L2 cache.
+    """How many sets of inputs to rotate through, so that none is still in the L2 cache.
 
     Bytes of a set: inputs: all of them; touched: those that are read, few in sparse forms; held:
     with everything that is computed from the set. memory: bytes that are free.
@@ -255,8 +255,8 @@ def _captured(run: Callable[[], list], row: Row) -> tuple[Callable[[], Any], lis
 
 
 def checked(replay: Callable[[], Any], outputs: list, wanted: list[Tensor] | None) -> float | None:
-    """The error of the first of `outputs` (one a set of inputs), which are filled with NaN and then
-    written by one replay. ValueError if a NaN is left."""
+    """The error of the first of `outputs` (one per set of inputs), which are filled with NaN and
+    then written by one replay. ValueError if a NaN is left."""
     _poison(outputs)
     replay()
     if any(x.isnan().any() for x in tensors(outputs) if x.is_floating_point()):
