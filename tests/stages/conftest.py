@@ -135,7 +135,7 @@ def pair(tiny_models, tmp_path):
     text = (CONF / "pair" / "pocket.yaml").read_text()
     for backbone, name in zip(tiny_models, names, strict=True):
         text = text.replace(f"pocket_{backbone}", name)
-    text = text.replace("name: pocket\n", "name: tiny\n").replace("[0, 1]", "[0]")
+    text = text.replace("name: pocket\n", "name: tiny\n").replace("[0, 1, 3]", "[0]")
     (conf / "pair" / "tiny.yaml").write_text(text)
     return [
         f"hydra.searchpath=[file://{conf}]",
