@@ -4,6 +4,7 @@ import torch
 from hydra.utils import get_method
 from omegaconf import DictConfig
 
+from ratplus_exp.config import validate_method
 from ratplus_exp.distributed import world_size
 
 STAGES = {
@@ -36,6 +37,8 @@ def run(cfg: DictConfig) -> None:
             f"{what} runs in one process: start it with python run.py; torchrun is for stage="
             + ", ".join(SHARED)
         )
+    if cfg.stage.name in ("eval", "hit_rate"):  # the others set method and budget of each job
+        validate_method(cfg)  # before the seconds of imports
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     function = "dry_run.run" if cfg.dry_run else STAGES[cfg.stage.name]
