@@ -1,5 +1,7 @@
 """The stages of `run.py`: each a function of the composed configuration."""
 
+from multiprocessing import set_forkserver_preload
+
 import torch
 from hydra.utils import get_method
 from omegaconf import DictConfig
@@ -42,4 +44,6 @@ def run(cfg: DictConfig) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     function = "dry_run.run" if cfg.dry_run else STAGES[cfg.stage.name]
-    get_method(f"ratplus_exp.stages.{function}")(cfg)
+    function = f"ratplus_exp.stages.{function}"
+    set_forkserver_preload([function.rpartition(".")[0]])  # what workers need too
+    get_method(function)(cfg)
