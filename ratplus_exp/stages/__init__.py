@@ -16,7 +16,7 @@ STAGES = {
     "random_selector": "sweep.random_selector",
     "ablation": "sweep.ablation",
     "loss": "sweep.loss",
-    "methods": "methods.run",
+    "methods": "sweep.methods",
     "look": "look.run",
     "report": "report.run",
     "pretrain": "train.pretrain",

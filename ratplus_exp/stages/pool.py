@@ -62,7 +62,7 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
             if job.examples > other.examples:
                 cells[cell.id] = (job, task)
     lacking = from_rank_0(
-        lambda: [x for x, (j, t) in cells.items() if not j.cells[t].is_done(j.examples)]
+        lambda: [x for x, (j, t) in cells.items() if j.cells[t].done() < j.examples]
     )
     missing = [cells[name] for name in lacking]
     if not missing:
