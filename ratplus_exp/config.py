@@ -1,7 +1,7 @@
 """The configuration that Hydra composes, and its validation.
 
-Stages read the composed DictConfig. This module imports neither torch nor transformers, so that
-`validate` reports errors without delay.
+Stages read the composed DictConfig. `validate` reports errors without delay: it imports torch for
+the method's class alone, after everything else is valid, and never transformers.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from ratplus_exp.budget import Budget
-from ratplus_exp.schema import METHOD_SETTINGS, Config, MethodConfig
+from ratplus_exp.schema import Config, LayersSettings, MethodConfig
 from ratplus_exp.settings import build
 from ratplus_exp.stage_schema import Convert, Pretrain, Sft
 from ratplus_exp.tasks import GOLDEN, Forms, Others
 
 if TYPE_CHECKING:
     from ratplus_exp.methods import Method
+
+COMMON = [field.name for field in fields(MethodConfig)]
 
 ConfigStore.instance().store(name="schema", node=asdict(Config()))
 
@@ -40,9 +42,10 @@ def check(settings: Mapping[str, Any]) -> Config:
     """`validate` of a plain, resolved configuration, typed."""
     config = build(Config, settings)
     if "layers" in config.method:
-        _check_method(config.method)
-    for method in by_layer(config.method):
-        _check_method(method)
+        build(LayersSettings, config.method, "method")
+    methods = by_layer(config.method)
+    for method in methods:
+        build(MethodConfig, {x: method[x] for x in COMMON if x in method}, "method")
     for style in config.stage.styles if isinstance(config.stage, Pretrain) else ():
         build(Forms, settings["data"]["forms"] | style, "stage.styles")
     if isinstance(config.stage, Sft) and not any(config.stage.mixture.values()):
@@ -59,14 +62,14 @@ def check(settings: Mapping[str, Any]) -> Config:
         )
     if config.checkpoint and not isinstance(config.stage, Convert):
         raise ValueError("checkpoint is for stage=convert: set model.path to evaluate a model")
+    for method in methods:
+        _method(method)
     return config
 
 
-def _check_method(settings: Mapping[str, Any]) -> None:
-    common = {name: settings[name] for name in ("name", "target") if name in settings}
-    target = build(MethodConfig, common, "method").target
-    if sizes := METHOD_SETTINGS.get(target.removeprefix("ratplus_exp.methods.")):
-        build(sizes, {x: value for x, value in settings.items() if x not in common}, "method")
+def _method(settings: Mapping[str, Any]) -> Method:
+    sizes = {name: value for name, value in settings.items() if name not in COMMON}
+    return build(_class(settings["target"]), sizes, "method")
 
 
 def by_layer(method: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -98,9 +101,7 @@ def method_of(cfg: DictConfig) -> Method:
 
 
 def _one_method(cfg: DictConfig, settings: dict[str, Any]) -> Method:
-    settings = {name: value for name, value in settings.items() if name != "name"}
-    cls = _class(settings.pop("target"))
-    method = build(cls, settings, "method")
+    method = _method(settings)
     if not settings.get("top_k"):
         method = method.within(Budget.parse(cfg.budget), cfg.data.length)
     method.validate()

@@ -95,10 +95,6 @@ class Shape:
         """Keys and values of one sequence."""
         return 2 * self.layers * self.kv_heads * self.head_dim * tokens * itemsize
 
-    def memory_state_bytes(self) -> int:
-        """The memory's state of one sequence, in fp32."""
-        return 4 * self.memory_state
-
 
 @cache
 def attended_keys(method: Method | None, length: int) -> float:
@@ -148,11 +144,6 @@ def training_memory(
         "activations": activations,
         "logits": (3 * 4 + (2 * 2 if bf16 else 0)) * tokens * shape.vocabulary,
     }
-
-
-def checkpoint_bytes(shape: Shape) -> int:
-    """A training checkpoint: fp32 weights and Adam's two moments."""
-    return 12 * shape.parameters
 
 
 def hours(flops: float, gpus: int, peak: float, mfu: float) -> float:

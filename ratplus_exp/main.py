@@ -1,7 +1,7 @@
 """The command: compose a configuration with Hydra, validate it, and run its stage.
 
-`python run.py` in a checkout, `ratplus_exp` if the package is installed. Slow imports (torch,
-transformers) follow the validation.
+`python run.py` in a checkout, `ratplus_exp` if the package is installed. Slow imports follow the
+validation, which needs torch for the method's class alone.
 """
 
 import os

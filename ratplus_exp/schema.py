@@ -15,8 +15,6 @@ from pydantic import Field
 from ratplus_exp.settings import (
     OF_LIST,
     Amount,
-    BlockSettings,
-    DilatedSettings,
     Distinct,
     Dtype,
     Examples,
@@ -25,14 +23,12 @@ from ratplus_exp.settings import (
     Length,
     Name,
     Names,
-    NoSettings,
     Positive,
     Seed,
     Seeds,
     Selector,
     Settings,
     Share,
-    SnapKVSettings,
     Text,
     Threads,
     Whole,
@@ -186,29 +182,19 @@ class Rope(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayersSettings(Settings):
-    """method=layers: names of `methods`, each with the fields of a method."""
-
-    layers: Annotated[list[Name], Field(min_length=1)]
-    methods: dict[Name, dict[str, Any]]
-
-
-METHOD_SETTINGS: dict[str, type[Settings]] = {  # for validation without importing the methods
-    "Dense": NoSettings,
-    "Dilated": DilatedSettings,
-    "Layers": LayersSettings,
-    "MoBA": BlockSettings,
-    "Quest": BlockSettings,
-    "SnapKV": SnapKVSettings,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
 class MethodConfig(Settings):
     """The fields of all methods; the others are those of their class."""
 
     name: Name
     target: Annotated[Text, matching(r"\w+(\.\w+)+", "use a class, as in package.module.Class")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersSettings(MethodConfig):
+    """method=layers: names of `methods`, each with the fields of a method."""
+
+    layers: Annotated[list[Name], Field(min_length=1)]
+    methods: dict[Name, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)

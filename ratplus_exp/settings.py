@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -28,14 +28,19 @@ T = TypeVar("T")
 
 
 class Settings:
-    """Base of all settings: values are not converted, and unknown fields are errors."""
+    """Base of all settings: values are not converted, and unknown fields are errors.
 
+    not_set: fields that no configuration can set.
+    """
+
+    not_set: ClassVar[frozenset[str]] = frozenset()
     __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, values: Any) -> Any:
-        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        every = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        known = [name for name in every if name not in cls.not_set]
         for name in values if isinstance(values, Mapping) else ():
             if name not in known:
                 remedy = f"use one of {', '.join(known)}" if known else "it has none"
@@ -97,30 +102,6 @@ Seeds = Annotated[list[Seed], Field(min_length=1), Distinct]
 Selector = Literal["topk", "random", "oracle"]
 FirstToken = Literal["prefill", "decode"]
 Dtype = Literal["bfloat16", "float16", "float32"]
-
-
-@dataclass(frozen=True)
-class NoSettings(Settings):
-    """Dense attention: no sizes."""
-
-
-@dataclass(frozen=True)
-class BlockSettings(Settings):
-    """Methods that select blocks: top_k blocks of block_size tokens; 0: by the budget."""
-
-    block_size: Positive = 64
-    top_k: Whole = 16
-
-
-@dataclass(frozen=True)
-class SnapKVSettings(Settings):
-    """top_k tokens are kept (0: by the budget), including the last `window`; masses are pooled over
-    `kernel` positions."""
-
-    top_k: Whole = 1024
-    window: Positive = 64
-    pooling: Literal["avg", "max", "none"] = "avg"
-    kernel: Odd = 5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from functools import cache
 from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # which this process handles
 
 
@@ -20,13 +21,13 @@ def context() -> Any:
     """The multiprocessing context of all workers.
 
     A fork of this process would copy locked threads and the GPU's state. On Linux workers are
-    forked from a server that has only imported what they need (PYTHONPATH or an installation must
-    have the package); they have the environment of its start. Elsewhere every worker imports it.
+    forked from a server that has only imported what `multiprocessing.set_forkserver_preload` names
+    (PYTHONPATH or an installation must have the package); they have the environment of its start.
+    Elsewhere every worker imports it.
     """
     if sys.platform != "linux":
         return get_context("spawn")
     resource_tracker.ensure_running()
-    forkserver.set_forkserver_preload(["ratplus_exp.stages.train", "ratplus_exp.stages.pool"])
     # The server and its workers inherit the mask: signals to the process group are for this one.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -37,17 +38,23 @@ def context() -> Any:
 
 
 class Workers(ProcessPoolExecutor):
-    """A pool of processes whose `with` block waits for its tasks, but ends at once on an error.
+    """A pool of processes whose `with` block waits for its tasks, but ends at once on an error: a
+    ValueError if a process was killed.
 
-    initialize(*args): called first in each process.
+    state: sent to each process once, for `call`; initialize: called first in each process.
     """
 
     def __init__(
-        self, count: int, initialize: Callable[..., None] | None = None, *args: Any
+        self, count: int, *state: Any, initialize: Callable[[], object] | None = None
     ) -> None:
+        self._count = count
         # The pipe closes with `stop`, or when this process ends for any reason.
         lifeline, self._lifeline = context().Pipe(duplex=False)
-        super().__init__(count, context(), _start, (lifeline, initialize, args))
+        super().__init__(count, context(), _start, (lifeline, initialize, state))
+
+    def call(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        """Submit function(*state, *args), with the process's own state."""
+        return self.submit(_call, function, *args)
 
     def stop(self) -> None:
         """End the processes immediately."""
@@ -58,11 +65,25 @@ class Workers(ProcessPoolExecutor):
         if kind is not None:
             self.stop()
         super().__exit__(kind, *rest)
+        if kind is not None and issubclass(kind, BrokenExecutor):
+            raise ValueError(
+                "a worker process was killed, probably for memory: run again with "
+                f"stage.workers={self._count // 2}"
+            ) from None
+
+
+_state: tuple[Any, ...] = ()  # of a worker process
+
+
+def _call(function: Callable[..., T], *args: Any) -> T:
+    return function(*_state, *args)
 
 
 def _start(
-    lifeline: Connection, initialize: Callable[..., None] | None, args: tuple[Any, ...]
+    lifeline: Connection, initialize: Callable[[], object] | None, state: tuple[Any, ...]
 ) -> None:
+    global _state
+    _state = state
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the process that stops them
 
@@ -72,5 +93,5 @@ def _start(
 
     threading.Thread(target=end_with_lifeline, daemon=True).start()
     if initialize is not None:
-        initialize(*args)
+        initialize()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which a broken pool ends them

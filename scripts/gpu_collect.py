@@ -51,12 +51,7 @@ AIMS = [
         ("MoBA prefill, random queries", f"{SPARSE.format(n)} k={n // 1024}", *DENSE)
         for n in (32_768, 131_072)
     ),
-    (
-        "SnapKV scores, with the prefill's LSE",
-        SPARSE.format(131_072) + " window=64 kept=8192",
-        "kernel", "floor", 1.4,
-    ),
-]  # fmt: skip
+]
 
 
 def main(arguments: list[str]) -> None:

@@ -104,8 +104,12 @@ def makers_are_threads(monkeypatch):
     """Prompts are made ahead without the seconds that processes take to start."""
 
     class Threads(ThreadPoolExecutor):
-        def __init__(self, count, begin, *args):
-            super().__init__(count, initializer=begin, initargs=args)
+        def __init__(self, count, *state):
+            super().__init__(count)
+            self.state = state
+
+        def call(self, function, *args):
+            return self.submit(function, *self.state, *args)
 
         def stop(self):
             self.shutdown(wait=False, cancel_futures=True)

@@ -9,7 +9,8 @@ import torch
 from torch.testing import assert_close
 
 import ratplus_kernels
-from ratplus_exp.memory import KINDS, Gate, effective_length
+from ratplus_exp.memory import KINDS, Gate
+from ratplus_exp.memory.gate import effective_length
 from ratplus_exp.models import config_for
 
 B, T, C, H, D = 3, 10, 6, 2, 4

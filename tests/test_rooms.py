@@ -22,7 +22,7 @@ MAY_IMPORT = {
         "workers",
     },
     "store": {"store"},
-    "analysis": {"store", "analysis", "budget"},
+    "analysis": {"store", "analysis", "budget", "tasks"},
     "report": {"store", "analysis", "report", "budget"},
 }
 COMMANDS = {"main.py", "harness.py"}

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
@@ -17,11 +16,9 @@ pytestmark = pytest.mark.timeout(120)
 
 PARENT = """
 import sys
-from multiprocessing import forkserver
 sys.path.insert(0, {here!r})
 from test_workers import note
 from ratplus_exp.workers import Workers
-forkserver.set_forkserver_preload = lambda _: None  # the stages take seconds
 if __name__ == "__main__":
     with Workers(2) as pool:
         jobs = [pool.submit(note, {folder!r}, i) for i in range(10)]
@@ -88,10 +85,19 @@ def test_an_error_does_not_wait_for_what_runs(tmp_path):
 
 
 def test_a_killed_worker_is_an_error_not_a_wait():
-    with pytest.raises(BrokenProcessPool), Workers(2) as pool:
+    with pytest.raises(ValueError, match=r"killed.* stage\.workers=1"), Workers(2) as pool:
         jobs = [pool.submit(os.kill, os.getpid(), 0), pool.submit(die)]
         for job in jobs:
             job.result()
+
+
+def test_each_process_has_the_state():
+    with Workers(1, "a", {"b": 1}) as pool:
+        assert pool.call(joined, "c").result() == ("a", {"b": 1}, "c")
+
+
+def joined(*args):
+    return args
 
 
 def die():

@@ -12,15 +12,13 @@ from ratplus_kernels.dispatch import use_triton
 from ratplus_kernels.selection import inner_products
 
 
-def attention_mass(q: Tensor, k: Tensor, lse: Tensor | None = None) -> Tensor:
+def attention_mass(q: Tensor, k: Tensor) -> Tensor:
     """The attention that the window gives each token, over its queries and a group's heads.
 
     Args:
         q: the window's queries, (B, H, W, D), as attention sees them (after RoPE). The last one
             belongs to the last of the T tokens.
         k: the prompt's keys, (B, K, T, D), any strides; H is a multiple of K.
-        lse: the prefill's log Σ exp(q · k / √D) over the keys that each query sees, (B, H, W); it
-            saves one pass over k.
 
     Returns:
         (B, K, T), fp32 or wider. No gradients through the kernel.
@@ -35,13 +33,8 @@ def attention_mass(q: Tensor, k: Tensor, lse: Tensor | None = None) -> Tensor:
     if use_triton(q, k):
         from ratplus_kernels import snapkv_triton
 
-        return snapkv_triton.attention_mass(q, k, lse)
-    logits = window_logits(q, k)
-    if lse is None:
-        shares = logits.softmax(-1)
-    else:
-        shares = (logits - lse.view(logits.shape[:-1]).unsqueeze(-1)).exp()
-    return shares.sum(3).sum(2)
+        return snapkv_triton.attention_mass(q, k)
+    return window_logits(q, k).softmax(-1).sum(3).sum(2)
 
 
 def window_logits(q: Tensor, k: Tensor) -> Tensor:

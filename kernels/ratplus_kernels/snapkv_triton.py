@@ -1,5 +1,5 @@
 """Triton form of SnapKV's mass and gather. A token's mass depends on its own key and the LSE,
-which a first pass finds, in pieces of the sequence, where it is not given."""
+which a first pass finds in pieces of the sequence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TILE = 64  # keys at a time
 _PIECE = 1024  # keys that one program of the LSE pass processes
 
 
-def attention_mass(q: Tensor, k: Tensor, lse: Tensor | None) -> Tensor:
+def attention_mass(q: Tensor, k: Tensor) -> Tensor:
     """Mass of the window q (B, H, W, D) on every key of k (B, K, T, D): (B, K, T) fp32."""
     batch, heads, window, dim = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
@@ -28,17 +28,15 @@ def attention_mass(q: Tensor, k: Tensor, lse: Tensor | None) -> Tensor:
         "BT": _TILE,
     }
     scale = 1 / math.sqrt(dim)
-    if lse is None:
-        pieces = triton.cdiv(length, _PIECE)
-        partial = q.new_empty(pieces, batch, heads, window, dtype=torch.float32)
-        _lse_kernel[batch * kv_heads, pieces](
-            q, k, partial, length, kv_heads, partial.stride(0), scale, *q.stride(), *k.stride(),
-            PIECE=_PIECE, **sizes,
-        )  # fmt: skip
-        lse = partial.logsumexp(0)
+    pieces = triton.cdiv(length, _PIECE)
+    partial = q.new_empty(pieces, batch, heads, window, dtype=torch.float32)
+    _lse_kernel[batch * kv_heads, pieces](
+        q, k, partial, length, kv_heads, partial.stride(0), scale, *q.stride(), *k.stride(),
+        PIECE=_PIECE, **sizes,
+    )  # fmt: skip
     mass = q.new_empty(batch, kv_heads, length, dtype=torch.float32)
     _mass_kernel[batch * kv_heads, triton.cdiv(length, _TILE)](
-        q, k, lse.float().contiguous(), mass, length, kv_heads, scale, *q.stride(), *k.stride(),
+        q, k, partial.logsumexp(0), mass, length, kv_heads, scale, *q.stride(), *k.stride(),
         **sizes,
     )  # fmt: skip
     return mass

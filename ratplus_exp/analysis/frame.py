@@ -7,13 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from ratplus_exp.store import Cell, Store, warn
+from ratplus_exp import tasks
+from ratplus_exp.store import Cell, Finished, Store, warn
 
 BACKBONES = ("Attention", "RAT+")
-TASKS = ("S-1", "S-2", "S-3", "MK-1", "MK-2", "MK-3", "MV", "MQ")
-"""The paper's."""
-ALL_TASKS = (*TASKS, "vt", "cwe", "fwe", "qa_1", "qa_2")
-"""RULER's."""
+TASKS, ALL_TASKS = tuple(tasks.TASKS), tuple(tasks.RULER_NAMES)
+"""The paper's, and all of RULER's."""
 SCORERS = ("exact", "substring")
 """Shares of gold values, in samples (0 to 1), metrics and frames (percent): among the
 comma-separated parts of the answer (the RAT+ paper's), or anywhere in it (RULER's)."""
@@ -39,14 +38,15 @@ FIELDS: dict[str, dict[str, Any]] = {  # of a stage's samples, for `sample_score
     "eval": dict.fromkeys(SCORERS, int | float),
     "hit_rate": {"hits": list, "values": int},
 }
-Cells = Store | Sequence[Cell]
+Cells = Store | Sequence[Cell] | Sequence[Finished]
 
 
-def finished(cells: Cells, stage: str) -> list[Cell]:
-    """The finished cells of a stage. A cell with a value of a wrong type is left out with a
-    warning."""
+def finished(cells: Cells, stage: str) -> list[Finished]:
+    """The finished cells of a stage, read unless they are already. A cell with a value of a wrong
+    type is left out with a warning."""
     listed = cells.cells(stage) if isinstance(cells, Store) else cells
-    return [c for c in listed if c.key["stage"] == stage and c.done() and _fits(c)]
+    read = (x if isinstance(x, Finished) else x.finished() for x in listed)
+    return [x for x in read if x and x.cell.key["stage"] == stage and _fits(x)]
 
 
 def tidy(cells: Cells, stage: str = "eval") -> pd.DataFrame:
@@ -63,9 +63,9 @@ def tidy(cells: Cells, stage: str = "eval") -> pd.DataFrame:
     return rows_of(finished(cells, stage))
 
 
-def rows_of(cells: Iterable[Cell]) -> pd.DataFrame:
+def rows_of(cells: Iterable[Finished]) -> pd.DataFrame:
     """The frame of `tidy` from cells of `finished`."""
-    rows = [_row(cell) for cell in cells]
+    rows = [_row(x) for x in cells]
     frame = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
     frame = frame.astype(dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys(_FLOATS, "float64"))
     return frame.sort_values(list(_ORDER), kind="stable", ignore_index=True)
@@ -81,14 +81,14 @@ def sample_scores(cells: Cells, stage: str = "eval", **where: Any) -> pd.DataFra
         its answer), and the setting columns of `tidy`; of stage "hit_rate", instead of scorers,
         hits (gold values hit, an array over layers and heads) and values (their number).
     """
-    by_id = {cell.id: cell for cell in finished(cells, stage)}
+    by_id = {x.cell.id: x for x in finished(cells, stage)}
     settings = select(rows_of(by_id.values()), where).drop(columns=[*_FLOATS, "n"])
     fields = tuple(FIELDS[stage])
     rows = [
         (name, i, *(record[field] for field in fields), record.get("prompt_tokens", 0) > room)
         for name in settings["cell"]
-        for room in [_room(by_id[name].key)]
-        for i, record in by_id[name].records().items()
+        for room in [_room(by_id[name].cell.key)]
+        for i, record in by_id[name].records.items()
     ]
     frame = pd.DataFrame(rows, columns=["cell", "id", *fields, "cut"])
     return frame.merge(settings, on="cell", validate="many_to_one")
@@ -120,11 +120,11 @@ def grouped(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def cost(cells: Iterable[Cell]) -> pd.DataFrame:
+def cost(cells: Iterable[Finished]) -> pd.DataFrame:
     """Cost by stage, device and model: cells, samples, seconds (of all processes)."""
     rows = []
-    for cell in cells:
-        device, metrics = cell.provenance()[-1].get("device", ""), cell.metrics()
+    for cell, metrics, provenance, _ in cells:
+        device = provenance[-1].get("device", "")
         counts = (1, metrics["n"], metrics.get("seconds", 0.0))
         rows.append((cell.key["stage"], device, cell.key["model"], *counts))
     place = ["stage", "device", "model"]
@@ -132,8 +132,9 @@ def cost(cells: Iterable[Cell]) -> pd.DataFrame:
     return frame.groupby(place, as_index=False).sum()
 
 
-def _row(cell: Cell) -> dict[str, Any]:
-    values = {**cell.key, **cell.metrics(), "cell": cell.id, "variant": _variant(cell.key)}
+def _row(read: Finished) -> dict[str, Any]:
+    cell = read.cell
+    values = {**cell.key, **read.metrics, "cell": cell.id, "variant": _variant(cell.key)}
     row: dict[str, Any] = {column: values.get(column) for column in COLUMNS}
     return row | {
         "training": row["training"] or 0,
@@ -143,23 +144,23 @@ def _row(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _fits(cell: Cell) -> bool:
+def _fits(read: Finished) -> bool:
     """Whether all values of a cell have their types; a warning names a file with others."""
-    row, stage = _row(cell), cell.key["stage"]
+    row, stage = _row(read), read.cell.key["stage"]
     integers, floats = ([row[name] or 0 for name in names] for names in (_INTEGERS, _FLOATS))
     fits = {
         "config.json": isinstance(row["method"], str)
         and all(isinstance(number, int) and abs(number) < 2**63 for number in integers),
         "metrics.json": all(isinstance(number, int | float) for number in floats)
-        and (stage != "hit_rate" or isinstance(cell.metrics().get("hit_rate"), list)),
+        and (stage != "hit_rate" or isinstance(read.metrics.get("hit_rate"), list)),
         "samples.jsonl": all(
             isinstance(record.get(name), kind)
-            for record in cell.records().values()
+            for record in read.records.values()
             for name, kind in FIELDS.get(stage, {}).items()
         ),
     }
     for name in (name for name, fit in fits.items() if not fit):
-        warn(f"{cell.path / name} has an invalid value: delete its folder")
+        warn(f"{read.cell.path / name} has an invalid value: delete its folder")
     return all(fits.values())
 
 

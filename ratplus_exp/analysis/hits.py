@@ -22,10 +22,10 @@ ENDS = ("", " low", " high")  # of the columns of an estimate
 def hit_rates(cells: Cells, **where: Any) -> pd.DataFrame:
     """One row per layer, head and finished cell: layer, head (from 0), hit_rate (percent), values
     (gold values counted), and the columns of `tidy` except accuracies. where: for `select`."""
-    by_id = {cell.id: cell for cell in finished(cells, STAGE)}
+    by_id = {x.cell.id: x for x in finished(cells, STAGE)}
     rows = []
     for row in select(rows_of(by_id.values()), where).to_dict("records"):
-        metrics = by_id[row["cell"]].metrics()
+        metrics = by_id[row["cell"]].metrics
         for (layer, head), rate in np.ndenumerate(metrics["hit_rate"]):
             of_head = {"layer": layer, "head": head, "hit_rate": rate, "values": metrics["values"]}
             rows.append(row | of_head)

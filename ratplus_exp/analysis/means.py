@@ -1,11 +1,22 @@
 """Mean accuracies by selector (H2), and against the context length."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
 
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate
-from ratplus_exp.analysis.frame import BACKBONES, DENSE, SETTING, TASKS
+from ratplus_exp.analysis.frame import (
+    BACKBONES,
+    DENSE,
+    SCORERS,
+    SETTING,
+    TASKS,
+    rows_of,
+    sample_scores,
+)
+from ratplus_exp.store import Finished
 
 SELECTORS = ("random", "topk", "oracle", "dense")
 GAP = "RAT+ − Attention"
@@ -48,6 +59,34 @@ def selector_means(draws: Bootstrap) -> pd.DataFrame:
         n = min(counts[task] for task in tasks)
         rows += [(*setting, *x, Estimate.of(values), n) for x, values in means.items()]
     return pd.DataFrame(rows, columns=[*SETTING, "side", "selector", "estimate", "n"])
+
+
+def method_means(cells: Sequence[Finished]) -> pd.DataFrame:
+    """A row for each method and budget, in the order of the budgets and of RAT+'s accuracy.
+
+    Returns:
+        method, budget; read and choosing, the measured fractions; accuracies of each backbone in
+        percent, also under random selection; their difference `gain`; n.
+    """
+    by_cell = rows_of(cells)
+    choosing = {x.cell.id: x.metrics.get("choosing_measured", 0.0) for x in cells}
+    by_cell = by_cell.assign(choosing=by_cell["cell"].map(choosing))
+    place = ["method", "budget"]
+    draws = Bootstrap(sample_scores(cells), SCORERS[0], [*place, "selector", "backbone"])
+    rows: list[dict[str, Any]] = []
+    for setting, own in by_cell[by_cell["selector"] == "topk"].groupby(place, sort=False):
+        sides = [(*setting, "topk", b) for b in BACKBONES]
+        random = [(*setting, "random", b) for b in BACKBONES]
+        rows.append(
+            dict(zip(place, setting, strict=True))
+            | {"read": own["budget_measured"].mean(), "choosing": own["choosing"].mean()}
+            | {side[-1]: 100 * draws.mean(side)[0] for side in sides}
+            | {f"{side[-1]} random": 100 * draws.mean(side)[0] for side in random}
+            | {"gain": draws.gain(sides[1], sides[0]), "n": own["n"].min()}
+        )
+    frame = pd.DataFrame(rows)
+    frame = frame.assign(size=frame["budget"].map(Fraction).astype(float))
+    return frame.sort_values(["size", BACKBONES[1]], ascending=False, ignore_index=True)
 
 
 def length_curves(draws: Mapping[int, Bootstrap]) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ratplus_exp.memory.base import Memory, gate_statistics, of_each_memory
-from ratplus_exp.memory.gate import Ema, FixedEma, Gate, effective_length
+from ratplus_exp.memory.gate import Ema, FixedEma, Gate
 from ratplus_exp.memory.taps import Convolution, Shift
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "Gate",
     "Memory",
     "check_memory",
-    "effective_length",
     "gate_statistics",
     "memory_of",
     "of_each_memory",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ratplus_exp.budget import Budget
 from ratplus_exp.methods.states import States
-from ratplus_exp.settings import BlockSettings, Positive, Settings, Whole
+from ratplus_exp.settings import Positive, Settings, Whole
 from ratplus_kernels import Blocks
 
 Unit = Literal["block", "token"]
@@ -48,6 +48,7 @@ class Method(Settings):
     reads_values: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     mean_value = False
+    not_set = frozenset({"block_size"})
 
     block_size: Positive = 1
     top_k: Whole = 0
@@ -202,15 +203,18 @@ class Dense(Method):
     """Attention over all states: the upper end of every table."""
 
     paper: ClassVar[str] = "Vaswani et al., 2017, arXiv 1706.03762"
+    not_set = frozenset({"block_size", "top_k"})
 
 
 @dataclass(frozen=True)
-class BlockMethod(BlockSettings, Method):
+class BlockMethod(Method):
     """Selects blocks. P1: "Quest and MoBA always include the first block and the local (current)
     block". Both count within top_k, as in the original code of both methods."""
 
     unit: ClassVar[Unit] = "block"
     forced = 2
+    not_set = frozenset()
+    block_size: Positive = 64
 
     def attended(self, positions: Tensor) -> Tensor:
         """Whole blocks, and the local block up to the query."""

@@ -29,6 +29,7 @@ class Dilated(DilatedSettings, Method):
     """
 
     paper = "Wei and Gulcehre, 2026, arXiv 2602.18196"
+    not_set = frozenset({"block_size", "top_k"})
 
     def fraction(self, length: int) -> Fraction:
         """1/D, as in P2, without the local window and the initial positions."""

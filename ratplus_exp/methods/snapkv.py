@@ -2,7 +2,7 @@
 variants that share a budget between heads (AdaKV) or layers (PyramidKV)."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -10,11 +10,11 @@ from torch import Tensor
 
 import ratplus_kernels
 from ratplus_exp.methods.base import Method
-from ratplus_exp.settings import Share, SnapKVSettings
+from ratplus_exp.settings import Odd, Positive, Share
 
 
 @dataclass(frozen=True)
-class SnapKV(SnapKVSettings, Method):
+class SnapKV(Method):
     """Scores tokens by the attention mass that the last `window` prompt queries give them.
 
     The mass is pooled over neighbouring positions (in the original "avg" with kernel 5 or "max"
@@ -25,6 +25,9 @@ class SnapKV(SnapKVSettings, Method):
     phase = "once"
     paper = "Li et al., 2024, arXiv 2404.14469"
     reads = "the last queries and all keys, once"
+    window: Positive = 64
+    pooling: Literal["avg", "max", "none"] = "avg"
+    kernel: Odd = 5
 
     @property
     def forced(self) -> int:

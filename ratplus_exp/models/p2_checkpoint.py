@@ -1,4 +1,4 @@
-"""Conversion from and to the RAT+ paper's (P2's) published checkpoints (wimh966/rat-plus, weights
+"""Conversion from published checkpoints of the RAT+ paper, P2 (wimh966/rat-plus, weights
 barpitf/ratplus).
 
 A `.pth` contains the model's state dict under the key `task`, and the state of the training.
@@ -109,20 +109,6 @@ def from_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Ten
         if config.memory:
             result[f"{attention}.memory.weight"] = stacked[rows:].clone()
             result[f"{attention}.memory.bias"] = stacked.new_zeros(config.hidden_size)
-    return result
-
-
-def to_p2(state: Mapping[str, Tensor], config: RatPlusConfig) -> dict[str, Tensor]:
-    """P2's state dict, for the key `task`, from that of RatPlusForCausalLM(config).
-
-    ValueError for what P2's layout does not support, such as a bias of the gates.
-    """
-    p2_shapes(config)  # refuses a memory that the layout lacks
-    for name, x in state.items():
-        if name.endswith("memory.bias") and x.any():
-            raise ValueError(f"{name} is not zero: the RAT+ paper's gates have no bias")
-    result = _in_p2_layout(state, config)
-    _check(result, config)
     return result
 
 

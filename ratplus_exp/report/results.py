@@ -13,7 +13,7 @@ from ratplus_exp.analysis.bootstrap import Bootstrap
 from ratplus_exp.analysis.means import length_curves, selector_means
 from ratplus_exp.analysis.pattern import compare, scaled
 from ratplus_exp.report.paper import paper_tables
-from ratplus_exp.store import Cell, Store
+from ratplus_exp.store import Finished, Store
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Results:
     have the same context length.
 
     cells, rates: rows of `tidy` and `hit_rates`; samples, hit_samples: of `sample_scores`; stored:
-    all cells of the store by id; protocols: the results by protocol, including these.
+    finished cells of the store by id; protocols: the results by protocol, including these.
     """
 
     cells: pd.DataFrame
     samples: pd.DataFrame
     rates: pd.DataFrame
     hit_samples: pd.DataFrame
-    stored: dict[str, Cell]
+    stored: dict[str, Finished]
     scorer: str
     first_token: str
     protocol: str = "whole"
@@ -46,13 +46,13 @@ class Results:
     ) -> Results:
         """where: for `select` on `tidy`; first_token: for methods that it affects.
         ValueError if no finished cell fits."""
-        stored = list(store.cells())
+        stored = [x for stage in frame.FIELDS for x in frame.finished(store, stage)]
         every = cls(
             cells=frame.select(frame.tidy(stored), where),
             samples=frame.sample_scores(stored, **where),
             rates=hits.hit_rates(stored, **where),
             hit_samples=frame.sample_scores(stored, hits.STAGE, **where),
-            stored={cell.id: cell for cell in stored},
+            stored={x.cell.id: x for x in stored},
             scorer=scorer,
             first_token=first_token,
         )
@@ -75,8 +75,8 @@ class Results:
         return pd.concat([self.cells, self.rates.drop_duplicates("cell")], ignore_index=True)
 
     @cached_property
-    def used(self) -> list[Cell]:
-        """The stored cells, in the order of their names."""
+    def used(self) -> list[Finished]:
+        """The cells of `every`, in the order of their names."""
         ids = set(self.every["cell"])
         return [cell for name, cell in self.stored.items() if name in ids]
 

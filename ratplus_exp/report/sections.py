@@ -44,8 +44,8 @@ class Section:
 
 
 def section(results: Results, output: str, folder: Path, brief: bool = False) -> Section:
-    """A table (table2 … table5, tasks; without columns of tasks if brief) or figure (fig1 … fig4),
-    with its files in the folder. ValueError if nothing of it was measured, or it is unknown."""
+    """A table (table2 … table5, tasks; without columns of tasks if brief) or figure (fig1 … fig4,
+    lengths), with its files in the folder. ValueError if nothing of it was measured."""
     if output in PAPER_TABLES:
         return _table(results, output, folder, brief)
     if output in FIGURES:
@@ -53,10 +53,7 @@ def section(results: Results, output: str, folder: Path, brief: bool = False) ->
     if output == "tasks":
         table = tasks_table(results).write(folder, output)
         return Section("Table of all tasks and protocols", tables=(table,))
-    if output == "lengths":
-        return _lengths(results, folder)
-    known = ", ".join((*PAPER_TABLES, *FIGURES, "lengths", "tasks", PAGE))
-    raise ValueError(f"stage.outputs has the unknown {output!r}: use some of {known}")
+    return _lengths(results, folder)
 
 
 def paper_section(results: Results, folder: Path, alone: bool) -> Section:
@@ -75,7 +72,7 @@ def warning_section(results: Results) -> Section:
         at = f"At {length} tokens: " if len(results.by_length) > 1 else ""
         points += [at + sentence("doubt", x) for x in checks.doubts(part.draws)]
     for name, count in checks.cut_prompts(results.samples).items():
-        points.append(sentence("cut", results.stored[name].path.name, count))
+        points.append(sentence("cut", results.stored[name].cell.path.name, count))
     return Section("Warnings", (sentence("checks"),), tuple(points) or ("None.",))
 
 

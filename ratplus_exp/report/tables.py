@@ -191,6 +191,20 @@ def model_table(
     return Table.described("models", columns, rows, group=0, r=about, n=n, first_model=models[0])
 
 
+def methods_table(means: pd.DataFrame) -> Table:
+    """The table of `method_means`, its rows grouped by budget."""
+    randoms = [f"{backbone} random" for backbone in BACKBONES]
+    rows = [
+        (
+            *(row["budget"], row["method"], number(row["read"], 3), number(row["choosing"], 3)),
+            *(row[x] for x in (*BACKBONES, "gain", *randoms, "n")),
+        )
+        for row in means.to_dict("records")
+    ]
+    columns = ("Budget", "Method", "Read", "Choosing", *BACKBONES, "Δ 95 %")
+    return Table.described("methods", (*columns, *(f"{b}, random" for b in BACKBONES), "n"), rows)
+
+
 def random_table(cells: pd.DataFrame, tasks: Iterable[str], **values: Any) -> Table:
     """One model and setting: a row a selector, a column a task, mean ± std over selector seeds.
 

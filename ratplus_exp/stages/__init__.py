@@ -1,9 +1,12 @@
 """The stages of `run.py`: each a function of the composed configuration."""
 
+from multiprocessing import set_forkserver_preload
+
 import torch
 from hydra.utils import get_method
 from omegaconf import DictConfig
 
+from ratplus_exp.config import validate_method
 from ratplus_exp.distributed import world_size
 
 STAGES = {
@@ -13,7 +16,7 @@ STAGES = {
     "random_selector": "sweep.random_selector",
     "ablation": "sweep.ablation",
     "loss": "sweep.loss",
-    "methods": "methods.run",
+    "methods": "sweep.methods",
     "look": "look.run",
     "report": "report.run",
     "pretrain": "train.pretrain",
@@ -36,7 +39,11 @@ def run(cfg: DictConfig) -> None:
             f"{what} runs in one process: start it with python run.py; torchrun is for stage="
             + ", ".join(SHARED)
         )
+    if cfg.stage.name in ("eval", "hit_rate"):  # the others set method and budget of each job
+        validate_method(cfg)  # before the seconds of imports
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     function = "dry_run.run" if cfg.dry_run else STAGES[cfg.stage.name]
-    get_method(f"ratplus_exp.stages.{function}")(cfg)
+    function = f"ratplus_exp.stages.{function}"
+    set_forkserver_preload([function.rpartition(".")[0]])  # what workers need too
+    get_method(function)(cfg)

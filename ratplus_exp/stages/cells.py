@@ -82,7 +82,7 @@ class Job:
 
     def missing(self) -> list[str]:
         """Tasks whose cells lack samples."""
-        return [task for task, cell in self.cells.items() if not cell.is_done(self.examples)]
+        return [task for task, cell in self.cells.items() if cell.done() < self.examples]
 
     def prefill(self, task: str) -> str:
         """A key of the prefill that a cell begins with; cells with an equal key share it."""

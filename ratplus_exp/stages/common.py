@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,13 @@ def composed(override: str) -> DictConfig:
 def option(group: str, name: str) -> DictConfig:
     """One option of a configuration group, with unresolved interpolations."""
     return composed(f"{group}={name}")[group]
+
+
+def multiply(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """An entry for every combination of the grid's lists; tasks stay a list."""
+    axes = {k: v if isinstance(v, list) and k != "tasks" else [v] for k, v in grid.items()}
+    for values in product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
 
 
 def model_option(cfg: DictConfig, name: str, training: int) -> DictConfig:

@@ -126,7 +126,8 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
     ]
     corpus = tokens * (2 if shape.vocabulary <= 1 << 16 else 4) if cfg.corpus else 0
     disk: dict[str, float] = {
-        "checkpoints (two, and one being written)": 3 * cost.checkpoint_bytes(shape),
+        # A checkpoint has fp32 weights and Adam's two moments.
+        "checkpoints (two, and one being written)": 3 * 12 * shape.parameters,
         "the model (fp32)": 4 * shape.parameters,
         "the corpus": corpus,
     }
@@ -173,7 +174,8 @@ def _cache(cfg: DictConfig, shape: Shape) -> Rows:
     """The KV cache of a sequence of data.length: what token methods keep and block methods read."""
     length, size = cfg.data.length, cfg.data.block_size
     whole = shape.kv_bytes(length)
-    rows = [("Memory state of a sequence", f"{shape.memory_state_bytes() / 1e6:.3g} MB")]
+    state = 4 * shape.memory_state  # fp32
+    rows = [("Memory state of a sequence", f"{state / 1e6:.3g} MB")]
     for name, fraction in BUDGETS.items():
         kept, read = whole * fraction, whole * min(1, fraction + 1 / size)
         text = f"{kept / 1e6:.4g} MB kept by tokens"

@@ -10,17 +10,16 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ratplus_exp.analysis.frame import COLUMNS, SCORERS, accuracies, tidy
+from ratplus_exp.analysis.frame import COLUMNS, SCORERS, accuracies, finished, rows_of
 from ratplus_exp.config import reserve_of
 from ratplus_exp.methods import Engine, Usage
 from ratplus_exp.models.decoding import cuda_graphs, greedy
 from ratplus_exp.models.loading import end_tokens
 from ratplus_exp.models.prefill import PromptBatch
-from ratplus_exp.report import MISSING, Table
+from ratplus_exp.report import Table
 from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
 from ratplus_exp.stages.common import model_name, resolve, show
 from ratplus_exp.stages.pool import fill_tracked
-from ratplus_exp.store import Cell
 from ratplus_exp.tasks import Sample, exact, substring
 
 MEASURED = ("budget_measured", "choosing_measured", "slots_measured")
@@ -103,11 +102,11 @@ def answers(
 def _frame(job: Job) -> pd.DataFrame:
     """The job's cells as a tidy frame, in the order of its tasks, with the other backbone's
     accuracy if the store has it for the same setting."""
-    every = tidy(job.store, "eval").set_index("cell")
+    stored = finished(job.store, "eval")
+    every = rows_of(stored).set_index("cell")
     frame = every.loc[[cell.id for cell in job.cells.values()]].reset_index()
-    settings = [_setting(cell) for cell in job.cells.values()]
-    done = (cell for cell in job.store.cells("eval") if cell.done())
-    other = every.loc[[cell.id for cell in done if _setting(cell) in settings]]
+    settings = [_setting(cell.key) for cell in job.cells.values()]
+    other = every.loc[[x.cell.id for x in stored if _setting(x.cell.key) in settings]]
     other = other[other["backbone"] != frame.loc[0, "backbone"]]
     if other["checkpoint"].nunique() != 1:
         return frame
@@ -115,9 +114,9 @@ def _frame(job: Job) -> pd.DataFrame:
     return frame.join(accuracy, on="task")
 
 
-def _setting(cell: Cell) -> dict[str, Any]:
+def _setting(key: dict[str, Any]) -> dict[str, Any]:
     of_model = ("model", "backbone", "checkpoint", "interface")
-    return {name: value for name, value in cell.key.items() if name not in of_model}
+    return {name: value for name, value in key.items() if name not in of_model}
 
 
 def _report(job: Job) -> dict[str, Any]:
@@ -128,10 +127,7 @@ def _report(job: Job) -> dict[str, Any]:
     numbers = frame.set_index("task")[[*SCORERS, *others]].astype(float)
     numbers.loc["Mean"] = numbers.mean(skipna=False)
     counts = [*frame["n"], frame["n"].sum()]
-    rows = [
-        (task, *(MISSING if x != x else f"{x:.1f}" for x in row), str(n))
-        for (task, row), n in zip(numbers.iterrows(), counts, strict=True)
-    ]
+    rows = [(x, *row, n) for (x, row), n in zip(numbers.iterrows(), counts, strict=True)]
     table = Table.described(
         "of_job",
         ("Task", *SCORERS, *others, "n"),

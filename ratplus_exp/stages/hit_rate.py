@@ -21,7 +21,6 @@ from ratplus_exp.methods import Engine, Layers, Method
 from ratplus_exp.methods.hits import HitCounter
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
-from ratplus_exp.report.prose import number
 from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
 from ratplus_exp.stages.common import job_folder, model_name, show
 from ratplus_exp.stages.pool import fill_tracked
@@ -60,14 +59,12 @@ class HitRate(MeasuringStage):
         width = max(len(answer.ids) for answer in answers) - 1  # EOS is not fed
         golden = torch.zeros(len(samples), width, job.cfg.data.length, dtype=torch.bool)
         forced = torch.full((len(samples), width), tokenizer.pad_token_id)
-        owners = [list(answer.values[:width]) for answer in answers]
+        owners = [[-1] * width for _ in answers]
         for row, answer in enumerate(answers):
             forced[row, : len(answer.ids) - 1] = torch.tensor(answer.ids[:-1])
-            for token, positions in enumerate(answer.positions[:width]):
-                golden[row, token, list(positions)] = True
-        # The query that predicts answer token a is the prompt's last token (a = 0) or token a − 1.
-        if not prompts.fed:
-            owners = [[-1, *tokens[1:]] for tokens in owners]
+            for token, positions, value in answer.steps(prompts.fed):
+                golden[row, token, positions] = True
+                owners[row][token] = value
         if all(owner < 0 for tokens in owners for owner in tokens):
             raise ValueError(
                 f"{samples[0].task}: every answer is one token long, so no decoding step has a "
@@ -126,10 +123,8 @@ def _table(cfg: DictConfig, frame: pd.DataFrame) -> Table:
     tasks = [task for task in cfg.data.tasks if task in set(frame["task"])]
     wide = frame.pivot_table(index=["layer", "head"], columns="task", values="hit_rate")[tasks]
     wide = wide.assign(Mean=wide.mean(axis=1)).sort_values("Mean", ascending=False, kind="stable")
-    rows = [
-        (str(rank), f"{layer}.{head}", *(number(x) for x in row))
-        for rank, ((layer, head), row) in enumerate(wide.head(32).iterrows(), start=1)
-    ]
+    heads = enumerate(wide.head(32).iterrows(), start=1)
+    rows = [(rank, f"{layer}.{head}", *row) for rank, ((layer, head), row) in heads]
     first = frame.iloc[0]
     values = {"name": model_name(cfg), "method": cfg.method.name, "selector": cfg.selector}
     more = max(0, len(wide) - 32)

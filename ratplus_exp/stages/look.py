@@ -94,10 +94,10 @@ def _view(job: Job, model: Any, sample: Sample, source: Samples, look: Look, lab
     engine = Engine(method, selector_of(job.cfg, [sample], prompts.ids.device), record)
     # The token that predicts EOS is not a step.
     feed(prompts, engine, prompts.ids.new_tensor([answer.ids[:-2]]))
-    first = 0 if fed else 1  # the answer's first token with a step
-    gold = [sorted(places) for places in answer.positions[first:-1]]
-    if method.phase in ("decode", "step"):  # the query of token t − 1 predicts token t
-        wanted = [(t - 1, [x]) for t, x in enumerate(gold, look.prompt + first)]
+    steps = [(look.prompt + token - 1, places) for token, places, _ in answer.steps(fed)]
+    gold = [places for _, places in steps]
+    if method.phase in ("decode", "step"):
+        wanted = [(t, [places]) for t, places in steps]
     elif method.phase == "prefill":
         wanted = [(t, gold) for t in range(look.question, look.prompt)]
     else:

@@ -26,7 +26,6 @@ from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
 from ratplus_exp.stages.common import resolve
 from ratplus_exp.stages.samples import Samples
 from ratplus_exp.stages.tokenize import corpus_of
-from ratplus_exp.store import Cell
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.niah import sample_name
 from ratplus_exp.text.corpus import Corpus
@@ -135,9 +134,8 @@ class Loss(MeasuringStage):
         return metrics
 
 
-def loss_table(cells: list[Cell]) -> Table:
-    """A row for each model and method."""
-    found = [cell.key | cell.metrics() for cell in cells]
+def loss_table(found: list[dict[str, Any]]) -> Table:
+    """A row for each model and method. found: keys and metrics of cells."""
     kind = _kind(found)
     rows = [
         (
@@ -158,9 +156,9 @@ def loss_table(cells: list[Cell]) -> Table:
     return Table.described("loss", columns, rows, **about)
 
 
-def loss_figures(cells: list[Cell], folder: Path) -> list[Path]:
-    """`figures.losses` of the cells of dense attention and dilated patterns."""
-    found = [cell.key | cell.metrics() for cell in cells]
+def loss_figures(found: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """`figures.losses` of the cells of dense attention and dilated patterns; found: as in
+    `loss_table`."""
     kind, dense = _kind(found), {"dilation": 1, "local": 0, "initial": 0}
     rows = [
         dense

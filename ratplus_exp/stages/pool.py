@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
             if job.examples > other.examples:
                 cells[cell.id] = (job, task)
     lacking = from_rank_0(
-        lambda: [x for x, (j, t) in cells.items() if not j.cells[t].is_done(j.examples)]
+        lambda: [x for x, (j, t) in cells.items() if j.cells[t].done() < j.examples]
     )
     missing = [cells[name] for name in lacking]
     if not missing:
@@ -123,19 +124,14 @@ def _fill_in_workers(workers: int, groups: list[Group], done: Progress) -> tuple
     samples = context().Value("q")
     while groups:
         before, failed, errors = filled, [], []
-        with Workers(workers, _begin, samples, workers) as pool:
-            running = {pool.submit(_fill, *group): group for group in groups}
+        one_thread = partial(torch.set_num_threads, 1)
+        with Workers(workers, Session(workers), samples, initialize=one_thread) as pool:
+            running = {pool.call(_fill, *group): group for group in groups}
             while running:
                 over, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
                 for future in over:
                     jobs, task = running.pop(future)
-                    try:
-                        left_out, error = future.result()
-                    except BrokenExecutor:
-                        raise ValueError(
-                            "a worker process was killed, probably for memory: run again with "
-                            f"stage.workers={workers // 2}"
-                        ) from None
+                    left_out, error = future.result()
                     if error:
                         tqdm.write(f"failed: {error}")
                         errors.append(error)
@@ -154,26 +150,15 @@ def _fill_in_workers(workers: int, groups: list[Group], done: Progress) -> tuple
     return busy, []
 
 
-# Of a worker process:
-_session: Session
-_samples: Any
+def _fill(session: Session, samples: Any, jobs: list[Job], task: str) -> tuple[int, str]:
+    """Fill the jobs' cells of a task in a worker, which adds to samples; returns how many another
+    process is writing, and "" or an error."""
 
+    def count(new: int) -> None:
+        with samples.get_lock():
+            samples.value += new
 
-def _begin(samples: Any, workers: int) -> None:
-    global _session, _samples
-    torch.set_num_threads(1)
-    _session, _samples = Session(workers), samples
-
-
-def _fill(jobs: list[Job], task: str) -> tuple[int, str]:
-    """Fill the jobs' cells of a task; returns how many another process is writing, and "" or an
-    error."""
     try:
-        return fill(jobs, task, _session, _count), ""
+        return fill(jobs, task, session, count), ""
     except Exception as error:
         return 0, f"{jobs[0].cells[task].path.name}: {type(error).__name__}: {error}"
-
-
-def _count(samples: int) -> None:
-    with _samples.get_lock():
-        _samples.value += samples

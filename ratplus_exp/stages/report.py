@@ -13,13 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from ratplus_exp.analysis.frame import BACKBONES
 from ratplus_exp.config import plain
 from ratplus_exp.report import sections
-from ratplus_exp.report.missing import missing
 from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import sentence
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.sections import FIGURES, PAGE
 from ratplus_exp.stages.common import checkpoint_of, composed, job_folder, model_option, resolve
-from ratplus_exp.store import Cell, Store, remove_drafts, write_atomically
+from ratplus_exp.stages.missing import missing
+from ratplus_exp.store import Finished, Store, remove_drafts, write_atomically
 from ratplus_exp.tracking import tracked
 
 
@@ -53,7 +53,7 @@ def run(cfg: DictConfig) -> None:
         if len(frame) or name == "cells":
             text = frame.to_csv(index=False, lineterminator="\n")
             write_atomically(folder / f"{name}.csv", text)
-    _write_provenance({cell.id: cell for part in shown for cell in part.used}.values(), folder)
+    _write_provenance({x.cell.id: x for part in shown for x in part.used}.values(), folder)
     for table in (table for part in parts for table in part.tables):
         print(table.to_text())
     for reason in absent:
@@ -94,14 +94,14 @@ def _settings(cfg: DictConfig) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.create({"stage": stage, "data": plain(cfg.data)})))
 
 
-def _write_provenance(cells: Iterable[Cell], folder: Path) -> None:
+def _write_provenance(cells: Iterable[Finished], folder: Path) -> None:
     """provenance.json: for every setting its key, its cells by task, and their runs."""
     entries: dict[str, dict[str, Any]] = {}
-    for cell in cells:
+    for cell, _, provenance, _ in cells:
         key = {k: v for k, v in cell.key.items() if k not in ("data", "task")}
         entry = entries.setdefault(json.dumps(key), {"key": key, "cells": {}, "runs": {}})
         entry["cells"][cell.key["task"]] = cell.id
-        for run in cell.provenance():
+        for run in provenance:
             date = run.get("date", "")
             run = {k: v for k, v in run.items() if k not in ("config", "date", "from_sample")}
             new = {"first": date, "last": date, "run": run}

@@ -1,4 +1,4 @@
-"""Stages that run grids of cells: sweep, ablation, loss and random_selector.
+"""Stages that run grids of cells: sweep, ablation, loss, methods, random_selector.
 
 `stage.cells`, for instance in conf/experiment/table2.yaml, has the grids of a sweep. Every
 combination of a grid's lists is run for all `stage.trainings` of the grid's models, or else of
@@ -8,20 +8,21 @@ resumes. The cells are those of stage=eval and stage=hit_rate, so all stages sha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ratplus_exp.analysis import sample_scores, tidy
-from ratplus_exp.config import plain, validate
+from ratplus_exp.analysis.frame import finished
+from ratplus_exp.analysis.means import method_means
+from ratplus_exp.config import method_of, plain, validate
 from ratplus_exp.report import Table
-from ratplus_exp.report.tables import model_table, random_table
+from ratplus_exp.report.figures import accuracy_by_read
+from ratplus_exp.report.tables import methods_table, model_table, random_table
 from ratplus_exp.stages import report
 from ratplus_exp.stages.cells import Job, MeasuringStage
-from ratplus_exp.stages.common import job_folder, model_name, option, show
+from ratplus_exp.stages.common import job_folder, model_name, multiply, option, show
 from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
 from ratplus_exp.stages.loss import Loss, loss_figures, loss_table
@@ -62,8 +63,19 @@ def ablation(cfg: DictConfig) -> None:
 
 def loss(cfg: DictConfig) -> None:
     """stage=loss: held-out loss of models under methods."""
-    cells = fill_cells(cfg)
-    show_tracked(cfg, loss_table(cells), *loss_figures(cells, job_folder()))
+    found = [cell.key | cell.metrics() for cell in fill_cells(cfg)]
+    show_tracked(cfg, loss_table(found), *loss_figures(found, job_folder()))
+
+
+def methods(cfg: DictConfig) -> None:
+    """stage=methods: every method on both backbones at the same budgets, by accuracy within each,
+    with the fractions that attention and selection read, and random selection of equal size (H2).
+    """
+    means = method_means(finished(fill_cells(cfg), "eval"))
+    phases: dict[str, str | None] = {
+        name: method_of(configuration(cfg, {"method": name})).phase for name in set(means["method"])
+    }
+    show_tracked(cfg, methods_table(means), accuracy_by_read(means, phases, job_folder()))
 
 
 def random_selector(cfg: DictConfig) -> None:
@@ -118,7 +130,7 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
     stage = plain(cfg.stage)
     every = {"model": stage["models"], "training": stage["trainings"]} if stage["models"] else {}
     grids: list[dict[str, Any]] = [*stage["cells"].values()] or [{}]
-    entries = [entry for grid in grids for entry in _multiply(every | grid)]
+    entries = [entry for grid in grids for entry in multiply(every | grid)]
     order = [*dict.fromkeys(map(_model, entries))]
     entries.sort(key=lambda entry: order.index(_model(entry)))
     return [configuration(cfg, entry) for entry in entries]
@@ -126,13 +138,6 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
 
 def _model(entry: dict[str, Any]) -> tuple[Any, Any]:
     return entry.get("model"), entry.get("training")
-
-
-def _multiply(grid: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """An entry for every combination of the grid's lists."""
-    axes = {k: v if isinstance(v, list) and k != "tasks" else [v] for k, v in grid.items()}
-    for values in product(*axes.values()):
-        yield dict(zip(axes, values, strict=True))
 
 
 def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:

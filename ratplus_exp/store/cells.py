@@ -28,7 +28,7 @@ from contextlib import ExitStack, contextmanager
 from io import FileIO
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ratplus_exp.store.files import locked, naming, sync, warn, write_atomically
 
@@ -66,6 +66,15 @@ class Store:
                 yield cell
 
 
+class Finished(NamedTuple):
+    """A finished cell with what its files have, each read once."""
+
+    cell: Cell
+    metrics: dict[str, Any]
+    provenance: list[dict[str, Any]]
+    records: dict[Any, dict[str, Any]]
+
+
 class Cell:
     """One measurement: its key, its folder, its samples and metrics.
 
@@ -100,12 +109,12 @@ class Cell:
         with ExitStack() as stack:
             stack.enter_context(locked(self.path))
             try:
-                before = len(self._samples())
+                entries, before = self.provenance(), len(self._samples())
             except ValueError:
                 self._set_aside()
                 stack.enter_context(locked(self.path))
-                before = 0
-            entries = [*self.provenance(), {**provenance, "from_sample": before}]
+                entries, before = [], 0
+            entries = [*entries, {**provenance, "from_sample": before}]
             config = {"format": FORMAT, "key": self.key, "provenance": entries}
             self._write_json("config.json", config)
             stack.enter_context(self._appending(self.path / "samples.jsonl"))
@@ -165,6 +174,7 @@ class Cell:
         """Complete samples by id, in the order of writing; needs no lock. Empty, with a warning, if
         the cell is damaged."""
         try:
+            self.provenance()
             return self._samples()
         except ValueError as error:
             _warn_of(str(error))
@@ -186,22 +196,23 @@ class Cell:
 
     def done(self) -> int:
         """Number of samples that the metrics cover; 0 if the cell isn't done or is damaged."""
+        read = self.finished()
+        return len(read.records) if read else 0
+
+    def finished(self) -> Finished | None:
+        """The cell as it is; None if it isn't done or, with a warning, if it is damaged."""
         try:
             n = _read_json(self.path / "done").get("n", 0)
-            if n and not n == self.metrics().get("n") == len(self._samples()):
+            read = Finished(self, self.metrics(), self.provenance(), self._samples()) if n else None
+            if read and not n == read.metrics.get("n") == len(read.records):
                 raise ValueError(f"{self.path / 'done'} contradicts the samples or metrics.json")
+            return read
         except ValueError as error:
             _warn_of(str(error))
-            return 0
-        return n
-
-    def is_done(self, n: int) -> bool:
-        """Whether the cell was finished with at least n samples."""
-        return self.done() >= n
+            return None
 
     def _samples(self) -> dict[Any, dict[str, Any]]:
-        """`records`; ValueError, naming the file, if the cell is damaged."""
-        self.provenance()
+        """Complete samples by id; ValueError, naming the file, if one is damaged."""
         samples: dict[Any, dict[str, Any]] = {}
         for path in sorted(self.path.glob("samples*.jsonl")):
             samples = _read_samples(path)[0] | samples

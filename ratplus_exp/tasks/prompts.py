@@ -42,9 +42,9 @@ class Prompts:
         for index in indices if self.workers else ():
             name = sample_name(task, self.seed, index)
             if name not in self.samples:
-                self.pool = self.pool or Workers(self.workers, _begin, self.source)
+                self.pool = self.pool or Workers(self.workers, self.source)
                 try:
-                    self.samples[name] = self.pool.submit(_make, task, self.seed, index)
+                    self.samples[name] = self.pool.call(Ruler.sample, task, self.seed, index)
                 except BrokenExecutor:
                     self.workers = 0
                     return
@@ -72,15 +72,3 @@ def prompts_of(source: Ruler, seed: int, workers: int = 0) -> Prompts:
         _kept.clear()  # thousands of prompts are hundreds of MB
         _kept[key] = Prompts(source, seed, workers)
     return _kept[key]
-
-
-_source: Ruler  # of a worker process
-
-
-def _begin(source: Ruler) -> None:
-    global _source
-    _source = source
-
-
-def _make(task: str, seed: int, index: int) -> Sample:
-    return _source.sample(task, seed, index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -126,6 +126,15 @@ class GoldenAnswer:
     ids: tuple[int, ...]
     positions: tuple[frozenset[int], ...]
     values: tuple[int, ...]
+
+    def steps(self, fed: int) -> Iterator[tuple[int, list[int], int]]:
+        """Each token a of the answer that a decoding step predicts, with its positions and value:
+        all but EOS and, if no token of the prompt is `fed` to such a step, the first.
+
+        The query that predicts it is the prompt's last token (a = 0) or token a − 1 of the answer.
+        """
+        for token in range(0 if fed else 1, len(self.ids) - 1):
+            yield token, sorted(self.positions[token]), self.values[token]
 
 
 def golden_answer(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> GoldenAnswer:

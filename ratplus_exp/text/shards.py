@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, wait
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -102,13 +102,7 @@ def _in_order(
         for job in [pool.submit(write, i) for i in range(count)]:
             while not wait([job], timeout=1).done:
                 progress()
-            try:
-                yield job.result()
-            except BrokenExecutor:
-                raise ValueError(
-                    "a worker process was killed, probably for memory: run again with "
-                    f"stage.workers={workers // 2}"
-                ) from None
+            yield job.result()
 
 
 def _write_shard(

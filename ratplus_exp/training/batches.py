@@ -6,7 +6,6 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import BrokenExecutor
 from itertools import islice
 
 from ratplus_exp.distributed import cores
@@ -34,34 +33,23 @@ def batches(
             yield step, batch(step, *size)
         return
     workers = min(workers, cores())
-    with Workers(workers, _begin, batch) as pool:
-        submitted = ((step, pool.submit(_make, step, *size)) for step, *size in steps)
+    with Workers(workers, batch, initialize=_yield_to_the_training) as pool:
+        submitted = ((step, pool.call(_make, step, *size)) for step, *size in steps)
         pending = deque(islice(submitted, 2 * workers))
         while pending:
             step, future = pending.popleft()
-            try:
-                made = future.result()
-                pending.extend(islice(submitted, 1))
-            except BrokenExecutor:
-                raise ValueError(
-                    "a process that makes batches was killed, probably for memory: run again with "
-                    "a lower stage.workers"
-                ) from None
+            made = future.result()
+            pending.extend(islice(submitted, 1))
             yield step, made
 
 
-_batch: BatchOf  # of a worker process
-
-
-def _begin(batch: BatchOf) -> None:
+def _yield_to_the_training() -> None:
     """A worker has low priority, and ignores signals to the process group: they are for the
     training."""
-    global _batch
-    _batch = batch
     os.nice(NICE)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _make(step: int, rows: int, length: int) -> Batch:
-    return _batch(step, rows, length)
+def _make(batch: BatchOf, step: int, rows: int, length: int) -> Batch:
+    return batch(step, rows, length)

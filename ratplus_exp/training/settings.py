@@ -57,8 +57,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class TrainSettings(Settings):
-    """Optimizer and execution. lr: of all parameters but the memory's, which have memory_lr.
+    """Optimizer and execution; conf/optimizer has the defaults.
 
+    lr: of all parameters but the memory's, which have memory_lr.
     rows_per_pass: rows of a process in one forward pass; gradients accumulate over its share of a
         batch. None: the whole share at once.
     decay: which weights decay, the "matrices" outside the memory or "all" parameters, as in P2.
@@ -73,24 +74,24 @@ class TrainSettings(Settings):
     peak_tflops: of one GPU, for the MFU; None: of the GPU in use, if it is a known one.
     """
 
-    lr: Rate = 3e-3
-    memory_lr: Rate = 3e-3
-    min_lr_ratio: Share = 0.1
-    warmup: Below1 = 0.02
-    weight_decay: Rate = 0.1
-    decay: Literal["matrices", "all"] = "matrices"
-    betas: Annotated[tuple[Below1, Below1], OF_LIST] = (0.9, 0.95)
-    clip: Amount = 1.0
-    rows_per_pass: Positive | None = None
-    precision: Precision = "fp32"
-    seconds: Amount | None = None
-    spike: Annotated[float, Field(gt=1, le=1e9)] | None = None
-    activation_checkpointing: bool = False
-    compile: bool = False
-    parallel: Kind = "fsdp"
-    peak_tflops: Amount | None = None
-    log_every: Positive = 20
-    checkpoint_every: Positive = 500
+    lr: Rate
+    memory_lr: Rate
+    min_lr_ratio: Share
+    warmup: Below1
+    weight_decay: Rate
+    decay: Literal["matrices", "all"]
+    betas: Annotated[tuple[Below1, Below1], OF_LIST]
+    clip: Amount
+    rows_per_pass: Positive | None
+    precision: Precision
+    seconds: Amount | None
+    spike: Annotated[float, Field(gt=1, le=1e9)] | None
+    activation_checkpointing: bool
+    compile: bool
+    parallel: Kind
+    peak_tflops: Amount | None
+    log_every: Positive
+    checkpoint_every: Positive
 
     def __post_init__(self) -> None:
         if self.checkpoint_every % self.log_every:  # a checkpoint holds no half-averaged row

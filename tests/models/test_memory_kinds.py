@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import TINY
@@ -12,7 +14,6 @@ from ratplus_exp.memory import KINDS, Gate, Memory, gate_statistics
 from ratplus_exp.methods import Engine, MoBA, Quest, SnapKV
 from ratplus_exp.models import add_memory, config_for, new_model
 from ratplus_exp.training.optimizer import adamw
-from ratplus_exp.training.settings import TrainSettings
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 FIXED = {"memory_kind": "ema_fixed", "gate_bias": (1.0, 8.0)}
@@ -104,7 +105,10 @@ def test_gradients_reach_what_is_learned_at_the_memory_s_own_rate(make_model, ma
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     mine = {id(p) for memory in memories(model) for p in memory.parameters()}
     assert bool(mine) == (kind != "ema_fixed")
-    groups = adamw(model, TrainSettings(lr=1.0, memory_lr=2.0)).param_groups
+    rates = SimpleNamespace(
+        lr=1.0, memory_lr=2.0, weight_decay=0.1, decay="matrices", betas=(0.9, 0.95)
+    )
+    groups = adamw(model, rates).param_groups
     for group in groups:
         assert all((id(p) in mine) == (group["lr"] == 2.0) for p in group["params"])
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))

@@ -382,8 +382,17 @@ def run(*words, code="from ratplus_exp.main import command; command()", **how):
     )
 
 
-@pytest.mark.parametrize(("word", "code"), [("--help", 0), ("seed=x", 1), ("method=guess", 1)])
-def test_words_wait_for_no_heavy_import(word, code, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "loaded"),
+    [
+        ("--help", []),
+        ("seed=x", []),
+        ("method=guess", []),
+        ("method=tova method.top_k=abc", ["torch"]),
+        ("method=snapkv budget=1/3", ["torch"]),
+    ],
+)
+def test_words_wait_for_no_heavy_import(words, loaded, tmp_path):
     script = """
 import atexit, sys
 from ratplus_exp.main import command
@@ -391,9 +400,10 @@ heavy = ("torch", "transformers", "wandb", "pandas", "matplotlib")
 atexit.register(lambda: print("loaded:", [name for name in heavy if name in sys.modules]))
 command()
 """
-    done = run(word, f"output={tmp_path}", code=script)
-    assert done.returncode == code and "loaded: []" in done.stdout.splitlines()[-1], done.stdout
-    if code:
+    done = run(*words.split(), f"output={tmp_path}", code=script)
+    assert done.stdout.splitlines()[-1] == f"loaded: {loaded}", done.stdout
+    assert done.returncode == (words != "--help")
+    if done.returncode:
         (line,) = done.stderr.strip().splitlines()
         assert line.startswith("error: ")
 

@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from ratplus_exp.config import check, method_of
-from ratplus_exp.schema import METHOD_SETTINGS, Config
+from ratplus_exp.config import check
+from ratplus_exp.schema import Config, LayersSettings
 
 CONF = Path(__file__).parents[2] / "conf"
 STAGES = {
@@ -145,12 +145,12 @@ def refusal(settings):
     return str(error.value)
 
 
-def check_refused(settings, places, take=check):
+def check_refused(settings, places):
     count = 0
     for path, hint in places:
         for value in wrong_values(hint):
             try:
-                take(put(settings, path, value))
+                check(put(settings, path, value))
             except ValueError as error:
                 message = str(error)
             else:
@@ -172,26 +172,13 @@ def test_no_field_takes_what_it_cannot_mean(stage):
     assert check_refused(settings, parts) > (500 if stage == "eval" else 10)
 
 
-@pytest.mark.parametrize("name", METHOD_SETTINGS)
-def test_no_size_of_a_method_takes_what_it_cannot_mean(name):
-    settings = base("eval", name.lower())
-    check(settings)
-    places = (
-        (("method", *path), hint)
-        for path, hint in leaves(METHOD_SETTINGS[name], settings["method"])
-    )
-    assert check_refused(settings, places) > 10 or name == "Dense"
-
-
 @pytest.mark.parametrize("name", [path.stem for path in (CONF / "method").glob("*.yaml")])
 def test_no_method_is_made_of_what_it_cannot_mean(name):
-    """Nor of methods whose sizes are checked by their class alone."""
     settings = base("eval", name)
-    cls = get_class(settings["method"]["target"])
-    if cls.__name__ in METHOD_SETTINGS:
-        return
+    check(settings)
+    cls = LayersSettings if name == "layers" else get_class(settings["method"]["target"])
     places = [(("method", *path), hint) for path, hint in leaves(cls, settings["method"])]
-    count = check_refused(settings, places, lambda new: method_of(OmegaConf.create(new)))
+    count = check_refused(settings, places)
     assert count > 5 * len(places) > 0
 
 

@@ -8,12 +8,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
+from p2_layout import to_p2
 
 from ratplus_exp import stages
 from ratplus_exp.config import validate
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 from ratplus_exp.models.loading import load_tokenizer, read_tokenizer
-from ratplus_exp.models.p2_checkpoint import to_p2
 from ratplus_exp.stages.train import save_model
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -170,8 +170,8 @@ def test_prompts_are_made_once_and_only_where_they_are_needed(job, tiny_models, 
 
 
 def test_prompts_made_ahead_change_nothing(job, tiny_models, monkeypatch, makers_are_threads):
-    found, made, make = [], [], prompts._make
-    monkeypatch.setattr(prompts, "_make", lambda *name: made.append(name) or make(*name))
+    found, made, call = [], [], prompts.Workers.call
+    monkeypatch.setattr(prompts.Workers, "call", lambda *x: made.append(x) or call(*x))
     for workers in (0, 2):
         assert not made
         monkeypatch.setattr(samples, "_workers", lambda _, n=workers: n)

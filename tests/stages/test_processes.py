@@ -65,7 +65,7 @@ def test_evaluation_shared_by_two_processes(tmp_path, tiny_models, job):
     (cell.path / "done").unlink()
     (cell.path / SHARES[1]).write_text(files_cut(cell))
     assert torchrun(both, *settings(model)).returncode == 0
-    assert cell.is_done(5) and measured(cell) == measured(alone[cell.key["task"]])
+    assert cell.done() == 5 and measured(cell) == measured(alone[cell.key["task"]])
     assert len(tidy(store)) == 2
 
 

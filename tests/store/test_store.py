@@ -38,7 +38,7 @@ KEY = {
 def evaluate(root: Path, n: int = 8, batch: int = 3, pause: float = 0.0) -> None:
     """What a stage does; acknowledges in a file of its own what `append` said was stored."""
     cell = Store(root).cell(KEY)
-    if cell.is_done(n):
+    if cell.done() >= n:
         return
     with cell.open({"commit": "abc"}):
         done = cell.records()
@@ -57,7 +57,7 @@ def assert_whole(root: Path, n: int) -> None:
     cell = Store(root).cell(KEY)
     lines = (cell.path / "samples.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["id"] for line in lines) == sorted(f"s{i}" for i in range(n))
-    assert cell.is_done(n) and not cell.is_done(n + 1)
+    assert cell.done() == n
     assert cell.metrics() == {"accuracy": 50.0, "n": n}
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_cell_is_named_counts_as_missing_and_is_filled_again(tmp_path,
     (DERIVED | ASIDE)[what](cell.path)
     left = {path.name: path.read_bytes() for path in cell.path.iterdir()}
     found = {c.id: c.done() for c in Store(tmp_path).cells()}
-    assert found.pop(other.id) == 1 and set(found.values()) <= {0} and not cell.is_done(1)
+    assert found.pop(other.id) == 1 and set(found.values()) <= {0} and not cell.done()
     lines = capsys.readouterr().err.splitlines()
     assert lines and all(f"warning: {cell.path}/" in x and "run its job again" in x for x in lines)
     evaluate(tmp_path)
@@ -235,9 +235,9 @@ def test_more_samples_extend_a_finished_cell(tmp_path):
     evaluate(tmp_path, n=3)  # fewer: nothing to do
     assert (cell.path / "config.json").read_text() == written
     with cell.open({"commit": "def"}):
-        assert cell.is_done(4)
+        assert cell.done() == 4
         cell.append([{"id": "s4"}])
-        assert not cell.is_done(1)  # its metrics no longer cover all of its samples
+        assert not cell.done()  # its metrics no longer cover all of its samples
     evaluate(tmp_path, n=6)
     assert_whole(tmp_path, 6)
     entries = [(entry["commit"], entry["from_sample"]) for entry in cell.provenance()]

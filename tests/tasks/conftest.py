@@ -8,7 +8,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ratplus_exp.tasks import Forms, paragraph, pocket_tokenizer
+from ratplus_exp.tasks import Forms, pocket_tokenizer
+from ratplus_exp.tasks.prose import paragraph
 
 POCKET = Path(__file__).parents[2] / "conf" / "data" / "pocket.yaml"
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from ratplus_exp.models.loading import read_tokenizer
-from ratplus_exp.tasks import TASKS, Forms, Ruler, target, target_ids
+from ratplus_exp.tasks import TASKS, Forms, Ruler
 from ratplus_exp.tasks.bpe import train_bpe
+from ratplus_exp.tasks.sample import target, target_ids
 
 SHIPPED = Path(__file__).parents[2] / "outputs/reference/small/tokenizer"
 

@@ -18,6 +18,10 @@ def test_pocket_tokens_stand_where_their_values_stand(task, pocket, pocket_forms
             assert len(positions) == len(spans)
             assert all(any(start <= p < end for start, end in spans) for p in positions)
             assert {sample.input_ids[p] for p in positions} == {token}
+    for fed in (0, 1):  # the first token has a step of its own only if a token is fed to it
+        steps = list(answer.steps(fed))
+        assert [token for token, *_ in steps] == list(range(1 - fed, len(answer.ids) - 1))
+        assert all(set(answer.positions[a]) == {*p} and answer.values[a] == v for a, p, v in steps)
     said = [v for v in answer.values if v >= 0]
     assert said == sorted(said) and set(said) == set(range(len(sample.answers)))
 

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from ratplus_exp.tasks import SPLITS, TASKS, Forms, Ruler, split_of, target, target_ids
+from ratplus_exp.tasks import TASKS, Forms, Ruler
+from ratplus_exp.tasks.niah import SPLITS, split_of
+from ratplus_exp.tasks.sample import target, target_ids
 
 UUID = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 HEX = "[0-9a-f]{32}"

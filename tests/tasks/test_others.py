@@ -12,9 +12,10 @@ import yaml
 
 from ratplus_exp.models.loading import read_tokenizer
 from ratplus_exp.settings import build
-from ratplus_exp.tasks import RULER_NAMES, TASKS, Forms, Others, Ruler, split_of, target, target_ids
+from ratplus_exp.tasks import RULER_NAMES, TASKS, Forms, Others, Ruler
 from ratplus_exp.tasks.forms import wordlist
-from ratplus_exp.tasks.sample import question_tokens
+from ratplus_exp.tasks.niah import split_of
+from ratplus_exp.tasks.sample import question_tokens, target, target_ids
 
 REPOSITORY = Path(__file__).parents[2]
 OTHERS = ("vt", "cwe", "fwe")

@@ -53,7 +53,7 @@ def test_a_killed_workers_samples_are_made_here(niah, monkeypatch, makers_are_th
     def killed(*_):
         raise BrokenProcessPool
 
-    monkeypatch.setattr(module, "_make", killed)
+    monkeypatch.setattr(module.Workers, "call", lambda self, *_: self.submit(killed))
     prompts = Prompts(niah, 7, workers=1)
     prompts.prefetch("S-1", [0, 1])
     assert prompts("S-1", 0) == niah.sample("S-1", 7, 0)

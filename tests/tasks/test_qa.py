@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from ratplus_exp.tasks import Others, Ruler, exact, split_of, substring, target
+from ratplus_exp.tasks import Others, Ruler, exact, substring
+from ratplus_exp.tasks.niah import split_of
 from ratplus_exp.tasks.qa import QA
+from ratplus_exp.tasks.sample import target
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import torch
 from tiny_trainings import DILATED, ONE_STEP, Killed, batch, killed_data, settings, train
 
 from ratplus_exp.training.loop import Stopped, Trainer
-from ratplus_exp.training.settings import TrainSettings
 
 
 @pytest.mark.parametrize("sparse", [None, DILATED], ids=["dense", "joint"])
@@ -143,7 +142,7 @@ def test_a_signal_to_the_last_step_is_not_lost(make_model, tmp_path):
 
 def test_checkpoints_between_logged_rows_are_refused():
     with pytest.raises(ValueError, match=r"\(50\) must be a multiple of log_every \(20\)"):
-        TrainSettings(log_every=20, checkpoint_every=50)
+        settings(log_every=20, checkpoint_every=50)
 
 
 def test_a_checkpoint_is_for_the_data_that_it_was_trained_on(make_model, tmp_path):

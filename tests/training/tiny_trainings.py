@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import yaml
 
 from ratplus_exp.memory import Memory
 from ratplus_exp.methods import Dilated
+from ratplus_exp.settings import build
 from ratplus_exp.training.loop import Trainer
 from ratplus_exp.training.settings import Schedule, TrainSettings
 
+ADAMW = yaml.safe_load((Path(__file__).parents[2] / "conf/optimizer/adamw.yaml").read_text())
 DILATED = Dilated(dilation=4)
 SCHEDULE = Schedule([(6 * 48, 12), (4 * 48, 16)], 48)  # 6 steps of 4 × 12 tokens, 4 of 3 × 16
 ONE_STEP = Schedule([(48, 12)], 48)
@@ -24,8 +29,9 @@ def batch(step, rows, length):
 
 
 def settings(**changed):
-    defaults = {"lr": 3e-3, "memory_lr": 1e-2, "log_every": 1, "checkpoint_every": 4}
-    return TrainSettings(**defaults | changed)
+    """Those of conf/optimizer with others for a few steps, in fp32."""
+    few = {"lr": 3e-3, "memory_lr": 1e-2, "warmup": 0.02, "log_every": 1, "checkpoint_every": 4}
+    return build(TrainSettings, ADAMW | few | {"precision": "fp32"} | changed)
 
 
 def train(model, folder, schedule=SCHEDULE, data=batch, sparse=None, trainer=Trainer, **changed):

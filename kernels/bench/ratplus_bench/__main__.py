@@ -25,7 +25,7 @@ from ratplus_bench.timing import Case, Machine, Row, measure
 from ratplus_exp.provenance import REPOSITORY, provenance
 from ratplus_kernels.dispatch import interpreted
 
-PACKAGES = ("triton", "fla-core", "accelerated-scan", "flash-attn")
+PACKAGES = ("triton", "fla-core", "flash-attn")
 Cases = tuple[Callable[[Machine], Iterator[Case]], ...]
 # Models have no cases, but rows.
 PARTS: dict[str, Cases] = {

@@ -96,15 +96,3 @@ def chunk_hgrn(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 def hgrn(z: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return chunk_hgrn(*hgrn_inputs(z, k, v))
-
-
-def accelerated_inputs(z: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """accelerated-scan takes (B, channels, T), contiguous."""
-    x, g = hgrn_inputs(z, k, v)
-    return g.exp().transpose(1, 2).contiguous(), x.transpose(1, 2).contiguous()
-
-
-def accelerated_scan(gates: Tensor, tokens: Tensor) -> Tensor:
-    from accelerated_scan.scalar import scan
-
-    return scan(gates, tokens)

@@ -100,9 +100,6 @@ def _of_shape(shape: Shape, machine: Machine) -> tuple[Case, Case, Case, Case]:
             plus: Form(p2),
             hgrn: Form(other.chunk_hgrn, other.hgrn_inputs),
             "chunk_hgrn's inputs": Form(other.hgrn_inputs, comparable=False),
-            "accelerated-scan, scalar": Form(
-                other.accelerated_scan, other.accelerated_inputs, comparable=False
-            ),
         }
 
     def with_rope(seed: int) -> tuple:

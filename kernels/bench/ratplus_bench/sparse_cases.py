@@ -17,7 +17,6 @@ from ratplus_bench.timing import Case, Form, Machine
 from ratplus_exp.methods import Engine, Method, MoBA, Quest, SnapKV, States, Step
 from ratplus_kernels import attention_mass, gather_tokens, memory_scan
 from ratplus_kernels.dispatch import definitions
-from ratplus_kernels.snapkv import window_logits
 
 Shape = tuple[int, int, int, int, int]  # B, H, K, T, D
 BACKENDS = {
@@ -209,10 +208,6 @@ def snapkv(shape: Shape, window: int, kept: int, machine: Machine) -> Iterator[C
     def prompt(seed: int) -> tuple:
         return tuple(_qkv(shape, window, machine, seed))
 
-    def with_lse(seed: int) -> tuple:
-        q, k, _ = prompt(seed)
-        return q, k, window_logits(q, k).logsumexp(-1).flatten(1, 2)
-
     def choice(seed: int) -> tuple:
         k, v, scores = machine.normal(seed, (b, kv, t, d), (b, kv, t, d), (b, kv, t))
         return k, v, scores.topk(kept, dim=-1).indices.sort(-1).values
@@ -221,8 +216,7 @@ def snapkv(shape: Shape, window: int, kept: int, machine: Machine) -> Iterator[C
         return gather_tokens(k, v, engine.keep(q, k, v, layer=0)[0])
 
     for suite, run, inputs, moved in (
-        ("scores, with the prefill's LSE", attention_mass, with_lse, keys),
-        ("scores, without", attention_mass, lambda seed: prompt(seed)[:2], keys),
+        ("scores", attention_mass, lambda seed: prompt(seed)[:2], keys),
         ("gather", gather_tokens, choice, rows),
         ("selection, all of it", keep, prompt, keys + rows),
     ):

@@ -1,7 +1,6 @@
 """Cells that the tables and figures of a report need and that are not finished."""
 
 from collections.abc import Iterator, Mapping
-from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -10,6 +9,7 @@ from ratplus_exp.analysis.frame import BACKBONES, DENSE, SETTING, TASKS, grouped
 from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import setting_name
 from ratplus_exp.report.results import Results
+from ratplus_exp.stages.common import multiply
 
 BLOCKS = 64  # of a context, where a grid does not say it
 Grid = Mapping[str, Any]
@@ -38,8 +38,9 @@ def _settings(grid: Grid, results: Results) -> Iterator[tuple[str, int, str, str
     paper = results.paper("table3")
     of_blocks = set(paper.loc[paper["paper_block"] > 1, "method"])
     size, rest = divmod(results.context, grid.get("blocks", BLOCKS))
-    axes = (grid["method"], grid.get("budget", "1"), grid.get("selector", "topk"))
-    for method, budget, selector in product(*map(_values, axes)):
+    axes = {"budget": "1", "selector": "topk", **grid}
+    for entry in multiply({name: axes[name] for name in ("method", "budget", "selector")}):
+        method, budget, selector = entry.values()
         if method == "dense":
             yield DENSE
         elif method not in of_blocks or not rest:  # a sweep refuses other blocks
@@ -48,7 +49,8 @@ def _settings(grid: Grid, results: Results) -> Iterator[tuple[str, int, str, str
 
 def _lacking(cells: pd.DataFrame, grid: Grid) -> Iterator[tuple[str, str]]:
     """Each backbone whose cells lack some of a grid's tasks, or seeds of its selector, and what."""
-    tasks, needed = grid.get("tasks", TASKS), len(_values(grid.get("selector_seed", 0)))
+    tasks = grid.get("tasks", TASKS)
+    needed = len({entry.get("selector_seed") for entry in multiply(grid)})
     for backbone in BACKBONES:
         seeds = cells[cells["backbone"] == backbone].groupby("task")["selector_seed"].nunique()
         seeds = seeds.reindex(list(tasks), fill_value=0)
@@ -57,7 +59,3 @@ def _lacking(cells: pd.DataFrame, grid: Grid) -> Iterator[tuple[str, str]]:
             if len(lacking):
                 few = f": {lacking.min()} of {needed} seeds" if lacking.min() else ""
                 yield backbone, few + on
-
-
-def _values(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
