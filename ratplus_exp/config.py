@@ -103,7 +103,7 @@ def method_of(cfg: DictConfig) -> Method:
 def _one_method(cfg: DictConfig, settings: dict[str, Any]) -> Method:
     method = _method(settings)
     if not settings.get("top_k"):
-        method = method.within(Budget.parse(cfg.budget), cfg.data.length)
+        method = method.with_budget(Budget.parse(cfg.budget), cfg.data.length)
     method.validate()
     if method.fraction(cfg.data.length) > 1:
         raise ValueError(

@@ -55,7 +55,7 @@ PROFILED = (
 Steps = Iterator[tuple[float, list[str]]]  # seconds since the piece began, commands side by side
 
 
-class NotRun(Exception):
+class SkipPiece(Exception):
     """Something that a piece needs was not copied."""
 
 
@@ -166,7 +166,7 @@ def smollm2(out: Path) -> Steps:
     model, corpus = Path("outputs/models/smollm2_135m"), Path("outputs/corpus/local")
     parts = sorted(model.parent.glob("smollm2.gguf.*"))
     if not corpus.exists() or not (parts or model.exists()):
-        raise NotRun(f"there is no {corpus}, or neither {model} nor a smollm2.gguf.* next to it")
+        raise SkipPiece(f"there is no {corpus}, or neither {model} nor a smollm2.gguf.* next to it")
     if not model.exists():
         file = out / "joined.gguf"
         convert = f"stage=convert stage.dtype=null model.path={model} checkpoint={file}"
@@ -259,7 +259,7 @@ def run_piece(name: str, steps: Callable[[Path], Steps], about: dict[str, Any]) 
         for until, commands in steps(folder):
             done += side_by_side(commands, started + until * (10 if DRY else 1), folder)
         record |= {"rc": max((abs(x["rc"]) for x in done), default=0), "note": ""}
-    except NotRun as reason:
+    except SkipPiece as reason:
         record |= {"rc": None, "note": f"not run: {reason}"}
     except Exception:
         record["note"] = traceback.format_exc()

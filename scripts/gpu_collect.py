@@ -60,13 +60,13 @@ def main(arguments: list[str]) -> None:
         if not archives:
             sys.exit(f"{folder} has no archive of scripts/gpu.py: name the folder that came back")
         for archive in archives:
-            print(f"{archive.name}: {lay(archive, ROOT)}")
+            print(f"{archive.name}: {install(archive, ROOT)}")
     for page, text in tables(ROOT).items():
         path = ROOT / page
         path.write_text(between_marks(path.read_text(), text))
 
 
-def lay(archive: Path, root: Path) -> str:
+def install(archive: Path, root: Path) -> str:
     """Unpack a piece's archive into outputs/gpu, where the next run finds it, and copy the files of
     PLACES; returns a description."""
     unpacked = root / "outputs" / "gpu"

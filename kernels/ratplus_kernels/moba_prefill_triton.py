@@ -199,9 +199,11 @@ def _add(query, key, value, seen, scale, values, total, peak):
     logit = tl.dot(query, key, input_precision="ieee") * scale
     logit = tl.where(seen, logit, -float("inf"))
     new_peak = tl.maximum(peak, tl.max(logit, axis=1))
-    weight, fade = tl.exp2(logit - new_peak[:, None]), tl.exp2(peak - new_peak)
-    total = total * fade + tl.sum(weight, axis=1)
-    values = tl.dot(weight.to(value.dtype), value, values * fade[:, None], input_precision="ieee")
+    weight, rescale = tl.exp2(logit - new_peak[:, None]), tl.exp2(peak - new_peak)
+    total = total * rescale + tl.sum(weight, axis=1)
+    values = tl.dot(
+        weight.to(value.dtype), value, values * rescale[:, None], input_precision="ieee"
+    )
     return values, total, new_peak
 
 
@@ -298,9 +300,9 @@ def _combine(
         part_ptr = parts + (place + pick * span)[:, None] * D + d[None, :]
         part = tl.load(part_ptr, mask=there[:, None] & (d < D)[None, :], other=0.0)
         new_peak = tl.maximum(peak, share)
-        weight, fade = tl.exp2(share - new_peak), tl.exp2(peak - new_peak)
-        total = total * fade + weight
-        values = values * fade[:, None] + weight[:, None] * part.to(tl.float32)
+        weight, rescale = tl.exp2(share - new_peak), tl.exp2(peak - new_peak)
+        total = total * rescale + weight
+        values = values * rescale[:, None] + weight[:, None] * part.to(tl.float32)
         peak = new_peak
     out_ptr = out + batch * o_b + head * o_h + row_offset * o_t + d[None, :] * o_d
     tl.store(out_ptr, (values / total[:, None]).to(out.dtype.element_ty), mask=wanted)

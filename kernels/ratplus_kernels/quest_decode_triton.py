@@ -209,9 +209,9 @@ def _attend(
         logit = tl.sum(query_row[None, :] * key.to(tl.float32), axis=1)
         logit = tl.where(seen, logit, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(logit, axis=0))
-        weight, fade = tl.exp2(logit - new_peak), tl.exp2(peak - new_peak)
-        result = result * fade + tl.sum(weight[:, None] * value.to(tl.float32), axis=0)
-        total = total * fade + weight
+        weight, rescale = tl.exp2(logit - new_peak), tl.exp2(peak - new_peak)
+        result = result * rescale + tl.sum(weight[:, None] * value.to(tl.float32), axis=0)
+        total = total * rescale + weight
         peak = new_peak
     mass = tl.sum(total, axis=0)
 
@@ -228,20 +228,20 @@ def _attend(
             # From the shared cache: other multiprocessors wrote these.
             every = tl.arange(0, PADDED_SPLITS)
             there = every < SPLITS
-            crests = tl.load(
+            partial_maxima = tl.load(
                 peaks + row * SPLITS + every, there, -float("inf"), cache_modifier=".cg"
             )
-            peak = tl.max(crests, axis=0)
+            peak = tl.max(partial_maxima, axis=0)
             result, mass = tl.zeros_like(result), 0.0
             for first_part in range(0, SPLITS, COMBINED):
                 part = first_part + tl.arange(0, COMBINED)
                 parts, valid = row * SPLITS + part, part < SPLITS
-                crest = tl.load(peaks + parts, valid, -float("inf"), cache_modifier=".cg")
+                partial_max = tl.load(peaks + parts, valid, -float("inf"), cache_modifier=".cg")
                 masses = tl.load(totals + parts, valid, 0.0, cache_modifier=".cg")
                 numbers = parts[:, None] * D + d[None, :]
                 both = valid[:, None] & inside[None, :]
                 results = tl.load(partial + numbers, both, 0.0, cache_modifier=".cg")
-                weight = tl.exp2(crest - peak)
+                weight = tl.exp2(partial_max - peak)
                 result += tl.sum(weight[:, None] * results, axis=0)
                 mass += tl.sum(weight * masses, axis=0)
             tl.store(out_ptr, (result / mass).to(out.dtype.element_ty), mask=inside)

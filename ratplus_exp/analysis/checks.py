@@ -15,7 +15,7 @@ FEWEST = 20
 """Samples of a task below which it is not checked."""
 
 
-class Doubt(NamedTuple):
+class Anomaly(NamedTuple):
     """A group (of `GROUP`) that is significantly better than one that attends to more.
 
     than: the other group's budget, or "dense"; task: None for the mean over the tasks; gain, bound:
@@ -29,7 +29,7 @@ class Doubt(NamedTuple):
     bound: float
 
 
-def doubts(draws: Bootstrap) -> list[Doubt]:
+def anomalies(draws: Bootstrap) -> list[Anomaly]:
     """Sparse attention better than dense, and a smaller budget better than a larger one on the mean
     of the tasks, at the same method and block size."""
     compared: list[tuple[Group, Group, str, str | None]] = []
@@ -46,7 +46,7 @@ def doubts(draws: Bootstrap) -> list[Doubt]:
         difference = draws.mean(group, tasks, (other,)) - draws.mean(other, tasks, (group,))
         x = Estimate.of(100 * difference, level=2 * LEVEL - 1)
         if x.low > 0:
-            result.append(Doubt(group, than, task, x.value, x.low))
+            result.append(Anomaly(group, than, task, x.value, x.low))
     return result
 
 

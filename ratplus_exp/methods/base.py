@@ -85,7 +85,7 @@ class Method(Settings):
         """The layer, this one or an earlier one, whose selection this layer uses."""
         return layer
 
-    def of(self, layer: int) -> "Method":
+    def for_layer(self, layer: int) -> "Method":
         """The method of a layer."""
         return self
 
@@ -158,7 +158,7 @@ class Method(Settings):
         tokens = self.top_k * (self.block_size if self.unit == "block" else 1)
         return Fraction(tokens, length) if self.phase else Fraction(1)
 
-    def within(self, budget: Budget, length: int) -> Self:
+    def with_budget(self, budget: Budget, length: int) -> Self:
         """The method with the sizes of a budget in a context of `length` tokens."""
         if not self.phase:
             return self

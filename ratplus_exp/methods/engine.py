@@ -37,9 +37,9 @@ class Engine(Selection):
         if self.counted is None:
             self.counted = self.method.sparse_in
 
-    def of(self, layer: int) -> "Engine":
+    def for_layer(self, layer: int) -> "Engine":
         """The engine of a layer's method, with the same usage."""
-        method = self.method.of(layer)
+        method = self.method.for_layer(layer)
         if method is self.method:
             return self
         if method not in self.parts:

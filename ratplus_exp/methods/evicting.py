@@ -60,6 +60,6 @@ class H2O(TOVA):
     def observe(self, mass: Tensor, new: Tensor) -> Tensor:
         return mass + new
 
-    def within(self, budget: Budget, length: int) -> Self:
-        method = super().within(budget, length)
+    def with_budget(self, budget: Budget, length: int) -> Self:
+        method = super().with_budget(budget, length)
         return replace(method, window=self.window or method.top_k // 2)

@@ -24,7 +24,7 @@ class Layers(Method):
         found = (phase for phase in (*EVICTING, "decode", "prefill") if phase in phases)
         object.__setattr__(self, "phase", next(found, None))  # the latest in which a layer selects
 
-    def of(self, layer: int) -> Method:
+    def for_layer(self, layer: int) -> Method:
         return self.layers[layer % len(self.layers)]
 
     def check_layers(self, count: int) -> None:
@@ -34,7 +34,8 @@ class Layers(Method):
                 "many, or a divisor of them"
             )
         for layer in range(count):
-            if self.of(anchor := self.of(layer).anchor(layer)) != self.of(layer):
+            anchor = self.for_layer(layer).anchor(layer)
+            if self.for_layer(anchor) != self.for_layer(layer):
                 raise ValueError(
                     f"layer {layer} reuses the selection of layer {anchor}, which has another "
                     "method: change the list or method.methods.shared.every"

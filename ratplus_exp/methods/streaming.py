@@ -27,7 +27,7 @@ class StreamingLLM(Dilated):
     def fraction(self, length: int) -> Fraction:
         return Fraction(self.initial + self.local + 1, length)
 
-    def within(self, budget: Budget, length: int) -> Self:
+    def with_budget(self, budget: Budget, length: int) -> Self:
         local = budget.tokens(length) - self.initial - 1
         if local < 0:
             raise ValueError(

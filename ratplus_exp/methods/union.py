@@ -29,7 +29,7 @@ class WithDilation(BlockMethod):
     def fraction(self, length: int) -> Fraction:
         return super().fraction(length) + Fraction(1, self.dilation)
 
-    def within(self, budget: Budget, length: int) -> Self:
+    def with_budget(self, budget: Budget, length: int) -> Self:
         left = budget.fraction - Fraction(1, self.dilation)
         if left <= 0:
             raise ValueError(f"budget {budget} leaves no room besides method.dilation: raise one")

@@ -64,7 +64,7 @@ class SparseCache(Cache):
 
     def attend(self, index: int, states: States) -> Tensor:
         """Store the step's tokens of a layer and return their attention, (B, H, T, D)."""
-        layer, engine = self.layers[index], self.engine.of(index)
+        layer, engine = self.layers[index], self.engine.for_layer(index)
         method, positions = engine.method, states.step.positions
         if self.is_empty:
             known = replace(states, representatives=layer.representatives)
@@ -107,7 +107,7 @@ class SparseCache(Cache):
     def store_prompt(self, index: int, states: States) -> None:
         """Store keys, values and representatives after the prompt; states.q: at least the last
         `observed` queries."""
-        layer, engine = self.layers[index], self.engine.of(index)
+        layer, engine = self.layers[index], self.engine.for_layer(index)
         method = engine.method
         room = ROOM if self.room is None else self.room
         if method.phase in EVICTING:

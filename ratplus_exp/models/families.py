@@ -96,7 +96,7 @@ class MemoryAttention(nn.Module):
         q, k, v = (states.unflatten(-1, (-1, self.head_dim)) for states in projections)
         if position == "after_norm":
             k = self._norm("k_norm", k)
-        k, v, select_by = forward_pass.memorise(self.memory, self.layer_idx, x, k, v)
+        k, v, select_by = forward_pass.apply_memory(self.memory, self.layer_idx, x, k, v)
         if position == "before_norm":
             k = self._norm("k_norm", k)
             select_by = None if select_by is None else self._norm("k_norm", select_by)

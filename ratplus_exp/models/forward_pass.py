@@ -33,7 +33,7 @@ class ForwardPass:
             return length
         return length + ((cache.room or 0) if cache.is_empty else cache.seen)
 
-    def memorise(
+    def apply_memory(
         self, memory: Memory | None, layer: int, x: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """k̃, ṽ (B, T, K, D) and None, from the layer's last state in the cache; k, v and k̃ as the
@@ -48,11 +48,11 @@ class ForwardPass:
             self.cache.layers[layer].remember(state)
         return (k, v, new_k) if memory.selects else (new_k, new_v, None)
 
-    def memorise_and_rotate(
+    def apply_memory_and_rope(
         self, memory: Memory | None, layer: int, x: Tensor, k: Tensor, v: Tensor, rope: Rope
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`memorise`, with RoPE on the keys, as in `rotate`. For block methods one kernel computes
-        both for a prompt, and the blocks' representatives."""
+        """`apply_memory`, with RoPE on the keys, as in `rotate`. For block methods one kernel
+        computes both for a prompt, and the blocks' representatives."""
         cache = self.cache
         if (
             cache is not None
@@ -61,7 +61,7 @@ class ForwardPass:
             and (memory.memory_on, memory.shared_gate) == ("kv", True)
             and not torch.is_grad_enabled()
         ):
-            method, store = cache.engine.of(layer).method, cache.layers[layer]
+            method, store = cache.engine.for_layer(layer).method, cache.layers[layer]
             size = method.block_size
             if method.unit == "block" and size & (size - 1) == 0 and use_triton(k, v):
                 z = memory.gate_logits(x, self.step.lengths)
@@ -69,7 +69,7 @@ class ForwardPass:
                 store.remember(state)
                 store.representatives = method.represent_blocks(blocks)
                 return k, v, None
-        k, v, by = self.memorise(memory, layer, x, k, v)
+        k, v, by = self.apply_memory(memory, layer, x, k, v)
         return rotate(k, rope), v, None if by is None else rotate(by, rope)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, by: Tensor | None) -> Tensor:
@@ -77,7 +77,7 @@ class ForwardPass:
         by (B, K, T, D): the keys that methods select by (None: k)."""
         states = States(q, k, v, self.step, by)
         if self.cache is None:
-            return self.engine.of(layer).prefill(states, layer)
+            return self.engine.for_layer(layer).prefill(states, layer)
         return self.cache.attend(layer, states)
 
 

@@ -45,7 +45,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, forward_pass: ForwardPass) -> Tensor:
         o, q, k, v = self.in_proj(x).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (B, T, ·, D)
-        k, v, by = forward_pass.memorise_and_rotate(self.memory, self.layer, x, k, v, rope)
+        k, v, by = forward_pass.apply_memory_and_rope(self.memory, self.layer, x, k, v, rope)
         q, k, v = (part.transpose(1, 2) for part in (rotate(q, rope), k, v))
         by = None if by is None else by.transpose(1, 2)
         out = forward_pass.attend(self.layer, q, k, v, by).transpose(1, 2).flatten(2)

@@ -78,7 +78,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Memories:
+class MemoryView:
     """A model's memory on the prompt: effective lengths (layers, heads, channels) in tokens, and
     gates (layers, heads, T), means over the channels."""
 
@@ -100,7 +100,7 @@ class Look:
     values: list[tuple[int, int]]
     answers: Sequence[str]
     views: list[View] = field(default_factory=list)
-    memories: list[Memories] = field(default_factory=list)
+    memories: list[MemoryView] = field(default_factory=list)
 
     @property
     def title(self) -> str:

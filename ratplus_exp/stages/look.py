@@ -20,7 +20,7 @@ from ratplus_exp.analysis.frame import LABELS
 from ratplus_exp.memory import Gate, Memory, of_each_memory
 from ratplus_exp.methods import Engine, Layers
 from ratplus_exp.models.prefill import PromptBatch
-from ratplus_exp.report.look import Look, Memories, Step, View
+from ratplus_exp.report.look import Look, MemoryView, Step, View
 from ratplus_exp.report.prose import METHODS
 from ratplus_exp.stages.cells import Job, selector_of
 from ratplus_exp.stages.common import job_folder
@@ -74,14 +74,14 @@ def look_at(cfg: DictConfig) -> Look:
             look.views.extend(_view(job, model, sample, source, look, label) for job in jobs)
             if layers := of_each_memory(model, _memory, *source.padded([sample])):
                 both = (np.stack(x) for x in zip(*layers, strict=True))
-                look.memories.append(Memories(label, *both))
+                look.memories.append(MemoryView(label, *both))
     return look
 
 
 def _view(job: Job, model: Any, sample: Sample, source: Samples, look: Look, label: str) -> View:
     """One method on one model: its own answer, and what it keeps along the right one."""
     method, name = job.method, job.cfg.method.name
-    ((fed, _),) = source.by_fed([sample], job.first_token)
+    ((fed, _),) = source.by_suffix_length([sample], job.first_token)
     prompts = PromptBatch(model, *source.padded([sample]), fed)
     (text,), usage, last = generate(job, [sample], prompts, source.tokenizer)
     kept: dict[tuple[int, int], np.ndarray] = {}

@@ -44,7 +44,7 @@ def fill_tracked(job: Job, report: Callable[[Job], dict[str, Any]]) -> None:
 
 def filled(cfg: DictConfig, jobs: list[Job]) -> list[Cell]:
     """The jobs' cells, all filled; ValueError if some can't be."""
-    refuse(fill_jobs(cfg, jobs))
+    raise_if_failed(fill_jobs(cfg, jobs))
     if from_rank_0(lambda: any(job.missing() for job in jobs)):
         raise ValueError("another process still writes some of the cells: run this again after it")
     return list({cell.id: cell for job in jobs for cell in job.cells.values()}.values())
@@ -96,7 +96,7 @@ def fill_jobs(cfg: DictConfig, jobs: list[Job]) -> list[str]:
     return failed
 
 
-def refuse(failed: list[str]) -> None:
+def raise_if_failed(failed: list[str]) -> None:
     """ValueError if cells failed."""
     if failed:
         raise ValueError(
@@ -143,7 +143,7 @@ def _fill_in_workers(workers: int, groups: list[Group], done: Progress) -> tuple
                 done(now - shown)
                 shown = now
                 if len(errors) >= MAX_FAILURES and not filled:
-                    refuse(errors)
+                    raise_if_failed(errors)
         if filled == before and len(failed) == len(groups):
             return busy, errors
         groups = failed

@@ -83,7 +83,7 @@ def fill(jobs: list[Job], task: str, session: Session, done: Callable[[int], Non
                 left -= new
                 batches = [
                     (part, PromptBatch(model, *source.padded(part), fed, shared))
-                    for fed, part in source.by_fed(samples, jobs[0].first_token)
+                    for fed, part in source.by_suffix_length(samples, jobs[0].first_token)
                 ]
                 for job in filled:
                     start_time = time.perf_counter()

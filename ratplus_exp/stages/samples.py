@@ -88,7 +88,9 @@ class Samples:
         texts = source.forms if sample.task in TASKS else source.others.of(sample.task)
         return question_tokens(sample, texts.template.rpartition("{context}")[2], self.tokenizer)
 
-    def by_fed(self, samples: list[Sample], first_token: str) -> list[tuple[int, list[Sample]]]:
+    def by_suffix_length(
+        self, samples: list[Sample], first_token: str
+    ) -> list[tuple[int, list[Sample]]]:
         """The samples grouped by the number of last prompt tokens that are fed under the method,
         which the rows of a batch must share."""
         if first_token != "split":

@@ -26,7 +26,7 @@ from ratplus_exp.stages.common import job_folder, model_name, multiply, option, 
 from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
 from ratplus_exp.stages.loss import Loss, loss_figures, loss_table
-from ratplus_exp.stages.pool import fill_jobs, filled, refuse
+from ratplus_exp.stages.pool import fill_jobs, filled, raise_if_failed
 from ratplus_exp.store import Cell
 from ratplus_exp.tasks.qa import QA_FILES, no_file
 from ratplus_exp.tracking import tracked
@@ -50,7 +50,7 @@ def run(cfg: DictConfig) -> None:
     """Fill the missing cells, then write `stage.outputs`."""
     failed = fill_jobs(cfg, [job_of(job) for job in expand(cfg)])
     report.run(cfg)
-    refuse(failed)
+    raise_if_failed(failed)
 
 
 def ablation(cfg: DictConfig) -> None:

@@ -47,7 +47,7 @@ from ratplus_exp.training.parallel import whole_state_dict
 from ratplus_exp.training.precision import fastest
 from ratplus_exp.training.settings import Schedule, TrainSettings
 
-FREE = (
+CHANGEABLE = (
     *("lr", "memory_lr", "spike", "log_every", "checkpoint_every", "seconds", "rows_per_pass"),
     *("activation_checkpointing", "compile", "parallel", "peak_tflops"),
 )
@@ -245,7 +245,7 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
             trained = [task for task, weight in stage["mixture"].items() if weight]
             texts = {"qa" if task in QA_FILES else task for task in trained} - TASKS.keys()
             data |= {k: config["data"].get(k) for k in ("path", *texts)}
-        stage |= {k: x for k, x in config["stage"]["optimizer"].items() if k not in FREE}
+        stage |= {k: x for k, x in config["stage"]["optimizer"].items() if k not in CHANGEABLE}
         model = {k: config["model"][k] for k in ("backbone", "architecture")}
         return {"model": model, "data": data, "stage": stage, "seed": config["seed"]}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ratplus_exp.analysis import TASKS, accuracies, sample_scores
-from ratplus_exp.analysis.checks import cut_prompts, doubts
+from ratplus_exp.analysis.checks import anomalies, cut_prompts
 from ratplus_exp.analysis.hits import MEAN, STAGE, hit_rates, rank_curves, ranked_heads
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.tables import heads_table, selector_table, top_heads_table
@@ -123,9 +123,9 @@ def test_what_is_odd_is_doubted(store):
         add(store, backbone, 24, n=40, **DENSE)
         add(store, backbone, 20, n=40)
         add(store, backbone, 23, n=40, budget="1/8", top_k=8)
-    assert doubts(Results.read(store, {}).draws) == []
+    assert anomalies(Results.read(store, {}).draws) == []
     add(store, "ratplus", 36, n=40, budget="1/32", top_k=2, tasks=["MK-2"])
-    found = doubts(Results.read(store, {}).draws)
+    found = anomalies(Results.read(store, {}).draws)
     assert {x.group for x in found} == {("quest", 8, "1/32", "topk", "RAT+")}
     assert [(x.than, x.task) for x in found] == [("dense", None), ("dense", "MK-2"), ("1/16", None)]
     assert [round(x.gain) for x in found] == [30, 30, 40]

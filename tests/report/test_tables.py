@@ -107,7 +107,7 @@ def test_a_value_that_is_no_number_spoils_its_cell_alone(store, capsys, name, wa
     file.write_text(text.replace(was, now, 1))
     assert tidy(store)["cell"].tolist() == [good.id]
     assert sample_scores(store)["cell"].unique().tolist() == [good.id]
-    assert f"warning: {bad.path / name} has a value" in capsys.readouterr().err
+    assert f"warning: {bad.path / name} has an invalid value" in capsys.readouterr().err
 
 
 def test_an_empty_store_has_empty_frames_with_the_same_columns(store):

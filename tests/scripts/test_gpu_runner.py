@@ -62,7 +62,7 @@ def test_pieces_end_within_their_limits_and_none_stops_another(gpu, monkeypatch,
         raise RuntimeError("of the piece itself")
 
     def absent(out):
-        raise gpu.NotRun("there is no wheel")
+        raise gpu.SkipPiece("there is no wheel")
         yield
 
     def last(out):
@@ -118,7 +118,7 @@ def test_the_small_pairs_trainings_share_the_time_that_is_left(gpu, monkeypatch,
 
 def test_weights_are_joined_of_their_parts(gpu, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(gpu.NotRun, match="there is no outputs/corpus/local"):
+    with pytest.raises(gpu.SkipPiece, match="there is no outputs/corpus/local"):
         next(gpu.smollm2(tmp_path))
     for folder in ("corpus/local", "models"):
         (tmp_path / "outputs" / folder).mkdir(parents=True)

@@ -7,16 +7,10 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from ratplus_exp.tasks import (
-    SPLITS,
-    TASKS,
-    Forms,
-    Ruler,
-    paragraph,
-    pocket_tokenizer,
-    target,
-    target_ids,
-)
+from ratplus_exp.tasks import TASKS, Forms, Ruler, pocket_tokenizer
+from ratplus_exp.tasks.niah import SPLITS
+from ratplus_exp.tasks.prose import paragraph
+from ratplus_exp.tasks.sample import target, target_ids
 
 
 def pieces(tokenizer, text):
