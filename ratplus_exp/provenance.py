@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -16,17 +17,20 @@ import torch
 
 PACKAGES = ("torch", "transformers", "numpy", "hydra-core", "tokenizers")
 REPOSITORY = Path(__file__).resolve().parents[1]
+FOLDERS = re.compile(r"(?<![\w~.…/])/(?:[^/\s,'\"\]]+/)+")
 
 
 def provenance(config: dict[str, Any]) -> dict[str, Any]:
-    """The record that is stored with every result. Its command has no folder of this machine."""
+    """The record that is stored with every result. Its command has no folder of this machine: of
+    those outside the checkout and the home only the last name stays, as in …/results."""
     name = Path(sys.argv[0]).name
     program = f"python {name}" if name.endswith(".py") else name
     cpu = f"{platform.processor() or platform.machine()} CPU"
-    command = " ".join((program, *sys.argv[1:]))
+    command = " ".join((program, *sys.argv[1:])).replace(f"{REPOSITORY}/", "")
+    command = command.replace(str(Path.home()), "~")
     return {
         "config": config,
-        "command": command.replace(f"{REPOSITORY}/", "").replace(str(Path.home()), "~"),
+        "command": FOLDERS.sub("…/", command),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
