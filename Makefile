@@ -83,6 +83,15 @@ outputs/training/$(1)_0_dilated$(2)_$(3)/model: | $(STAMP)
 endef
 $(foreach m,$(MODELS),$(foreach d,4 8 16,$(foreach w,0 64,$(eval $(call ADAPTATION,pocket_$m,$d,$w)))))
 
+# The pocket pair on vt, cwe and fwe, too, as `make ruler13` evaluates it. $(1) model, $(2) settings
+define WIDENING
+ruler13_models += outputs/training/$(1)_0_ruler13/model
+outputs/training/$(1)_0_ruler13/model: | $(STAMP)
+	$(RUN) experiment=pocket_ruler13 model=$(1) threads=1 $(2)
+endef
+$(eval $(call WIDENING,pocket_ratplus))
+$(eval $(call WIDENING,pocket_attention,stage.joint=null))
+
 clean: ## remove caches and build products; .venv and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
@@ -174,8 +183,8 @@ look: $(STAMP) ## what each head keeps of one prompt: a page and a picture (SET=
 p2: $(if $(filter pocket,$(PAIR)),$(adapted)) $(STAMP) ## P2's held-out loss by dilation, before and after adaptation (-j2: on two cores)
 	$(RUN) experiment=p2_dilation pair=$(PAIR) hydra.run.dir=outputs/reports/$(PAIR)/p2 $(SET)
 
-ruler13: $(STAMP) ## all of RULER's tasks at one budget (SET='data.qa.squad=FILE data.qa.hotpotqa=FILE')
-	$(SWEEP)
+ruler13: $(if $(filter pocket,$(PAIR)),$(ruler13_models)) $(STAMP) ## all of RULER's tasks at one budget (SET='data.qa.squad=FILE data.qa.hotpotqa=FILE')
+	$(SWEEP) $(if $(filter pocket,$(PAIR)),'stage.models=[pocket_attention_ruler13$(comma)pocket_ratplus_ruler13]' 'stage.trainings=[0]')
 
 protocols: $(STAMP) ## selection for the whole prompt, and before the question is known
 	$(SWEEP)
