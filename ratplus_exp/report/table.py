@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import tabulate
 
 from ratplus_exp.report.prose import METHODS, MISSING, cell_text, paragraphs
 from ratplus_exp.store import write_atomically
 
 WIDTH = 120  # characters of a terminal's line
-_LATEX = str.maketrans(
-    {character: f"\\{character}" for character in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {"—": "---", "–": "--", "−": "$-$", "±": r"$\pm$", "Δ": r"$\Delta$", "ρ": r"$\rho$"}
-    | {"[": "{[}"}  # otherwise an option of the preceding \\
+tabulate.MIN_PADDING = 0  # otherwise headers are two characters wider
+_ROW, _RULE = tabulate.DataRow("", " ", ""), tabulate.Line("", "-", " ", "")
+_NARROW = tabulate.TableFormat(
+    None, _RULE, None, None, _ROW, _ROW, padding=0, with_header_hide=None
+)
+_ESCAPES = str.maketrans(dict(tabulate.LATEX_ESCAPE_RULES))
+_SYMBOLS = str.maketrans(
+    {"—": "---", "–": "--", "−": "$-$", "±": r"$\pm$", "Δ": r"$\Delta$", "ρ": r"$\rho$"}
 )
 
 
@@ -80,45 +84,41 @@ class Table:
         columns = ([row[i] for row in self.rows] for i in range(len(self.columns)))
         return "".join("r" if _numbers(column) else "l" for column in columns)
 
+    def formatted(self, form: str | tabulate.TableFormat, breaks: bool = True) -> str:
+        """Columns and rows in a format of tabulate."""
+        header, *rows = self.lines()
+        for i in sorted(self.breaks if breaks else (), reverse=True):
+            rows.insert(i, tabulate.SEPARATING_LINE)
+        sides = ["right" if side == "r" else "left" for side in self.align()]
+        return tabulate.tabulate(rows, header, form, disable_numparse=True, colalign=sides)
+
     def to_text(self) -> str:
         """For a terminal; two spaces between columns if that fits in WIDTH, else one."""
         shown = self.without(self.text_hides)
-        lines, align = shown.lines(), shown.align()
-        sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        gap = "  " if sum(sizes) + 2 * (len(sizes) - 1) <= WIDTH else " "
-        rule = "─" * (sum(sizes) + len(gap) * (len(sizes) - 1))
-        text = [self.title, rule]
-        for i, line in enumerate(lines, start=-1):  # the header is row -1
-            if i == 0 or i in self.breaks:
-                text.append(rule)
-            padded = (
-                cell.rjust(size) if side == "r" else cell.ljust(size)
-                for cell, size, side in zip(line, sizes, align, strict=True)
-            )
-            text.append(gap.join(padded).rstrip())
-        return "\n".join([*text, rule, textwrap.fill(self.caption, max(len(rule), 60))]) + "\n"
+        body = shown.formatted("simple")
+        if len(body.splitlines()[1]) > WIDTH:
+            body = shown.formatted(_NARROW)
+        rule = "-" * len(body.splitlines()[1])
+        caption = textwrap.fill(self.caption, max(len(rule), 60))
+        return "\n".join([self.title, rule, body, rule, caption]) + "\n"
 
     def to_markdown(self) -> str:
         """A GitHub table under its title, the caption below."""
-        header, *rows = self.lines()
-        marks = ["---:" if side == "r" else "---" for side in self.align()]
-        escaped = [[cell.replace("|", r"\|") for cell in line] for line in (header, marks, *rows)]
-        body = "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+        rows = tuple(tuple(cell.replace("|", r"\|") for cell in row) for row in self.rows)
+        body = replace(self, rows=rows).formatted("pipe", breaks=False)
         return f"### {self.title}\n\n{body}\n\n{self.caption}\n"
 
     def to_latex(self) -> str:
         """A table* float; the document needs the booktabs package."""
-        lines = [[cell.translate(_LATEX) for cell in line] for line in self.lines()]
-        rows = [" & ".join(line) + r" \\" for line in lines]
-        for i in sorted(self.breaks | {0}, reverse=True):
-            rows.insert(i + 1, r"\midrule")
-        caption = f"{self.title}. {self.caption}".translate(_LATEX)
-        body = "\n".join([r"\toprule", *rows, r"\bottomrule"])
-        return (
+        caption = f"{self.title}. {self.caption}".translate(
+            str.maketrans(tabulate.LATEX_ESCAPE_RULES)
+        )
+        text = (
             f"\\begin{{table*}}\n\\caption{{{caption}}}\n"
             "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}\n"
-            f"\\begin{{tabular}}{{{self.align()}}}\n{body}\n\\end{{tabular}}\n\\end{{table*}}\n"
+            f"{self.formatted('latex_booktabs')}\n\\end{{table*}}\n"
         )
+        return text.translate(_SYMBOLS)
 
     def to_csv(self) -> str:
         """Header and rows with ASCII minus signs and the methods' configured names; no caption."""

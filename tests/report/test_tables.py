@@ -320,8 +320,9 @@ def test_text_fits_a_terminal(store):
 def test_methods_have_their_names_where_people_read_them(store):
     add_all(store, 4, 7)
     table = make(store).without(TASKS)
-    assert "| Quest | 8 | 4 | 1/16 | 0.070 | RAT+ | 70.0 |" in table.to_markdown()
-    assert "Quest" in table.to_text() and "\nQuest & 8" in table.to_latex()
+    for text in (table.to_text(), table.to_markdown(), table.to_latex()):
+        row = next(line for line in text.splitlines() if "Quest" in line and "70.0" in line)
+        assert row.replace("|", "").replace("&", "").split()[:4] == ["Quest", "8", "4", "1/16"]
     assert "\nquest,8,4,1/16,0.070,RAT+,70.0," in table.to_csv()
 
 
@@ -331,10 +332,10 @@ def test_all_formats_are_written(tmp_path):
     texts = {path.name: path.read_text() for path in (tmp_path / "tables").iterdir()}
     assert set(texts) == {"demo.md", "demo.csv", "demo.tex"}
     markdown, comma, latex = (texts[f"demo.{suffix}"] for suffix in ("md", "csv", "tex"))
-    assert r"| a\|b | −1.5 |" in markdown and "| --- | ---: |" in markdown
+    assert r"| a\|b | −1.5 |" in markdown and "|:-----|-----:|" in markdown
     assert comma == "name,Δ\na|b,-1.5\n"
     assert (
-        r"A\_title. 50 \% of \{x\} \& \textasciitilde{}y\textasciicircum{}2 "
+        r"A\_title. 50 \% of \{x\} \& \textasciitilde{}y\^{}2 "
         r"\textbackslash{} \#1 \$" in latex
     )
-    assert r"\begin{tabular}{lr}" in latex and "a|b & $-$1.5 \\\\\n" in latex
+    assert r"\begin{tabular}{lr}" in latex and "a|b  & $-$1.5 \\\\\n" in latex
