@@ -58,7 +58,7 @@ def moba_prefill_torch(
 
     Shapes: N blocks of S tokens, G query heads per KV head.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     length, kv_heads = q.shape[2], k.shape[1]
     blocks = -(-length // block_size)
     if missing := blocks * block_size - length:
@@ -74,7 +74,7 @@ def moba_prefill_torch(
         for first in range(0, blocks, step)
     ]
     every = torch.cat(out, dim=2).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return every[:, :, :length].to(v.dtype)
+    return every[:, :, :length].to(dtype)
 
 
 def _attend(q: Tensor, first: int, k: Tensor, v: Tensor, means: Tensor, picks: int) -> Tensor:

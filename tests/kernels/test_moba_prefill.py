@@ -103,6 +103,15 @@ def test_every_form_is_right(shape, form):
     check(run(q, k, v, size, top_k), q, k, v, size, top_k)
 
 
+def test_half_precision_is_near_and_stays_half(form):
+    run, device = form
+    q, k, v = (x.half() for x in inputs(4, 30, length=60, device=device))
+    # All blocks are chosen, so that rounding cannot change a selection.
+    out, wanted = run(q, k, v, 4, 30), run(*(x.float() for x in (q, k, v)), 4, 30)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.float(), wanted.float(), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("length", [44, 60])
 def test_ties_go_to_the_lowest_block(form, length):
     run, device = form
