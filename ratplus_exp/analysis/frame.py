@@ -41,6 +41,11 @@ FIELDS: dict[str, dict[str, Any]] = {  # of a stage's samples, for `sample_score
 Cells = Store | Sequence[Cell] | Sequence[Finished]
 
 
+def backbones_of(frame: pd.DataFrame, column: str = "backbone") -> list[str]:
+    """The backbones that were measured: tables have no empty rows of the other one."""
+    return [backbone for backbone in BACKBONES if backbone in set(frame[column])]
+
+
 def finished(cells: Cells, stage: str) -> list[Finished]:
     """The finished cells of a stage, read unless they are already. A cell with a value of a wrong
     type is left out with a warning."""

@@ -54,12 +54,12 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
 
     The maximum over heads is biased upwards, equally for backbones with as many heads.
 
-    samples: rows of `sample_scores` of stage hit_rate, one model per backbone.
+    samples: rows of `sample_scores` of stage hit_rate, one model per backbone, or of one backbone.
 
     Returns:
-        SETTING, task (or MEAN, over the tasks that both backbones have), rank, and for Attention,
+        SETTING, task (or MEAN, over the tasks that all models have), rank, and for Attention,
         RAT+ and difference (RAT+ minus Attention at the same rank) the value, and "… low" and
-        "… high"; n is the number of samples of a task.
+        "… high", NaN where it was not measured; n is the number of samples of a task.
     """
     bounds = [f"{x}{end}" for x in (*BACKBONES, "difference") for end in ENDS]
     frames = [pd.DataFrame(columns=[*SETTING, "task", "rank", *bounds, "n"])]
@@ -75,19 +75,20 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
         rates = {}
         for task, of_task in rows.groupby("task"):
             by_training, shared = _rates(str(task), of_task, n_boot)
-            if len(by_training) == sum(map(len, trainings)) and all(trainings):
+            if len(by_training) == sum(map(len, trainings)):
                 rates[str(task)], n = by_training, shared
         if rates:
             groups = next(iter(rates.values()))
             rates[MEAN] = {g: np.mean([x[g] for x in rates.values()], axis=0) for g in groups}
         for task, of_task in rates.items():
-            sides = []
+            sides = {}
             for backbone, numbers in zip(BACKBONES, trainings, strict=True):
-                heads = np.stack([of_task[backbone, i] for i in numbers], 1)
-                ranked = -np.sort(-heads, axis=-1)  # (n_boot + 1, trainings, heads)
-                sides.append(over_trainings(ranked, numbers, numbers))
+                if numbers:
+                    heads = np.stack([of_task[backbone, i] for i in numbers], 1)
+                    ranked = -np.sort(-heads, axis=-1)  # (n_boot + 1, trainings, heads)
+                    sides[backbone] = over_trainings(ranked, numbers, numbers)
             place = dict(zip(SETTING, setting, strict=True)) | {"task": task, "n": n}
-            frames.append(_curve(*sides).assign(**place))
+            frames.append(_curve(sides).assign(**place))
     return pd.concat(frames[1:] or frames, ignore_index=True)[list(frames[0].columns)]
 
 
@@ -114,10 +115,11 @@ def _rates(
     return rates, len(ids)
 
 
-def _curve(attention: np.ndarray, ratplus: np.ndarray) -> pd.DataFrame:
-    """Rows of `rank_curves` from percent (n_boot + 1, heads) of each backbone."""
-    heads = min(attention.shape[-1], ratplus.shape[-1])
-    attention, ratplus = attention[:, :heads], ratplus[:, :heads]
+def _curve(sides: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Rows of `rank_curves` from percent (n_boot + 1, heads) of each backbone measured."""
+    heads = min(side.shape[-1] for side in sides.values())
+    unmeasured = np.full_like(next(iter(sides.values())), np.nan)
+    attention, ratplus = (sides.get(b, unmeasured)[:, :heads] for b in BACKBONES)
     columns: dict[str, Any] = {"rank": np.arange(1, heads + 1)}
     curves = (attention, ratplus, ratplus - attention)
     for name, values in zip((*BACKBONES, "difference"), curves, strict=True):

@@ -7,7 +7,15 @@ from typing import Any
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import spread
-from ratplus_exp.analysis.frame import ALL_TASKS, BACKBONES, DENSE, GROUP, SETTING, grouped
+from ratplus_exp.analysis.frame import (
+    ALL_TASKS,
+    BACKBONES,
+    DENSE,
+    GROUP,
+    SETTING,
+    backbones_of,
+    grouped,
+)
 from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import MISSING, bounds, number, plus_minus, span
 from ratplus_exp.report.results import Results
@@ -40,7 +48,7 @@ def accuracy_table(results: Results, name: str) -> Table:
     settings = list(dict.fromkeys([DENSE[:3], *of_paper, *extra]))
     printed = paper.groupby([*SETTING, "backbone"], sort=False)["accuracy"].mean().unstack()
     printed = printed.reindex(pd.MultiIndex.from_tuples(settings))
-    backbones = _measured(cells)
+    backbones = backbones_of(cells)
     rows: list[tuple[Any, ...]] = []
     for setting in settings:
         method, block, budget = setting
@@ -98,15 +106,10 @@ def tasks_table(results: Results) -> Table:
         draws = results.protocols["split" if protocol == "split" else "whole"].draws
         gain = draws.gain((*group[:4], "RAT+"), (*group[:4], "Attention"), tasks)
         label = (method, "" if group[:4] == DENSE else block, budget, protocol)
-        for backbone, texts, n, _ in _sides(of_group, _measured(cells), tasks, results.scorer):
+        for backbone, texts, n, _ in _sides(of_group, backbones_of(cells), tasks, results.scorer):
             rows.append((*label, *texts, gain if backbone == "RAT+" else "", n))
     columns = ("Method", "Block", "Budget", "Protocol", "Kept", "Backbone", *tasks)
     return Table.described("tasks", (*columns, "Mean", "Δ", "n"), rows, group=4, r=results)
-
-
-def _measured(cells: pd.DataFrame) -> list[str]:
-    """The backbones of the cells: a model without its twin has no empty rows beside it."""
-    return [backbone for backbone in BACKBONES if backbone in set(cells["backbone"])]
 
 
 def _sides(

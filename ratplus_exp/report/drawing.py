@@ -64,9 +64,11 @@ def draw_line(panel: Any, points: Sequence[Estimate], **style: Any) -> None:
 
 
 def draw_bars(panel: Any, labels: Sequence[str], sides: dict[str, list[Estimate]]) -> None:
-    """Bars of both backbones with their intervals."""
+    """Bars of one or both backbones with their intervals."""
     style = {"capsize": 2, "error_kw": {"ecolor": "#333333", "elinewidth": 1}}
-    for shift, (backbone, points) in zip((-0.2, 0.2), sides.items(), strict=True):
+    for shift, (backbone, points) in zip(
+        (-0.2, 0.2) if len(sides) > 1 else (0,), sides.items(), strict=True
+    ):
         values, errors = _errors(points)
         style |= {"color": COLORS[backbone], "label": backbone}
         panel.bar(np.arange(len(labels)) + shift, values, 0.38, yerr=errors, **style)

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib import colormaps
 
 from ratplus_exp.analysis.bootstrap import Estimate
-from ratplus_exp.analysis.frame import BACKBONES, DENSE, TASKS, grouped, select
+from ratplus_exp.analysis.frame import BACKBONES, DENSE, TASKS, backbones_of, grouped, select
 from ratplus_exp.analysis.hits import MEAN, estimate
 from ratplus_exp.analysis.pattern import DECISIVE
 from ratplus_exp.budget import Budget
@@ -114,7 +114,8 @@ def ranked_heads(results: Results, method: str, folder: Path, name: str) -> Path
     with drawing(folder / name, title, names, "hit rate, %", "rank of the head") as panels:
         for budget, panel in panels.items():
             line = curves[curves["budget"] == budget].sort_values("rank").astype({"rank": float})
-            for side, color in COLORS.items():
+            for side in backbones_of(results.rates):
+                color = COLORS[side]
                 panel.plot(line["rank"], line[side], marker=".", label=side, color=color)
                 ends = line[f"{side} low"], line[f"{side} high"]
                 panel.fill_between(line["rank"], *ends, alpha=0.2, lw=0, color=color)
@@ -136,16 +137,18 @@ def heads_by_task(results: Results, folder: Path) -> Path | None:
             rates = best[best["method"] == method].set_index("task")
             tasks = [task for task in (*TASKS, MEAN) if task in rates.index]
             rows = [rates.loc[task] for task in tasks]
-            draw_bars(panel, tasks, {b: [estimate(row, b) for row in rows] for b in BACKBONES})
+            sides = backbones_of(results.rates)
+            draw_bars(panel, tasks, {b: [estimate(row, b) for row in rows] for b in sides})
     return folder / "fig4.png"
 
 
 def selectors(results: Results, folder: Path) -> Path | None:
     """Mean accuracy by selector: a panel a method, a bar a backbone."""
     means = results.selector_means
+    backbones = backbones_of(means, "side")
     sides = means.groupby(["method", "selector"])["side"].agg(set)
-    names = _names(sides[sides >= set(BACKBONES)].index.get_level_values("method"))
-    if not names:  # no cells, or a single backbone
+    names = _names(sides[sides >= set(backbones)].index.get_level_values("method"))
+    if not names:
         return None
     first = means.drop_duplicates(["method", "side", "selector"])
     frames = {method: first[first["method"] == method] for method in names}
@@ -154,8 +157,8 @@ def selectors(results: Results, folder: Path) -> Path | None:
     with drawing(folder / "selectors", title, names, ACCURACY, width=3.6) as panels:
         for method, panel in panels.items():
             frame = frames[method].set_index(["selector", "side"])
-            kinds = [k for k in SELECTORS if all((k, b) in frame.index for b in BACKBONES)]
-            sides = {b: [frame.loc[(kind, b), "estimate"] for kind in kinds] for b in BACKBONES}
+            kinds = [k for k in SELECTORS if all((k, b) in frame.index for b in backbones)]
+            sides = {b: [frame.loc[(kind, b), "estimate"] for kind in kinds] for b in backbones}
             draw_bars(panel, [SELECTORS[kind] for kind in kinds], sides)
     return folder / "selectors.png"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, spread
-from ratplus_exp.analysis.frame import BACKBONES, SCORERS, SETTING, TASKS, select
+from ratplus_exp.analysis.frame import BACKBONES, SCORERS, SETTING, TASKS, backbones_of, select
 from ratplus_exp.analysis.hits import MEAN, estimate, ranked_heads
 from ratplus_exp.analysis.means import GAP
 from ratplus_exp.analysis.pattern import DECISIVE, FEWEST, SOLVED, patterns, rank_agreement
@@ -44,8 +44,8 @@ def findings_table(results: Results) -> Table:
     for row in select(results.curves, {"task": MEAN, "rank": 1}).to_dict("records"):
         gain = estimate(row, "difference")
         place = ("hit rate of the best head (H1)", row["method"], row["budget"])
-        change = (gain, "> 0", verdict(gain, 1.0))  # the paper prints none
-        rows.append((*place, *(row[b] for b in BACKBONES), *change))
+        if result := verdict(gain, 1.0):  # the paper prints none
+            rows.append((*place, *(row[b] for b in BACKBONES), gain, "> 0", result))
     hard = list(results.paper("table2")["task"].unique())
     add("random selection, tasks of Table 2 (H2)", "table5", hard)
     add("random selection, all tasks (H2)", "table5", TASKS)
@@ -115,11 +115,12 @@ def heads_table(results: Results, method: str) -> Table:
     """The best head, and the mean of all heads, of both backbones: setting × (tasks and mean)."""
     curves = select(results.curves, {"method": method, "rank": 1})
     ranked, rows = ranked_heads(results.rates), []
+    backbones = backbones_of(results.rates)
     for setting, group in curves.groupby(SETTING, sort=False):
         by_task = group.set_index("task").reindex([*TASKS, MEAN])
         mean = by_task.loc[MEAN]
         gap = estimate(mean, "difference")
-        for backbone in BACKBONES:
+        for backbone in backbones:
             heads = ranked[(ranked[[*SETTING, "backbone"]] == [*setting, backbone]).all(axis=1)]
             best = heads[heads["rank"] == 1].sort_values("training")
             best_mean = plus_minus(mean[backbone], best["hit_rate"].std())
@@ -129,7 +130,8 @@ def heads_table(results: Results, method: str) -> Table:
             rates = by_task.loc[list(TASKS), backbone]
             rows.append((*setting, backbone, *rates, best_mean, *gains, *tail))
     columns = (*_PLACE, *TASKS, "Best of mean", "Δ", "Δ 95 %", "Head", "All heads", "n")
-    return Table.described("heads", columns, rows, r=results)
+    table = Table.described("heads", columns, rows, r=results)
+    return table if len(backbones) > 1 else table.without(("Δ", "Δ 95 %"))
 
 
 def top_heads_table(results: Results, method: str) -> Table:
@@ -138,8 +140,9 @@ def top_heads_table(results: Results, method: str) -> Table:
     top = curves[curves["rank"] <= TOP].sort_values("rank")
     rows: list[tuple[Any, ...]] = []
     for setting, group in top.groupby(SETTING, sort=False):
-        rates = {backbone: list(group[backbone]) for backbone in BACKBONES}
-        rates[GAP] = [estimate(row, "difference") for row in group.to_dict("records")]
+        rates: dict[str, list[Any]] = {b: list(group[b]) for b in backbones_of(results.rates)}
+        if len(rates) > 1:
+            rates[GAP] = [estimate(row, "difference") for row in group.to_dict("records")]
         rows += [(*setting, side, *of_side, group["n"].min()) for side, of_side in rates.items()]
     ranks = sorted(top["rank"].unique())
     columns = (*_PLACE, *(f"rank {rank}" for rank in ranks), "n")

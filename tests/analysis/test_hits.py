@@ -8,6 +8,8 @@ import pytest
 from ratplus_exp.analysis import TASKS, accuracies, sample_scores
 from ratplus_exp.analysis.checks import anomalies, cut_prompts
 from ratplus_exp.analysis.hits import MEAN, STAGE, hit_rates, rank_curves, ranked_heads
+from ratplus_exp.report.figures import heads_by_task
+from ratplus_exp.report.figures import ranked_heads as ranked_heads_figure
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.tables import heads_table, selector_table, top_heads_table
 from ratplus_exp.store import Store
@@ -63,6 +65,19 @@ def test_heads_are_ranked_and_compared(store):
     attention, ratplus, gap = top.rows
     assert attention[3:] == ("Attention", "75.0", "50.0", "0.0", "0.0", "2")
     assert ratplus[4:6] == ("75.0", "25.0") and gap[5] == "−25.0 [−25.0, 0.0]"
+
+
+def test_heads_of_a_model_without_the_other_backbone(store, tmp_path):
+    add_hits(store, "attention", "S-1", [[[0, 1], [2, 0]], [[0, 1], [2, 0]]])
+    curves = rank_curves(sample_scores(store, STAGE), n_boot=50)
+    assert list(curves.loc[curves["task"] == "S-1", "Attention"]) == [100, 50, 0, 0]
+    assert curves[["RAT+", "RAT+ low", "difference"]].isna().all(axis=None)
+    results = Results.read(store, {})
+    table = heads_table(results, "quest")
+    assert [row[3] for row in table.rows] == ["Attention"] and "Δ" not in table.columns
+    assert [row[3] for row in top_heads_table(results, "quest").rows] == ["Attention"]
+    assert ranked_heads_figure(results, "quest", tmp_path, "fig2").exists()
+    assert heads_by_task(results, tmp_path).exists()
 
 
 def test_samples_pair_by_id_and_models_do_not_mix(store):
