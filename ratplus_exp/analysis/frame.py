@@ -41,6 +41,10 @@ FIELDS: dict[str, dict[str, Any]] = {  # of a stage's samples, for `sample_score
 Cells = Store | Sequence[Cell] | Sequence[Finished]
 
 
+class LeftOut(ValueError):
+    """A table or figure can't be made: no finished cell fits it, or several fit one place."""
+
+
 def backbones_of(frame: pd.DataFrame, column: str = "backbone") -> list[str]:
     """The backbones that were measured: tables have no empty rows of the other one."""
     return [backbone for backbone in BACKBONES if backbone in set(frame[column])]

@@ -12,7 +12,15 @@ import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import RESAMPLES, Estimate, over_trainings, sample_counts
-from ratplus_exp.analysis.frame import BACKBONES, SETTING, Cells, finished, rows_of, select
+from ratplus_exp.analysis.frame import (
+    BACKBONES,
+    SETTING,
+    Cells,
+    LeftOut,
+    finished,
+    rows_of,
+    select,
+)
 
 STAGE = "hit_rate"
 MEAN = "mean"  # in the task column: the mean over tasks
@@ -66,7 +74,7 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
     settings = samples.groupby(SETTING)
     for setting, rows in sorted(settings, key=lambda x: (*x[0][:2], -Fraction(x[0][2]))):
         if rows.duplicated(["task", "backbone", "training", "id"]).any():
-            raise ValueError(
+            raise LeftOut(
                 f"several models or seeds share {' '.join(map(str, setting))}: choose one of each "
                 "backbone with stage.where"
             )

@@ -13,6 +13,7 @@ from ratplus_exp.analysis.frame import (
     DENSE,
     GROUP,
     SETTING,
+    LeftOut,
     backbones_of,
     grouped,
 )
@@ -31,7 +32,7 @@ def accuracy_table(results: Results, name: str) -> Table:
     Only cells with the paper table's selector (top-k or random) count. A mean needs all tasks of
     the paper's table.
 
-    name: "table2" to "table5". ValueError if no finished cell fits, or several fit one place.
+    name: "table2" to "table5". LeftOut if no finished cell fits, or several fit one place.
     """
     paper = results.paper(name)
     tasks, selector = list(paper["task"].unique()), paper["selector"].iloc[0]
@@ -39,7 +40,7 @@ def accuracy_table(results: Results, name: str) -> Table:
     cells = cells[cells["backbone"].isin(BACKBONES) & cells["task"].isin(tasks)]
     cells = cells[cells["selector"].isin([selector, "dense"])]
     if cells.empty:
-        raise ValueError(f"no finished cells for {name}: run make {name}")
+        raise LeftOut(f"no finished cells for {name}: run make {name}")
     check_unmixed(cells)
     of_paper, measured = (
         x[SETTING].drop_duplicates().itertuples(index=False, name=None) for x in (paper, cells)
@@ -85,12 +86,12 @@ def accuracy_table(results: Results, name: str) -> Table:
 
 def tasks_table(results: Results) -> Table:
     """All tasks measured under top-k, of both protocols; dense rows first. The protocol of methods
-    that do not select after the prompt is "either". ValueError as in `accuracy_table`."""
+    that do not select after the prompt is "either". LeftOut as in `accuracy_table`."""
     frames = [part.cells.assign(protocol=name) for name, part in results.protocols.items()]
     cells = grouped(pd.concat(frames).drop_duplicates("cell"))
     cells = cells[cells["backbone"].isin(BACKBONES) & cells["selector"].isin(["topk", "dense"])]
     if cells.empty:
-        raise ValueError("no finished cells for tasks: run make ruler13 or make protocols")
+        raise LeftOut("no finished cells for tasks: run make ruler13 or make protocols")
     cells["protocol"] = cells["protocol"].mask(cells["first_token"].isna(), "either")
     for _, of_protocol in cells.groupby("protocol"):
         check_unmixed(of_protocol)
@@ -127,7 +128,7 @@ def _sides(
 
 
 def check_unmixed(cells: pd.DataFrame) -> None:
-    """ValueError if cells of different models or data would share a row or a place."""
+    """LeftOut if cells of different models or data would share a row or a place."""
     origin = ["backbone", "training", "seed", "selector_seed"]
     scopes = {
         "context_length": ["tier"],
@@ -142,7 +143,7 @@ def check_unmixed(cells: pd.DataFrame) -> None:
             values = sorted(map(str, group[column].unique()))
             if len(values) > 1:
                 first = group.iloc[0]
-                raise ValueError(
+                raise LeftOut(
                     f"the table would mix results of several {column}s ({', '.join(values)}; "
                     f"{first['backbone']} {first['method']}, seed {first['seed']}): choose which, "
                     f"as in stage.where={{{column}: [{values[0]}, …]}}, one for each backbone"

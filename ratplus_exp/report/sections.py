@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ratplus_exp.analysis import checks
-from ratplus_exp.analysis.frame import TASKS, cost, select
+from ratplus_exp.analysis.frame import TASKS, LeftOut, cost, select
 from ratplus_exp.analysis.hits import ranked_heads
 from ratplus_exp.report import figures, tables
 from ratplus_exp.report.accuracy import accuracy_table, check_unmixed, tasks_table
@@ -45,7 +45,7 @@ class Section:
 
 def section(results: Results, output: str, folder: Path, brief: bool = False) -> Section:
     """A table (table2 … table5, tasks; without columns of tasks if brief) or figure (fig1 … fig4,
-    lengths), with its files in the folder. ValueError if nothing of it was measured."""
+    lengths), with its files in the folder. LeftOut if nothing of it was measured."""
     if output in PAPER_TABLES:
         return _table(results, output, folder, brief)
     if output in FIGURES:
@@ -141,7 +141,7 @@ def _figure(results: Results, name: str, folder: Path) -> Section:
     else:
         picture = figures.heads_by_task(results, folder)
     if picture is None:
-        raise ValueError(f"no finished cells for {name}: run make {name}")
+        raise LeftOut(f"no finished cells for {name}: run make {name}")
     if method:
         shown = (
             tables.heads_table(results, method).write(folder, f"{name}_heads"),
@@ -160,7 +160,7 @@ def _lengths(results: Results, folder: Path) -> Section:
         check_unmixed(part.cells)
     picture = figures.accuracy_by_length(results, folder)
     if picture is None:
-        raise ValueError("no finished cells of several lengths: run make lengths")
+        raise LeftOut("no finished cells of several lengths: run make lengths")
     results.length_curves.to_csv(folder / "lengths.csv", index=False)
     caption = sentence("figure_caption", r=results, cells=results.cells)
     return Section("Figure of lengths", (sentence("lengths"),), picture=picture, caption=caption)

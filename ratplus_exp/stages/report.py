@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from ratplus_exp.analysis.frame import BACKBONES
+from ratplus_exp.analysis.frame import BACKBONES, LeftOut
 from ratplus_exp.config import plain
 from ratplus_exp.report import sections
 from ratplus_exp.report.paper import PAPER_TABLES
@@ -40,7 +40,7 @@ def run(cfg: DictConfig) -> None:
         brief = PAGE in outputs and name == "table4" and "table3" in outputs
         try:
             parts.append(sections.section(results, name, folder, brief))
-        except ValueError as error:
+        except LeftOut as error:
             if len(outputs) == 1:
                 raise
             absent.append(str(error))
