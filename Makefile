@@ -22,7 +22,7 @@ SEEDS    := 0 1 3
 MODELS   := attention ratplus
 CONTROLS := ema ema_fixed conv shift
 trained   = $(foreach seed,$(SEEDS),$(MODELS:%=pocket_%_$(seed)))
-controls  = $(CONTROLS:%=pocket_%_0) pocket_select_0
+controls  = $(CONTROLS:%=pocket_%_3) pocket_select_3
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint weights controls clean bench bench-cpu
@@ -71,8 +71,8 @@ $(foreach m,$(MODELS),$(eval $(call TRAININGS,pocket_$m,pocket_$m)))
 $(foreach m,$(CONTROLS),$(eval $(call TRAININGS,pocket_ratplus,pocket_$m)))
 
 $(eval $(call TRAINING,pocket_select_%_sft2,pocket_attention_sft2,pocket_select,pocket_select_%_sft))
-outputs/training/pocket_select_0_sft/model: | outputs/training/pocket_attention_0/model
-	$(RUN) experiment=pocket_attention_sft model=pocket_select threads=1 stage.init=outputs/training/pocket_attention_0/model
+outputs/training/pocket_select_3_sft/model: | outputs/training/pocket_attention_3/model
+	$(RUN) experiment=pocket_attention_sft model=pocket_select seed=3 threads=1 stage.init=outputs/training/pocket_attention_3/model
 
 # P2's adaptation of the pocket pair to each dilation and window, as experiment=p2_dilation runs them.
 # $(1) model, $(2) dilation, $(3) window

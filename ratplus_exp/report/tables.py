@@ -1,6 +1,6 @@
 """The other tables: findings, the paper cell by cell, the pattern, heads, selectors, cost."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -170,26 +170,36 @@ def selector_table(results: Results) -> Table:
 
 
 def model_table(
-    samples: pd.DataFrame, models: Sequence[str], methods: Sequence[str], **setting: Any
+    samples: pd.DataFrame, lengths: Mapping[str, float], models: Sequence[str], **setting: Any
 ) -> Table:
-    """Models side by side: the mean over the tasks under each method, over the samples that all
+    """Models side by side: the mean over the tasks in each setting, over the samples that all
     models answered, and each model's difference to the first.
 
-    samples: rows of `sample_scores`; setting: their tier, budget, seed, first_token, protocol.
+    samples: rows of `sample_scores`; lengths: the effective memory length of each model, in tokens;
+    setting: their tier, budget, seed, first_token, protocol.
     """
-    draws = Bootstrap(samples, SCORERS[0], ["method", "model"])
+    place = ["method", "budget", "selector"]
+    draws = Bootstrap(samples, SCORERS[0], [*place, "model"])
+    order = ("dense", *METHODS)
+    settings = sorted(
+        set(samples[place].itertuples(index=False, name=None)),
+        key=lambda x: (x[2] == "random", order.index(x[0]) if x[0] in order else len(order), *x),
+    )
     rows = []
     for model in models:
-        row: list[Any] = [model]
-        for method in methods:
-            groups = [(method, name) for name in models]
-            mean: np.ndarray = 100 * draws.mean((method, model), among=groups)
-            first: np.ndarray = 100 * draws.mean((method, models[0]), among=groups)
+        row: list[Any] = [model, lengths[model]]
+        for own in settings:
+            groups = [(*own, name) for name in models]
+            mean: np.ndarray = 100 * draws.mean((*own, model), among=groups)
+            first: np.ndarray = 100 * draws.mean((*own, models[0]), among=groups)
             row += [mean[0], "" if model == models[0] else Estimate.of(mean - first)]
         rows.append(tuple(row))
-    names = [METHODS.get(method, method) for method in methods]
-    columns = ("Model", *(column for name in names for column in (name, f"Δ {name}")))
-    n = min(draws.count(t, [(x, m) for m in models]) for x in methods for t in draws.tasks)
+    names = [
+        METHODS.get(method, method) + (f" {budget} random" if selector == "random" else "")
+        for method, budget, selector in settings
+    ]
+    columns = ("Model", "Length", *(column for name in names for column in (name, f"Δ {name}")))
+    n = min(draws.count(t, [(*x, m) for m in models]) for x in settings for t in draws.tasks)
     about = setting | {"trainings": sorted(map(int, samples["training"].unique()))}
     return Table.described("models", columns, rows, group=0, r=about, n=n, first_model=models[0])
 

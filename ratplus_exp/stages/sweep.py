@@ -54,11 +54,14 @@ def run(cfg: DictConfig) -> None:
 
 
 def ablation(cfg: DictConfig) -> None:
-    """stage=ablation: models side by side at one budget, dense and under each method."""
+    """stage=ablation: models side by side at one budget, dense and under each method; and in the
+    other settings of `stage.cells`."""
     setting = {name: cfg[name] for name in ("budget", "seed")} | {"tier": cfg.model.tier}
     setting |= {name: cfg.stage[name] for name in ("first_token", "protocol")}
-    samples = sample_scores(fill_cells(cfg))
-    show_tracked(cfg, model_table(samples, cfg.stage.models, cfg.stage.methods, **setting))
+    cells = fill_cells(cfg)
+    lengths = tidy(cells).groupby("model")["effective_memory_length"].mean()
+    table = model_table(sample_scores(cells), lengths, cfg.stage.models, **setting)
+    show_tracked(cfg, table)
 
 
 def loss(cfg: DictConfig) -> None:

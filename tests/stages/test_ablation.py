@@ -1,5 +1,6 @@
 """stage=ablation: models side by side; and the variants of the small tier's RAT+."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -22,13 +23,14 @@ def test_models_stand_side_by_side(job, pair, capsys, monkeypatch):
     # Untrained models are never right, but they are not equally talkative.
     monkeypatch.setattr(evaluate, "exact", lambda text, *_: len(text) % 5 / 4)
     settings = [*pair, "data.tasks=[S-1,MV]", "data.examples=3", "stage.methods=[dense,moba]"]
+    settings += ["+stage.cells.random={method: moba, budget: 1/2, selector: random, examples: 2}"]
     cfg = job("stage=ablation", "budget=1/4", *settings)
     table = pd.read_csv(job.folder / "job" / "ablation.csv")
     models = list(cfg.stage.models)
     assert list(table["Model"]) == models and len(models) == 2
     scores = sample_scores(Store(job.folder / "results"))
     for method, column in (("dense", "dense"), ("moba", "MoBA")):
-        here = scores[scores["method"] == method]
+        here = scores[(scores["method"] == method) & (scores["selector"] != "random")]
         assert set(here["budget"]) == {"1" if method == "dense" else "1/4"}
         means = 100 * here.groupby(["model", "task"])["exact"].mean().groupby("model").mean()
         assert table[column].tolist() == pytest.approx(means[models].tolist(), abs=0.051)
@@ -36,6 +38,9 @@ def test_models_stand_side_by_side(job, pair, capsys, monkeypatch):
         gain = float(str(table[f"Δ {column}"][1]).split()[0].replace("−", "-"))
         assert gain == pytest.approx(means[models[1]] - means[models[0]], abs=0.051)
         assert pd.isna(table[f"Δ {column}"][0])
+    drawn = scores[scores["selector"] == "random"]
+    assert set(drawn["budget"]) == {"1/2"} and set(drawn.groupby(["model", "task"]).size()) == {2}
+    assert {"Length", "MoBA 1/2 random", "Δ MoBA 1/2 random"} < {*table.columns}
     capsys.readouterr()
     job("stage=ablation", "budget=1/4", *settings)
     assert "nothing to run" in capsys.readouterr().out
@@ -49,6 +54,8 @@ def test_only_samples_that_all_models_answered_count():
             {
                 "model": cell[0],
                 "method": "moba",
+                "budget": "1/4",
+                "selector": "topk",
                 "training": 0,
                 "task": f"MK-{cell[1]}",
                 "id": i,
@@ -60,11 +67,11 @@ def test_only_samples_that_all_models_answered_count():
     )
     setting = {"tier": "pocket", "budget": "1/4", "seed": 0}
     setting |= {"first_token": "prefill", "protocol": "whole"}
-    table = model_table(samples, ["a", "b"], ["moba"], **setting)
-    assert table.columns == ("Model", "MoBA", "Δ MoBA")
+    table = model_table(samples, {"a": 3.0, "b": np.nan}, ["a", "b"], **setting)
+    assert table.columns == ("Model", "Length", "MoBA", "Δ MoBA")
     first, second = table.rows
-    assert first == ("a", "50.0", "") and second[:2] == ("b", "75.0")
-    assert second[2].startswith("+25.0 [") and "n = 2 samples" in table.caption
+    assert first == ("a", "3.0", "50.0", "") and second[:3] == ("b", "—", "75.0")
+    assert second[3].startswith("+25.0 [") and "n = 2 samples" in table.caption
 
 
 @pytest.mark.parametrize(
