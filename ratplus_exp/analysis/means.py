@@ -13,6 +13,7 @@ from ratplus_exp.analysis.frame import (
     SCORERS,
     SETTING,
     TASKS,
+    backbones_of,
     rows_of,
     sample_scores,
 )
@@ -62,31 +63,39 @@ def selector_means(draws: Bootstrap) -> pd.DataFrame:
 
 
 def method_means(cells: Sequence[Finished]) -> pd.DataFrame:
-    """A row for each method and budget, in the order of the budgets and of RAT+'s accuracy.
+    """A row for each method and budget, in the order of the budgets and of the last backbone's
+    accuracy.
 
     Returns:
-        method, budget; read and choosing, the measured fractions; accuracies of each backbone in
-        percent, also under random selection; their difference `gain`; n.
+        method, budget; read and choosing, the measured fractions; the accuracy of each measured
+        backbone in percent, also under random selection; if both were, their difference `gain`; n.
+        Of own and of random selection, the samples that all methods answered count.
     """
     by_cell = rows_of(cells)
     choosing = {x.cell.id: x.metrics.get("choosing_measured", 0.0) for x in cells}
     by_cell = by_cell.assign(choosing=by_cell["cell"].map(choosing))
     place = ["method", "budget"]
     draws = Bootstrap(sample_scores(cells), SCORERS[0], [*place, "selector", "backbone"])
+    backbones = backbones_of(by_cell)
+    every = {kind: [g for g in draws.trainings if g[2] == kind] for kind in ("topk", "random")}
+    n = min(draws.count(task, every["topk"]) for task in draws.tasks)
     rows: list[dict[str, Any]] = []
     for setting, own in by_cell[by_cell["selector"] == "topk"].groupby(place, sort=False):
-        sides = [(*setting, "topk", b) for b in BACKBONES]
-        random = [(*setting, "random", b) for b in BACKBONES]
-        rows.append(
-            dict(zip(place, setting, strict=True))
-            | {"read": own["budget_measured"].mean(), "choosing": own["choosing"].mean()}
-            | {side[-1]: 100 * draws.mean(side)[0] for side in sides}
-            | {f"{side[-1]} random": 100 * draws.mean(side)[0] for side in random}
-            | {"gain": draws.gain(sides[1], sides[0]), "n": own["n"].min()}
-        )
+        row: dict[str, Any] = dict(zip(place, setting, strict=True)) | {"n": n}
+        row |= {"read": own["budget_measured"].mean(), "choosing": own["choosing"].mean()}
+        means = {
+            (kind, b): 100 * draws.mean((*setting, kind, b), among=every[kind])
+            for kind in every
+            for b in backbones
+        }
+        row |= {b: means["topk", b][0] for b in backbones}
+        row |= {f"{b} random": means["random", b][0] for b in backbones}
+        if len(backbones) > 1:
+            row["gain"] = Estimate.of(means["topk", BACKBONES[1]] - means["topk", BACKBONES[0]])
+        rows.append(row)
     frame = pd.DataFrame(rows)
     frame = frame.assign(size=frame["budget"].map(Fraction).astype(float))
-    return frame.sort_values(["size", BACKBONES[1]], ascending=False, ignore_index=True)
+    return frame.sort_values(["size", backbones[-1]], ascending=False, ignore_index=True)
 
 
 def length_curves(draws: Mapping[int, Bootstrap]) -> pd.DataFrame:

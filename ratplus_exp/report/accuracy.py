@@ -85,14 +85,11 @@ def accuracy_table(results: Results, name: str) -> Table:
 
 
 def tasks_table(results: Results) -> Table:
-    """All tasks measured under top-k, of both protocols; dense rows first. The protocol of methods
-    that do not select after the prompt is "either". LeftOut as in `accuracy_table`."""
-    frames = [part.cells.assign(protocol=name) for name, part in results.protocols.items()]
-    cells = grouped(pd.concat(frames).drop_duplicates("cell"))
-    cells = cells[cells["backbone"].isin(BACKBONES) & cells["selector"].isin(["topk", "dense"])]
+    """All tasks measured under top-k, of both protocols; dense rows first. LeftOut as in
+    `accuracy_table`."""
+    cells = results.of_protocols
     if cells.empty:
         raise LeftOut("no finished cells for tasks: run make ruler13 or make protocols")
-    cells["protocol"] = cells["protocol"].mask(cells["first_token"].isna(), "either")
     for _, of_protocol in cells.groupby("protocol"):
         check_unmixed(of_protocol)
     tasks = [task for task in ALL_TASKS if task in set(cells["task"])]
@@ -104,7 +101,7 @@ def tasks_table(results: Results) -> Table:
     ):
         method, block, budget, _, protocol = group
         of_group = cells[(cells[place] == list(group)).all(axis=1)]
-        draws = results.protocols["split" if protocol == "split" else "whole"].draws
+        draws = results.draws_of(protocol)
         gain = draws.gain((*group[:4], "RAT+"), (*group[:4], "Attention"), tasks)
         label = (method, "" if group[:4] == DENSE else block, budget, protocol)
         for backbone, texts, n, _ in _sides(of_group, backbones_of(cells), tasks, results.scorer):

@@ -12,7 +12,15 @@ import pandas as pd
 from matplotlib import colormaps
 
 from ratplus_exp.analysis.bootstrap import Estimate
-from ratplus_exp.analysis.frame import BACKBONES, DENSE, TASKS, backbones_of, grouped, select
+from ratplus_exp.analysis.frame import (
+    ALL_TASKS,
+    BACKBONES,
+    DENSE,
+    TASKS,
+    backbones_of,
+    grouped,
+    select,
+)
 from ratplus_exp.analysis.hits import MEAN, estimate
 from ratplus_exp.analysis.pattern import DECISIVE
 from ratplus_exp.budget import Budget
@@ -79,13 +87,42 @@ def accuracy_by_length(results: Results, folder: Path) -> Path | None:
     return folder / "lengths.png"
 
 
+def accuracy_by_task(results: Results, folder: Path) -> Path | None:
+    """Accuracy by task: a panel for dense attention and for each of the paper's methods and its
+    protocols, a bar a backbone. Only a method's most frequent block size is drawn, and the budget
+    with the most cells."""
+    cells = results.of_protocols
+    cells = cells[cells["method"].isin(["dense", *METHODS])]
+    budgets = by_size(cells.loc[cells["method"] != "dense", "budget"].mode())[:1]
+    cells = cells[cells["budget"].isin(["1", *budgets])]
+    order = {method: i for i, method in enumerate(("dense", *METHODS))}
+    panels_of = sorted(cells.groupby(["method", "protocol"]), key=lambda x: order[x[0][0]])
+    names = {}
+    for (method, protocol), own in panels_of:
+        setting = (method, own["block_size"].mode()[0], *own[["budget", "selector"]].iloc[0])
+        words = [METHODS.get(method, method), *own["budget"][:1], protocol]
+        shown = words[: 1 if method == "dense" else 3 if protocol == "split" else 2]
+        names[setting, protocol] = ", ".join(shown)
+    tasks = [task for task in ALL_TASKS if task in set(cells["task"])]
+    title, width = sentence("tasks_title", r=results), 0.5 + 0.26 * len(tasks)
+    if not names:
+        return None
+    with drawing(folder / "tasks", title, names, "accuracy, %", width=width) as panels:
+        for (setting, protocol), panel in panels.items():
+            mean, sides = results.draws_of(protocol).mean, backbones_of(cells)
+            of = {b: [Estimate.of(100 * mean((*setting, b), [t])) for t in tasks] for b in sides}
+            draw_bars(panel, tasks, of)
+            panel.tick_params(axis="x", rotation=90)
+    return folder / "tasks.png"
+
+
 def accuracy_by_read(frame: pd.DataFrame, phases: dict[str, str | None], folder: Path) -> Path:
     """Accuracy against the measured fraction: a panel a backbone, a line a method, in the style of
     its phase. frame: method, read, and the accuracy of each backbone in percent."""
     title, label = sentence("methods_title"), "fraction of the context read or stored, measured"
     methods = sorted(phases, key=lambda m: (str(phases[m]), m))
     colors = colormaps["tab20"]
-    names = {backbone: backbone for backbone in BACKBONES}
+    names = {backbone: backbone for backbone in BACKBONES if backbone in frame}
     with drawing(folder / "methods", title, names, ACCURACY, label, 5.5, 5.5) as panels:
         for backbone, panel in panels.items():
             for i, method in enumerate(methods):

@@ -75,6 +75,21 @@ class Results:
         return pd.concat([self.cells, self.rates.drop_duplicates("cell")], ignore_index=True)
 
     @cached_property
+    def of_protocols(self) -> pd.DataFrame:
+        """The cells of top-k and dense attention, of every protocol; the protocol of methods that
+        do not select after the prompt is "either"."""
+        parts = [part.cells.assign(protocol=name) for name, part in self.protocols.items()]
+        cells = frame.grouped(pd.concat(parts).drop_duplicates("cell"))
+        cells = cells[cells["backbone"].isin(frame.BACKBONES)]
+        cells = cells[cells["selector"].isin(["topk", "dense"])]
+        protocol = cells["protocol"].mask(cells["first_token"].isna(), "either")
+        return cells.assign(protocol=protocol)
+
+    def draws_of(self, protocol: str) -> Bootstrap:
+        """`draws` of a protocol of `of_protocols`."""
+        return self.protocols["split" if protocol == "split" else "whole"].draws
+
+    @cached_property
     def used(self) -> list[Finished]:
         """The cells of `every`, in the order of their names."""
         ids = set(self.every["cell"])

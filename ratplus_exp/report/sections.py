@@ -52,7 +52,8 @@ def section(results: Results, output: str, folder: Path, brief: bool = False) ->
         return _figure(results, output, folder)
     if output == "tasks":
         table = tasks_table(results).write(folder, output)
-        return Section("Table of all tasks and protocols", tables=(table,))
+        picture = figures.accuracy_by_task(results, folder)
+        return Section("Table of all tasks and protocols", tables=(table,), picture=picture)
     return _lengths(results, folder)
 
 

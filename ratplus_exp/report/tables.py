@@ -206,16 +206,15 @@ def model_table(
 
 def methods_table(means: pd.DataFrame) -> Table:
     """The table of `method_means`, its rows grouped by budget."""
-    randoms = [f"{backbone} random" for backbone in BACKBONES]
+    names = {"budget": "Budget", "method": "Method", "read": "Read", "choosing": "Choosing"}
+    names |= {b: b for b in BACKBONES} | {"gain": "Δ 95 %"}
+    names |= {f"{b} random": f"{b}, random" for b in BACKBONES} | {"n": "n"}
+    shown = [name for name in names if name in means]  # of a lone model, not the other's
     rows = [
-        (
-            *(row["budget"], row["method"], number(row["read"], 3), number(row["choosing"], 3)),
-            *(row[x] for x in (*BACKBONES, "gain", *randoms, "n")),
-        )
+        tuple(number(row[x], 3) if x in ("read", "choosing") else row[x] for x in shown)
         for row in means.to_dict("records")
     ]
-    columns = ("Budget", "Method", "Read", "Choosing", *BACKBONES, "Δ 95 %")
-    return Table.described("methods", (*columns, *(f"{b}, random" for b in BACKBONES), "n"), rows)
+    return Table.described("methods", [names[name] for name in shown], rows)
 
 
 def random_table(cells: pd.DataFrame, tasks: Iterable[str], **values: Any) -> Table:
