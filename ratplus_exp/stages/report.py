@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,8 @@ def run(cfg: DictConfig) -> None:
         parts.append(sections.paper_section(results, folder, alone))
     shown = list(results.protocols.values()) if "tasks" in outputs else [results]
     cells = pd.concat([part.cells for part in shown]).drop_duplicates("cell")
-    for name, frame in (("cells", cells), ("hit_rates", results.rates)):
-        if len(frame) or name == "cells":
-            text = frame.to_csv(index=False, lineterminator="\n")
-            write_atomically(folder / f"{name}.csv", text)
-    _write_provenance({x.cell.id: x for part in shown for x in part.used}.values(), folder)
+    used = {x.cell.id: x for part in shown for x in part.used}.values()
+    write_cells(used, folder, {"cells": cells, "hit_rates": results.rates})
     for table in (table for part in parts for table in part.tables):
         print(table.to_text())
     for reason in absent:
@@ -94,8 +91,15 @@ def _settings(cfg: DictConfig) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.create({"stage": stage, "data": plain(cfg.data)})))
 
 
-def _write_provenance(cells: Iterable[Finished], folder: Path) -> None:
-    """provenance.json: for every setting its key, its cells by task, and their runs."""
+def write_cells(
+    cells: Iterable[Finished], folder: Path, frames: Mapping[str, pd.DataFrame]
+) -> None:
+    """Write the frames that have rows, as NAME.csv; and provenance.json, for every setting its key,
+    its cells by task, and their runs."""
+    for name, frame in frames.items():
+        if len(frame):
+            text = frame.to_csv(index=False, lineterminator="\n")
+            write_atomically(folder / f"{name}.csv", text)
     entries: dict[str, dict[str, Any]] = {}
     for cell, _, provenance, _ in cells:
         key = {k: v for k, v in cell.key.items() if k not in ("data", "task")}

@@ -8,6 +8,7 @@ resumes. The cells are those of stage=eval and stage=hit_rate, so all stages sha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
 from ratplus_exp.stages.loss import Loss, loss_figures, loss_table
 from ratplus_exp.stages.pool import fill_jobs, filled, raise_if_failed
-from ratplus_exp.store import Cell
+from ratplus_exp.store import Cell, Finished
 from ratplus_exp.tasks.qa import QA_FILES, no_file
 from ratplus_exp.tracking import tracked
 
@@ -58,27 +59,30 @@ def ablation(cfg: DictConfig) -> None:
     other settings of `stage.cells`."""
     setting = {name: cfg[name] for name in ("budget", "seed")} | {"tier": cfg.model.tier}
     setting |= {name: cfg.stage[name] for name in ("first_token", "protocol")}
-    cells = fill_cells(cfg)
+    cells = finished(fill_cells(cfg), "eval")
     lengths = tidy(cells).groupby("model")["effective_memory_length"].mean()
     table = model_table(sample_scores(cells), lengths, cfg.stage.models, **setting)
-    show_tracked(cfg, table)
+    show_tracked(cfg, cells, table)
 
 
 def loss(cfg: DictConfig) -> None:
     """stage=loss: held-out loss of models under methods."""
-    found = [cell.key | cell.metrics() for cell in fill_cells(cfg)]
-    show_tracked(cfg, loss_table(found), *loss_figures(found, job_folder()))
+    cells = finished(fill_cells(cfg), "loss")
+    found = [x.cell.key | x.metrics for x in cells]
+    show_tracked(cfg, cells, loss_table(found), *loss_figures(found, job_folder()))
 
 
 def methods(cfg: DictConfig) -> None:
     """stage=methods: every method on both backbones at the same budgets, by accuracy within each,
     with the fractions that attention and selection read, and random selection of equal size (H2).
     """
-    means = method_means(finished(fill_cells(cfg), "eval"))
+    cells = finished(fill_cells(cfg), "eval")
+    means = method_means(cells)
     phases: dict[str, str | None] = {
         name: method_of(configuration(cfg, {"method": name})).phase for name in set(means["method"])
     }
-    show_tracked(cfg, methods_table(means), accuracy_by_read(means, phases, job_folder()))
+    picture = accuracy_by_read(means, phases, job_folder())
+    show_tracked(cfg, cells, methods_table(means), picture)
 
 
 def random_selector(cfg: DictConfig) -> None:
@@ -90,9 +94,10 @@ def random_selector(cfg: DictConfig) -> None:
     """
     cfg = cfg.copy()
     cfg.stage.models = []  # one model, whatever the pair
-    cells = tidy(fill_cells(cfg))
-    setting = {"method": cfg.method.name, "budget": cells["budget"].iloc[0]}
-    show_tracked(cfg, random_table(cells, list(cfg.data.tasks), model=model_name(cfg), **setting))
+    cells = finished(fill_cells(cfg), "eval")
+    setting = {"method": cfg.method.name, "budget": tidy(cells)["budget"].iloc[0]}
+    tasks, model = list(cfg.data.tasks), model_name(cfg)
+    show_tracked(cfg, cells, random_table(tidy(cells), tasks, model=model, **setting))
 
 
 def job_of(cfg: DictConfig) -> Job:
@@ -108,9 +113,10 @@ def fill_cells(cfg: DictConfig) -> list[Cell]:
     return filled(cfg, jobs)
 
 
-def show_tracked(cfg: DictConfig, table: Table, *pictures: Path) -> None:
-    """Print, write and track the one table of a stage; track the pictures beside it."""
+def show_tracked(cfg: DictConfig, cells: Sequence[Finished], table: Table, *pictures: Path) -> None:
+    """Print, write and track the one table of a stage, and write its cells; track the pictures."""
     show(table, cfg.stage.name)
+    report.write_cells(cells, job_folder(), {"cells": tidy(cells)})
     for picture in pictures:
         print(f"Figure: {picture}.")
     with tracked(cfg, job_folder()) as tracker:

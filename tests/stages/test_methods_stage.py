@@ -1,5 +1,7 @@
 """stage=methods: every method at equal budgets, in one table and one figure."""
 
+import json
+
 import pandas as pd
 import pytest
 
@@ -32,5 +34,9 @@ def test_methods_stand_in_one_table(job, pair, monkeypatch):
         read = same.loc[same["selector"] == "topk", "budget_measured"].mean()
         assert float(row["Read"]) == pytest.approx(read, abs=0.00051)
         assert (float(row["Choosing"]) > 0) == (row["Method"] == "quest")
+    written = pd.read_csv(job.folder / "job" / "cells.csv")
+    assert sorted(written["cell"]) == sorted(cells["cell"])
+    provenance = json.loads((job.folder / "job" / "provenance.json").read_text())
+    assert {x for entry in provenance for x in entry["cells"].values()} == {*cells["cell"]}
     for _, rows in table.groupby("Budget"):
         assert rows["RAT+"].astype(float).is_monotonic_decreasing
