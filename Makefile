@@ -129,7 +129,7 @@ gpu-dry: $(GPU_VENV)/.installed ## scripts/gpu.py in miniature, with the version
 
 $(GPU_VENV)/.installed: pyproject.toml constraints-gpu.txt
 	@test -x $(GPU_VENV)/bin/pip || $(GPU_PYTHON) -m venv $(GPU_VENV)
-	@$(GPU_VENV)/bin/python -m pip install --quiet -c constraints-gpu.txt -e . pytest pytest-timeout pytest-xdist
+	@$(GPU_VENV)/bin/python -m pip install --quiet -c constraints-gpu.txt -e '.[lora]' pytest pytest-timeout pytest-xdist
 	@$(GPU_VENV)/bin/python -m pip install --quiet --target $(GPU_VENV)/numpy2.3 numpy==2.3.5
 	@touch $@
 

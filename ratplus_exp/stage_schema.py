@@ -164,6 +164,7 @@ class Training(Settings):
     alternate: bool
     prefix: Literal["random", "prompt"] | None = None
     sparse_only_tokens: Whole
+    low_rank: Whole = 0
     workers: Threads = 0
     dtype: Dtype | None = None  # of the saved weights; null: as they are trained
     optimizer: TrainSettings

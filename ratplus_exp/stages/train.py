@@ -22,6 +22,7 @@ from ratplus_exp.config import build, forms_of, plain, reserve_of
 from ratplus_exp.cost import Shape
 from ratplus_exp.distributed import barrier, from_rank_0, process_group, rank, world_size
 from ratplus_exp.methods import Dilated
+from ratplus_exp.models import low_rank
 from ratplus_exp.models.building import MEMORY_SETTINGS, add_memory, config_for, new_model
 from ratplus_exp.models.loading import (
     check_model,
@@ -101,7 +102,7 @@ def sft(cfg: DictConfig) -> None:
 def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = "") -> None:
     """Train in stage.folder, resuming there, and save the model in Hugging Face's format."""
     folder = Path(cfg.stage.folder)
-    target = folder / "model"
+    target, small = folder / "model", folder / low_rank.FILE
     schedule = schedule_of(cfg)
     settings = build(TrainSettings, plain(cfg.stage.optimizer), "stage.optimizer")
     sparse = build(Dilated, plain(cfg.stage.joint), "stage.joint") if cfg.stage.joint else None
@@ -115,29 +116,35 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
         refuse_target(target)
         with process_group(device):
             model = _model(cfg, tokenizer)
+            if cfg.stage.low_rank:
+                low_rank.add_low_rank(model, cfg.stage.low_rank)
             if settings.precision == "auto":
                 precision = from_rank_0(partial(_precision, model, device, folder))
                 settings = replace(settings, precision=precision)
-            if rank() == 0:
-                _record_start(cfg, folder, settings.precision)
-            with tracked(cfg, folder) as tracker:
-                trainer = Trainer(
-                    model,
-                    batch,
-                    schedule,
-                    settings,
-                    folder,
-                    sparse=sparse,
-                    alternate=cfg.stage.alternate,
-                    prefix=cfg.stage.prefix,
-                    sparse_only_steps=cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step,
-                    log=tracker.log,
-                    device=device,
-                    data=data,
-                    workers=cfg.stage.get("workers", 0),
-                )
-                trainer.run(f"{cfg.stage.name} {cfg.model.name}")
+            if not small.exists():
+                if rank() == 0:
+                    _record_start(cfg, folder, settings.precision)
+                with tracked(cfg, folder) as tracker:
+                    trainer = Trainer(
+                        *(model, batch, schedule, settings, folder),
+                        sparse=sparse,
+                        alternate=cfg.stage.alternate,
+                        prefix=cfg.stage.prefix,
+                        sparse_only_steps=cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step,
+                        log=tracker.log,
+                        device=device,
+                        data=data,
+                        workers=cfg.stage.get("workers", 0),
+                    )
+                    trainer.run(f"{cfg.stage.name} {cfg.model.name}")
             weights = whole_state_dict(model)
+            if cfg.stage.low_rank and rank() == 0:
+                origin = weights_digest(resolve(cfg.stage.init)) if cfg.stage.init else ""
+                if not small.exists():
+                    low_rank.save_trained(model, weights, small, origin)
+                wrapper = low_rank.add_low_rank(_model(cfg, tokenizer), cfg.stage.low_rank)
+                model = low_rank.merge_trained(wrapper, small, origin)
+                weights = whole_state_dict(model)
             if rank() == 0:
                 if cfg.stage.dtype:  # tied weights stay one tensor
                     dtype = getattr(torch, cfg.stage.dtype)
@@ -239,7 +246,7 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
     def fixed(config: dict[str, Any]) -> dict[str, Any]:
         free = ("folder", "optimizer", "workers")
         stage = {k: v for k, v in config["stage"].items() if k not in free}
-        stage = {"alternate": False, "prefix": None} | stage  # trainings begun before these
+        stage = {"alternate": False, "prefix": None, "low_rank": 0} | stage  # begun before these
         data = {k: config["data"][k] for k in ("length", "forms", "essay")}
         if "mixture" in stage:
             trained = [task for task, weight in stage["mixture"].items() if weight]

@@ -1,8 +1,11 @@
 """SmolLM2's recipes with a tiny Llama in its place: the memory is added, trained and evaluated."""
 
 import json
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from ratplus_exp.analysis import tidy
@@ -34,3 +37,32 @@ def test_from_text_to_an_evaluated_llama_with_the_memory(job, stock_model, tmp_p
     job("model=smollm2_135m_ratplus", trained, *pocket, *tasks)
     cells = tidy(Store(tmp_path / "results"))
     assert list(cells["backbone"]) == ["RAT+"] and cells["effective_memory_length"].notna().all()
+
+
+def test_a_small_file_makes_the_trained_model_again(job, stock_model, tmp_path):
+    """Low-rank updates and the memory alone are trained, and the model is made of them twice."""
+    start = stock_model(LlamaForCausalLM, num_key_value_heads=1)
+    small = ["data=pocket", "data.length=128", "stage.schedule=[[1024,128]]", "stage.low_rank=2"]
+    small += ["stage.tokens_per_step=512", "stage.optimizer.memory_lr=0.01", "stage.optimizer.precision=fp32"]
+    words = ["experiment=smollm2_sft", f"stage.init={start}", *small]
+    job(*words)
+    folder = tmp_path / "training/smollm2_135m_ratplus_sft"
+    model, file = folder / "model/model.safetensors", folder / "trained.safetensors"
+    before, first = load_file(start / "model.safetensors"), load_file(model)
+    trained = load_file(file)
+    assert all("lora_" in name or ".memory." in name for name in trained)
+    changed = {name for name in before if not torch.equal(before[name], first[name].float())}
+    assert changed and all("_proj" in name for name in changed)
+    for name in changed:  # W + B A
+        a, b = (trained[name.replace("weight", f"lora_{x}.default.weight")] for x in "AB")
+        assert b.abs().max() > 0
+        torch.testing.assert_close(first[name], before[name] + b.float() @ a.float())
+    shutil.rmtree(folder / "model")
+    for path in folder.glob("checkpoint-*"):
+        path.unlink()
+    job(*words)
+    assert load_file(model).keys() == first.keys()
+    assert all(torch.equal(x, first[name]) for name, x in load_file(model).items())
+    shutil.rmtree(folder / "model")
+    with pytest.raises(ValueError, match="another stage.low_rank"):
+        job(*words, "stage.low_rank=3")
