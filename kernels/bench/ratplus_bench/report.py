@@ -187,7 +187,7 @@ def _plot(path: Path, frame: pd.DataFrame, device: str) -> None:
         return
     rows = math.ceil(len(suites) / COLUMNS)
     figure, panels = plt.subplots(
-        rows, COLUMNS, squeeze=False, figsize=(6 * COLUMNS, 4 * rows), layout="constrained"
+        rows, COLUMNS, squeeze=False, figsize=(7 * COLUMNS, 4 * rows), layout="constrained"
     )
     for panel in panels.flat[len(suites) :]:
         panel.axis("off")
@@ -195,14 +195,15 @@ def _plot(path: Path, frame: pd.DataFrame, device: str) -> None:
         cases = [*mine["case"].unique()]
         times = mine.pivot(index="case", columns="form", values="seconds")
         times = times[mine["form"].unique()].assign(floor=mine.groupby("case")["floor"].first())
-        marks = [*["o"] * (times.shape[1] - 1), "k_"]
-        times.loc[cases].plot(ax=panel, style=marks, logy=True, xlabel="", ylabel="seconds")
+        style = {"style": [*["o"] * (times.shape[1] - 1), "_"], "xlabel": "", "ylabel": "seconds"}
+        colors = [*plt.get_cmap("tab20").colors[: times.shape[1] - 1], "black"]
+        times.loc[cases].plot(ax=panel, color=colors, logy=True, **style)
         words = [case.split() for case in cases]
         shared = set.intersection(*map(set, words)) if len(words) > 1 else set()
         labels = [" ".join(x for x in of_case if x not in shared) for of_case in words]
         panel.set_xticks(range(len(cases)), labels, rotation=20, ha="right", fontsize=7)
         panel.set_title(suite, fontsize=10)
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(device)
     figure.savefig(path, dpi=110)
     plt.close(figure)
