@@ -18,7 +18,7 @@ from omegaconf.errors import MissingMandatoryValue
 from ratplus_exp.budget import Budget
 from ratplus_exp.schema import Config, LayersSettings, MethodConfig
 from ratplus_exp.settings import build
-from ratplus_exp.stage_schema import Convert, Pretrain, Sft
+from ratplus_exp.stage_schema import Convert, Pretrain, Sft, Training
 from ratplus_exp.tasks import GOLDEN, Forms, Others
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def check(settings: Mapping[str, Any]) -> Config:
         build(MethodConfig, {x: method[x] for x in COMMON if x in method}, "method")
     for style in config.stage.styles if isinstance(config.stage, Pretrain) else ():
         build(Forms, settings["data"]["forms"] | style, "stage.styles")
+    if isinstance(config.stage, Training) and config.stage.low_rank and not config.stage.init:
+        raise ValueError("stage.low_rank freezes a trained model: set stage.init to its folder")
     if isinstance(config.stage, Sft) and not any(config.stage.mixture.values()):
         raise ValueError("stage.mixture is empty or all 0: give some task a positive weight")
     if config.oracle_heads and config.selector != "oracle":

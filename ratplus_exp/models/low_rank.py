@@ -11,14 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ratplus_exp.memory import Memory
+from ratplus_exp.models.families import OutputGate
 
 FILE = "trained.safetensors"
 DTYPE = torch.bfloat16  # of the file
 
 
-def add_low_rank(model: nn.Module, rank: int) -> Any:
+def add_low_rank(model: nn.Module, rank: int, seed: int) -> Any:
     """Add updates of a rank to the linear layers of the decoder, in place, and freeze all other
-    weights but the memory. The updates are zero at first. Returns peft's wrapper of the model.
+    weights but the memory and output gates. The updates are zero at first. Returns peft's wrapper
+    of the model.
 
     ValueError if peft is not installed.
     """
@@ -26,17 +28,21 @@ def add_low_rank(model: nn.Module, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError:
         raise ValueError("stage.low_rank needs peft: pip install 'ratplus_exp[lora]'") from None
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
-    wrapper: Any = get_peft_model(model, config)
-    for module in model.modules():
-        if isinstance(module, Memory):
-            module.requires_grad_(True)
+    whole = [name for name, x in model.named_modules() if isinstance(x, Memory | OutputGate)]
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules="all-linear", exclude_modules=whole or None
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        wrapper: Any = get_peft_model(model, config)
+    for name in whole:
+        model.get_submodule(name).requires_grad_(True)
     return wrapper
 
 
 def save_trained(model: nn.Module, weights: Mapping[str, Tensor], file: Path, origin: str) -> None:
-    """Write the weights that are trained, of all of a model's. origin: digest of the weights that
-    the training began with."""
+    """Write the weights that are trained, of all of a model's. origin: digest of the training's
+    configuration and of the weights that it began with."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     trained = {name: weights[name].to(DTYPE).contiguous() for name in names}
     partial = file.with_suffix(".partial")
@@ -44,22 +50,17 @@ def save_trained(model: nn.Module, weights: Mapping[str, Tensor], file: Path, or
     partial.replace(file)
 
 
-def merge_trained(wrapper: Any, file: Path, origin: str) -> nn.Module:
-    """The plain model with the weights of a file of `save_trained`; wrapper: of `add_low_rank`.
-
-    ValueError for a file of another rank, or of other weights than `origin`.
-    """
-    model = wrapper.get_base_model()
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    trained = load_file(file)
+def origin_of(file: Path) -> str | None:
+    """The origin of a file of `save_trained`."""
     with safe_open(file, framework="pt") as opened:
-        same = (opened.metadata() or {}).get("origin") == origin
-    if not same or {n: x.shape for n, x in trained.items()} != {n: p.shape for n, p in own.items()}:
-        raise ValueError(
-            f"{file} was trained from other weights or with another stage.low_rank: set "
-            "stage.init and stage.low_rank as there, or remove it"
-        )
+        return (opened.metadata() or {}).get("origin")
+
+
+def merge_trained(wrapper: Any, file: Path) -> nn.Module:
+    """The plain model with the weights of a file of `save_trained`; wrapper: of `add_low_rank`."""
+    trained = load_file(file)
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(trained[name])
+        for name, parameter in wrapper.get_base_model().named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(trained[name])
     return wrapper.merge_and_unload()

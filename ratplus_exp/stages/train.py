@@ -8,6 +8,7 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +118,13 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
         with process_group(device):
             model = _model(cfg, tokenizer)
             if cfg.stage.low_rank:
-                low_rank.add_low_rank(model, cfg.stage.low_rank)
+                low_rank.add_low_rank(model, cfg.stage.low_rank, cfg.seed)
             if settings.precision == "auto":
                 precision = from_rank_0(partial(_precision, model, device, folder))
                 settings = replace(settings, precision=precision)
+            if rank() == 0:
+                _record_start(cfg, folder, settings.precision)
             if not small.exists():
-                if rank() == 0:
-                    _record_start(cfg, folder, settings.precision)
                 with tracked(cfg, folder) as tracker:
                     trainer = Trainer(
                         *(model, batch, schedule, settings, folder),
@@ -139,11 +140,11 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
                     trainer.run(f"{cfg.stage.name} {cfg.model.name}")
             weights = whole_state_dict(model)
             if cfg.stage.low_rank and rank() == 0:
-                origin = weights_digest(resolve(cfg.stage.init)) if cfg.stage.init else ""
                 if not small.exists():
-                    low_rank.save_trained(model, weights, small, origin)
-                wrapper = low_rank.add_low_rank(_model(cfg, tokenizer), cfg.stage.low_rank)
-                model = low_rank.merge_trained(wrapper, small, origin)
+                    low_rank.save_trained(model, weights, small, _origin(cfg))
+                plain_model = _model(cfg, tokenizer)
+                wrapper = low_rank.add_low_rank(plain_model, cfg.stage.low_rank, cfg.seed)
+                model = low_rank.merge_trained(wrapper, small)
                 weights = whole_state_dict(model)
             if rank() == 0:
                 if cfg.stage.dtype:  # tied weights stay one tensor
@@ -234,33 +235,44 @@ def _model(cfg: DictConfig, tokenizer: Tokenizer) -> PreTrainedModel:
 def _past(folder: Path) -> list[dict[str, Any]]:
     """Earlier starts of the training in the folder; none before its first checkpoint, so that the
     settings of a failed start can be corrected."""
-    file = folder / "provenance.json"
-    begun = Checkpoints(folder).kept() or weight_files(folder / "model")[0].exists()
+    file, results = folder / "provenance.json", (weight_files(folder / "model")[0], low_rank.FILE)
+    begun = Checkpoints(folder).kept() or any((folder / result).exists() for result in results)
     return json.loads(file.read_text(encoding="utf-8")) if begun and file.exists() else []
 
 
 def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
     """ValueError if settings other than rates and execution differ from those of the first start.
     The checkpoint identifies the corpus, by its content."""
-
-    def fixed(config: dict[str, Any]) -> dict[str, Any]:
-        free = ("folder", "optimizer", "workers")
-        stage = {k: v for k, v in config["stage"].items() if k not in free}
-        stage = {"alternate": False, "prefix": None, "low_rank": 0} | stage  # begun before these
-        data = {k: config["data"][k] for k in ("length", "forms", "essay")}
-        if "mixture" in stage:
-            trained = [task for task, weight in stage["mixture"].items() if weight]
-            texts = {"qa" if task in QA_FILES else task for task in trained} - TASKS.keys()
-            data |= {k: config["data"].get(k) for k in ("path", *texts)}
-        stage |= {k: x for k, x in config["stage"]["optimizer"].items() if k not in CHANGEABLE}
-        model = {k: config["model"][k] for k in ("backbone", "architecture")}
-        return {"model": model, "data": data, "stage": stage, "seed": config["seed"]}
-
-    past = _past(folder)
-    if past and fixed(past[0]["config"]) != fixed(plain(cfg)):
+    past, small = _past(folder), folder / low_rank.FILE
+    other = bool(past) and _fixed(past[0]["config"]) != _fixed(plain(cfg))
+    if small.exists():  # and maybe alone, without its provenance
+        other |= not cfg.stage.low_rank or low_rank.origin_of(small) != _origin(cfg)
+    if other:
         raise ValueError(
             f"{folder} holds a training with another configuration: delete it or set stage.folder"
         )
+
+
+def _fixed(config: dict[str, Any]) -> dict[str, Any]:
+    """What does not change when a training resumes."""
+    free = ("folder", "optimizer", "workers")
+    stage = {k: v for k, v in config["stage"].items() if k not in free}
+    stage = {"alternate": False, "prefix": None, "low_rank": 0} | stage  # begun before these
+    data = {k: config["data"][k] for k in ("length", "forms", "essay")}
+    if "mixture" in stage:
+        trained = [task for task, weight in stage["mixture"].items() if weight]
+        texts = {"qa" if task in QA_FILES else task for task in trained} - TASKS.keys()
+        data |= {k: config["data"].get(k) for k in ("path", *texts)}
+    stage |= {k: x for k, x in config["stage"]["optimizer"].items() if k not in CHANGEABLE}
+    model = {k: config["model"][k] for k in ("backbone", "architecture")}
+    return {"model": model, "data": data, "stage": stage, "seed": config["seed"]}
+
+
+def _origin(cfg: DictConfig) -> str:
+    """A digest of what does not change, wherever `stage.init` is, and of its weights."""
+    fixed = _fixed(plain(cfg))
+    fixed["stage"]["init"] = weights_digest(resolve(cfg.stage.init))
+    return sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _precision(model: PreTrainedModel, device: torch.device, folder: Path) -> Any:

@@ -285,7 +285,7 @@ class Trainer:
     def _blank_state(self) -> dict[str, Any]:
         """A state of the right shapes; the step that makes the optimizer's moments changes the
         weights, which are loaded next."""
-        for p in self.model.parameters():
+        for p in (p for group in self.optimizer.param_groups for p in group["params"]):
             p.grad = torch.zeros_like(p)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

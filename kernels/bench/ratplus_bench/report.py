@@ -196,7 +196,7 @@ def _plot(path: Path, frame: pd.DataFrame, device: str) -> None:
         times = mine.pivot(index="case", columns="form", values="seconds")
         times = times[mine["form"].unique()].assign(floor=mine.groupby("case")["floor"].first())
         style = {"style": [*["o"] * (times.shape[1] - 1), "_"], "xlabel": "", "ylabel": "seconds"}
-        colors = [*plt.get_cmap("tab20").colors[: times.shape[1] - 1], "black"]
+        colors = [*map(plt.get_cmap("tab20"), range(times.shape[1] - 1)), "black"]
         times.loc[cases].plot(ax=panel, color=colors, logy=True, **style)
         words = [case.split() for case in cases]
         shared = set.intersection(*map(set, words)) if len(words) > 1 else set()
