@@ -183,8 +183,8 @@ look: $(STAMP) ## what each head keeps of one prompt: a page and a picture (SET=
 p2: $(if $(filter pocket,$(PAIR)),$(adapted)) $(STAMP) ## P2's held-out loss by dilation, before and after adaptation (-j2: on two cores)
 	$(RUN) experiment=p2_dilation pair=$(PAIR) hydra.run.dir=outputs/reports/$(PAIR)/p2 $(SET)
 
-ruler13: $(if $(filter pocket,$(PAIR)),$(ruler13_models)) $(STAMP) ## all of RULER's tasks at one budget (SET='data.qa.squad=FILE data.qa.hotpotqa=FILE')
-	$(SWEEP) $(if $(filter pocket,$(PAIR)),'stage.models=[pocket_attention_ruler13$(comma)pocket_ratplus_ruler13]' 'stage.trainings=[0]')
+ruler13: $(if $(filter pocket,$(PAIR)),$(ruler13_models)) $(STAMP) ## all of RULER's tasks at one budget; trains the pocket pair on them first (SET='data.qa.squad=FILE data.qa.hotpotqa=FILE')
+	$(RUN) experiment=$@ pair=$(PAIR) $(if $(filter pocket,$(PAIR)),'stage.models=[pocket_attention_ruler13$(comma)pocket_ratplus_ruler13]' 'stage.trainings=[0]') $(SET)
 
 protocols: $(STAMP) ## selection for the whole prompt, and before the question is known
 	$(SWEEP)

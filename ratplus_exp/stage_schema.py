@@ -40,6 +40,7 @@ else:
 
 Protocol = Literal["whole", "split"]
 Figure = Literal["fig1", "fig2", "fig3", "fig4", "lengths"]
+Scorer = Literal["exact", "substring"]
 Output = Literal["table2", "table3", "table4", "table5", Figure, "tasks", "report"]
 
 
@@ -97,6 +98,7 @@ class Grids(Measuring):
 @dataclass(frozen=True, kw_only=True)
 class RandomSelector(Grids):
     name: Literal["random_selector"]
+    scorer: Scorer
     selector_seeds: Seeds
     cells: dict[Name, Grid]
 
@@ -104,6 +106,7 @@ class RandomSelector(Grids):
 @dataclass(frozen=True, kw_only=True)
 class Ablation(Grids):
     name: Literal["ablation"]
+    scorer: Scorer
     models: Annotated[Names, Field(min_length=2)]
     methods: Annotated[Names, Field(min_length=1)]
     cells: dict[Name, Grid] = field(default_factory=dict)
@@ -118,6 +121,7 @@ class Loss(Grids):
 @dataclass(frozen=True, kw_only=True)
 class MethodsStage(Grids):
     name: Literal["methods"]
+    scorer: Scorer
     budgets: list[Fraction]
     patterns: Names
     selecting: Names
@@ -140,7 +144,7 @@ class Report(Settings):
     models: Names
     trainings: Seeds
     outputs: dict[Output, bool]
-    scorer: Literal["exact", "substring"]
+    scorer: Scorer
     first_token: FirstToken
     protocol: Protocol  # which of the cells
     folder: Text | None

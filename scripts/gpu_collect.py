@@ -31,7 +31,10 @@ PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("table3/cells.csv", "table3/table3.md", "table3/provenance.json", "training/*/*.json*"),
     ),
     "small": ("small/{device}", ("report/*", "training/*/*.json*")),
-    "smollm2": ("smollm2/{device}", ("training/*/*.json*", "reports/*/*")),
+    "smollm2": (
+        "smollm2/{device}",
+        ("training/*/*.json*", "training/*/trained.safetensors", "reports/*/*"),
+    ),
 }
 
 # The aims of the kernels, of which docs/kernels.md has its table: suite, shape, the form that is

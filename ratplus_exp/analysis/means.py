@@ -10,7 +10,6 @@ from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate
 from ratplus_exp.analysis.frame import (
     BACKBONES,
     DENSE,
-    SCORERS,
     SETTING,
     TASKS,
     backbones_of,
@@ -62,7 +61,7 @@ def selector_means(draws: Bootstrap) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*SETTING, "side", "selector", "estimate", "n"])
 
 
-def method_means(cells: Sequence[Finished]) -> pd.DataFrame:
+def method_means(cells: Sequence[Finished], scorer: str) -> pd.DataFrame:
     """A row for each method and budget, in the order of the budgets and of the last backbone's
     accuracy.
 
@@ -75,7 +74,7 @@ def method_means(cells: Sequence[Finished]) -> pd.DataFrame:
     choosing = {x.cell.id: x.metrics.get("choosing_measured", 0.0) for x in cells}
     by_cell = by_cell.assign(choosing=by_cell["cell"].map(choosing))
     place = ["method", "budget"]
-    draws = Bootstrap(sample_scores(cells), SCORERS[0], [*place, "selector", "backbone"])
+    draws = Bootstrap(sample_scores(cells), scorer, [*place, "selector", "backbone"])
     backbones = backbones_of(by_cell)
     every = {kind: [g for g in draws.trainings if g[2] == kind] for kind in ("topk", "random")}
     n = min(draws.count(task, every["topk"]) for task in draws.tasks)

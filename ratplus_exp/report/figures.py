@@ -96,7 +96,9 @@ def accuracy_by_task(results: Results, folder: Path) -> Path | None:
     budgets = by_size(cells.loc[cells["method"] != "dense", "budget"].mode())[:1]
     cells = cells[cells["budget"].isin(["1", *budgets])]
     order = {method: i for i, method in enumerate(("dense", *METHODS))}
-    panels_of = sorted(cells.groupby(["method", "protocol"]), key=lambda x: order[x[0][0]])
+    panels_of = sorted(
+        cells.groupby(["method", "protocol"]), key=lambda x: (order[x[0][0]], x[0][1] == "split")
+    )
     names = {}
     for (method, protocol), own in panels_of:
         setting = (method, own["block_size"].mode()[0], *own[["budget", "selector"]].iloc[0])
@@ -104,7 +106,7 @@ def accuracy_by_task(results: Results, folder: Path) -> Path | None:
         shown = words[: 1 if method == "dense" else 3 if protocol == "split" else 2]
         names[setting, protocol] = ", ".join(shown)
     tasks = [task for task in ALL_TASKS if task in set(cells["task"])]
-    title, width = sentence("tasks_title", r=results), 0.5 + 0.26 * len(tasks)
+    title, width = sentence("tasks_title", r=results), max(2.5, 0.5 + 0.26 * len(tasks))
     if not names:
         return None
     with drawing(folder / "tasks", title, names, "accuracy, %", width=width) as panels:

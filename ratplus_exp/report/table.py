@@ -24,7 +24,7 @@ _NARROW = tabulate.TableFormat(
 )
 _ESCAPES = str.maketrans(dict(tabulate.LATEX_ESCAPE_RULES))
 _SYMBOLS = str.maketrans(
-    {"—": "---", "–": "--", "−": "$-$", "±": r"$\pm$", "Δ": r"$\Delta$", "ρ": r"$\rho$"}
+    {"[": "{[}", "—": "---", "–": "--", "−": "$-$", "±": r"$\pm$", "Δ": r"$\Delta$", "ρ": r"$\rho$"}
 )
 
 
@@ -104,15 +104,16 @@ class Table:
 
     def to_markdown(self) -> str:
         """A GitHub table under its title, the caption below."""
-        rows = tuple(tuple(cell.replace("|", r"\|") for cell in row) for row in self.rows)
-        body = replace(self, rows=rows).formatted("pipe", breaks=False)
+        columns, *rows = (
+            tuple(cell.replace("|", r"\|") for cell in row) for row in (self.columns, *self.rows)
+        )
+        escaped = replace(self, columns=columns, rows=tuple(rows))
+        body = escaped.formatted("pipe", breaks=False)
         return f"### {self.title}\n\n{body}\n\n{self.caption}\n"
 
     def to_latex(self) -> str:
         """A table* float; the document needs the booktabs package."""
-        caption = f"{self.title}. {self.caption}".translate(
-            str.maketrans(tabulate.LATEX_ESCAPE_RULES)
-        )
+        caption = f"{self.title}. {self.caption}".translate(_ESCAPES)
         text = (
             f"\\begin{{table*}}\n\\caption{{{caption}}}\n"
             "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}\n"

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, spread
-from ratplus_exp.analysis.frame import BACKBONES, SCORERS, SETTING, TASKS, backbones_of, select
+from ratplus_exp.analysis.frame import BACKBONES, SETTING, TASKS, backbones_of, select
 from ratplus_exp.analysis.hits import MEAN, estimate, ranked_heads
 from ratplus_exp.analysis.means import GAP
 from ratplus_exp.analysis.pattern import DECISIVE, FEWEST, SOLVED, patterns, rank_agreement
@@ -170,7 +170,11 @@ def selector_table(results: Results) -> Table:
 
 
 def model_table(
-    samples: pd.DataFrame, lengths: Mapping[str, float], models: Sequence[str], **setting: Any
+    samples: pd.DataFrame,
+    lengths: Mapping[str, float],
+    models: Sequence[str],
+    scorer: str,
+    **setting: Any,
 ) -> Table:
     """Models side by side: the mean over the tasks in each setting, over the samples that all
     models answered, and each model's difference to the first.
@@ -179,7 +183,7 @@ def model_table(
     setting: their tier, budget, seed, first_token, protocol.
     """
     place = ["method", "budget", "selector"]
-    draws = Bootstrap(samples, SCORERS[0], [*place, "model"])
+    draws = Bootstrap(samples, scorer, [*place, "model"])
     order = ("dense", *METHODS)
     settings = sorted(
         set(samples[place].itertuples(index=False, name=None)),
@@ -194,17 +198,19 @@ def model_table(
             first: np.ndarray = 100 * draws.mean((*own, models[0]), among=groups)
             row += [mean[0], "" if model == models[0] else Estimate.of(mean - first)]
         rows.append(tuple(row))
+    main = [setting["budget"], "1", "topk"]  # in the title, or of dense attention
     names = [
-        METHODS.get(method, method) + (f" {budget} random" if selector == "random" else "")
-        for method, budget, selector in settings
+        " ".join((METHODS.get(method, method), *(x for x in own if x not in main)))
+        for method, *own in settings
     ]
     columns = ("Model", "Length", *(column for name in names for column in (name, f"Δ {name}")))
     n = min(draws.count(t, [(*x, m) for m in models]) for x in settings for t in draws.tasks)
     about = setting | {"trainings": sorted(map(int, samples["training"].unique()))}
+    about["scorer"] = scorer
     return Table.described("models", columns, rows, group=0, r=about, n=n, first_model=models[0])
 
 
-def methods_table(means: pd.DataFrame) -> Table:
+def methods_table(means: pd.DataFrame, scorer: str) -> Table:
     """The table of `method_means`, its rows grouped by budget."""
     names = {"budget": "Budget", "method": "Method", "read": "Read", "choosing": "Choosing"}
     names |= {b: b for b in BACKBONES} | {"gain": "Δ 95 %"}
@@ -214,10 +220,10 @@ def methods_table(means: pd.DataFrame) -> Table:
         tuple(number(row[x], 3) if x in ("read", "choosing") else row[x] for x in shown)
         for row in means.to_dict("records")
     ]
-    return Table.described("methods", [names[name] for name in shown], rows)
+    return Table.described("methods", [names[name] for name in shown], rows, scorer=scorer)
 
 
-def random_table(cells: pd.DataFrame, tasks: Iterable[str], **values: Any) -> Table:
+def random_table(cells: pd.DataFrame, tasks: Iterable[str], scorer: str, **values: Any) -> Table:
     """One model and setting: a row a selector, a column a task, mean ± std over selector seeds.
 
     cells: rows of `tidy`; values: the setting, for the title.
@@ -226,10 +232,10 @@ def random_table(cells: pd.DataFrame, tasks: Iterable[str], **values: Any) -> Ta
     for name in ("random", "topk", "oracle"):
         side = cells[cells["selector"] == name]
         parts = [*(side[side["task"] == task] for task in tasks), side]
-        texts = [plus_minus(*spread(part, SCORERS[0])[:2]) for part in parts]
+        texts = [plus_minus(*spread(part, scorer)[:2]) for part in parts]
         rows.append((name, *texts, side["n"].min(), side["selector_seed"].nunique()))
     columns = ("Selector", *tasks, "Mean", "n", "seeds")
-    return Table.described("random", columns, rows, group=0, **values)
+    return Table.described("random", columns, rows, group=0, scorer=scorer, **values)
 
 
 def cost_table(cost: pd.DataFrame) -> Table:

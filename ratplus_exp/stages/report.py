@@ -50,7 +50,8 @@ def run(cfg: DictConfig) -> None:
     shown = list(results.protocols.values()) if "tasks" in outputs else [results]
     cells = pd.concat([part.cells for part in shown]).drop_duplicates("cell")
     used = {x.cell.id: x for part in shown for x in part.used}.values()
-    write_cells(used, folder, {"cells": cells, "hit_rates": results.rates})
+    rates = {"hit_rates": results.rates} if len(results.rates) else {}
+    write_cells(used, folder, {"cells": cells} | rates)
     for table in (table for part in parts for table in part.tables):
         print(table.to_text())
     for reason in absent:
@@ -94,12 +95,11 @@ def _settings(cfg: DictConfig) -> str:
 def write_cells(
     cells: Iterable[Finished], folder: Path, frames: Mapping[str, pd.DataFrame]
 ) -> None:
-    """Write the frames that have rows, as NAME.csv; and provenance.json, for every setting its key,
-    its cells by task, and their runs."""
+    """Write the frames as NAME.csv; and provenance.json, for every setting its key, its cells by
+    task, and their runs."""
     for name, frame in frames.items():
-        if len(frame):
-            text = frame.to_csv(index=False, lineterminator="\n")
-            write_atomically(folder / f"{name}.csv", text)
+        text = frame.to_csv(index=False, lineterminator="\n")
+        write_atomically(folder / f"{name}.csv", text)
     entries: dict[str, dict[str, Any]] = {}
     for cell, _, provenance, _ in cells:
         key = {k: v for k, v in cell.key.items() if k not in ("data", "task")}

@@ -61,7 +61,8 @@ def ablation(cfg: DictConfig) -> None:
     setting |= {name: cfg.stage[name] for name in ("first_token", "protocol")}
     cells = finished(fill_cells(cfg), "eval")
     lengths = tidy(cells).groupby("model")["effective_memory_length"].mean()
-    table = model_table(sample_scores(cells), lengths, cfg.stage.models, **setting)
+    models, scorer = list(cfg.stage.models), cfg.stage.scorer
+    table = model_table(sample_scores(cells), lengths, models, scorer, **setting)
     show_tracked(cfg, cells, table)
 
 
@@ -77,12 +78,12 @@ def methods(cfg: DictConfig) -> None:
     with the fractions that attention and selection read, and random selection of equal size (H2).
     """
     cells = finished(fill_cells(cfg), "eval")
-    means = method_means(cells)
+    means = method_means(cells, cfg.stage.scorer)
     phases: dict[str, str | None] = {
         name: method_of(configuration(cfg, {"method": name})).phase for name in set(means["method"])
     }
     picture = accuracy_by_read(means, phases, job_folder())
-    show_tracked(cfg, cells, methods_table(means), picture)
+    show_tracked(cfg, cells, methods_table(means, cfg.stage.scorer), picture)
 
 
 def random_selector(cfg: DictConfig) -> None:
@@ -96,8 +97,8 @@ def random_selector(cfg: DictConfig) -> None:
     cfg.stage.models = []  # one model, whatever the pair
     cells = finished(fill_cells(cfg), "eval")
     setting = {"method": cfg.method.name, "budget": tidy(cells)["budget"].iloc[0]}
-    tasks, model = list(cfg.data.tasks), model_name(cfg)
-    show_tracked(cfg, cells, random_table(tidy(cells), tasks, model=model, **setting))
+    setting |= {"model": model_name(cfg), "scorer": cfg.stage.scorer}
+    show_tracked(cfg, cells, random_table(tidy(cells), list(cfg.data.tasks), **setting))
 
 
 def job_of(cfg: DictConfig) -> Job:
@@ -114,9 +115,11 @@ def fill_cells(cfg: DictConfig) -> list[Cell]:
 
 
 def show_tracked(cfg: DictConfig, cells: Sequence[Finished], table: Table, *pictures: Path) -> None:
-    """Print, write and track the one table of a stage, and write its cells; track the pictures."""
+    """Print, write and track the one table of a stage, and write its cells; track the pictures.
+    The cells of stage=loss are the rows of its table."""
     show(table, cfg.stage.name)
-    report.write_cells(cells, job_folder(), {"cells": tidy(cells)})
+    frames = {} if cfg.stage.name == "loss" else {"cells": tidy(cells)}
+    report.write_cells(cells, job_folder(), frames)
     for picture in pictures:
         print(f"Figure: {picture}.")
     with tracked(cfg, job_folder()) as tracker:

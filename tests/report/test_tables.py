@@ -14,6 +14,7 @@ import pytest
 from ratplus_exp.analysis import TASKS, accuracies, sample_scores, tidy
 from ratplus_exp.analysis.frame import COLUMNS
 from ratplus_exp.report import Table
+from ratplus_exp.report import figures as drawn
 from ratplus_exp.report.accuracy import accuracy_table, tasks_table
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.tables import selector_table
@@ -291,6 +292,27 @@ def test_protocols_stand_in_one_table_of_all_tasks(store):
     assert [row["Mean"] for row in split] == ["—", "32.2"]
     assert table.columns.index("vt") == table.columns.index("MQ") + 1
     assert make(store, protocol="split").title != make(store).title
+
+
+def test_a_figure_has_a_panel_for_each_method_and_protocol(store, tmp_path, monkeypatch):
+    add_all(store, 4, 7, first_token="prefill")
+    add_all(store, 2, 3, first_token="split")
+    add(store, "ratplus", "S-1", 1, first_token="prefill", budget="1/4", top_k=16)
+    add_all(store, 9, 9, **DENSE, first_token=None)
+    panels = {}
+
+    def draw(panel, tasks, sides):
+        panels[panel.get_title()] = {b: [x.value for x in sides[b]] for b in sides}
+        assert tasks == list(TASKS)
+
+    monkeypatch.setattr(drawn, "draw_bars", draw)
+    assert drawn.accuracy_by_task(Results.read(store, {}), tmp_path).exists()
+    assert list(panels) == ["dense", "Quest, 1/16", "Quest, 1/16, split"]
+    assert panels == {
+        "dense": {"Attention": [90] * 8, "RAT+": [90] * 8},
+        "Quest, 1/16": {"Attention": [40] * 8, "RAT+": [70] * 8},
+        "Quest, 1/16, split": {"Attention": [20] * 8, "RAT+": [30] * 8},
+    }
 
 
 def test_selector_seeds_become_mean_and_deviation(store):

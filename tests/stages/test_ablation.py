@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ratplus_exp.analysis import sample_scores
+from ratplus_exp.analysis import sample_scores, tidy
 from ratplus_exp.config import plain
 from ratplus_exp.models.building import config_for
 from ratplus_exp.report.tables import model_table
@@ -40,7 +40,12 @@ def test_models_stand_side_by_side(job, pair, capsys, monkeypatch):
         assert pd.isna(table[f"Δ {column}"][0])
     drawn = scores[scores["selector"] == "random"]
     assert set(drawn["budget"]) == {"1/2"} and set(drawn.groupby(["model", "task"]).size()) == {2}
-    assert {"Length", "MoBA 1/2 random", "Δ MoBA 1/2 random"} < {*table.columns}
+    means = 100 * drawn.groupby(["model", "task"])["exact"].mean().groupby("model").mean()
+    assert table["MoBA 1/2 random"].tolist() == pytest.approx(means[models].tolist(), abs=0.051)
+    lengths = tidy(Store(job.folder / "results")).groupby("model")["effective_memory_length"].mean()
+    for name, text in zip(models, table["Length"].astype(str), strict=True):
+        assert text == ("—" if pd.isna(lengths[name]) else f"{lengths[name]:.1f}")
+    assert table["Length"].nunique() == 2
     capsys.readouterr()
     job("stage=ablation", "budget=1/4", *settings)
     assert "nothing to run" in capsys.readouterr().out
@@ -67,7 +72,7 @@ def test_only_samples_that_all_models_answered_count():
     )
     setting = {"tier": "pocket", "budget": "1/4", "seed": 0}
     setting |= {"first_token": "prefill", "protocol": "whole"}
-    table = model_table(samples, {"a": 3.0, "b": np.nan}, ["a", "b"], **setting)
+    table = model_table(samples, {"a": 3.0, "b": np.nan}, ["a", "b"], "exact", **setting)
     assert table.columns == ("Model", "Length", "MoBA", "Δ MoBA")
     first, second = table.rows
     assert first == ("a", "3.0", "50.0", "") and second[:3] == ("b", "—", "75.0")

@@ -34,6 +34,12 @@ def test_methods_stand_in_one_table(job, pair, monkeypatch):
         read = same.loc[same["selector"] == "topk", "budget_measured"].mean()
         assert float(row["Read"]) == pytest.approx(read, abs=0.00051)
         assert (float(row["Choosing"]) > 0) == (row["Method"] == "quest")
+    job("stage=methods", *pair, "data.tasks=[S-1,MV]", *CHOICE, "stage.models=[pocket_attention]")
+    alone = pd.read_csv(job.folder / "job" / "methods.csv", keep_default_na=False)
+    assert [x for x in alone if "RAT+" in x or "Δ" in x] == []
+    same = alone.set_index(["Budget", "Method"])["Attention"]
+    assert same.sort_index().equals(table.set_index(["Budget", "Method"])["Attention"].sort_index())
+    job("stage=methods", *pair, "data.tasks=[S-1,MV]", *CHOICE)
     written = pd.read_csv(job.folder / "job" / "cells.csv")
     assert sorted(written["cell"]) == sorted(cells["cell"])
     provenance = json.loads((job.folder / "job" / "provenance.json").read_text())
