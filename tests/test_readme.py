@@ -103,7 +103,7 @@ def test_the_readmes_figures_are_those_of_the_reference():
         expected = [means[(backbone, *cell)] for cell in (("dense", "1"), *sparse)]
         assert shown.group(1).split(" | ") == [f"{x:.1f}" for x in expected]
     intervals = re.findall(r"[+−][0-9.]+ \[[^\]]+\]", found)
-    report = (folder / "report.md").read_text()
+    report = "".join((folder / x).read_text() for x in ("report.md", "protocols/tasks.md"))
     assert len(intervals) >= 2
     assert all(interval in report for interval in intervals)
     pages = [*re.findall(r"\]\(([^)#]+)[)#]", text)]
