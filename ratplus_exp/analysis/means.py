@@ -67,7 +67,7 @@ def method_means(cells: Sequence[Finished], scorer: str) -> pd.DataFrame:
 
     Returns:
         method, budget; read and choosing, the measured fractions; the accuracy of each measured
-        backbone in percent, also under random selection; if both were, their difference `gain`; n.
+        backbone in percent, also under random selection if that was; if both were, their difference `gain`; n.
         Of own and of random selection, the samples that all methods answered count.
     """
     by_cell = rows_of(cells)
@@ -88,7 +88,7 @@ def method_means(cells: Sequence[Finished], scorer: str) -> pd.DataFrame:
             for b in backbones
         }
         row |= {b: means["topk", b][0] for b in backbones}
-        row |= {f"{b} random": means["random", b][0] for b in backbones}
+        row |= {f"{b} random": means["random", b][0] for b in backbones if every["random"]}
         if len(backbones) > 1:
             row["gain"] = Estimate.of(means["topk", BACKBONES[1]] - means["topk", BACKBONES[0]])
         rows.append(row)
