@@ -67,8 +67,9 @@ def method_means(cells: Sequence[Finished], scorer: str) -> pd.DataFrame:
 
     Returns:
         method, budget; read and choosing, the measured fractions; the accuracy of each measured
-        backbone in percent, also under random selection if that was; if both were, their difference `gain`; n.
-        Of own and of random selection, the samples that all methods answered count.
+        backbone in percent, also under random selection if that was; if both were, their
+        difference `gain`; n. Of own and of random selection, the samples that all methods answered
+        count.
     """
     by_cell = rows_of(cells)
     choosing = {x.cell.id: x.metrics.get("choosing_measured", 0.0) for x in cells}
