@@ -138,12 +138,12 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
                         workers=cfg.stage.get("workers", 0),
                     )
                     trainer.run(f"{cfg.stage.name} {cfg.model.name}")
-            weights = whole_state_dict(model)
-            if cfg.stage.low_rank and rank() == 0:
-                if not small.exists():
+                weights = whole_state_dict(model)
+                if cfg.stage.low_rank and rank() == 0:
                     low_rank.save_trained(model, weights, small, _origin(cfg))
-                plain_model = _model(cfg, tokenizer)
-                wrapper = low_rank.add_low_rank(plain_model, cfg.stage.low_rank, cfg.seed)
+            if cfg.stage.low_rank and rank() == 0:
+                model = _model(cfg, tokenizer)
+                wrapper = low_rank.add_low_rank(model, cfg.stage.low_rank, cfg.seed)
                 model = low_rank.merge_trained(wrapper, small)
                 weights = whole_state_dict(model)
             if rank() == 0:
