@@ -137,8 +137,8 @@ class Machine:
 
 @contextmanager
 def noted(row: Row, machine: Machine) -> Iterator[None]:
-    """An exception inside ends the measurement and becomes the row's note. The peak memory is the
-    process's, unless it was set inside."""
+    """An exception inside ends the measurement and becomes the row's note. The row gets the
+    process's peak memory, unless it was set inside."""
     machine.allocated()
     try:
         yield
@@ -152,7 +152,7 @@ def noted(row: Row, machine: Machine) -> Iterator[None]:
     if row.seconds and row.peak_memory is None:
         row.peak_memory = machine.peak()
     if machine.cuda:
-        torch.cuda.empty_cache()  # now that nothing holds the inputs and the graph any more
+        torch.cuda.empty_cache()  # inputs and graph have been released
 
 
 def measure(
@@ -164,7 +164,7 @@ def measure(
     """
 
     @cache
-    def wanted() -> list[Tensor] | None:
+    def reference() -> list[Tensor] | None:
         first = next(iter(case.forms.values()))
         inputs = tree_map_only(
             Tensor, lambda x: x.double() if x.is_floating_point() else x, case.inputs(0)
@@ -178,7 +178,7 @@ def measure(
             if once:
                 _run_twice(form, case, machine)
             else:
-                _fill(row, form, case, machine, wanted if form.comparable else lambda: None)
+                _fill(row, form, case, machine, reference if form.comparable else lambda: None)
         yield row
 
 
@@ -190,8 +190,9 @@ def _run_twice(form: Form, case: Case, machine: Machine) -> None:
 
 
 def _fill(
-    row: Row, form: Form, case: Case, machine: Machine, wanted: Callable[[], list[Tensor] | None]
+    row: Row, form: Form, case: Case, machine: Machine, reference: Callable[[], list[Tensor] | None]
 ) -> None:
+    """Measure a form on inputs of case.inputs; reference: its right outputs, in float64."""
     start = machine.allocated()
     first = case.inputs(0)
     given = machine.allocated() - start
@@ -199,23 +200,23 @@ def _fill(
     sets = [form.setup(*first)]
     out = form.run(*sets[0])  # compiles what needs compiling
     if not machine.cuda:
-        row.error = error(out, wanted())
+        row.error = error(out, reference())
         row.seconds = machine.call_seconds(lambda: form.run(*sets[0]))
         return
-    _poison(out)  # the next outputs are likely to get this memory: what isn't written then is NaN
+    _poison(out)  # the next outputs probably reuse this memory, so unwritten parts are NaN
     del out
     before = machine.allocated()
     out = form.run(*sets[0])
     row.peak_memory = machine.peak(before)
     held = machine.allocated() - start
-    row.error = error(out, wanted())
+    row.error = error(out, reference())
     del out
     count = copies(given, case.bytes, held, torch.cuda.mem_get_info()[0] / 2)
     sets += [form.setup(*case.inputs(seed)) for seed in range(1, count)]
     replay, outputs = _captured(lambda: [form.run(*x) for x in sets], row)
     row.seconds = _replay_seconds(replay) / count
     if outputs is not None:
-        replayed = checked(replay, outputs, wanted())
+        replayed = checked(replay, outputs, reference())
         row.error = replayed if row.error is None else max(row.error, replayed or 0.0)
 
 
@@ -254,21 +255,23 @@ def _captured(run: Callable[[], list], row: Row) -> tuple[Callable[[], Any], lis
     return graph.replay, outputs
 
 
-def checked(replay: Callable[[], Any], outputs: list, wanted: list[Tensor] | None) -> float | None:
-    """The error of the first of `outputs` (one per set of inputs), which are filled with NaN and
-    then written by one replay. ValueError if a NaN is left."""
+def checked(
+    replay: Callable[[], Any], outputs: list, reference: list[Tensor] | None
+) -> float | None:
+    """Fill `outputs` (one per set of inputs) with NaN, replay once, and return the first one's
+    error. ValueError if a NaN is left."""
     _poison(outputs)
     replay()
     if any(x.isnan().any() for x in tensors(outputs) if x.is_floating_point()):
         raise ValueError("outputs are NaN after a replay")
-    return error(outputs[0], wanted)
+    return error(outputs[0], reference)
 
 
-def error(out: Any, wanted: list[Tensor] | None) -> float | None:
-    """‖out − wanted‖ / ‖wanted‖, the largest over all tensors; NaN if one has a NaN."""
-    if wanted is None:
+def error(out: Any, reference: list[Tensor] | None) -> float | None:
+    """‖out − reference‖ / ‖reference‖, the largest over all tensors; NaN if one has a NaN."""
+    if reference is None:
         return None
-    pairs = zip(wanted, tensors(out), strict=False)
+    pairs = zip(reference, tensors(out), strict=False)
     return max(
         (float((b.double().reshape(a.shape) - a).norm() / a.norm()) for a, b in pairs),
         key=lambda x: (math.isnan(x), x),
