@@ -66,7 +66,13 @@ class Forms(Settings):
 
     def __post_init__(self) -> None:
         for name, (needed, optional) in _FIELDS.items():
-            fields = _fields(name, getattr(self, name))
+            try:
+                parts = [*string.Formatter().parse(getattr(self, name))]
+            except ValueError as error:
+                raise ValueError(
+                    f"{name} is not a format string ({error}): double literal braces"
+                ) from error
+            fields = {field for _, field, _, _ in parts if field is not None}
             if missing := needed - fields:
                 raise ValueError(f"{name} lacks {{{min(missing)}}}: add it to the text")
             if unknown := fields - needed - optional:
@@ -145,12 +151,3 @@ def singular(text: str) -> str:
     for plural, single in (("Some", "A"), ("are all", "is"), ("are", "is"), ("answers", "answer")):
         text = text.replace(plural, single)
     return text
-
-
-def _fields(name: str, text: str) -> set[str]:
-    try:
-        return {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
-    except ValueError as error:
-        raise ValueError(
-            f"{name} is not a format string ({error}): double literal braces"
-        ) from error

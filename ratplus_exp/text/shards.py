@@ -159,8 +159,8 @@ def _files(source: Source) -> list[Path]:
     files = {kind: x for kind in BUILDERS if (x := sorted(path.rglob(f"*{kind}")))}
     if len(files) != 1:
         raise ValueError(
-            f"{path} holds {' and '.join(files) or 'no'} files: corpus.path must be a folder of one "
-            f"kind of {', '.join(BUILDERS)}"
+            f"{path} holds {' and '.join(files) or 'no'} files: corpus.path must be a folder of "
+            f"one kind of {', '.join(BUILDERS)}"
         )
     return next(iter(files.values()))
 
