@@ -38,7 +38,7 @@ LATE = 15  # more seconds for a slow start
 GRACE = 12  # seconds from SIGTERM to SIGKILL: trainings write a checkpoint
 ARCHIVE = 15 << 20  # bytes of a result at most; the limit of copied files is 16 MiB
 
-# Rows of the bench: our kernels, ways to cut them, what to compare them with, what to profile.
+# Patterns for rows of the bench: our kernels, their plans, baselines, kernels to profile.
 OURS = r"B=1 (T=\d+ )?H=32 (K=32 )?[TD]=.* \| kernel$"
 PLANS = r"memory.*: plans \| B=1 T=32768 H=32 |(Quest|MoBA).*: plans"
 SCANS = r"memory scan, .*B=1 T=(4096|32768|131072) H=32 .*\| (associative|chunk_hgrn \()"
@@ -65,7 +65,7 @@ def kernels(out: Path) -> Steps:
         file = "tests/kernels/test_memory_scan.py"
         yield 90, [f"{interpreted()} python -m pytest -v -k 'not gradients' {file}"]
     else:
-        # SIGINT: pytest then writes what failed so far.
+        # On SIGINT pytest lists the failures so far.
         pytest = "timeout -s INT 70 python -m pytest -v -n 8 -m 'not slow' --timeout=60 -rf"
         yield 85, [f"{pytest} tests/kernels"]
 
@@ -200,7 +200,8 @@ def interpreted() -> str:
 
 def main(arguments: list[str]) -> int:
     if arguments == ["prepare"]:  # before pieces that run side by side
-        return prepare() or 0
+        prepare()
+        return 0
     if unknown := set(arguments) - PIECES.keys():
         sys.exit(f"no piece is called {', '.join(sorted(unknown))}: choose of {', '.join(PIECES)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -250,17 +251,17 @@ def run_piece(name: str, steps: Callable[[Path], Steps], about: dict[str, Any]) 
     folder, started, used = WORK / name, time.monotonic(), sum(os.times()[2:4])
     folder.mkdir(parents=True, exist_ok=True)
     record = {"piece": name, "rc": 1, "note": "stopped from outside", "dry": DRY, **about}
-    done: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     try:
         for until, commands in steps(folder):
-            done += side_by_side(commands, started + until * (10 if DRY else 1), folder)
-        record |= {"rc": max((abs(x["rc"]) for x in done), default=0), "note": ""}
+            results += side_by_side(commands, started + until * (10 if DRY else 1), folder)
+        record |= {"rc": max((abs(x["rc"]) for x in results), default=0), "note": ""}
     except SkipPiece as reason:
         record |= {"rc": None, "note": f"not run: {reason}"}
     except Exception:
         record["note"] = traceback.format_exc()
     finally:
-        record |= {"seconds": round(time.monotonic() - started, 1), "commands": done}
+        record |= {"seconds": round(time.monotonic() - started, 1), "commands": results}
         record["cpu_seconds"] = round(sum(os.times()[2:4]) - used, 1)  # of commands
         record["date_end"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
         pack(folder, record)
@@ -287,18 +288,18 @@ def side_by_side(commands: list[str], end: float, folder: Path) -> list[dict[str
             process.wait()
     finally:
         for process in running.values():
-            process.terminate()  # timeout hands it on
+            process.terminate()  # timeout passes the signal on
         for process in running.values():
             process.wait()
             with suppress(ProcessLookupError):  # no child is left
                 os.killpg(process.pid, signal.SIGKILL)
-    done, seconds = [], round(time.monotonic() - begun, 1)  # of all
+    results, seconds = [], round(time.monotonic() - begun, 1)  # of all commands
     for command, (path, process) in zip(commands, running.items(), strict=True):
         text = re.sub(r"[^\n]*\r", "", path.read_bytes().decode(errors="replace"))  # progress bars
         rc, text = process.returncode, text.replace(f"{ROOT}/", "")
         output = text[-6000 if rc else -1500 :]
-        done.append({"command": command, "rc": rc, "seconds": seconds, "output": output})
-    return done
+        results.append({"command": command, "rc": rc, "seconds": seconds, "output": output})
+    return results
 
 
 def pack(folder: Path, record: dict[str, Any]) -> None:

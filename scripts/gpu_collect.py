@@ -98,7 +98,7 @@ def install(archive: Path, root: Path) -> str:
 
 
 def tables(root: Path) -> dict[str, str]:
-    """The text of each page: its results, and those that are missing."""
+    """The text of each page: results, and which ones are missing."""
     reference = root / REFERENCE
     benches = [
         path
@@ -112,9 +112,9 @@ def tables(root: Path) -> dict[str, str]:
         kernels += [rates(path.parent.name, runs[-1]["about"]), aims(runs)]
     small = [summary(path) for path in sorted(reference.glob("small/*/small.record.json"))]
     for table in ("table3", "table5"):
-        shown = sorted(reference.glob(f"small/*/report/{table}.md"))
+        paths = sorted(reference.glob(f"small/*/report/{table}.md"))
         missing = [f"Missing: {table.capitalize()[:-1]} {table[-1]} on a GPU."]
-        small += [path.read_text().strip() for path in shown] or missing
+        small += [path.read_text().strip() for path in paths] or missing
     return {
         "docs/kernels.md": "\n\n".join(kernels if benches else [*kernels, aims([])]),
         "docs/small-tier.md": "\n\n".join(small),
@@ -156,13 +156,13 @@ def aims(runs: list[dict[str, Any]]) -> str:
     for suite, case, form, by, aim in AIMS:
         row = rows.get((suite, case, form), {"seconds": None, "note": ""})
         results = []
-        for ours in (timed.get((suite, case, "kernel")), fastest.get((suite, case))):
+        for kernel in (timed.get((suite, case, "kernel")), fastest.get((suite, case))):
             value, met = None, False
-            if ours and by == "floor":
-                value = ours["seconds"] / ours["floor"]
+            if kernel and by == "floor":
+                value = kernel["seconds"] / kernel["floor"]
                 met = value <= aim
-            elif ours and row["seconds"]:
-                value = row["seconds"] / ours["seconds"]
+            elif kernel and row["seconds"]:
+                value = row["seconds"] / kernel["seconds"]
                 met = value >= aim
             results.append(f"{value:.2f}{'' if met else ' (missed)'}" if value else "")
         measured = results[0] or row["note"] or "missing"

@@ -19,7 +19,7 @@ from pydantic import Field
 from ratplus_exp.settings import Positive, Settings, matching
 from ratplus_exp.tasks import prose
 
-_FIELDS = {  # of each text: those that it needs, and further ones
+_FIELDS = {  # of each text: the required and the optional ones
     "needle": ({"key", "value"}, {"type_needle_v"}),
     "template": ({"context", "query"}, {"type_needle_v"}),
     "answer_prefix": (set(), {"type_needle_v", "query"}),
@@ -65,7 +65,7 @@ class Forms(Settings):
     reserve: Reserve = 128
 
     def __post_init__(self) -> None:
-        for name, (needed, optional) in _FIELDS.items():
+        for name, (required, optional) in _FIELDS.items():
             try:
                 parts = [*string.Formatter().parse(getattr(self, name))]
             except ValueError as error:
@@ -73,12 +73,12 @@ class Forms(Settings):
                     f"{name} is not a format string ({error}): double literal braces"
                 ) from error
             fields = {field for _, field, _, _ in parts if field is not None}
-            if missing := needed - fields:
+            if missing := required - fields:
                 raise ValueError(f"{name} lacks {{{min(missing)}}}: add it to the text")
-            if unknown := fields - needed - optional:
+            if unknown := fields - required - optional:
                 raise ValueError(
                     f"{name} has the unknown field {{{min(unknown)}}}: use only"
-                    f" {', '.join(f'{{{field}}}' for field in sorted(needed | optional))}"
+                    f" {', '.join(f'{{{field}}}' for field in sorted(required | optional))}"
                 )
         if self.key_count is not None:
             if self.key_words != "noun":

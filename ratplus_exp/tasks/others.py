@@ -2,7 +2,7 @@
 
 Rules and texts are RULER's (NVIDIA/RULER, scripts/data/synthetic: variable_tracking.py,
 common_words_extraction.py, freq_words_extraction.py, constants.py). RULER shuffles with one fixed
-seed, so answers have the same places in all prompts of a size; here the seed is the sample's name.
+seed, so answers have the same places in all prompts of a size. This module seeds by sample.
 The pocket tier's forms are in conf/data/pocket.yaml.
 """
 

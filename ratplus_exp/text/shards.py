@@ -144,7 +144,7 @@ def _name_file(source: Source, count: int, index: int) -> Iterator[None]:
     """Errors name the file of a shard, or the data set if the shard has several files."""
     try:
         yield
-    except ValueError as error:  # those of datasets and of the tokenizer name none
+    except ValueError as error:  # datasets and tokenizers name no file
         files = _files(source)
         where = files[index] if len(files) == count else source.path
         text = " ".join(str(error).split())[:200]
@@ -177,7 +177,7 @@ def _open(source: Source) -> Any:
         )
     try:
         return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
-    except Exception as error:  # the hub's, the network's and datasets' own, of many kinds
+    except Exception as error:  # of the hub, the network or datasets: of many types
         text = " ".join(str(error).split())[:160]
         raise ValueError(
             f"cannot open the data set {source.path} ({type(error).__name__}: {text}): check "

@@ -39,9 +39,9 @@ def batches(
         pending = deque(islice(submitted, 2 * workers))
         while pending:
             step, future = pending.popleft()
-            made = future.result()
+            result = future.result()
             pending.extend(islice(submitted, 1))
-            yield step, made
+            yield step, result
 
 
 def _defer_to_the_training() -> None:

@@ -100,7 +100,7 @@ class Trainer:
         self.objective = distribute(objective, settings.parallel, self.device)
         self.optimizer = adamw(model, settings)
         self.step, self.taken, self.tokens = 0, 0, 0
-        self._begun: float | None = None  # when the first step was done, less earlier runs
+        self._begun: float | None = None  # the end of the first step, less earlier runs' seconds
         self._signalled = self._stopping = False
         folder.mkdir(parents=True, exist_ok=True)
         self.log = Log(folder / "log.jsonl", log, peak and peak * 1e12 * world_size())
@@ -125,9 +125,9 @@ class Trainer:
             disable=rank() > 0,
         )
         self.log.begin_row()
-        made = batches(self.batch, self._steps(total), self.workers)
-        with self._handle_signals(), bar, closing(made):
-            for step, batch in made:
+        stream = batches(self.batch, self._steps(total), self.workers)
+        with self._handle_signals(), bar, closing(stream):
+            for step, batch in stream:
                 before, self.step = self.step, step
                 micro_batches = self._share(batch)
                 scale = set_learning_rates(self.optimizer, settings, step, total)
@@ -165,8 +165,8 @@ class Trainer:
             )
 
     def _steps(self, total: int) -> Iterator[tuple[int, int, int]]:
-        """The steps from the last checkpoint on, without those that settings.seconds leaves no time
-        for, each as (step, rows, length)."""
+        """The steps from the last checkpoint on, as (step, rows, length); settings.seconds leaves
+        out some."""
         step = self.step
         while step < total:
             length = self.schedule.length_at(step)
@@ -268,7 +268,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "taken": self.taken,  # batches; settings.seconds leaves out steps
+            "taken": self.taken,  # batches: fewer than steps where settings.seconds leaves out some
             "tokens": self.tokens,
             "seconds": self.log.seconds,
             "data": self.data,

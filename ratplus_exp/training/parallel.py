@@ -69,7 +69,7 @@ def prepare_layers(model: Any, compile: bool, checkpointing: bool) -> None:
 
 
 def distribute(objective: Objective, kind: Kind, device: torch.device) -> nn.Module:
-    """The objective on its device: whole in a single process, else a replica or a shard of it."""
+    """Move the objective to its device: whole in a single process, else a replica or a shard."""
     if world_size() == 1:
         return objective.to(device)
     if kind == "ddp":

@@ -1,8 +1,8 @@
 """The report of the bench: bench.json, a table (bench.md) and a plot (bench.png).
 
 A folder has the results of one device, from one run or from several runs of parts. Each run keeps
-its provenance and the rates of which its floors are made. Its rows replace earlier rows of the same
-suite, case and form.
+its provenance and the rates that set its floors. Its rows replace earlier rows of the same suite,
+case and form.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLUMNS = 3  # of panels in the plot
 
 
 class Run(NamedTuple):
-    """Rows, and where they come from: provenance, dtype, dry, rates."""
+    """Rows, with their provenance, dtype, rates, and whether it was a dry run."""
 
     about: dict[str, Any]
     rows: list[Row]

@@ -63,7 +63,7 @@ class Case(NamedTuple):
 
 @dataclass
 class Row:
-    """What was measured of one form, in seconds, bytes and FLOPs."""
+    """The measurement of one form, in seconds, bytes and FLOPs."""
 
     suite: str
     case: str
@@ -109,7 +109,7 @@ class Machine:
         row.floor = max(bytes / self.bandwidth, flops / self.matmul) or None
 
     def normal(self, seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-        """Random tensors from a new generator: a failed capture may break the device's own."""
+        """Random tensors from a new generator: a failed capture may break the device's default."""
         draw = torch.Generator(self.device).manual_seed(seed)
         empty = (torch.empty(x, dtype=self.dtype, device=self.device) for x in shapes)
         return [x.normal_(generator=draw) for x in empty]
@@ -195,10 +195,10 @@ def _fill(
     """Measure a form on inputs of case.inputs; reference: its right outputs, in float64."""
     start = machine.allocated()
     first = case.inputs(0)
-    given = machine.allocated() - start
+    input_bytes = machine.allocated() - start
     row.executed = form.executed(*first) if form.executed else 0
     sets = [form.setup(*first)]
-    out = form.run(*sets[0])  # compiles what needs compiling
+    out = form.run(*sets[0])  # compiles
     if not machine.cuda:
         row.error = error(out, reference())
         row.seconds = machine.call_seconds(lambda: form.run(*sets[0]))
@@ -211,7 +211,7 @@ def _fill(
     held = machine.allocated() - start
     row.error = error(out, reference())
     del out
-    count = copies(given, case.bytes, held, torch.cuda.mem_get_info()[0] / 2)
+    count = copies(input_bytes, case.bytes, held, torch.cuda.mem_get_info()[0] / 2)
     sets += [form.setup(*case.inputs(seed)) for seed in range(1, count)]
     replay, outputs = _captured(lambda: [form.run(*x) for x in sets], row)
     row.seconds = _replay_seconds(replay) / count
@@ -223,8 +223,8 @@ def _fill(
 def copies(inputs: float, touched: float, held: float, memory: float = math.inf) -> int:
     """How many sets of inputs to rotate through, so that none is still in the L2 cache.
 
-    Bytes of a set: inputs: all of them; touched: those that are read, few in sparse forms; held:
-    with everything that is computed from the set. memory: bytes that are free.
+    inputs: bytes of a set. touched: bytes of it that a form reads (few in sparse forms; 0: all).
+    held: bytes of a set and of everything computed from it. memory: free bytes.
     """
     enough = 1 + int(COLD / max(1, min(inputs, touched or inputs)))
     return max(1, min(enough, int(min(memory, MEMORY) / max(1, held)), 4096))
@@ -237,8 +237,8 @@ def _replay_seconds(run: Callable[[], Any]) -> float:
 
 
 def _captured(run: Callable[[], list], row: Row) -> tuple[Callable[[], Any], list | None]:
-    """The call as a CUDA graph, and the outputs that each replay writes; the call itself and None
-    where it cannot be captured."""
+    """The call as a CUDA graph, and the outputs that each replay writes. If it cannot be captured:
+    the call itself, and None."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -285,5 +285,5 @@ def _poison(out: Any) -> None:
 
 
 def tensors(x: Any) -> list[Tensor]:
-    """All tensors of what a form takes or gives."""
+    """All tensors in a form's inputs or outputs."""
     return [y for y in tree_leaves(x) if isinstance(y, Tensor)]
