@@ -38,7 +38,7 @@ LATE = 15  # more seconds for a slow start
 GRACE = 12  # seconds from SIGTERM to SIGKILL: trainings write a checkpoint
 ARCHIVE = 15 << 20  # bytes of a result at most; the limit of copied files is 16 MiB
 
-# Rows of the bench: our kernels, ways to cut them, what to compare them with, what to profile.
+# Patterns for rows of the bench: our kernels, their plans, baselines, kernels to profile.
 OURS = r"B=1 (T=\d+ )?H=32 (K=32 )?[TD]=.* \| kernel$"
 PLANS = r"memory.*: plans \| B=1 T=32768 H=32 |(Quest|MoBA).*: plans"
 SCANS = r"memory scan, .*B=1 T=(4096|32768|131072) H=32 .*\| (associative|chunk_hgrn \()"
@@ -65,10 +65,9 @@ def kernels(out: Path) -> Steps:
         file = "tests/kernels/test_memory_scan.py"
         yield 90, [f"{interpreted()} python -m pytest -v -k 'not gradients' {file}"]
     else:
-        files = "tests/kernels"
-        # SIGINT: pytest then writes what failed so far.
-        run_them = "timeout -s INT 70 python -m pytest -v -n 8 -m 'not slow' --timeout=60"
-        yield 85, [f"{run_them} -rf {files}"]
+        # On SIGINT pytest lists the failures so far.
+        pytest = "timeout -s INT 70 python -m pytest -v -n 8 -m 'not slow' --timeout=60 -rf"
+        yield 85, [f"{pytest} tests/kernels"]
 
 
 def bench(out: Path) -> Steps:
@@ -89,80 +88,89 @@ def baselines(out: Path) -> Steps:
 def warm(out: Path) -> Steps:
     """Fill the compilers' caches for `bench`; runs in parallel with other pieces."""
     parts = {"sparse": OURS, "scan": OURS, "plans": PLANS}
-    short = "^(?!.*T=131072).*({})".format
-    yield 70, [measured(out / x, x, short(match), "--once") for x, match in parts.items()]
+    shorter = "^(?!.*T=131072).*({})".format
+    yield 70, [measured(out / x, x, shorter(match), "--once") for x, match in parts.items()]
 
 
 def profile(out: Path) -> Steps:
     """A profile of our kernels, by Nsight Compute."""
     sections = ("SpeedOfLight", "WarpStateStats", "Occupancy", "LaunchStats")
-    flags = " ".join(f"--section {x}" for x in sections)
-    flags = f"{flags} --kernel-name regex:^(_|totals) --log-file {out}/ncu.txt"
-    ncu = f"ncu --clock-control none --profile-from-start off {shlex.join(flags.split())} "
+    ncu = (
+        "ncu --clock-control none --profile-from-start off "
+        f"{' '.join(f'--section {x}' for x in sections)} "
+        f"--kernel-name 'regex:^(_|totals)' --log-file {shlex.quote(str(out))}/ncu.txt "
+    )
     yield 45, [("" if DRY else ncu) + measured(out, "scan sparse", PROFILED, "--once")]
 
 
 def measured(out: Path, parts: str, match: str, *more: str) -> str:
-    """A part of the bench."""
-    which = ["--dry"] if DRY else ["--match", shlex.quote(match)]
+    """The command for parts of the bench."""
     command = f"python -m ratplus_bench --out {out}/bench --only {parts}"
-    return " ".join([interpreted()] * DRY + [command, *more, *which])
+    if DRY:
+        return " ".join((interpreted(), command, *more, "--dry"))
+    return " ".join((command, *more, "--match", shlex.quote(match)))
 
 
 def pocket(out: Path) -> Steps:
     """A training of the pocket pair by its recipe, and Table 3 of the shipped one."""
-    rest = f"threads=1 stage.workers={0 if DRY else 2} seed={os.environ.get('SEED', 3)}"
-    base, more, tuned, examples = "", "", "", "data.examples=25"
+    options = f"threads=1 stage.workers={0 if DRY else 2} seed={os.environ.get('SEED', 3)}"
+    base, pretraining, tuning, table3 = "", "", "", "data.examples=25 pair.workers=4"
     if DRY:
-        rest = f"{rest} stage.tokens_per_step=1024"
-        more, tuned = schedule([1024, 64], [1024, 128]), schedule([1024, 512])
-        base, examples = f"{more} stage.drill_tokens=1024", "data.tasks=[S-1] data.examples=1"
-    workers = f"pair.workers={1 if DRY else 4}"
-    table3 = f"experiment=table3 pair=pocket {examples} {workers}"
-    table3 = run(out, table3, f"stage.folder={out}/table3")
+        options += " stage.tokens_per_step=1024"
+        base, table3 = "stage.drill_tokens=1024", "data.tasks=[S-1] data.examples=1 pair.workers=1"
+        pretraining, tuning = "stage.schedule=[[1024,64],[1024,128]]", "stage.schedule=[[1024,512]]"
 
-    def trainings(phases: dict[str, str]) -> str:
-        return " && ".join(run(out, f"experiment={x}", size, rest) for x, size in phases.items())
+    def train(experiment: str, *settings: str) -> str:
+        return run(out, f"experiment={experiment}", *settings, options)
 
-    yield 120, [trainings({"pocket_base": base}), table3]
-    models = ("pocket_attention", "pocket_ratplus")
-    yield 240, [trainings({x: more, f"{x}_sft": tuned, f"{x}_sft2": tuned}) for x in models]
+    table3 = run(out, "experiment=table3 pair=pocket", table3, f"stage.folder={out}/table3")
+    yield 120, [train("pocket_base", pretraining, base), table3]
+    pair = [
+        (train(x, pretraining), train(f"{x}_sft", tuning), train(f"{x}_sft2", tuning))
+        for x in ("pocket_attention", "pocket_ratplus")
+    ]
+    yield 240, [" && ".join(phases) for phases in pair]
 
 
 def small(out: Path) -> Steps:
     """The small pair by its recipe, each training cut to its time, then Tables 3 and 5."""
     began, models = time.monotonic(), ("small_attention", "small_ratplus")
 
-    def training(name: str, workers: int, until: float) -> str:
+    def train(name: str, workers: int, until: float) -> str:
         left = max(10, until - START - (time.monotonic() - began))
-        more = f"stage.optimizer.seconds={left:.0f} {os.environ.get('SET', '')}"
+        settings = [f"stage.optimizer.seconds={left:.0f}", os.environ.get("SET", "")]
         if DRY:
-            more = f"{more} stage.workers=0 {'stage.drill_tokens=1024' * name.endswith('base')}"
-        else:  # every 250th step, of which most are left out; a checkpoint at the end alone
-            every = "stage.optimizer.log_every=250 stage.optimizer.checkpoint_every=1000000"
-            more = f"{more} {every} stage.workers={workers}"
-        experiment = f"experiment=[{name},small_trial_training]" if DRY else f"experiment={name}"
-        return run(out, experiment, more)
+            drill = "stage.drill_tokens=1024" if name == "small_base" else ""
+            name = f"[{name},small_trial_training]"
+            return run(out, f"experiment={name}", *settings, "stage.workers=0", drill)
+        # Logged every 250th step, since most steps are left out; a checkpoint at the end alone.
+        every = "stage.optimizer.log_every=250 stage.optimizer.checkpoint_every=1000000"
+        return run(out, f"experiment={name}", *settings, every, f"stage.workers={workers}")
 
     # Shares of the time at whose end each of them is to be done; a slow start has LATE in addition.
     base, trained, tuned, tables = (share * SMALL for share in (0.28, 0.62, 0.8, 0.93))
-    yield base + LATE, [training("small_base", 14, base)]
-    yield trained + LATE, [training(model, 7, trained) for model in models]
-    yield tuned + LATE, [training(f"{model}_sft", 7, tuned) for model in models]
-    rest = f"pair=small {'data.examples=1' if DRY else 'data.examples=50 pair.random_examples=25'}"
-    cells = f"experiment=[table3,table5{',small_trial' * DRY}] {rest} stage.batch_size=25"
-    cells = f"{cells} pair.workers={1 if DRY else 5}"
-    cells = f"{cells} stage.outputs.table3=false stage.outputs.table5=false"
-    ours = [f"{cells} pair.models=[{x}] stage.folder={out}/cells/{x}" for x in models]
-    yield tables, [run(out, x) for x in ours]
-    rest = f"stage=report {'experiment=small_trial ' * DRY}{rest} stage.folder={out}/report"
-    unwanted = ("table2", "fig1", "fig2", "fig3", "fig4", "report")
-    yield SMALL, [run(out, rest, *(f"stage.outputs.{x}=false" for x in unwanted))]
+    yield base + LATE, [train("small_base", 14, base)]
+    yield trained + LATE, [train(model, 7, trained) for model in models]
+    yield tuned + LATE, [train(f"{model}_sft", 7, tuned) for model in models]
+
+    def without(*outputs: str) -> str:
+        return " ".join(f"stage.outputs.{x}=false" for x in outputs)
+
+    pair = f"pair=small {'data.examples=1' if DRY else 'data.examples=50 pair.random_examples=25'}"
+    cells = (
+        f"experiment=[table3,table5{',small_trial' * DRY}]",
+        *(pair, "stage.batch_size=25", f"pair.workers={1 if DRY else 5}"),
+        without("table3", "table5"),
+    )
+    folders = {x: f"stage.folder={out}/cells/{x}" for x in models}
+    yield tables, [run(out, *cells, f"pair.models=[{x}]", folders[x]) for x in models]
+    report = f"stage=report {'experiment=small_trial' * DRY}"
+    unwanted = without("table2", "fig1", "fig2", "fig3", "fig4", "report")
+    yield SMALL, [run(out, report, pair, f"stage.folder={out}/report", unwanted)]
 
 
 def smollm2(out: Path) -> Steps:
-    """A training of pretrained weights with the memory, if weights (or their parts) and a corpus
-    were copied."""
+    """A training of pretrained weights with the memory, if the weights and a corpus were copied."""
     model, corpus = Path("outputs/models/smollm2_135m"), Path("outputs/corpus/local")
     parts = sorted(model.parent.glob("smollm2.gguf.*"))
     if not corpus.exists() or not (parts or model.exists()):
@@ -172,30 +180,17 @@ def smollm2(out: Path) -> Steps:
         convert = f"stage=convert stage.dtype=null model.path={model} checkpoint={file}"
         yield 40, [f"cat {' '.join(map(str, parts))} > {file} && {run(out, convert)}"]
     tokens = f"corpus.folder={corpus} stage.schedule=[[6000000,1024]]"
-    few = "stage.low_rank=8 stage.optimizer.lr=1.0e-3"  # a file of 11 MiB, which comes back
-    yield 120, [run(out, "experiment=smollm2_ratplus", tokens, few)]
+    low_rank = "stage.low_rank=8 stage.optimizer.lr=1.0e-3"  # a file of 11 MiB, which comes back
+    yield 120, [run(out, "experiment=smollm2_ratplus", tokens, low_rank)]
 
 
-PIECES: dict[str, Callable[[Path], Steps]] = {
-    "kernels": kernels,
-    "warm": warm,
-    "bench": bench,
-    "baselines": baselines,
-    "profile": profile,
-    "pocket": pocket,
-    "small": small,
-    "smollm2": smollm2,
-}
+PIECES = {x.__name__: x for x in (kernels, warm, bench, baselines, profile, pocket, small, smollm2)}
 if DRY:
     del PIECES["baselines"]  # in bench
 
 
 def run(out: Path, *settings: str) -> str:
     return f"python run.py {' '.join(filter(None, settings))} output={out} tracking=disabled"
-
-
-def schedule(*phases: list[int]) -> str:
-    return f"stage.schedule={json.dumps(phases, separators=(',', ':'))}"
 
 
 def interpreted() -> str:
@@ -205,7 +200,8 @@ def interpreted() -> str:
 
 def main(arguments: list[str]) -> int:
     if arguments == ["prepare"]:  # before pieces that run side by side
-        return prepare() or 0
+        prepare()
+        return 0
     if unknown := set(arguments) - PIECES.keys():
         sys.exit(f"no piece is called {', '.join(sorted(unknown))}: choose of {', '.join(PIECES)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -224,7 +220,7 @@ def main(arguments: list[str]) -> int:
 
 
 def prepare() -> None:
-    """The environment of all commands, with the copied wheels."""
+    """Set the environment of all commands, and unpack the copied wheels."""
     os.chdir(ROOT)
     WORK.mkdir(parents=True, exist_ok=True)
     OUT.mkdir(parents=True, exist_ok=True)
@@ -255,17 +251,17 @@ def run_piece(name: str, steps: Callable[[Path], Steps], about: dict[str, Any]) 
     folder, started, used = WORK / name, time.monotonic(), sum(os.times()[2:4])
     folder.mkdir(parents=True, exist_ok=True)
     record = {"piece": name, "rc": 1, "note": "stopped from outside", "dry": DRY, **about}
-    done: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     try:
         for until, commands in steps(folder):
-            done += side_by_side(commands, started + until * (10 if DRY else 1), folder)
-        record |= {"rc": max((abs(x["rc"]) for x in done), default=0), "note": ""}
+            results += side_by_side(commands, started + until * (10 if DRY else 1), folder)
+        record |= {"rc": max((abs(x["rc"]) for x in results), default=0), "note": ""}
     except SkipPiece as reason:
         record |= {"rc": None, "note": f"not run: {reason}"}
     except Exception:
         record["note"] = traceback.format_exc()
     finally:
-        record |= {"seconds": round(time.monotonic() - started, 1), "commands": done}
+        record |= {"seconds": round(time.monotonic() - started, 1), "commands": results}
         record["cpu_seconds"] = round(sum(os.times()[2:4]) - used, 1)  # of commands
         record["date_end"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
         pack(folder, record)
@@ -292,31 +288,31 @@ def side_by_side(commands: list[str], end: float, folder: Path) -> list[dict[str
             process.wait()
     finally:
         for process in running.values():
-            process.terminate()  # timeout hands it on
+            process.terminate()  # timeout passes the signal on
         for process in running.values():
             process.wait()
             with suppress(ProcessLookupError):  # no child is left
                 os.killpg(process.pid, signal.SIGKILL)
-    done, seconds = [], round(time.monotonic() - begun, 1)  # of all
+    results, seconds = [], round(time.monotonic() - begun, 1)  # of all commands
     for command, (path, process) in zip(commands, running.items(), strict=True):
         text = re.sub(r"[^\n]*\r", "", path.read_bytes().decode(errors="replace"))  # progress bars
         rc, text = process.returncode, text.replace(f"{ROOT}/", "")
         output = text[-6000 if rc else -1500 :]
-        done.append({"command": command, "rc": rc, "seconds": seconds, "output": output})
-    return done
+        results.append({"command": command, "rc": rc, "seconds": seconds, "output": output})
+    return results
 
 
 def pack(folder: Path, record: dict[str, Any]) -> None:
     """Write the record, and an archive with it and the piece's files: smallest first while there is
     room, without checkpoints and models before their fine-tuning."""
-    sizes = {x: x.stat().st_size for x in folder.rglob("*") if x.is_file()}
+    files = sorted((x.stat().st_size, x) for x in folder.rglob("*") if x.is_file())
     room, left_out, path = ARCHIVE, [], WORK / f"{record['piece']}.json"
     with tarfile.open(path.with_suffix(".tgz"), "w:gz") as archive:
-        for file in sorted(sizes, key=sizes.__getitem__):
+        for size, file in files:
             if "checkpoint-" in str(file) or ("model" in file.parts and "_sft" not in str(file)):
                 continue
             # Text shrinks to a quarter.
-            room -= sizes[file] // (1 if file.suffix in (".safetensors", ".png", ".pdf") else 4)
+            room -= size // (1 if file.suffix in (".safetensors", ".png", ".pdf") else 4)
             if room < 0:
                 left_out.append(str(file.relative_to(WORK)))
             else:

@@ -9,6 +9,7 @@ docs/kernels.md and docs/small-tier.md have the tables between two marks.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -20,19 +21,19 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = Path("outputs", "reference")
 MARKS = "<!-- measured on a GPU: scripts/gpu_collect.py -->", "<!-- end of the measurements -->"
 
-# Of each piece: where its record and which of its files go.
+# Of each piece: the folder in REFERENCE of its record, and of which of its files.
 PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "kernels": ("bench/{device}", ()),
-    "bench": ("bench/{device}", ()),
-    "baselines": ("bench/{device}", ()),
-    "profile": ("bench/{device}", ("ncu.txt",)),
+    "kernels": ("bench", ()),
+    "bench": ("bench", ()),
+    "baselines": ("bench", ()),
+    "profile": ("bench", ("ncu.txt",)),
     "pocket": (
-        "pocket/{device}",
+        "pocket",
         ("table3/cells.csv", "table3/table3.md", "table3/provenance.json", "training/*/*.json*"),
     ),
-    "small": ("small/{device}", ("report/*", "training/*/*.json*")),
+    "small": ("small", ("report/*", "training/*/*.json*")),
     "smollm2": (
-        "smollm2/{device}",
+        "smollm2",
         ("training/*/*.json*", "training/*/trained.safetensors", "reports/*/*"),
     ),
 }
@@ -76,44 +77,46 @@ def install(archive: Path, root: Path) -> str:
     with tarfile.open(archive) as file:
         file.extractall(unpacked, filter="data")
     record = json.loads((unpacked / f"{archive.stem}.json").read_text())
-    place, patterns = PLACES.get(archive.stem, ("", ()))
-    if record["rc"] is None or record.get("dry") or "device" not in record or not place:
-        return (
-            f"not copied: {record['note'] or 'a dry run, on an unknown device, or nothing to keep'}"
-        )
-    target = root / REFERENCE / place.format(device=report.slug(record["device"]))
+    kind, patterns = PLACES.get(archive.stem, ("", ()))
+    if record["rc"] is None or record["dry"] or "device" not in record or not kind:
+        reason = record["note"] or "a dry run, on an unknown device, or nothing to keep"
+        return f"not copied: {reason}"
+    target = root / REFERENCE / kind / report.slug(record["device"])
     target.mkdir(parents=True, exist_ok=True)
     (target / f"{archive.stem}.record.json").write_text(json.dumps(record, indent=1) + "\n")
     source = unpacked / archive.stem
-    for path in sorted(p for pattern in patterns for p in source.glob(pattern) if p.is_file()):
-        name = path.relative_to(source)
-        copy = target / name
+    for path in (p for pattern in patterns for p in source.glob(pattern) if p.is_file()):
+        copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    if (source / "bench" / "bench.json").exists() and archive.stem in ("bench", "baselines"):
-        new = json.loads((source / "bench" / "bench.json").read_text())["runs"]
-        about = new[-1]["about"]
+        shutil.copyfile(path, copy)
+    measured = source / "bench" / "bench.json"
+    if measured.exists() and archive.stem in ("bench", "baselines"):
+        about = json.loads(measured.read_text())["runs"][-1]["about"]
         runs = [*report.read(target, about), *report.read(source / "bench", about)]
         report.write(target, sorted(runs, key=lambda run: run.about["date"]))
     return f"rc {record['rc']}, copied to {target.relative_to(root)}"
 
 
 def tables(root: Path) -> dict[str, str]:
-    """The text of each page: its results, and those that are missing."""
+    """The text of each page: results, and which ones are missing."""
     reference = root / REFERENCE
-    found = sorted(x for x in reference.glob("bench/*/bench.json") if x.parent.name[-4:] != "-cpu")
+    benches = [
+        path
+        for path in sorted(reference.glob("bench/*/bench.json"))
+        if not path.parent.name.endswith("-cpu")
+    ]
     kernels = [summary(path) for path in sorted(reference.glob("bench/*/kernels.record.json"))]
     kernels = kernels or ["Missing: the kernels' tests on a GPU."]
-    for path in found:
+    for path in benches:
         runs = json.loads(path.read_text())["runs"]
         kernels += [rates(path.parent.name, runs[-1]["about"]), aims(runs)]
     small = [summary(path) for path in sorted(reference.glob("small/*/small.record.json"))]
     for table in ("table3", "table5"):
-        shown = sorted(reference.glob(f"small/*/report/{table}.md"))
+        paths = sorted(reference.glob(f"small/*/report/{table}.md"))
         missing = [f"Missing: {table.capitalize()[:-1]} {table[-1]} on a GPU."]
-        small += [path.read_text().strip() for path in shown] or missing
+        small += [path.read_text().strip() for path in paths] or missing
     return {
-        "docs/kernels.md": "\n\n".join(kernels if found else [*kernels, aims([])]),
+        "docs/kernels.md": "\n\n".join(kernels if benches else [*kernels, aims([])]),
         "docs/small-tier.md": "\n\n".join(small),
     }
 
@@ -142,27 +145,27 @@ def rates(device: str, about: dict[str, Any]) -> str:
 
 
 def aims(runs: list[dict[str, Any]]) -> str:
-    """Every target with its measured figure, for the default plan of that time and the fastest."""
-    rows = [row for run in runs for row in run["rows"] if row["seconds"]]
-    found = {(row["suite"], row["case"], row["form"]): row for row in rows}
+    """A table of AIMS with the measured figures, by the default plan and by the fastest."""
+    rows = {(row["suite"], row["case"], row["form"]): row for run in runs for row in run["rows"]}
+    timed = {key: row for key, row in rows.items() if row["seconds"]}
     fastest: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in sorted(rows, key=lambda row: row["seconds"], reverse=True):
+    for row in sorted(timed.values(), key=lambda row: row["seconds"], reverse=True):
         if row["suite"].endswith(report.PLANS):
             fastest[row["suite"].removesuffix(report.PLANS), row["case"]] = row
-    notes = {(x["suite"], x["case"], x["form"]): x["note"] for run in runs for x in run["rows"]}
     lines = ["| suite | case | figure | aim | measured | fastest plan |", f"|{'---|' * 6}"]
     for suite, case, form, by, aim in AIMS:
-        other, results = found.get((suite, case, form)), []
-        for ours in (found.get((suite, case, "kernel")), fastest.get((suite, case))):
+        row = rows.get((suite, case, form), {"seconds": None, "note": ""})
+        results = []
+        for kernel in (timed.get((suite, case, "kernel")), fastest.get((suite, case))):
             value, met = None, False
-            if ours and by == "floor":
-                value = ours["seconds"] / ours["floor"]
+            if kernel and by == "floor":
+                value = kernel["seconds"] / kernel["floor"]
                 met = value <= aim
-            elif ours and other:
-                value = other["seconds"] / ours["seconds"]
+            elif kernel and row["seconds"]:
+                value = row["seconds"] / kernel["seconds"]
                 met = value >= aim
             results.append(f"{value:.2f}{'' if met else ' (missed)'}" if value else "")
-        measured = results[0] or notes.get((suite, case, form)) or "missing"
+        measured = results[0] or row["note"] or "missing"
         text, sign = f"{form}, time / {by}", "≤" if by == "floor" else "≥"
         lines.append(f"| {suite} | {case} | {text} | {sign} {aim} | {measured} | {results[1]} |")
     return "\n".join(lines)

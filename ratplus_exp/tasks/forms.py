@@ -19,7 +19,7 @@ from pydantic import Field
 from ratplus_exp.settings import Positive, Settings, matching
 from ratplus_exp.tasks import prose
 
-_FIELDS = {  # of each text: those that it needs, and further ones
+_FIELDS = {  # of each text: the required and the optional ones
     "needle": ({"key", "value"}, {"type_needle_v"}),
     "template": ({"context", "query"}, {"type_needle_v"}),
     "answer_prefix": (set(), {"type_needle_v", "query"}),
@@ -65,14 +65,20 @@ class Forms(Settings):
     reserve: Reserve = 128
 
     def __post_init__(self) -> None:
-        for name, (needed, optional) in _FIELDS.items():
-            fields = _fields(name, getattr(self, name))
-            if missing := needed - fields:
+        for name, (required, optional) in _FIELDS.items():
+            try:
+                parts = [*string.Formatter().parse(getattr(self, name))]
+            except ValueError as error:
+                raise ValueError(
+                    f"{name} is not a format string ({error}): double literal braces"
+                ) from error
+            fields = {field for _, field, _, _ in parts if field is not None}
+            if missing := required - fields:
                 raise ValueError(f"{name} lacks {{{min(missing)}}}: add it to the text")
-            if unknown := fields - needed - optional:
+            if unknown := fields - required - optional:
                 raise ValueError(
                     f"{name} has the unknown field {{{min(unknown)}}}: use only"
-                    f" {', '.join(f'{{{field}}}' for field in sorted(needed | optional))}"
+                    f" {', '.join(f'{{{field}}}' for field in sorted(required | optional))}"
                 )
         if self.key_count is not None:
             if self.key_words != "noun":
@@ -145,12 +151,3 @@ def singular(text: str) -> str:
     for plural, single in (("Some", "A"), ("are all", "is"), ("are", "is"), ("answers", "answer")):
         text = text.replace(plural, single)
     return text
-
-
-def _fields(name: str, text: str) -> set[str]:
-    try:
-        return {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
-    except ValueError as error:
-        raise ValueError(
-            f"{name} is not a format string ({error}): double literal braces"
-        ) from error

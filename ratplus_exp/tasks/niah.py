@@ -1,4 +1,4 @@
-"""RULER's eight needle-in-a-haystack tasks, and what all tasks are made of.
+"""RULER's eight needle-in-a-haystack tasks, and the parts that all tasks share.
 
 The semantics are RULER's (NVIDIA/RULER, scripts/data/synthetic/niah.py and synthetic.yaml), with
 three intended differences: a sample depends on its name alone, train and validation share no value,

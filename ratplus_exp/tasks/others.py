@@ -2,7 +2,7 @@
 
 Rules and texts are RULER's (NVIDIA/RULER, scripts/data/synthetic: variable_tracking.py,
 common_words_extraction.py, freq_words_extraction.py, constants.py). RULER shuffles with one fixed
-seed, so answers have the same places in all prompts of a size; here the seed is the sample's name.
+seed, so answers have the same places in all prompts of a size. This module seeds by sample.
 The pocket tier's forms are in conf/data/pocket.yaml.
 """
 
@@ -74,7 +74,8 @@ class VT(Texts):
     def draft(self, draw: Draw, name: str, source: Ruler) -> Draft:
         worked = ""
         if self.example:
-            example = self._chain(draw, f"{name}/example", max(self.letters - 2, 1))
+            letters = self.letters and max(self.letters - 2, 1)
+            example = self._chain(draw, f"{name}/example", letters)
             units = source.fit(example.prompt, self.example, f"{name}, data.vt.example")
             worked = f"{example.prompt(units)} {' '.join(example.answers)}\n\n"
         draft = self._chain(draw, name, self.letters)
@@ -82,7 +83,6 @@ class VT(Texts):
 
     def _chain(self, draw: Draw, name: str, letters: int) -> Draft:
         """One chain in units of noise; the answers are its variables in their order."""
-        letters = letters if self.letters else 0
         names = [
             _code(draw, "variable", string.ascii_uppercase, letters) for _ in range(self.hops + 1)
         ]
@@ -143,9 +143,9 @@ class CWE(Texts):
 
     def _list(self, words: Sequence[str], repeats: Sequence[int], name: str) -> str:
         often, seldom = repeats
-        every = [*words[: self.common]] * often + [*words[self.common :]] * seldom
-        seeded_random(name).shuffle(every)
-        return self._items(every)
+        items = [*words[: self.common]] * often + [*words[self.common :]] * seldom
+        seeded_random(name).shuffle(items)
+        return self._items(items)
 
     def _items(self, words: Sequence[str]) -> str:
         return " ".join(self.item.format(number=i, word=w) for i, w in enumerate(words, start=1))
@@ -180,12 +180,12 @@ class FWE(Texts):
 
         def context(n: int) -> str:
             counts = (int(6 * n / (pi * rank) ** 2) for rank in range(1, ranks + 1))
-            every = [word for word, times in zip(words, counts, strict=True) for _ in range(times)]
-            seeded_random(f"{name}/{n}").shuffle(every)
-            first = next((i for i, word in enumerate(every) if word != self.dots), 0)
+            text = [word for word, times in zip(words, counts, strict=True) for _ in range(times)]
+            seeded_random(f"{name}/{n}").shuffle(text)
+            first = next((i for i, word in enumerate(text) if word != self.dots), 0)
             if first and not self.dots.startswith(" "):  # a text must not start with punctuation
-                every[0], every[first] = every[first], every[0]
-            return "".join(every).lstrip()
+                text[0], text[first] = text[first], text[0]
+            return "".join(text).lstrip()
 
         answers = [word.strip() for word in words[1:4]]
         # From 74 words on, rank 4 is more frequent than rank 5.
@@ -193,7 +193,7 @@ class FWE(Texts):
 
 
 def _code(draw: Draw, kind: str, alphabet: str, letters: int) -> str:
-    """A new random word of so many letters; 0: one of the forms' keys."""
+    """A new random word of `letters` letters of the alphabet; 0: one of the forms' keys."""
     if not letters:
         return draw("word")
     return draw.fresh(kind, lambda: "".join(draw.rng.choices(alphabet, k=letters)))

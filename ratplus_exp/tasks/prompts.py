@@ -1,4 +1,4 @@
-"""Validation samples, each made once a process, and prefetched by worker processes for a GPU.
+"""Validation samples, made once per process, and prefetched by worker processes for a GPU.
 
 A sample is a pure function of its name, so any process may make it at any time.
 """
@@ -16,7 +16,7 @@ from ratplus_exp.workers import Workers
 
 
 class Prompts:
-    """The validation samples of a source and a seed, kept once they are made.
+    """The validation samples of a source and a seed; each is made once.
 
     workers: processes for `prefetch`; 0: this process makes each sample when it is due.
     """
@@ -61,11 +61,11 @@ _kept: dict[str, Prompts] = {}
 
 
 def prompts_of(source: Ruler, seed: int, workers: int = 0) -> Prompts:
-    """The same `Prompts` for consecutive settings of a process with the same tokenizer, length,
-    texts and seed."""
+    """The `Prompts` of the last call, if it had the same tokenizer, length, texts and seed; else
+    new ones."""
     tokenizer = source.tokenizer.backend_tokenizer.to_str()
-    every = (tokenizer, source.length, source.forms, source.essay, source.others, seed, workers)
-    key = hashlib.sha256(repr(every).encode()).hexdigest()
+    settings = (tokenizer, source.length, source.forms, source.essay, source.others, seed, workers)
+    key = hashlib.sha256(repr(settings).encode()).hexdigest()
     if key not in _kept:
         for prompts in _kept.values():
             prompts.close()

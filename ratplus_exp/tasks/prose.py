@@ -5,7 +5,7 @@ of a million parameters. Generated sentences fill patterns with words grouped by
 prose, hardly ever repeated, of at most 500 distinct words, all in a word-level tokenizer.
 
 RULER puts needles between the sentences of nltk's Punkt (Kiss and Strunk, 2006), which learns
-abbreviations and sentence openers from text, and needs a download. Here the lists have those of
+abbreviations and sentence openers from text, and needs a download. prose.toml lists those of
 essays; the rules are Punkt's: '?' and '!' end a sentence, and so does a period, unless it belongs
 to an abbreviation, an initial or an ellipsis and no opener follows; closing quotes and brackets
 belong to the sentence before.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,15 +53,14 @@ class QA(Texts):
                 f"{file} has {len(order)} questions of the validation split: lower data.examples"
             )
         question = questions[order[int(index) % len(order)]]
-        near = tuple(draw.rng.sample(question.article, len(question.article)))
-        taken = {*question.documents, *near}
-        far = [text for text in documents if text not in taken]
-        draw.rng.shuffle(far)
-        every = [*question.documents, *near, *far]
+        article = draw.rng.sample(question.article, len(question.article))
+        used = {*question.documents, *article}
+        others = [text for text in documents if text not in used]
+        draw.rng.shuffle(others)
+        pool = [*question.documents, *article, *others]
 
         def context(n: int) -> str:
-            size = len(question.documents) + n
-            chosen = [every[i % len(every)] for i in range(size)]  # repeated if too few
+            chosen = list(islice(cycle(pool), len(question.documents) + n))  # repeated if too few
             seeded_random(f"{name}/{n}").shuffle(chosen)
             texts = (self.document.format(number=i, text=d) for i, d in enumerate(chosen, start=1))
             return "\n\n".join(texts)

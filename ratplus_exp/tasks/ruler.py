@@ -1,4 +1,4 @@
-"""Where samples come from: all of RULER's thirteen tasks, by name."""
+"""Samples of all of RULER's thirteen tasks, by name."""
 
 from __future__ import annotations
 

@@ -138,10 +138,10 @@ class GoldenAnswer:
 
 
 def golden_answer(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> GoldenAnswer:
-    """Aligns the answer with every occurrence of its values, by characters.
+    """Align the answer with every occurrence of its values, by characters.
 
-    Prompt and answer may cut a value into different tokens, so a token of the answer is matched by
-    its first character of the value.
+    The tokens of a value may differ between prompt and answer, so a token of the answer is matched
+    by its first character of the value.
     """
     ids = target_ids(sample, tokenizer)
     text = sample.prompt + target(sample)
@@ -164,8 +164,8 @@ def golden_answer(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> GoldenA
     return GoldenAnswer(ids, tuple(positions), tuple(values))
 
 
-LONGEST = 64
-"""Characters per token on average, above which a prompt is too long without being tokenised."""
+# A prompt with more characters per token of the model's length is refused without tokenising it.
+MAX_CHARACTERS_PER_TOKEN = 64
 
 
 class _Record(BaseModel, strict=True):
@@ -197,7 +197,7 @@ def read_jsonl(
     for i, line in enumerate(lines):
         try:
             record = _Record.model_validate_json(line)
-            if (size := len(record.input)) > LONGEST * length:
+            if (size := len(record.input)) > MAX_CHARACTERS_PER_TOKEN * length:
                 raise ValueError(
                     f"the prompt has {size} characters, too many for the model's length {length}: "
                     "generate the file for at most that length"

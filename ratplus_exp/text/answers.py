@@ -16,8 +16,8 @@ from ratplus_exp.training.settings import IGNORE, Batch
 class Answers:
     """Batches of prompts as a pure function of (seed, step); only answers and EOS are labelled.
 
-    source: of the samples, at any length; mixture: weights of the tasks; read: by task, samples
-    from files, which replace those of the source.
+    source: generates the samples (its length is replaced). mixture: weights of the tasks. read: by
+        task, samples from files, used instead of generated ones.
     """
 
     source: Ruler

@@ -13,7 +13,7 @@ from ratplus_exp.training.settings import Batch
 
 
 class Corpus:
-    """The tokens of a folder that `write_shards` made, cut into windows of one context each.
+    """The tokens of a folder of `write_shards`, in windows of one context each.
 
     A window may span documents, which end in EOS. Each pass over the corpus shuffles the windows
     again. tokens: their number; id: a digest of shards, lengths and tokenizer.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # (key, value, weight) of the facts of a document; pairs of uuids are learnt last (MK-3).
 _KINDS = (("word", "number", 5), ("word", "uuid", 2), ("uuid", "uuid", 3))
 _HAYSTACKS = (("needle", 5), ("essay", 4), ("noise", 1))
-Piece = tuple[str, str]  # text, and "" or, if it can be recalled, "fact" or "answer"
+Piece = tuple[str, str]  # a text, and "fact" or "answer" if it can be recalled, else ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,15 +71,14 @@ def write_shards(source: Source, tokenizer: Any, name: str, folder: Path, worker
     with tqdm(total=source.tokens, unit="token", unit_scale=True, desc="tokenising") as bar:
 
         def progress() -> None:
-            bar.update(_written(folder, dtype) - bar.n)
+            bar.update(_bytes_written(folder) // dtype.itemsize - bar.n)
 
         for length in _in_order(write, count, workers, progress):
             lengths.append(length)
             if source.tokens and sum(lengths) >= source.tokens:
                 break
         progress()
-    total = sum(lengths)
-    if not total:
+    if not (total := sum(lengths)):
         raise ValueError(f"{source.path} has no text: check corpus.path and corpus.field")
     index = {
         "dtype": dtype.name,
@@ -94,7 +93,7 @@ def write_shards(source: Source, tokenizer: Any, name: str, folder: Path, worker
 def _in_order(
     write: Callable[[int], int], count: int, workers: int, progress: Callable[[], None]
 ) -> Iterator[int]:
-    """The results of write(0) … write(count - 1); workers: as in `write_shards`."""
+    """The results of write(0) … write(count - 1); `progress` is called every second."""
     if not workers:
         yield from map(write, range(count))
         return
@@ -108,17 +107,16 @@ def _in_order(
 def _write_shard(
     source: Source, tokenizer: Any, folder: Path, count: int, dtype: np.dtype[Any], index: int
 ) -> int:
-    """Write one of `count` shards, at most source.tokens of it and a batch; its tokens."""
+    """Write one of `count` shards, and return its number of tokens. It ends with the batch that
+    reaches source.tokens."""
     target = folder / _name(index)
     if target.exists():
         return target.stat().st_size // dtype.itemsize
     partial, note = target.with_suffix(".partial"), target.with_suffix(".json")
     done = json.loads(note.read_text()) if note.exists() else {"documents": 0, "tokens": 0}
     stream = _open(source).shard(count, index).skip(done["documents"])
-    mode = "r+b" if done["documents"] else "wb"
-    with _name_file(source, count, index), naming(partial), partial.open(mode) as file:
+    with _name_file(source, count, index), naming(partial), partial.open("ab") as file:
         file.truncate(done["tokens"] * dtype.itemsize)  # drop what follows the last note
-        file.seek(0, os.SEEK_END)
         for batch in stream.iter(batch_size=DOCUMENTS):
             if source.tokens and done["tokens"] >= source.tokens:
                 break
@@ -146,7 +144,7 @@ def _name_file(source: Source, count: int, index: int) -> Iterator[None]:
     """Errors name the file of a shard, or the data set if the shard has several files."""
     try:
         yield
-    except ValueError as error:  # those of datasets and of the tokenizer name none
+    except ValueError as error:  # datasets and tokenizers name no file
         files = _files(source)
         where = files[index] if len(files) == count else source.path
         text = " ".join(str(error).split())[:200]
@@ -158,14 +156,13 @@ def _files(source: Source) -> list[Path]:
     path = Path(source.path).expanduser()
     if not path.is_dir():
         return []
-    kinds = [files for kind in BUILDERS if (files := sorted(path.rglob(f"*{kind}")))]
-    if len(kinds) != 1:
-        suffixes = " and ".join(files[0].suffix for files in kinds) or "no"
+    files = {kind: x for kind in BUILDERS if (x := sorted(path.rglob(f"*{kind}")))}
+    if len(files) != 1:
         raise ValueError(
-            f"{path} holds {suffixes} files: corpus.path must be a folder of one kind of "
-            f"{', '.join(BUILDERS)}"
+            f"{path} holds {' and '.join(files) or 'no'} files: corpus.path must be a folder of "
+            f"one kind of {', '.join(BUILDERS)}"
         )
-    return kinds[0]
+    return next(iter(files.values()))
 
 
 def _open(source: Source) -> Any:
@@ -174,13 +171,13 @@ def _open(source: Source) -> Any:
 
     if files := _files(source):
         kind, names = files[0].suffix, [str(file) for file in files]
-        how = {"sample_by": "document"} if kind == ".txt" else {}
+        options = {"sample_by": "document"} if kind == ".txt" else {}
         return datasets.load_dataset(
-            BUILDERS[kind], data_files=names, split="train", streaming=True, **how
+            BUILDERS[kind], data_files=names, split="train", streaming=True, **options
         )
     try:
         return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
-    except Exception as error:  # the hub's, the network's and datasets' own, of many kinds
+    except Exception as error:  # of the hub, the network or datasets: of many types
         text = " ".join(str(error).split())[:160]
         raise ValueError(
             f"cannot open the data set {source.path} ({type(error).__name__}: {text}): check "
@@ -192,7 +189,7 @@ def _claim(folder: Path, origin: dict[str, Any]) -> None:
     """A folder with tokens is for one source and one tokenizer."""
     file = folder / "source.json"
     before = json.loads(file.read_text()) if file.exists() else origin
-    if before != origin and _written(folder, np.dtype("uint8")):
+    if before != origin and _bytes_written(folder):
         changed = ", ".join(key for key in origin if origin[key] != before.get(key))
         raise ValueError(
             f"{folder} holds a corpus with another {changed}: set corpus.folder, or delete it"
@@ -203,11 +200,10 @@ def _claim(folder: Path, origin: dict[str, Any]) -> None:
     _write(file, origin)
 
 
-def _written(folder: Path, dtype: np.dtype[Any]) -> int:
-    """Tokens in the folder."""
+def _bytes_written(folder: Path) -> int:
+    """Bytes of all shards, finished or not."""
     files = [*folder.glob("*.bin"), *folder.glob("*.partial")]
-    sizes = [file.stat().st_size for file in files if file.exists()]
-    return sum(sizes) // dtype.itemsize
+    return sum(file.stat().st_size for file in files if file.exists())
 
 
 def _name(index: int) -> str:

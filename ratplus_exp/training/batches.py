@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import signal
 from collections import deque
@@ -19,10 +20,10 @@ NICE = 10  # added to a worker's niceness: a waiting GPU has precedence
 def batches(
     batch: BatchOf, steps: Iterable[tuple[int, int, int]], workers: int
 ) -> Generator[tuple[int, Batch], None, None]:
-    """Each step of `steps`, which are (step, rows, length), with its batch; closing the generator
-    ends the workers.
+    """Each step of `steps`, (step, rows, length), with its batch. Closing the generator ends the
+    workers.
 
-    workers: processes, one a core at most, which need `batch` picklable; 0: this process makes each
+    workers: processes, at most one per core; `batch` must be picklable. 0: this process makes each
         batch when it is due.
 
     Raises:
@@ -33,23 +34,18 @@ def batches(
             yield step, batch(step, *size)
         return
     workers = min(workers, cores())
-    with Workers(workers, batch, initialize=_yield_to_the_training) as pool:
-        submitted = ((step, pool.call(_make, step, *size)) for step, *size in steps)
+    with Workers(workers, batch, initialize=_defer_to_the_training) as pool:
+        submitted = ((step, pool.call(operator.call, step, *size)) for step, *size in steps)
         pending = deque(islice(submitted, 2 * workers))
         while pending:
             step, future = pending.popleft()
-            made = future.result()
+            result = future.result()
             pending.extend(islice(submitted, 1))
-            yield step, made
+            yield step, result
 
 
-def _yield_to_the_training() -> None:
-    """A worker has low priority, and ignores signals to the process group: they are for the
-    training."""
+def _defer_to_the_training() -> None:
+    """Low priority for a worker; signals to the process group are for the training alone."""
     os.nice(NICE)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _make(batch: BatchOf, step: int, rows: int, length: int) -> Batch:
-    return batch(step, rows, length)

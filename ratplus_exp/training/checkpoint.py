@@ -42,7 +42,7 @@ class Checkpoints:
         return [path for _, path in sorted(steps)]
 
     def save(self, state: State) -> None:
-        """Write a state, which has its "step"; every rank must call it.
+        """Write a state with a "step"; every rank must call it.
 
         Raises:
             OSError: it cannot be written; earlier checkpoints stay.
@@ -59,10 +59,10 @@ class Checkpoints:
                 _remove(target)
                 os.replace(partial, target)
                 sync(self.folder)
-                # Older ones, and what a killed process left half-written.
+                # Older checkpoints, and the partial ones of killed processes.
                 for path in (*self.kept()[:-KEPT], *self.folder.glob("checkpoint-*.partial")):
                     _remove(path)
-        except (Exception, dcp.CheckpointException) as error:  # torch's say it over many lines
+        except (Exception, dcp.CheckpointException) as error:  # torch's have many lines
             text = " ".join(str(error.__context__ or error).split())[:160]
             raise OSError(
                 f"cannot write {target} ({text}): make room or repair the disk, then run the same "
@@ -88,7 +88,7 @@ class Checkpoints:
             state, problem = None, "on another process"
             try:
                 state = _read(path, current)
-            except OSError:  # of disk or permissions, which would affect the previous one, too
+            except OSError:  # of disk or permissions: the previous checkpoint has it, too
                 raise
             except (Exception, dcp.CheckpointException) as error:  # torch raises a dozen kinds
                 problem = type(error).__name__
@@ -106,7 +106,7 @@ class Checkpoints:
 
 
 def _write(state: State, path: Path) -> None:
-    """Durable when it returns."""
+    """Write a state to disk, past all caches."""
     if world_size() > 1:
         dcp.save(state, checkpoint_id=path)
         return

@@ -16,27 +16,29 @@ from ratplus_exp.store import naming, write_atomically
 class Log:
     """Rows with the means over the steps since the previous row.
 
-    report: called with each row. seconds: of all rows, those of earlier runs included.
+    report: called with each row. peak: FLOP/s of all processes, for the MFU; None: unknown.
+    seconds: of all rows, including those of earlier runs.
     """
 
-    def __init__(self, file: Path, report: Callable[[dict[str, Any]], None]) -> None:
-        self.file, self.report, self.seconds = file, report, 0.0
+    def __init__(
+        self, file: Path, report: Callable[[dict[str, Any]], None], peak: float | None
+    ) -> None:
+        self.file, self.report, self.peak, self.seconds = file, report, peak, 0.0
         self.begin_row()
 
     def begin_row(self) -> None:
         self.values: dict[str, list[float]] = defaultdict(list)
         self.tokens, self.flops, self.start = 0, 0.0, time.perf_counter()
 
-    def end_row(self, state: dict[str, float], peak: float | None) -> dict[str, float]:
-        """The row: means, the state after its last step, rates, and the MFU if the peak, in FLOP/s,
-        is known."""
+    def end_row(self, **state: float) -> dict[str, float]:
+        """The row: means, the state after its last step, rates, and the MFU."""
         seconds = time.perf_counter() - self.start
         self.seconds += seconds
         row = {name: round(sum(x) / len(x), 5) for name, x in self.values.items()} | state
         row["tokens_per_second"] = round(self.tokens / seconds)
         row["seconds"] = round(self.seconds, 1)
-        if peak:
-            row["mfu"] = round(self.flops / seconds / peak, 4)
+        if self.peak:
+            row["mfu"] = round(self.flops / seconds / self.peak, 4)
         self.begin_row()
         return row
 

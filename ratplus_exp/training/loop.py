@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -93,17 +93,17 @@ class Trainer:
         self.sparse_only_steps, self.prefix = sparse_only_steps, prefix
         self.device = device or next(model.parameters()).device
         self.shape = Shape.of(model)
-        self.peak = settings.peak_tflops or peak_tflops(self.device)
+        peak = settings.peak_tflops or peak_tflops(self.device)
         if settings.compile or settings.activation_checkpointing:
             prepare_layers(model, settings.compile, settings.activation_checkpointing)
         objective = Objective(model, settings.precision == "bf16")
         self.objective = distribute(objective, settings.parallel, self.device)
         self.optimizer = adamw(model, settings)
         self.step, self.taken, self.tokens = 0, 0, 0
-        self._begun: float | None = None  # when the first step was done, less earlier runs
+        self._begun: float | None = None  # the end of the first step, less earlier runs' seconds
         self._signalled = self._stopping = False
         folder.mkdir(parents=True, exist_ok=True)
-        self.log = Log(folder / "log.jsonl", log)
+        self.log = Log(folder / "log.jsonl", log, peak and peak * 1e12 * world_size())
         self.checkpoints = Checkpoints(folder)
         self.monitor = LossMonitor(settings.spike, self.checkpoints)
         self._load()
@@ -125,9 +125,9 @@ class Trainer:
             disable=rank() > 0,
         )
         self.log.begin_row()
-        made = batches(self.batch, self._steps(total), self.workers)
-        with self._handle_signals(), bar, closing(made):
-            for step, batch in made:
+        stream = batches(self.batch, self._steps(total), self.workers)
+        with self._handle_signals(), bar, closing(stream):
+            for step, batch in stream:
                 before, self.step = self.step, step
                 micro_batches = self._share(batch)
                 scale = set_learning_rates(self.optimizer, settings, step, total)
@@ -141,7 +141,15 @@ class Trainer:
                 bar.update(self.step - before)
                 last = self.step == total or self._stopping
                 if last or self._passed(before, settings.log_every):
-                    row = self._end_row(scale) | self._gate_statistics(micro_batches[0][0][:4])
+                    row = self.log.end_row(
+                        step=self.step,
+                        tokens=self.tokens,
+                        length=self.schedule.length_at(step),
+                        lr=settings.lr * scale,
+                    )
+                    few = micro_batches[0][0][:4]
+                    with torch.compiler.set_stance("force_eager"):  # hooks would recompile layers
+                        row |= gate_statistics(self.model, few, forward=self.objective)
                     if rank() == 0:
                         self.log.write(row)
                     bar.set_postfix({x: row[x] for x in ("loss", "accuracy") if x in row})
@@ -157,11 +165,12 @@ class Trainer:
             )
 
     def _steps(self, total: int) -> Iterator[tuple[int, int, int]]:
-        """The steps from the last checkpoint on, without those that settings.seconds leaves no time
-        for, each as (step, rows, length)."""
+        """The steps from the last checkpoint on, as (step, rows, length); settings.seconds leaves
+        out some."""
         step = self.step
         while step < total:
-            yield step, self.schedule.rows_at(step), self.schedule.length_at(step)
+            length = self.schedule.length_at(step)
+            yield step, self.schedule.rows(length), length
             step += 1
             if self.settings.seconds and self._begun:
                 share = (time.perf_counter() - self._begun) / self.settings.seconds
@@ -169,15 +178,6 @@ class Trainer:
 
     def _passed(self, before: int, every: int) -> bool:
         return self.step // every > before // every
-
-    def _end_row(self, scale: float) -> dict[str, float]:
-        state = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "length": self.schedule.length_at(self.step - 1),
-            "lr": self.settings.lr * scale,
-        }
-        return self.log.end_row(state, self.peak and self.peak * 1e12 * world_size())
 
     def _share(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """This rank's rows of a batch, in micro-batches."""
@@ -188,19 +188,18 @@ class Trainer:
         return list(zip(ids.split(size), labels.split(size), strict=True))
 
     def _train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-        row = {}
+        row: dict[str, float] = {}
         for pattern in self._patterns(micro_batches):
             engine = Engine(pattern, counted=frozenset()) if pattern else None
             prefix = "sparse_" if pattern else ""
-            for name, value in self._optimizer_step(micro_batches, engine).items():
-                row[prefix + name] = value
+            result = self._optimizer_step(micro_batches, engine)
+            row |= {prefix + name: value for name, value in result.items()}
         return row
 
     def _patterns(self, micro_batches: list[tuple[Tensor, Tensor]]) -> list[Method | None]:
         """A pattern, or None for dense attention, for each optimizer step on this batch."""
-        if self.sparse is None:
+        if (sparse := self.sparse) is None:
             return [None]
-        sparse = self.sparse
         if self.prefix:
             prefix = self._prefix(micro_batches)
             sparse = DilatedAfterPrefix(**asdict(sparse), prefix=prefix)
@@ -250,12 +249,6 @@ class Trainer:
             "grad_norm": float(norm),
         }
 
-    def _gate_statistics(self, ids: Tensor) -> dict[str, float]:
-        """Of a few rows; compiled layers run eagerly, since hooks would recompile them."""
-        compiled = self.settings.compile
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            return gate_statistics(self.model, ids, forward=self.objective)
-
     @contextmanager
     def _handle_signals(self) -> Iterator[None]:
         """SIGTERM (preemption) and SIGUSR1 (SLURM's --signal) end the run after a step."""
@@ -275,7 +268,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "taken": self.taken,  # batches; settings.seconds leaves out steps
+            "taken": self.taken,  # batches: fewer than steps where settings.seconds leaves out some
             "tokens": self.tokens,
             "seconds": self.log.seconds,
             "data": self.data,
@@ -285,8 +278,9 @@ class Trainer:
     def _blank_state(self) -> dict[str, Any]:
         """A state of the right shapes; the step that makes the optimizer's moments changes the
         weights, which are loaded next."""
-        for p in (p for group in self.optimizer.param_groups for p in group["params"]):
-            p.grad = torch.zeros_like(p)
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return self._state()

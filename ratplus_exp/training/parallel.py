@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -70,7 +69,7 @@ def prepare_layers(model: Any, compile: bool, checkpointing: bool) -> None:
 
 
 def distribute(objective: Objective, kind: Kind, device: torch.device) -> nn.Module:
-    """The objective on its device: whole in a single process, else a replica or a shard of it."""
+    """Move the objective to its device: whole in a single process, else a replica or a shard."""
     if world_size() == 1:
         return objective.to(device)
     if kind == "ddp":
@@ -85,9 +84,11 @@ def shard(objective: Objective, mesh: DeviceMesh) -> nn.Module:
     already, since the gathered embedding is, and RoPE's tables stay in the model's precision, as in
     evaluation. A model on the CPU moves to the GPU layer by layer.
     """
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if objective.bf16:
-        policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if objective.bf16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
     for layer in objective.model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(objective, mesh=mesh, mp_policy=policy)

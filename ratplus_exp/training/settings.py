@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Literal
 
 import numpy as np
@@ -27,32 +28,28 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        return sum(self._steps(tokens) for tokens, _ in self.stages)
+        return self._ends()[-1]
 
     def length_at(self, step: int) -> int:
-        for tokens, length in self.stages:
-            step -= self._steps(tokens)
-            if step < 0:
-                return length
-        return self.stages[-1][1]
+        lengths = (length for _, length in self.stages)
+        return next(x for x, end in zip(lengths, self._ends(), strict=True) if step < end)
 
-    def rows_at(self, step: int) -> int:
-        return self._rows(self.length_at(step))
+    def rows(self, length: int) -> int:
+        """Rows of a batch at this context length."""
+        return max(1, self.tokens_per_step // length)
 
     def check(self, processes: int) -> None:
         """ValueError if the processes can't share the rows of a batch evenly."""
         for _, length in self.stages:
-            if (rows := self._rows(length)) % processes:
+            if (rows := self.rows(length)) % processes:
                 raise ValueError(
                     f"a batch of {rows} rows of {length} tokens cannot be shared by {processes} "
                     "processes: change tokens_per_step or the number of processes"
                 )
 
-    def _rows(self, length: int) -> int:
-        return max(1, self.tokens_per_step // length)
-
-    def _steps(self, tokens: int) -> int:
-        return math.ceil(tokens / self.tokens_per_step)
+    def _ends(self) -> list[int]:
+        """The number of steps up to the end of each stage."""
+        return [*accumulate(math.ceil(tokens / self.tokens_per_step) for tokens, _ in self.stages)]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def test_a_schedule_gives_every_length_its_tokens():
     schedule = Schedule([(100, 8), (64, 16), (5, 64)], 32)
     assert schedule.steps == 4 + 2 + 1  # rounded up
     assert [schedule.length_at(step) for step in range(7)] == [8, 8, 8, 8, 16, 16, 64]
-    assert [schedule.rows_at(step) for step in range(7)] == [4, 4, 4, 4, 2, 2, 1]
+    assert [schedule.rows(length) for length in (8, 16, 64)] == [4, 2, 1]
 
 
 def test_steps_are_left_out_to_reach_the_schedules_end_in_time(make_model, tmp_path):

@@ -27,7 +27,7 @@ from ratplus_kernels.dispatch import interpreted
 
 PACKAGES = ("triton", "fla-core", "flash-attn")
 Cases = tuple[Callable[[Machine], Iterator[Case]], ...]
-# Models have no cases, but rows.
+# Models have rows instead of cases.
 PARTS: dict[str, Cases] = {
     "scan": (scan_cases.cases,),
     "sparse": (sparse_cases.cases,),

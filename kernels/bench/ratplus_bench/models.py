@@ -48,7 +48,7 @@ KVPRESS = Path(os.environ.get("KVPRESS_PYTHON", REPOSITORY / ".venv-kvpress/bin/
 
 
 def methods(memory: bool, length: int, block: int) -> dict[str, Method]:
-    """What a backbone is measured with, for prompts of `length` tokens in blocks of `block`."""
+    """The methods of a backbone, for prompts of `length` tokens in blocks of `block`."""
     if not memory:
         return {"dense": Dense()}
     blocks = max(2, length // block // 16)
@@ -65,8 +65,8 @@ def methods(memory: bool, length: int, block: int) -> dict[str, Method]:
 def rows(machine: Machine, matches: Callable[[str], bool] = lambda _: True) -> Iterator[Row]:
     """Rows of every model and length that matches, backbone and method."""
     for size, (hidden, layers, heads) in (TINY if machine.dry else MODELS).items():
-        every, block = ((16,), 4) if machine.dry else (LENGTHS, 64)
-        cases = {n: f"{size} T={n}" for n in every if matches(f"{size} T={n}")}
+        lengths, block = ((16,), 4) if machine.dry else (LENGTHS, 64)
+        cases = {n: f"{size} T={n}" for n in lengths if matches(f"{size} T={n}")}
         for memory, backbone in BACKBONES.items() if cases else ():
             config = RatPlusConfig(
                 hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
@@ -108,7 +108,8 @@ def cpu_rows(machine: Machine) -> Iterator[Row]:
 def _kvpress(
     config: dict[str, Any], prompts: tuple[int, int], method: SnapKV, case: str
 ) -> Iterator[Row]:
-    """SnapKV's prefill and step by kvpress, which needs an older transformers than ours."""
+    """SnapKV's prefill and step by kvpress, which needs an older transformers, in its own
+    environment."""
     settings = {
         "config": config, "prompts": prompts, "top_k": method.top_k, "window": method.window
     }  # fmt: skip
@@ -196,9 +197,9 @@ def measure(
 def _time(row: Row, run: Callable[[], None], machine: Machine) -> None:
     row.seconds = machine.call_seconds(run)
     if machine.cuda:  # kernels, copies and fills, without the gaps between
-        with profile(activities=[ProfilerActivity.CUDA]) as watched:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             run()
             torch.cuda.synchronize()
         on_gpu = torch.autograd.DeviceType.CUDA
-        events = [x for x in watched.events() or [] if x.device_type == on_gpu]
+        events = [x for x in profiler.events() or [] if x.device_type == on_gpu]
         row.gpu_seconds = sum(x.time_range.elapsed_us() for x in events) / 1e6 or None

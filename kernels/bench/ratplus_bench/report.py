@@ -1,8 +1,8 @@
 """The report of the bench: bench.json, a table (bench.md) and a plot (bench.png).
 
 A folder has the results of one device, from one run or from several runs of parts. Each run keeps
-its provenance and the rates of which its floors are made. Its rows replace earlier rows of the same
-suite, case and form.
+its provenance and the rates that set its floors. Its rows replace earlier rows of the same suite,
+case and form.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLUMNS = 3  # of panels in the plot
 
 
 class Run(NamedTuple):
-    """Rows, and where they come from: provenance, dtype, dry, rates."""
+    """Rows, with their provenance, dtype, rates, and whether it was a dry run."""
 
     about: dict[str, Any]
     rows: list[Row]
@@ -50,7 +50,7 @@ def read(folder: Path, about: dict[str, Any]) -> list[Run]:
 
 
 def write(folder: Path, runs: Sequence[Run], plot: bool = True) -> None:
-    """bench.json and bench.md of all runs, oldest first, and the plot, where it is asked for."""
+    """Write bench.json and bench.md of all runs, oldest first, and the plot if `plot`."""
     latest = {(x.suite, x.case, x.form): run for run in runs for x in run.rows}
     kept = [[x for x in run.rows if latest[x.suite, x.case, x.form] is run] for run in runs]
     runs = [Run(run.about, rows) for run, rows in zip(runs, kept, strict=True) if rows]
@@ -66,8 +66,8 @@ def write(folder: Path, runs: Sequence[Run], plot: bool = True) -> None:
 
 
 def _frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """All rows, grouped by case. Within a case the latest run's rows come first: a run measures a
-    case's first form first, even if it is cut short."""
+    """All rows, grouped by case, those of the latest run first. So the first row of a case is that
+    of its first form, even if a run was cut short."""
     frame = pd.DataFrame(
         asdict(row) | {"run": i, "matmul": run.about["matmul_flop_per_second"]}
         for i, run in enumerate(runs)
@@ -149,7 +149,7 @@ def _table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def note(row: Any, matmul: float) -> str:
-    """A row's own note, its GPU time, and the share of the matrix peak that it reached."""
+    """A row's note, its GPU time, and the share of the matrix peak that it reached."""
     parts = [row.note] if row.note else []
     if pd.notna(row.gpu_seconds):
         parts.append(f"GPU {seconds(row.gpu_seconds)}")
@@ -162,7 +162,7 @@ def note(row: Any, matmul: float) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """A time with three digits and the unit that suits it."""
+    """A time with three digits, in s, ms or µs."""
     if value is None or math.isnan(value):
         return "—"
     unit, size = next((x for x in (("s", 1.0), ("ms", 1e-3)) if value >= x[1]), ("µs", 1e-6))
@@ -185,22 +185,22 @@ def _plot(path: Path, frame: pd.DataFrame, device: str) -> None:
     suites = list(frame.groupby("suite", sort=False))
     if not suites:
         return
-    rows = math.ceil(len(suites) / COLUMNS)
+    height = math.ceil(len(suites) / COLUMNS)  # in panels
     figure, panels = plt.subplots(
-        rows, COLUMNS, squeeze=False, figsize=(7 * COLUMNS, 4 * rows), layout="constrained"
+        height, COLUMNS, squeeze=False, figsize=(7 * COLUMNS, 4 * height), layout="constrained"
     )
     for panel in panels.flat[len(suites) :]:
         panel.axis("off")
-    for panel, (suite, mine) in zip(panels.flat, suites, strict=False):
-        cases = [*mine["case"].unique()]
-        times = mine.pivot(index="case", columns="form", values="seconds")
-        times = times[mine["form"].unique()].assign(floor=mine.groupby("case")["floor"].first())
-        style = {"style": [*["o"] * (times.shape[1] - 1), "_"], "xlabel": "", "ylabel": "seconds"}
-        colors = [*map(plt.get_cmap("tab20"), range(times.shape[1] - 1)), "black"]
-        times.loc[cases].plot(ax=panel, color=colors, logy=True, **style)
+    for panel, (suite, rows) in zip(panels.flat, suites, strict=False):
+        cases, forms = rows["case"].unique(), rows["form"].unique()
+        times = rows.pivot(index="case", columns="form", values="seconds").loc[cases, forms]
+        times["floor"] = rows.groupby("case")["floor"].first()
+        style = [*["o"] * len(forms), "_"]
+        colors = [*map(plt.get_cmap("tab20"), range(len(forms))), "black"]
+        times.plot(ax=panel, style=style, color=colors, logy=True, xlabel="", ylabel="seconds")
         words = [case.split() for case in cases]
-        shared = set.intersection(*map(set, words)) if len(words) > 1 else set()
-        labels = [" ".join(x for x in of_case if x not in shared) for of_case in words]
+        shared = set.intersection(*map(set, words)) if len(cases) > 1 else set()
+        labels = [" ".join(x for x in case if x not in shared) for case in words]
         panel.set_xticks(range(len(cases)), labels, rotation=20, ha="right", fontsize=7)
         panel.set_title(suite, fontsize=10)
         panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))

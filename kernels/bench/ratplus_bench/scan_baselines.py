@@ -25,9 +25,9 @@ def naive_loop(z: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return memory[0], memory[1]
 
 
-def chunked(gate: Tensor, x: Tensor, size: int = 32) -> Tensor:
+def chunked(gate: Tensor, x: Tensor) -> Tensor:
     """All chunks step together, then the states are carried from chunk to chunk."""
-    length = len(x)
+    length, size = len(x), 32
     pad = (0, 0) * (x.ndim - 1) + (0, -length % size)
     product = F.pad(gate, pad, value=1.0).unflatten(0, (-1, size)).clone()
     x = F.pad(x, pad).unflatten(0, (-1, size)).clone()

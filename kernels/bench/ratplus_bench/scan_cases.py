@@ -51,7 +51,7 @@ def cases(machine: Machine) -> Iterator[Case]:
 
 
 def plans(machine: Machine) -> Iterator[Case]:
-    """The ways to cut up the kernels, each a form: what `default_plan` should choose from."""
+    """The plans of the kernels, each a form: `default_plan` should choose the fastest."""
     from ratplus_kernels.memory_scan_triton import Plan, forward
 
     def prefill(
@@ -60,12 +60,12 @@ def plans(machine: Machine) -> Iterator[Case]:
         return forward(z, k, v, None, (cos, sin), _block(machine), plan)[:2]
 
     cuts = PLANS if not machine.dry else [(4, 4, 2, chunks, 4, 1) for chunks in (1, 2)]
-    every = [Plan(*cut) for cut in cuts]
+    plans = [Plan(*cut) for cut in cuts]
     for shape in TINY if machine.dry else PLANNED:
         scan, with_rope, back, _ = _of_shape(shape, machine)
-        yield scan.with_plans(partial(forward, initial=None), every)
-        yield back.with_plans(_backward, every)
-        yield with_rope.with_plans(prefill, every)
+        yield scan.with_plans(partial(forward, initial=None), plans)
+        yield back.with_plans(_backward, plans)
+        yield with_rope.with_plans(prefill, plans)
 
 
 def cpu_cases(machine: Machine) -> Iterator[Case]:
@@ -74,13 +74,13 @@ def cpu_cases(machine: Machine) -> Iterator[Case]:
         if not machine.dry and t <= 512:  # longer ones compile for more than 20 s
             forms["torch.associative_scan, compiled"] = p2
         tensor = 4 * b * t * h * d  # bytes
-        for suite, taken, tensors in (
+        for suite, form_of, tensors in (
             ("forward", lambda run: run, 5),
             ("forward and backward", both, 15),
         ):
             yield Case(
                 f"memory scan on a CPU, {suite}", _name(b, t, h, d), _inputs((b, t, h, d), machine),
-                {form: Form(taken(run)) for form, run in forms.items()},
+                {form: Form(form_of(run)) for form, run in forms.items()},
                 bytes=tensors * tensor, exact=t <= 1024,
             )  # fmt: skip
 

@@ -48,7 +48,7 @@ def cases(machine: Machine) -> Iterator[Case]:
 
 
 def plans(machine: Machine) -> Iterator[Case]:
-    """The ways to cut up Quest's step, and the tiles of MoBA's list of a block."""
+    """The plans of Quest's step and of MoBA's prefill."""
     from ratplus_kernels.moba_prefill_triton import Plan, moba_prefill_triton
     from ratplus_kernels.quest_decode_triton import PLAN, quest_decode_triton
 

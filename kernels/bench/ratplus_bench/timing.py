@@ -63,7 +63,7 @@ class Case(NamedTuple):
 
 @dataclass
 class Row:
-    """What was measured of one form, in seconds, bytes and FLOPs."""
+    """The measurement of one form, in seconds, bytes and FLOPs."""
 
     suite: str
     case: str
@@ -109,7 +109,7 @@ class Machine:
         row.floor = max(bytes / self.bandwidth, flops / self.matmul) or None
 
     def normal(self, seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-        """Random tensors from a new generator: a failed capture may break the device's own."""
+        """Random tensors from a new generator: a failed capture may break the device's default."""
         draw = torch.Generator(self.device).manual_seed(seed)
         empty = (torch.empty(x, dtype=self.dtype, device=self.device) for x in shapes)
         return [x.normal_(generator=draw) for x in empty]
@@ -137,8 +137,8 @@ class Machine:
 
 @contextmanager
 def noted(row: Row, machine: Machine) -> Iterator[None]:
-    """An exception inside ends the measurement and becomes the row's note. The peak memory is the
-    process's, unless it was set inside."""
+    """An exception inside ends the measurement and becomes the row's note. The row gets the
+    process's peak memory, unless it was set inside."""
     machine.allocated()
     try:
         yield
@@ -152,7 +152,7 @@ def noted(row: Row, machine: Machine) -> Iterator[None]:
     if row.seconds and row.peak_memory is None:
         row.peak_memory = machine.peak()
     if machine.cuda:
-        torch.cuda.empty_cache()  # now that nothing holds the inputs and the graph any more
+        torch.cuda.empty_cache()  # inputs and graph have been released
 
 
 def measure(
@@ -164,7 +164,7 @@ def measure(
     """
 
     @cache
-    def wanted() -> list[Tensor] | None:
+    def reference() -> list[Tensor] | None:
         first = next(iter(case.forms.values()))
         inputs = tree_map_only(
             Tensor, lambda x: x.double() if x.is_floating_point() else x, case.inputs(0)
@@ -178,7 +178,7 @@ def measure(
             if once:
                 _run_twice(form, case, machine)
             else:
-                _fill(row, form, case, machine, wanted if form.comparable else lambda: None)
+                _fill(row, form, case, machine, reference if form.comparable else lambda: None)
         yield row
 
 
@@ -190,40 +190,41 @@ def _run_twice(form: Form, case: Case, machine: Machine) -> None:
 
 
 def _fill(
-    row: Row, form: Form, case: Case, machine: Machine, wanted: Callable[[], list[Tensor] | None]
+    row: Row, form: Form, case: Case, machine: Machine, reference: Callable[[], list[Tensor] | None]
 ) -> None:
+    """Measure a form on inputs of case.inputs; reference: its right outputs, in float64."""
     start = machine.allocated()
     first = case.inputs(0)
-    given = machine.allocated() - start
+    input_bytes = machine.allocated() - start
     row.executed = form.executed(*first) if form.executed else 0
     sets = [form.setup(*first)]
-    out = form.run(*sets[0])  # compiles what needs compiling
+    out = form.run(*sets[0])  # compiles
     if not machine.cuda:
-        row.error = error(out, wanted())
+        row.error = error(out, reference())
         row.seconds = machine.call_seconds(lambda: form.run(*sets[0]))
         return
-    _poison(out)  # the next outputs are likely to get this memory: what isn't written then is NaN
+    _poison(out)  # the next outputs probably reuse this memory, so unwritten parts are NaN
     del out
     before = machine.allocated()
     out = form.run(*sets[0])
     row.peak_memory = machine.peak(before)
     held = machine.allocated() - start
-    row.error = error(out, wanted())
+    row.error = error(out, reference())
     del out
-    count = copies(given, case.bytes, held, torch.cuda.mem_get_info()[0] / 2)
+    count = copies(input_bytes, case.bytes, held, torch.cuda.mem_get_info()[0] / 2)
     sets += [form.setup(*case.inputs(seed)) for seed in range(1, count)]
     replay, outputs = _captured(lambda: [form.run(*x) for x in sets], row)
     row.seconds = _replay_seconds(replay) / count
     if outputs is not None:
-        replayed = checked(replay, outputs, wanted())
+        replayed = checked(replay, outputs, reference())
         row.error = replayed if row.error is None else max(row.error, replayed or 0.0)
 
 
 def copies(inputs: float, touched: float, held: float, memory: float = math.inf) -> int:
     """How many sets of inputs to rotate through, so that none is still in the L2 cache.
 
-    Bytes of a set: inputs: all of them; touched: those that are read, few in sparse forms; held:
-    with everything that is computed from the set. memory: bytes that are free.
+    inputs: bytes of a set. touched: bytes of it that a form reads (few in sparse forms; 0: all).
+    held: bytes of a set and of everything computed from it. memory: free bytes.
     """
     enough = 1 + int(COLD / max(1, min(inputs, touched or inputs)))
     return max(1, min(enough, int(min(memory, MEMORY) / max(1, held)), 4096))
@@ -236,8 +237,8 @@ def _replay_seconds(run: Callable[[], Any]) -> float:
 
 
 def _captured(run: Callable[[], list], row: Row) -> tuple[Callable[[], Any], list | None]:
-    """The call as a CUDA graph, and the outputs that each replay writes; the call itself and None
-    where it cannot be captured."""
+    """The call as a CUDA graph, and the outputs that each replay writes. If it cannot be captured:
+    the call itself, and None."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -254,21 +255,23 @@ def _captured(run: Callable[[], list], row: Row) -> tuple[Callable[[], Any], lis
     return graph.replay, outputs
 
 
-def checked(replay: Callable[[], Any], outputs: list, wanted: list[Tensor] | None) -> float | None:
-    """The error of the first of `outputs` (one per set of inputs), which are filled with NaN and
-    then written by one replay. ValueError if a NaN is left."""
+def checked(
+    replay: Callable[[], Any], outputs: list, reference: list[Tensor] | None
+) -> float | None:
+    """Fill `outputs` (one per set of inputs) with NaN, replay once, and return the first one's
+    error. ValueError if a NaN is left."""
     _poison(outputs)
     replay()
     if any(x.isnan().any() for x in tensors(outputs) if x.is_floating_point()):
         raise ValueError("outputs are NaN after a replay")
-    return error(outputs[0], wanted)
+    return error(outputs[0], reference)
 
 
-def error(out: Any, wanted: list[Tensor] | None) -> float | None:
-    """‖out − wanted‖ / ‖wanted‖, the largest over all tensors; NaN if one has a NaN."""
-    if wanted is None:
+def error(out: Any, reference: list[Tensor] | None) -> float | None:
+    """‖out − reference‖ / ‖reference‖, the largest over all tensors; NaN if one has a NaN."""
+    if reference is None:
         return None
-    pairs = zip(wanted, tensors(out), strict=False)
+    pairs = zip(reference, tensors(out), strict=False)
     return max(
         (float((b.double().reshape(a.shape) - a).norm() / a.norm()) for a, b in pairs),
         key=lambda x: (math.isnan(x), x),
@@ -282,5 +285,5 @@ def _poison(out: Any) -> None:
 
 
 def tensors(x: Any) -> list[Tensor]:
-    """All tensors of what a form takes or gives."""
+    """All tensors in a form's inputs or outputs."""
     return [y for y in tree_leaves(x) if isinstance(y, Tensor)]
