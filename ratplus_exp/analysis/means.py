@@ -13,8 +13,8 @@ from ratplus_exp.analysis.frame import (
     SETTING,
     TASKS,
     backbones_of,
-    rows_of,
     sample_scores,
+    tidy,
 )
 from ratplus_exp.store import Finished
 
@@ -71,7 +71,7 @@ def method_means(cells: Sequence[Finished], scorer: str) -> pd.DataFrame:
         difference `gain`; n. Of own and of random selection, the samples that all methods answered
         count.
     """
-    by_cell = rows_of(cells)
+    by_cell = tidy(cells)
     choosing = {x.cell.id: x.metrics.get("choosing_measured", 0.0) for x in cells}
     by_cell = by_cell.assign(choosing=by_cell["cell"].map(choosing))
     place = ["method", "budget"]

@@ -15,6 +15,7 @@ from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import METHODS, SELECTORS, bounds, interval, number, plus_minus
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
+from ratplus_exp.store import Finished
 
 TOP = 4  # heads of each backbone in the table of top heads
 _PLACE = ("Method", "Block", "Budget", "Backbone")
@@ -238,13 +239,19 @@ def random_table(cells: pd.DataFrame, tasks: Iterable[str], scorer: str, **value
     return Table.described("random", columns, rows, group=0, scorer=scorer, **values)
 
 
-def cost_table(cost: pd.DataFrame) -> Table:
-    """The table of `analysis.frame.cost`."""
+def cost_table(cells: Iterable[Finished]) -> Table:
+    """Cells, samples and seconds of all processes, by stage, device and model."""
+    place = ["stage", "device", "model"]
+    costs = [
+        {"stage": cell.key["stage"], "device": provenance[-1].get("device", "")}
+        | {"model": cell.key["model"], "cells": 1, "samples": metrics["n"]}
+        | {"seconds": metrics.get("seconds", 0.0)}
+        for cell, metrics, provenance, _ in cells
+    ]
     rows = []
-    for row in cost.itertuples():
-        rate = row.samples / row.seconds if row.seconds else ""
-        counts = (row.cells, row.samples, number(row.seconds, 0), rate)
-        rows.append((row.stage, row.device, row.model, *counts))
+    for x in pd.DataFrame(costs).groupby(place).sum().itertuples():
+        rate = x.samples / x.seconds if x.seconds else ""
+        rows.append((*x.Index, x.cells, x.samples, number(x.seconds, 0), rate))
     columns = ("Stage", "Device", "Model", "Cells", "Samples", "Seconds", "Samples/s")
     return Table.described("cost", columns, rows, group=0)
 
