@@ -211,8 +211,8 @@ def model_table(
     return Table.described("models", columns, rows, group=0, r=about, n=n, first_model=models[0])
 
 
-def methods_table(means: pd.DataFrame, scorer: str) -> Table:
-    """The table of `method_means`, its rows grouped by budget."""
+def methods_table(means: pd.DataFrame, scorer: str, left_out: Sequence[str]) -> Table:
+    """The table of `method_means`, its rows grouped by budget. left_out: tasks, for the caption."""
     names = {"budget": "Budget", "method": "Method", "read": "Read", "choosing": "Choosing"}
     names |= {b: b for b in BACKBONES} | {"gain": "Δ 95 %"}
     names |= {f"{b} random": f"{b}, random" for b in BACKBONES} | {"n": "n"}
@@ -221,7 +221,8 @@ def methods_table(means: pd.DataFrame, scorer: str) -> Table:
         tuple(number(row[x], 3) if x in ("read", "choosing") else row[x] for x in shown)
         for row in means.to_dict("records")
     ]
-    return Table.described("methods", [names[name] for name in shown], rows, scorer=scorer)
+    columns = [names[name] for name in shown]
+    return Table.described("methods", columns, rows, scorer=scorer, left_out=left_out)
 
 
 def random_table(cells: pd.DataFrame, tasks: Iterable[str], scorer: str, **values: Any) -> Table:
