@@ -133,20 +133,20 @@ class Look:
 
     def _data(self) -> dict[str, Any]:
         """The page's data, a row a head."""
-        own = {x: getattr(self, x) for x in ("tokens", "prompt", "question", "needles", "gold")}
-        own["views"] = [
+        names = ("tokens", "prompt", "question", "needles", "gold")
+        views = [
             vars(view)
             | {"layers": len(view.steps[0].kept) if view.steps else 0}
             | {"steps": [step.data() for step in view.steps]}
             for view in self.views
         ]
-        own["memories"] = [
+        memories = [
             {"model": x.model, "layers": len(x.lengths)}
             | {"lengths": _heads(np.sort(x.lengths)).round(2).tolist()}
             | {"gates": _heads(x.gates).round(2).tolist()}
             for x in self.memories
         ]
-        return own
+        return {x: getattr(self, x) for x in names} | {"views": views, "memories": memories}
 
 
 def _heads(values: np.ndarray) -> np.ndarray:

@@ -158,11 +158,11 @@ def selector_table(results: Results) -> Table:
     for setting, group in means.groupby(SETTING, sort=False):
         estimates = group.set_index(["side", "selector"])["estimate"].to_dict()
         for side in (side for side in (*BACKBONES, GAP) if side in shown):
-            own = random[(random[[*SETTING, "backbone"]] == [*setting, side]).all(axis=1)]
+            cells = random[(random[[*SETTING, "backbone"]] == [*setting, side]).all(axis=1)]
             row: list[Any] = [*setting, side]
             for kind in SELECTORS:
                 x = estimates.get((side, kind))
-                std = spread(own, results.scorer).std if kind == "random" else np.nan
+                std = spread(cells, results.scorer).std if kind == "random" else np.nan
                 row.append(x if x is None or side == GAP else plus_minus(x.value, std))
             selection = "" if side == GAP else estimates.get((side, "selection"))
             rows.append((*row, selection, group["n"].min()))
@@ -193,21 +193,21 @@ def model_table(
     rows = []
     for model in models:
         row: list[Any] = [model, lengths[model]]
-        for own in settings:
-            groups = [(*own, name) for name in models]
-            mean: np.ndarray = 100 * draws.mean((*own, model), among=groups)
-            first: np.ndarray = 100 * draws.mean((*own, models[0]), among=groups)
+        for values in settings:
+            groups = [(*values, name) for name in models]
+            mean: np.ndarray = 100 * draws.mean((*values, model), among=groups)
+            first: np.ndarray = 100 * draws.mean((*values, models[0]), among=groups)
             row += [mean[0], "" if model == models[0] else Estimate.of(mean - first)]
         rows.append(tuple(row))
     main = [setting["budget"], "1", "topk"]  # in the title, or of dense attention
     names = [
-        " ".join((METHODS.get(method, method), *(x for x in own if x not in main)))
-        for method, *own in settings
+        " ".join((METHODS.get(method, method), *(x for x in values if x not in main)))
+        for method, *values in settings
     ]
     columns = ("Model", "Length", *(column for name in names for column in (name, f"Δ {name}")))
     n = min(draws.count(t, [(*x, m) for m in models]) for x in settings for t in draws.tasks)
-    about = setting | {"trainings": sorted(map(int, samples["training"].unique()))}
-    about["scorer"] = scorer
+    trainings = sorted(map(int, samples["training"].unique()))
+    about = setting | {"trainings": trainings, "scorer": scorer}
     return Table.described("models", columns, rows, group=0, r=about, n=n, first_model=models[0])
 
 
