@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
+from ratplus_exp.store import Store
 from ratplus_exp.tasks import prompts
 from ratplus_kernels.dispatch import interpreted
 
@@ -45,6 +46,11 @@ def triton_device() -> Iterator[torch.device]:
     else:
         with interpreted():
             yield torch.device("cpu")
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "outputs")
 
 
 @pytest.fixture(scope="session")

@@ -33,20 +33,20 @@ def anomalies(draws: Bootstrap) -> list[Anomaly]:
     """Sparse attention better than dense, and a smaller budget better than a larger one on the mean
     of the tasks, at the same method and block size."""
     compared: list[tuple[Group, Group, str, str | None]] = []
-    same: dict[Group, list[Group]] = {}  # but for the budget
+    by_budget: dict[Group, list[Group]] = {}  # groups that differ in the budget alone
     for group in (group for group in draws.trainings if group[3] == "topk"):
         compared += [(group, (*DENSE, group[-1]), "dense", task) for task in (None, *TASKS)]
-        same.setdefault((*group[:2], *group[3:]), []).append(group)
-    for groups in same.values():
+        by_budget.setdefault((*group[:2], *group[3:]), []).append(group)
+    for groups in by_budget.values():
         groups.sort(key=lambda group: Budget.parse(group[2]).fraction)
         compared += [(small, large, large[2], None) for small, large in pairwise(groups)]
     result = []
     for group, other, than, task in compared:
         tasks = [t for t in TASKS if task in (t, None) and draws.count(t, (group, other)) >= FEWEST]
         difference = draws.mean(group, tasks, (other,)) - draws.mean(other, tasks, (group,))
-        x = Estimate.of(100 * difference, level=2 * LEVEL - 1)
-        if x.low > 0:
-            result.append(Anomaly(group, than, task, x.value, x.low))
+        gain = Estimate.of(100 * difference, level=2 * LEVEL - 1)
+        if gain.low > 0:
+            result.append(Anomaly(group, than, task, gain.value, gain.low))
     return result
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -38,7 +38,7 @@ FIELDS: dict[str, dict[str, Any]] = {  # of a stage's samples, for `sample_score
     "eval": dict.fromkeys(SCORERS, int | float),
     "hit_rate": {"hits": list, "values": int},
 }
-Cells = Store | Sequence[Cell] | Sequence[Finished]
+Cells = Store | Iterable[Cell | Finished]
 
 
 class LeftOut(ValueError):
@@ -55,7 +55,7 @@ def finished(cells: Cells, stage: str) -> list[Finished]:
     type is left out with a warning."""
     listed = cells.cells(stage) if isinstance(cells, Store) else cells
     read = (x if isinstance(x, Finished) else x.finished() for x in listed)
-    return [x for x in read if x and x.cell.key["stage"] == stage and _fits(x)]
+    return [x for x in read if x and x.cell.key["stage"] == stage and _is_valid(x)]
 
 
 def tidy(cells: Cells, stage: str = "eval") -> pd.DataFrame:
@@ -69,12 +69,7 @@ def tidy(cells: Cells, stage: str = "eval") -> pd.DataFrame:
     Returns:
         COLUMNS, with one dtype a column (Int64, float64 or object), also when empty.
     """
-    return rows_of(finished(cells, stage))
-
-
-def rows_of(cells: Iterable[Finished]) -> pd.DataFrame:
-    """The frame of `tidy` from cells of `finished`."""
-    rows = [_row(x) for x in cells]
+    rows = [_row(x) for x in finished(cells, stage)]
     frame = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
     frame = frame.astype(dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys(_FLOATS, "float64"))
     return frame.sort_values(list(_ORDER), kind="stable", ignore_index=True)
@@ -91,7 +86,7 @@ def sample_scores(cells: Cells, stage: str = "eval", **where: Any) -> pd.DataFra
         hits (gold values hit, an array over layers and heads) and values (their number).
     """
     by_id = {x.cell.id: x for x in finished(cells, stage)}
-    settings = select(rows_of(by_id.values()), where).drop(columns=[*_FLOATS, "n"])
+    settings = select(tidy(by_id.values(), stage), where).drop(columns=[*_FLOATS, "n"])
     fields = tuple(FIELDS[stage])
     rows = [
         (name, i, *(record[field] for field in fields), record.get("prompt_tokens", 0) > room)
@@ -129,21 +124,9 @@ def grouped(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def cost(cells: Iterable[Finished]) -> pd.DataFrame:
-    """Cost by stage, device and model: cells, samples, seconds (of all processes)."""
-    rows = []
-    for cell, metrics, provenance, _ in cells:
-        device = provenance[-1].get("device", "")
-        counts = (1, metrics["n"], metrics.get("seconds", 0.0))
-        rows.append((cell.key["stage"], device, cell.key["model"], *counts))
-    place = ["stage", "device", "model"]
-    frame = pd.DataFrame(rows, columns=[*place, "cells", "samples", "seconds"])
-    return frame.groupby(place, as_index=False).sum()
-
-
-def _row(read: Finished) -> dict[str, Any]:
-    cell = read.cell
-    values = {**cell.key, **read.metrics, "cell": cell.id, "variant": _variant(cell.key)}
+def _row(cell: Finished) -> dict[str, Any]:
+    key = cell.cell.key
+    values = {**key, **cell.metrics, "cell": cell.cell.id, "variant": _variant(key)}
     row: dict[str, Any] = {column: values.get(column) for column in COLUMNS}
     return row | {
         "training": row["training"] or 0,
@@ -153,24 +136,24 @@ def _row(read: Finished) -> dict[str, Any]:
     }
 
 
-def _fits(read: Finished) -> bool:
+def _is_valid(cell: Finished) -> bool:
     """Whether all values of a cell have their types; a warning names a file with others."""
-    row, stage = _row(read), read.cell.key["stage"]
+    row, stage = _row(cell), cell.cell.key["stage"]
     integers, floats = ([row[name] or 0 for name in names] for names in (_INTEGERS, _FLOATS))
-    fits = {
+    valid = {
         "config.json": isinstance(row["method"], str)
         and all(isinstance(number, int) and abs(number) < 2**63 for number in integers),
         "metrics.json": all(isinstance(number, int | float) for number in floats)
-        and (stage != "hit_rate" or isinstance(read.metrics.get("hit_rate"), list)),
+        and (stage != "hit_rate" or isinstance(cell.metrics.get("hit_rate"), list)),
         "samples.jsonl": all(
             isinstance(record.get(name), kind)
-            for record in read.records.values()
+            for record in cell.records.values()
             for name, kind in FIELDS.get(stage, {}).items()
         ),
     }
-    for name in (name for name, fit in fits.items() if not fit):
-        warn(f"{read.cell.path / name} has an invalid value: delete its folder")
-    return all(fits.values())
+    for name in (name for name, is_valid in valid.items() if not is_valid):
+        warn(f"{cell.cell.path / name} has an invalid value: delete its folder")
+    return all(valid.values())
 
 
 def _variant(key: Mapping[str, Any]) -> str:

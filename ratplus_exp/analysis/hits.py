@@ -12,15 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import RESAMPLES, Estimate, over_trainings, sample_counts
-from ratplus_exp.analysis.frame import (
-    BACKBONES,
-    SETTING,
-    Cells,
-    LeftOut,
-    finished,
-    rows_of,
-    select,
-)
+from ratplus_exp.analysis.frame import BACKBONES, SETTING, Cells, LeftOut, finished, select, tidy
 
 STAGE = "hit_rate"
 MEAN = "mean"  # in the task column: the mean over tasks
@@ -32,7 +24,7 @@ def hit_rates(cells: Cells, **where: Any) -> pd.DataFrame:
     (gold values counted), and the columns of `tidy` except accuracies. where: for `select`."""
     by_id = {x.cell.id: x for x in finished(cells, STAGE)}
     rows = []
-    for row in select(rows_of(by_id.values()), where).to_dict("records"):
+    for row in select(tidy(by_id.values(), STAGE), where).to_dict("records"):
         metrics = by_id[row["cell"]].metrics
         for (layer, head), rate in np.ndenumerate(metrics["hit_rate"]):
             of_head = {"layer": layer, "head": head, "hit_rate": rate, "values": metrics["values"]}

@@ -12,9 +12,10 @@ from ratplus_exp.analysis.frame import (
     DENSE,
     SETTING,
     TASKS,
+    LeftOut,
     backbones_of,
-    rows_of,
     sample_scores,
+    tidy,
 )
 from ratplus_exp.store import Finished
 
@@ -61,41 +62,46 @@ def selector_means(draws: Bootstrap) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*SETTING, "side", "selector", "estimate", "n"])
 
 
-def method_means(cells: Sequence[Finished], scorer: str) -> pd.DataFrame:
+def method_means(cells: Sequence[Finished], scorer: str) -> tuple[pd.DataFrame, list[str]]:
     """A row for each method and budget, in the order of the budgets and of the last backbone's
-    accuracy.
+    accuracy; and the tasks that some method lacks, which the means leave out.
 
     Returns:
         method, budget; read and choosing, the measured fractions; the accuracy of each measured
         backbone in percent, also under random selection if that was; if both were, their
         difference `gain`; n. Of own and of random selection, the samples that all methods answered
-        count.
+        count. LeftOut if the methods share no task.
     """
-    by_cell = rows_of(cells)
+    by_cell = tidy(cells)
     choosing = {x.cell.id: x.metrics.get("choosing_measured", 0.0) for x in cells}
     by_cell = by_cell.assign(choosing=by_cell["cell"].map(choosing))
     place = ["method", "budget"]
     draws = Bootstrap(sample_scores(cells), scorer, [*place, "selector", "backbone"])
     backbones = backbones_of(by_cell)
-    every = {kind: [g for g in draws.trainings if g[2] == kind] for kind in ("topk", "random")}
-    n = min(draws.count(task, every["topk"]) for task in draws.tasks)
+    groups = {kind: [g for g in draws.trainings if g[2] == kind] for kind in ("topk", "random")}
+    tasks = [t for t in draws.tasks if all(draws.count(t, x) for x in groups.values())]
+    if not tasks:
+        raise LeftOut("no task was answered by all methods")
+    n = min(draws.count(task, groups["topk"]) for task in tasks)
     rows: list[dict[str, Any]] = []
-    for setting, own in by_cell[by_cell["selector"] == "topk"].groupby(place, sort=False):
+    for setting, of_setting in by_cell[by_cell["selector"] == "topk"].groupby(place, sort=False):
         row: dict[str, Any] = dict(zip(place, setting, strict=True)) | {"n": n}
-        row |= {"read": own["budget_measured"].mean(), "choosing": own["choosing"].mean()}
+        row["read"] = of_setting["budget_measured"].mean()
+        row["choosing"] = of_setting["choosing"].mean()
         means = {
-            (kind, b): 100 * draws.mean((*setting, kind, b), among=every[kind])
-            for kind in every
+            (kind, b): 100 * draws.mean((*setting, kind, b), tasks, groups[kind])
+            for kind in groups
             for b in backbones
         }
         row |= {b: means["topk", b][0] for b in backbones}
-        row |= {f"{b} random": means["random", b][0] for b in backbones if every["random"]}
+        row |= {f"{b} random": means["random", b][0] for b in backbones if groups["random"]}
         if len(backbones) > 1:
             row["gain"] = Estimate.of(means["topk", BACKBONES[1]] - means["topk", BACKBONES[0]])
         rows.append(row)
     frame = pd.DataFrame(rows)
     frame = frame.assign(size=frame["budget"].map(Fraction).astype(float))
-    return frame.sort_values(["size", backbones[-1]], ascending=False, ignore_index=True)
+    frame = frame.sort_values(["size", backbones[-1]], ascending=False, ignore_index=True)
+    return frame, [task for task in draws.tasks if task not in tasks]
 
 
 def length_curves(draws: Mapping[int, Bootstrap]) -> pd.DataFrame:

@@ -80,8 +80,9 @@ def patterns(paper: pd.DataFrame, draws: Bootstrap) -> pd.DataFrame:
     methods = wide.index.get_level_values("method")
     scopes = {"all": np.full(len(wide), True)} | {m: methods == m for m in methods.unique()}
     rows = [
-        {"table": paper["table"].iloc[0], "scope": scope} | _pattern(printed[own], measured[:, own])
-        for scope, own in scopes.items()
+        {"table": paper["table"].iloc[0], "scope": scope}
+        | _pattern(printed[kept], measured[:, kept])
+        for scope, kept in scopes.items()
     ]
     return pd.DataFrame(rows)
 

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from ratplus_exp.analysis.bootstrap import Estimate
 from ratplus_exp.store import write_atomically
@@ -48,10 +49,16 @@ def drawing(
     handles, labels = panels[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
-        drawn = BytesIO()
-        figure.savefig(drawn, format=kind, dpi=160, metadata=metadata)
-        write_atomically(path.with_suffix(f".{kind}"), drawn.getvalue())
+    write_figure(figure, path.with_suffix(".png"), path.with_suffix(".pdf"), dpi=160)
+
+
+def write_figure(figure: Figure, *files: Path, dpi: int) -> None:
+    """Write a figure in the formats of the files' suffixes, and close it."""
+    for file in files:
+        content = BytesIO()
+        metadata = {"CreationDate": None} if file.suffix == ".pdf" else {}
+        figure.savefig(content, format=file.suffix[1:], dpi=dpi, metadata=metadata)
+        write_atomically(file, content.getvalue())
     plt.close(figure)
 
 

@@ -96,13 +96,13 @@ def accuracy_by_task(results: Results, folder: Path) -> Path | None:
     budgets = by_size(cells.loc[cells["method"] != "dense", "budget"].mode())[:1]
     cells = cells[cells["budget"].isin(["1", *budgets])]
     order = {method: i for i, method in enumerate(("dense", *METHODS))}
-    panels_of = sorted(
+    parts = sorted(
         cells.groupby(["method", "protocol"]), key=lambda x: (order[x[0][0]], x[0][1] == "split")
     )
     names = {}
-    for (method, protocol), own in panels_of:
-        setting = (method, own["block_size"].mode()[0], *own[["budget", "selector"]].iloc[0])
-        words = [METHODS.get(method, method), *own["budget"][:1], protocol]
+    for (method, protocol), part in parts:
+        setting = (method, part["block_size"].mode()[0], *part[["budget", "selector"]].iloc[0])
+        words = [METHODS.get(method, method), *part["budget"][:1], protocol]
         shown = words[: 1 if method == "dense" else 3 if protocol == "split" else 2]
         names[setting, protocol] = ", ".join(shown)
     tasks = [task for task in ALL_TASKS if task in set(cells["task"])]
@@ -111,9 +111,10 @@ def accuracy_by_task(results: Results, folder: Path) -> Path | None:
         return None
     with drawing(folder / "tasks", title, names, "accuracy, %", width=width) as panels:
         for (setting, protocol), panel in panels.items():
-            mean, sides = results.draws_of(protocol).mean, backbones_of(cells)
-            of = {b: [Estimate.of(100 * mean((*setting, b), [t])) for t in tasks] for b in sides}
-            draw_bars(panel, tasks, of)
+            mean = results.draws_of(protocol).mean
+            groups = {backbone: (*setting, backbone) for backbone in backbones_of(cells)}
+            bars = {b: [Estimate.of(100 * mean(g, [t])) for t in tasks] for b, g in groups.items()}
+            draw_bars(panel, tasks, bars)
             panel.tick_params(axis="x", rotation=90)
     return folder / "tasks.png"
 
@@ -220,8 +221,8 @@ def gains(results: Results, table: str, folder: Path) -> Path | None:
     with drawing(folder / f"{table}_gains", title, {"": ""}, *labels, 4.6, 4.0) as panels:
         panel, methods = panels[""], wide.index.get_level_values("method")
         for method, name in _names(methods).items():
-            own, color = methods == method, METHOD_COLORS.get(method, OTHER)
-            for rows, fill in ((own & decisive, color), (own & ~decisive, "none")):
+            of_method, color = methods == method, METHOD_COLORS.get(method, OTHER)
+            for rows, fill in ((of_method & decisive, color), (of_method & ~decisive, "none")):
                 style = {"edgecolors": color, "facecolors": fill, "s": 22, "lw": 0.8, "alpha": 0.8}
                 label = name if fill == color else None
                 panel.scatter(paper[rows], measured[rows], label=label, **style)
@@ -231,13 +232,13 @@ def gains(results: Results, table: str, folder: Path) -> Path | None:
     return folder / f"{table}_gains.png"
 
 
-def losses(frame: pd.DataFrame, folder: Path, **what: Any) -> list[Path]:
+def losses(frame: pd.DataFrame, folder: Path, **words: Any) -> list[Path]:
     """Held-out loss by dilation (loss) and, at the largest one, by part of the context
     (loss_by_position): a panel a window, a line a model, the mean of its trainings. Nothing without
     a dilated pattern.
 
     frame: backbone, model, dilation (1: dense), local, initial, loss in nats, parts (a list of the
-    loss in each); what: of the title, see prose.j2.
+    loss in each); words: of the title's macro in prose.j2.
     """
     sizes, widest = ["local", "initial"], frame["dilation"].max()
     patterns = frame[frame["dilation"] > 1]
@@ -250,16 +251,17 @@ def losses(frame: pd.DataFrame, folder: Path, **what: Any) -> list[Path]:
     parts.loc[parts["dilation"] == 1, "line"] += ", dense"
     axes = {"loss": (frame, "dilation"), "loss_by_position": (parts, "part of the context")}
     for name, (points, x) in axes.items() if names else ():
-        title, places = sentence(f"{name}_title", widest=widest, **what), sorted(points[x].unique())
-        dense = ["dense" if x == "dilation" and place == 1 else place for place in places]
+        title = sentence(f"{name}_title", widest=widest, **words)
+        places = sorted(points[x].unique())
+        labels = ["dense" if x == "dilation" and place == 1 else place for place in places]
         with drawing(folder / name, title, names, "loss, nats", x) as panels:
             for pattern, panel in panels.items():
-                own = (points[sizes] == [*pattern]).all(axis=1) | (points["dilation"] == 1)
-                for line, of_line in points[own].groupby("line", sort=False):
+                drawn = (points[sizes] == [*pattern]).all(axis=1) | (points["dilation"] == 1)
+                for line, of_line in points[drawn].groupby("line", sort=False):
                     mean = of_line.groupby(x)["loss"].mean()
                     at = np.searchsorted(places, mean.index)
                     panel.plot(at, mean, label=line, marker=".", **styles[line])
-                panel.set_xticks(range(len(places)), dense)
+                panel.set_xticks(range(len(places)), labels)
                 panel.set_ylim(0, 1.05 * points["loss"].max())
     return [folder / f"{name}.png" for name in axes] if names else []
 

@@ -6,17 +6,15 @@ import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm, to_rgb
+from matplotlib.figure import Figure
 
+from ratplus_exp.report.drawing import write_figure
 from ratplus_exp.report.prose import paragraphs, render
 from ratplus_exp.store import write_atomically
 
@@ -130,25 +128,25 @@ class Look:
         data = json.dumps(self._data(), ensure_ascii=False, separators=(",", ":"))
         data = data.replace("<", "\\u003c")
         write_atomically(page, render("look.html.j2", look=self, data=data, colors=COLORS))
-        write_atomically(picture, _picture(self))
+        write_figure(_picture(self), picture, dpi=130)
         return page, picture
 
     def _data(self) -> dict[str, Any]:
         """The page's data, a row a head."""
-        own = {x: getattr(self, x) for x in ("tokens", "prompt", "question", "needles", "gold")}
-        own["views"] = [
+        names = ("tokens", "prompt", "question", "needles", "gold")
+        views = [
             vars(view)
             | {"layers": len(view.steps[0].kept) if view.steps else 0}
             | {"steps": [step.data() for step in view.steps]}
             for view in self.views
         ]
-        own["memories"] = [
+        memories = [
             {"model": x.model, "layers": len(x.lengths)}
             | {"lengths": _heads(np.sort(x.lengths)).round(2).tolist()}
             | {"gates": _heads(x.gates).round(2).tolist()}
             for x in self.memories
         ]
-        return own
+        return {x: getattr(self, x) for x in names} | {"views": views, "memories": memories}
 
 
 def _heads(values: np.ndarray) -> np.ndarray:
@@ -156,8 +154,8 @@ def _heads(values: np.ndarray) -> np.ndarray:
     return values.reshape(-1, values.shape[-1])
 
 
-def _picture(look: Look) -> bytes:
-    """A PNG: a row of maps a method, a column a model; the memory of the last model below."""
+def _picture(look: Look) -> Figure:
+    """A row of maps a method, a column a model; the memory of the last model below."""
     shown = [view for view in look.views if view.steps]
     models = list(dict.fromkeys(view.model for view in look.views))
     methods = list(dict.fromkeys(view.method for view in shown))
@@ -179,10 +177,7 @@ def _picture(look: Look) -> bytes:
             _heat(panels[-1][1], memory.gates, label, "token position", "gate", None)
     lines = (textwrap.fill(line, 150) for line in paragraphs("look", look))
     figure.suptitle("\n".join(lines), fontsize=11)
-    drawn = BytesIO()
-    figure.savefig(drawn, format="png", dpi=130)
-    plt.close(figure)
-    return drawn.getvalue()
+    return figure
 
 
 def _map(panel: Any, look: Look, view: View) -> None:

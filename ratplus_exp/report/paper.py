@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-PAPER_TABLES = {  # what a table is of
+PAPER_TABLES = {  # the models of each table
     "table2": "random selection, OLMo2-7B (inferred)",
     "table3": "RAT+ 7B models",
     "table4": "OLMo2-7B",
@@ -24,8 +24,11 @@ def paper_tables(table: str | None = None) -> pd.DataFrame:
     raw = pd.read_csv(file, dtype=str, keep_default_na=False)
     frame = raw.apply(lambda column: column.str.removesuffix("?"))
     frame["inferred"] = (frame != raw).any(axis=1)
+    place = ["inferred", *raw.loc[:, :"selector"]]  # the other columns are tasks
+    cells = frame.melt(place, var_name="task", value_name="printed", ignore_index=False)
+    cells = cells[cells["printed"] != ""].sort_index(kind="stable")
     if table is not None:
-        frame = frame[frame["table"] == table].reset_index(drop=True)
-    return frame.astype({"block_size": int, "top_k": int, "accuracy": float}).assign(
-        std=pd.to_numeric(frame["std"])
-    )
+        cells = cells[cells["table"] == table]
+    printed = cells.pop("printed").str.partition("±")
+    cells = cells.assign(accuracy=printed[0].astype(float), std=pd.to_numeric(printed[2]))
+    return cells.astype({"block_size": int, "top_k": int}).reset_index(drop=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ratplus_exp.analysis import checks
-from ratplus_exp.analysis.frame import TASKS, LeftOut, cost, select
+from ratplus_exp.analysis.frame import TASKS, LeftOut, select
 from ratplus_exp.analysis.hits import ranked_heads
 from ratplus_exp.report import figures, tables
 from ratplus_exp.report.accuracy import accuracy_table, check_unmixed, tasks_table
@@ -102,7 +102,7 @@ def page(
         warnings,
         *parts[1:],
         Section("Models, seeds, configuration", (sentence("files"),), tuple(points), code=settings),
-        Section("Cost", tables=(tables.cost_table(cost(results.used)),)),
+        Section("Cost", tables=(tables.cost_table(results.used),)),
     ]
 
 

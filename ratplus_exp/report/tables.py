@@ -15,6 +15,7 @@ from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import METHODS, SELECTORS, bounds, interval, number, plus_minus
 from ratplus_exp.report.results import Results
 from ratplus_exp.report.table import Table
+from ratplus_exp.store import Finished
 
 TOP = 4  # heads of each backbone in the table of top heads
 _PLACE = ("Method", "Block", "Budget", "Backbone")
@@ -157,11 +158,11 @@ def selector_table(results: Results) -> Table:
     for setting, group in means.groupby(SETTING, sort=False):
         estimates = group.set_index(["side", "selector"])["estimate"].to_dict()
         for side in (side for side in (*BACKBONES, GAP) if side in shown):
-            own = random[(random[[*SETTING, "backbone"]] == [*setting, side]).all(axis=1)]
+            cells = random[(random[[*SETTING, "backbone"]] == [*setting, side]).all(axis=1)]
             row: list[Any] = [*setting, side]
             for kind in SELECTORS:
                 x = estimates.get((side, kind))
-                std = spread(own, results.scorer).std if kind == "random" else np.nan
+                std = spread(cells, results.scorer).std if kind == "random" else np.nan
                 row.append(x if x is None or side == GAP else plus_minus(x.value, std))
             selection = "" if side == GAP else estimates.get((side, "selection"))
             rows.append((*row, selection, group["n"].min()))
@@ -192,26 +193,26 @@ def model_table(
     rows = []
     for model in models:
         row: list[Any] = [model, lengths[model]]
-        for own in settings:
-            groups = [(*own, name) for name in models]
-            mean: np.ndarray = 100 * draws.mean((*own, model), among=groups)
-            first: np.ndarray = 100 * draws.mean((*own, models[0]), among=groups)
+        for values in settings:
+            groups = [(*values, name) for name in models]
+            mean: np.ndarray = 100 * draws.mean((*values, model), among=groups)
+            first: np.ndarray = 100 * draws.mean((*values, models[0]), among=groups)
             row += [mean[0], "" if model == models[0] else Estimate.of(mean - first)]
         rows.append(tuple(row))
     main = [setting["budget"], "1", "topk"]  # in the title, or of dense attention
     names = [
-        " ".join((METHODS.get(method, method), *(x for x in own if x not in main)))
-        for method, *own in settings
+        " ".join((METHODS.get(method, method), *(x for x in values if x not in main)))
+        for method, *values in settings
     ]
     columns = ("Model", "Length", *(column for name in names for column in (name, f"Δ {name}")))
     n = min(draws.count(t, [(*x, m) for m in models]) for x in settings for t in draws.tasks)
-    about = setting | {"trainings": sorted(map(int, samples["training"].unique()))}
-    about["scorer"] = scorer
+    trainings = sorted(map(int, samples["training"].unique()))
+    about = setting | {"trainings": trainings, "scorer": scorer}
     return Table.described("models", columns, rows, group=0, r=about, n=n, first_model=models[0])
 
 
-def methods_table(means: pd.DataFrame, scorer: str) -> Table:
-    """The table of `method_means`, its rows grouped by budget."""
+def methods_table(means: pd.DataFrame, scorer: str, left_out: Sequence[str]) -> Table:
+    """The table of `method_means`, its rows grouped by budget. left_out: tasks, for the caption."""
     names = {"budget": "Budget", "method": "Method", "read": "Read", "choosing": "Choosing"}
     names |= {b: b for b in BACKBONES} | {"gain": "Δ 95 %"}
     names |= {f"{b} random": f"{b}, random" for b in BACKBONES} | {"n": "n"}
@@ -220,7 +221,8 @@ def methods_table(means: pd.DataFrame, scorer: str) -> Table:
         tuple(number(row[x], 3) if x in ("read", "choosing") else row[x] for x in shown)
         for row in means.to_dict("records")
     ]
-    return Table.described("methods", [names[name] for name in shown], rows, scorer=scorer)
+    columns = [names[name] for name in shown]
+    return Table.described("methods", columns, rows, scorer=scorer, left_out=left_out)
 
 
 def random_table(cells: pd.DataFrame, tasks: Iterable[str], scorer: str, **values: Any) -> Table:
@@ -238,13 +240,19 @@ def random_table(cells: pd.DataFrame, tasks: Iterable[str], scorer: str, **value
     return Table.described("random", columns, rows, group=0, scorer=scorer, **values)
 
 
-def cost_table(cost: pd.DataFrame) -> Table:
-    """The table of `analysis.frame.cost`."""
+def cost_table(cells: Iterable[Finished]) -> Table:
+    """Cells, samples and seconds of all processes, by stage, device and model."""
+    place = ["stage", "device", "model"]
+    costs = [
+        {"stage": cell.key["stage"], "device": provenance[-1].get("device", "")}
+        | {"model": cell.key["model"], "cells": 1, "samples": metrics["n"]}
+        | {"seconds": metrics.get("seconds", 0.0)}
+        for cell, metrics, provenance, _ in cells
+    ]
     rows = []
-    for row in cost.itertuples():
-        rate = row.samples / row.seconds if row.seconds else ""
-        counts = (row.cells, row.samples, number(row.seconds, 0), rate)
-        rows.append((row.stage, row.device, row.model, *counts))
+    for x in pd.DataFrame(costs).groupby(place).sum().itertuples():
+        rate = x.samples / x.seconds if x.seconds else ""
+        rows.append((*x.Index, x.cells, x.samples, number(x.seconds, 0), rate))
     columns = ("Stage", "Device", "Model", "Cells", "Samples", "Seconds", "Samples/s")
     return Table.described("cost", columns, rows, group=0)
 

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ratplus_exp.analysis.frame import COLUMNS, SCORERS, accuracies, finished, rows_of
+from ratplus_exp.analysis.frame import COLUMNS, SCORERS, accuracies, finished, tidy
 from ratplus_exp.config import reserve_of
 from ratplus_exp.methods import Engine, Usage
 from ratplus_exp.models.decoding import cuda_graphs, greedy
@@ -103,7 +103,7 @@ def _frame(job: Job) -> pd.DataFrame:
     """The job's cells as a tidy frame, in the order of its tasks, with the other backbone's
     accuracy if the store has it for the same setting."""
     stored = finished(job.store, "eval")
-    every = rows_of(stored).set_index("cell")
+    every = tidy(stored).set_index("cell")
     frame = every.loc[[cell.id for cell in job.cells.values()]].reset_index()
     settings = [_setting(cell.key) for cell in job.cells.values()]
     other = every.loc[[x.cell.id for x in stored if _setting(x.cell.key) in settings]]

@@ -78,12 +78,13 @@ def methods(cfg: DictConfig) -> None:
     with the fractions that attention and selection read, and random selection of equal size (H2).
     """
     cells = finished(fill_cells(cfg), "eval")
-    means = method_means(cells, cfg.stage.scorer)
+    means, left_out = method_means(cells, cfg.stage.scorer)
     phases: dict[str, str | None] = {
         name: method_of(configuration(cfg, {"method": name})).phase for name in set(means["method"])
     }
     picture = accuracy_by_read(means, phases, job_folder())
-    show_tracked(cfg, cells, methods_table(means, cfg.stage.scorer), picture)
+    table = methods_table(means, cfg.stage.scorer, left_out)
+    show_tracked(cfg, cells, table, picture)
 
 
 def random_selector(cfg: DictConfig) -> None:

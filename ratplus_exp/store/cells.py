@@ -61,7 +61,7 @@ class Store:
             except (ValueError, KeyError, TypeError):
                 cell = None
             if cell is None or cell.path != path.parent:
-                _warn_of(f"{path} is not the configuration of this folder's cell")
+                _warn_missing(f"{path} is not the configuration of this folder's cell")
             else:
                 yield cell
 
@@ -88,10 +88,10 @@ class Cell:
     """
 
     def __init__(self, root: Path, key: dict[str, Any]) -> None:
-        canonical = _text(key)
+        canonical = _canonical(key)
         self.key: dict[str, Any] = json.loads(canonical)
         self.id = hashlib.sha256(f"{FORMAT}:{canonical}".encode()).hexdigest()[:16]
-        self.path = root / _plain(key["stage"]) / f"{_readable(self.key)}{self.id}"
+        self.path = root / _file_name(key["stage"]) / f"{_readable_name(self.key)}{self.id}"
         self._ids: set[Any] = set()
         self._file: FileIO | None = None  # a file of samples while open for writing
 
@@ -111,7 +111,8 @@ class Cell:
             try:
                 entries, before = self.provenance(), len(self._samples())
             except ValueError:
-                self._set_aside()
+                aside = (self.path.with_name(f"{self.path.name}{DAMAGED}{i}") for i in count(1))
+                self.path.rename(next(path for path in aside if not path.exists()))
                 stack.enter_context(locked(self.path))
                 entries, before = [], 0
             entries = [*entries, {**provenance, "from_sample": before}]
@@ -177,7 +178,7 @@ class Cell:
             self.provenance()
             return self._samples()
         except ValueError as error:
-            _warn_of(str(error))
+            _warn_missing(str(error))
             return {}
 
     def metrics(self) -> dict[str, Any]:
@@ -190,7 +191,7 @@ class Cell:
         config = _read_json(self.path / "config.json")
         past = config.get("provenance", [])
         entries = isinstance(past, list) and past and all(isinstance(x, dict) for x in past)
-        if config and not (entries and _text(config.get("key")) == _text(self.key)):
+        if config and not (entries and _canonical(config.get("key")) == _canonical(self.key)):
             raise ValueError(f"{self.path / 'config.json'} is not the configuration of this cell")
         return past
 
@@ -208,7 +209,7 @@ class Cell:
                 raise ValueError(f"{self.path / 'done'} contradicts the samples or metrics.json")
             return read
         except ValueError as error:
-            _warn_of(str(error))
+            _warn_missing(str(error))
             return None
 
     def _samples(self) -> dict[Any, dict[str, Any]]:
@@ -217,10 +218,6 @@ class Cell:
         for path in sorted(self.path.glob("samples*.jsonl")):
             samples = _read_samples(path)[0] | samples
         return samples
-
-    def _set_aside(self) -> None:
-        aside = (self.path.with_name(f"{self.path.name}{DAMAGED}{i}") for i in count(1))
-        self.path.rename(next(path for path in aside if not path.exists()))
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -240,7 +237,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _warn_of(problem: str) -> None:
+def _warn_missing(problem: str) -> None:
     warn(f"{problem}: the cell counts as missing; run its job again, or delete its folder")
 
 
@@ -278,18 +275,19 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("id"), str | int) else None
 
 
-def _text(key: Any) -> str:
+def _canonical(key: Any) -> str:
     """The JSON text of a key, independent of the order of its entries."""
     return json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _readable(key: dict[str, Any]) -> str:
+def _readable_name(key: dict[str, Any]) -> str:
     """The readable part of a folder's name."""
-    names = [_plain(key[name]) for name in ("model", "method", "budget", "task") if key.get(name)]
+    parts = [key.get(name) for name in ("model", "method", "budget", "task")]
+    names = [_file_name(part) for part in parts if part]
     names += [f"{name}{key[name]}" for name in ("training", "seed") if name in key]
     return "".join(f"{name}-" for name in names)
 
 
-def _plain(value: Any) -> str:
+def _file_name(value: Any) -> str:
     """A short string that is valid in a file name."""
     return re.sub(r"[^A-Za-z0-9+-]+", "_", str(value))[:40]

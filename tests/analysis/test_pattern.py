@@ -130,12 +130,10 @@ def test_an_estimate_leaves_out_what_could_not_be_drawn():
 
 def test_cell_by_cell_beside_the_paper():
     cells = pd.DataFrame(
-        [
-            {"method": "quest", "budget": "1/4", "block_size": 8, "top_k": 16, "backbone": "RAT+"}
-            | {"task": "MK-3", "selector": "random", "exact": a, "n": 50, "training": 0, "seed": 0}
-            | {"selector_seed": i, "budget_measured": 0.3}
-            for i, a in enumerate((10.0, 14.0))
-        ]
+        {"method": "quest", "budget": "1/4", "block_size": 8, "top_k": 16, "backbone": "RAT+"}
+        | {"task": "MK-3", "selector": "random", "exact": a, "n": 50, "training": 0, "seed": 0}
+        | {"selector_seed": i, "budget_measured": 0.3}
+        for i, a in enumerate((10.0, 14.0))
     )
     frame = compare(scaled(paper_tables("table5"), CONTEXT), cells, "exact")
     assert len(frame) == 48 and frame["measured"].notna().sum() == 1

@@ -19,17 +19,10 @@ TASKS = {"S-1": 8, "S-2": 6, "MK-1": 4, "MV": 2, "MQ": 0, "MK-3": -6}
 
 def paper():
     return pd.DataFrame(
-        [
-            {
-                "method": m,
-                "block_size": 16 if m == "quest" else 1,
-                "budget": b,
-                "backbone": "Attention",
-            }
-            | {"selector": "topk", "task": task, "accuracy": level + shift}
-            for (m, k, b), level in SETTINGS.items()
-            for task, shift in TASKS.items()
-        ]
+        {"method": method, "block_size": 16 if method == "quest" else 1, "budget": budget}
+        | {"backbone": "Attention", "selector": "topk", "task": task, "accuracy": level + shift}
+        for (method, _, budget), level in SETTINGS.items()
+        for task, shift in TASKS.items()
     )
 
 
