@@ -47,7 +47,7 @@ def run(cfg: DictConfig) -> None:
         f"{gpus.peak_tflops:g} TFLOP/s, of which {gpus.mfu:.0%} are reached (cluster.*). "
         "1 GB is 10⁹ bytes. docs/cluster.md shows the arithmetic."
     )
-    part = "one setting of " if "models" in cfg.stage else ""
+    part = "one setting of " if {"models", "cells"} & cfg.stage.keys() else ""
     title = f"{part}stage={cfg.stage.name} model={cfg.model.name}: estimated cost"
     rows = tuple(row for group in groups for row in group)
     print(Table(title, caption, ("Quantity", "Estimate"), rows, breaks).to_text())

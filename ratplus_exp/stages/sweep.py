@@ -137,7 +137,9 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
         cfg = cfg.copy()
         cfg.data.tasks = [task for task in cfg.data.tasks if task not in absent]
     stage = plain(cfg.stage)
-    every = {"model": stage["models"], "training": stage["trainings"]} if stage["models"] else {}
+    every = {}
+    if stage.get("models"):
+        every = {"model": stage["models"], "training": stage["trainings"]}
     grids: list[dict[str, Any]] = [*stage["cells"].values()] or [{}]
     entries = [entry for grid in grids for entry in multiply(every | grid)]
     order = [*dict.fromkeys(map(_model, entries))]
