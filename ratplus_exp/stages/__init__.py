@@ -34,9 +34,9 @@ SHARED = ("pretrain", "continued_pretrain", "sft", "eval", "hit_rate")
 def run(cfg: DictConfig) -> None:
     """Run the stage of a valid configuration, or estimate its cost with dry_run."""
     if world_size() > 1 and (cfg.dry_run or cfg.stage.name not in SHARED):
-        what = "dry_run=true" if cfg.dry_run else f"stage={cfg.stage.name}"
+        job = "dry_run=true" if cfg.dry_run else f"stage={cfg.stage.name}"
         raise ValueError(
-            f"{what} runs in one process: start it with python run.py; torchrun is for stage="
+            f"{job} runs in one process: start it with python run.py; torchrun is for stage="
             + ", ".join(SHARED)
         )
     if cfg.stage.name in ("eval", "hit_rate"):  # the others set method and budget of each job
