@@ -90,7 +90,7 @@ outputs/training/$(1)_0_ruler13/model: | $(STAMP)
 	$(RUN) experiment=pocket_ruler13 model=$(1) threads=1 $(2)
 endef
 $(eval $(call WIDENING,pocket_ratplus))
-$(eval $(call WIDENING,pocket_attention,stage.joint=null stage.alternate=false stage.prefix=null))
+$(eval $(call WIDENING,pocket_attention,stage.joint=null))
 
 clean: ## remove caches and build products; .venv and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

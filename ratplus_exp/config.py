@@ -48,8 +48,8 @@ def check(settings: Mapping[str, Any]) -> Config:
         build(MethodConfig, {x: method[x] for x in COMMON if x in method}, "method")
     for style in config.stage.styles if isinstance(config.stage, Pretrain) else ():
         build(Forms, settings["data"]["forms"] | style, "stage.styles")
-    if isinstance(config.stage, Training):
-        _training(config.stage)
+    if isinstance(config.stage, Training) and config.stage.low_rank and not config.stage.init:
+        raise ValueError("stage.low_rank freezes a trained model: set stage.init to its folder")
     if isinstance(config.stage, Sft) and not any(config.stage.mixture.values()):
         raise ValueError("stage.mixture is empty or all 0: give some task a positive weight")
     if config.oracle_heads and config.selector != "oracle":
@@ -67,18 +67,6 @@ def check(settings: Mapping[str, Any]) -> Config:
     for method in methods:
         _method(method)
     return config
-
-
-def _training(stage: Training) -> None:
-    """ValueError for settings without those that they need."""
-    if stage.low_rank and not stage.init:
-        raise ValueError("stage.low_rank freezes a trained model: set stage.init to its folder")
-    for name, value in (("alternate", "false"), ("prefix", "null"), ("sparse_only_tokens", 0)):
-        if getattr(stage, name) and stage.joint is None:
-            raise ValueError(
-                f"stage.{name} has no effect without joint training: set stage.joint, or "
-                f"stage.{name}={value}"
-            )
 
 
 def _method(settings: Mapping[str, Any]) -> Method:

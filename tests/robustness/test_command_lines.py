@@ -289,10 +289,6 @@ stage=pretrain stage.folder= -> use some text
 stage=pretrain stage.init= -> use some text
 stage=pretrain stage.joint=x -> use fields
 stage=pretrain stage.prefix=dense -> use one of random, prompt
-stage=pretrain stage.prefix=prompt -> set stage.joint, or
-stage=pretrain stage.alternate=true -> set stage.joint, or
-stage=sft stage.sparse_only_tokens=512 -> set stage.joint, or
-stage=random_selector stage.models=[a,b] -> no field 'models'
 stage=pretrain stage.joint={local:-1} -> use at least 0
 stage=pretrain stage.joint={dilation:x} -> use a whole number
 stage=pretrain stage.joint={depth:1} -> no field 'depth'

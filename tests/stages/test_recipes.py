@@ -19,7 +19,7 @@ def test_attention_takes_as_many_optimizer_steps_on_the_same_batches(job, phase)
         job.compose(f"experiment={phase.format(backbone)}") for backbone in ("ratplus", "attention")
     )
     assert ratplus.stage.joint and ratplus.stage.alternate and attention.stage.joint is None
-    own = ("folder", "joint", "init", "alternate", "prefix", "sparse_only_tokens")
+    own = ("folder", "joint", "init")
     rest = [
         {k: v for k, v in OmegaConf.to_container(cfg.stage, resolve=True).items() if k not in own}
         for cfg in (ratplus, attention)

@@ -1,5 +1,4 @@
 import json
-import shutil
 from typing import ClassVar
 
 import pytest
@@ -79,19 +78,6 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(job):
     (model / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="another configuration"):
         train(job, "pocket_attention", other_rate=0.5)
-
-
-def test_a_training_goes_on_whose_start_had_options_of_joint_training_without_it(job):
-    """An earlier version took such settings, which had no effect."""
-    model = train(job, "pocket_attention")
-    shutil.rmtree(model)
-    file = model.parent / "provenance.json"
-    starts = json.loads(file.read_text())
-    options = {"alternate": True, "prefix": "prompt", "sparse_only_tokens": 256}
-    starts[0]["config"]["stage"] |= options
-    file.write_text(json.dumps(starts))
-    train(job, "pocket_attention")
-    assert (model / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
