@@ -145,37 +145,24 @@ $(KVPRESS_VENV)/.installed: constraints-kvpress.txt
 	@touch $@
 
 # Tables and figures: each target runs missing cells and writes to outputs/reports (docs/results.md).
-.PHONY: look methods table2 table3 table4 table5 fig1 fig2 fig3 fig4 lengths p2 ruler13 protocols reproduce report
+EXPERIMENTS := table2 table3 table4 table5 fig1 fig2 fig3 fig4 lengths methods protocols reproduce
+.PHONY: $(EXPERIMENTS) look p2 ruler13 report
 
-table2: $(STAMP) ## Table 2: random selection, tasks with several keys, values or queries
+$(EXPERIMENTS): $(STAMP)
 	$(SWEEP)
 
-table3: $(STAMP) ## Table 3: Quest, MoBA and SnapKV at all budgets and block sizes
-	$(SWEEP)
-
-table4: $(STAMP) ## Table 4: Table 3's settings on OLMo2-7B (PAIR=olmo2_7b)
-	$(SWEEP)
-
-table5: $(STAMP) ## Table 5: random selection, five seeds; compared with oracle and top-k
-	$(SWEEP)
-
-fig1: $(STAMP) ## Figure 1: accuracy against the budget
-	$(SWEEP)
-
-fig2: $(STAMP) ## Figure 2: hit rates of Quest's heads
-	$(SWEEP)
-
-fig3: $(STAMP) ## Figure 3: hit rates of SnapKV's heads
-	$(SWEEP)
-
-fig4: $(STAMP) ## Figure 4: hit rates by task
-	$(SWEEP)
-
-lengths: $(STAMP) ## accuracy against the context length, longer than trained
-	$(SWEEP)
-
-methods: $(STAMP) ## all methods at the same measured budgets, one table and one figure
-	$(SWEEP)
+table2: ## Table 2: random selection, tasks with several keys, values or queries
+table3: ## Table 3: Quest, MoBA and SnapKV at all budgets and block sizes
+table4: ## Table 4: Table 3's settings on OLMo2-7B (PAIR=olmo2_7b)
+table5: ## Table 5: random selection, five seeds; compared with oracle and top-k
+fig1: ## Figure 1: accuracy against the budget
+fig2: ## Figure 2: hit rates of Quest's heads
+fig3: ## Figure 3: hit rates of SnapKV's heads
+fig4: ## Figure 4: hit rates by task
+lengths: ## accuracy against the context length, longer than trained
+methods: ## all methods at the same measured budgets, one table and one figure
+protocols: ## selection for the whole prompt, and before the question is known
+reproduce: ## all tables, all figures and the report; PAIR=pocket on two cores
 
 look: $(STAMP) ## what each head keeps of one prompt: a page and a picture (SET='stage.task=MK-3 stage.index=4')
 	$(RUN) stage=look pair=$(PAIR) hydra.run.dir=outputs/reports/$(PAIR)/look $(SET)
@@ -185,12 +172,6 @@ p2: $(if $(filter pocket,$(PAIR)),$(adapted)) $(STAMP) ## P2's held-out loss by 
 
 ruler13: $(if $(filter pocket,$(PAIR)),$(ruler13_models)) $(STAMP) ## all of RULER's tasks at one budget; trains the pocket pair on them first (SET='data.qa.squad=FILE data.qa.hotpotqa=FILE')
 	$(RUN) experiment=$@ pair=$(PAIR) $(if $(filter pocket,$(PAIR)),'stage.models=[pocket_attention_ruler13$(comma)pocket_ratplus_ruler13]' 'stage.trainings=[0]') $(SET)
-
-protocols: $(STAMP) ## selection for the whole prompt, and before the question is known
-	$(SWEEP)
-
-reproduce: $(STAMP) ## all tables, all figures and the report; PAIR=pocket on two cores
-	$(SWEEP)
 
 report: $(STAMP) ## the report of all finished cells, without running any
 	$(RUN) stage=report pair=$(PAIR) stage.folder=outputs/reports/$(PAIR) $(SET)

@@ -52,19 +52,20 @@ class RatPlus(HFLM):
         cut: str = "left",
         **words: Any,
     ) -> None:
-        own = {name: words.pop(name) for name in HARNESS if name in words}
+        options = {name: words.pop(name) for name in HARNESS if name in words}
         words |= {"device": device} if device else {}
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             cfg = compose("config", ["model=hf", *(f"{k}={x}" for k, x in words.items())])
         cfg.model.path = str(pretrained)
         validate(cfg)
-        for name, value, use in (
+        for name, value, supported in (
             ("selector", cfg.selector, ("topk",)),
             ("stage.protocol", cfg.stage.protocol, ("whole",)),
             ("cut", cut, ("left", "middle")),
         ):
-            if value not in use:
-                raise ValueError(f"{name}={value} is not supported here: use {' or '.join(use)}")
+            if value not in supported:
+                choices = " or ".join(supported)
+                raise ValueError(f"{name}={value} is not supported here: use {choices}")
         if not str(size := batch_size or cfg.stage.batch_size).isdigit():
             raise ValueError(f"batch_size={size}: use a number")
         self.cfg, self.cut, path = cfg, cut, resolve(cfg.model.path)
@@ -79,7 +80,7 @@ class RatPlus(HFLM):
             backend="causal",
             batch_size=size,
             max_length=cfg.data.length,
-            **{"add_bos_token": False} | own,
+            **{"add_bos_token": False} | options,
         )
         self.pretrained = str(path)
 
@@ -125,22 +126,22 @@ class RatPlus(HFLM):
                 f"log-likelihoods are of prompt tokens, which {type(self.method).__name__} leaves "
                 f"dense: use a method that selects for prompts (method=moba) or method=dense"
             )
-        found: dict[int, tuple[float, bool]] = {}
+        results: dict[int, tuple[float, bool]] = {}
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
         for start in tqdm(range(0, len(order), self.batch_size), disable=disable_tqdm):
-            those = order[start : start + self.batch_size]
-            ends = [torch.tensor(requests[i][2], device=self.device) for i in those]
-            rows = [(requests[i][1] + requests[i][2])[-self.max_length - 1 : -1] for i in those]
+            indices = order[start : start + self.batch_size]
+            ends = [torch.tensor(requests[i][2], device=self.device) for i in indices]
+            rows = [(requests[i][1] + requests[i][2])[-self.max_length - 1 : -1] for i in indices]
             batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.device)
             cache = self.model.new_cache(Engine(self.method))
             logits = self.model(
                 **batch, past_key_values=cache, logits_to_keep=max(map(len, ends))
             ).logits.float()
-            for i, row, end in zip(those, logits.log_softmax(-1), ends, strict=True):
+            for i, row, end in zip(indices, logits.log_softmax(-1), ends, strict=True):
                 row = row[-len(end) :]
                 greedy = bool((row.argmax(-1) == end).all())
-                found[i] = float(row.gather(1, end[:, None]).sum()), greedy
-        return [found[i] for i in range(len(requests))]
+                results[i] = float(row.gather(1, end[:, None]).sum()), greedy
+        return [results[i] for i in range(len(requests))]
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def message_of(error: BaseException) -> str:
 
 def _no_option(group: str, option: str) -> str:
     folder = CONF / group
-    options = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+    options = sorted(path.stem for path in folder.glob("*.yaml"))
     if not option or not options:
         return f"there is no configuration {group}: leave --config-name out"
     if "submitit" in option:

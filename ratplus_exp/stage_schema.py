@@ -1,4 +1,5 @@
-"""Every field of the stages, as in `schema`; their defaults are in conf/stage."""
+"""Every field of the stages, as in `schema`; their defaults are in conf/stage, where `common` has
+those of several stages."""
 
 from __future__ import annotations
 
@@ -91,13 +92,14 @@ class Grids(Measuring):
     """
 
     models: Names
-    trainings: Seeds = field(default_factory=lambda: [0])
+    trainings: Seeds
     workers: Threads
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomSelector(Grids):
+class RandomSelector(Measuring):
     name: Literal["random_selector"]
+    workers: Threads
     scorer: Scorer
     selector_seeds: Seeds
     cells: dict[Name, Grid]

@@ -13,10 +13,10 @@ STAGES = {
     "eval": "evaluate.run",
     "hit_rate": "hit_rate.run",
     "sweep": "sweep.run",
-    "random_selector": "sweep.random_selector",
-    "ablation": "sweep.ablation",
-    "loss": "sweep.loss",
-    "methods": "sweep.methods",
+    "random_selector": "sweep.one_table",
+    "ablation": "sweep.one_table",
+    "loss": "sweep.one_table",
+    "methods": "sweep.one_table",
     "look": "look.run",
     "report": "report.run",
     "pretrain": "train.pretrain",
@@ -34,9 +34,9 @@ SHARED = ("pretrain", "continued_pretrain", "sft", "eval", "hit_rate")
 def run(cfg: DictConfig) -> None:
     """Run the stage of a valid configuration, or estimate its cost with dry_run."""
     if world_size() > 1 and (cfg.dry_run or cfg.stage.name not in SHARED):
-        what = "dry_run=true" if cfg.dry_run else f"stage={cfg.stage.name}"
+        job = "dry_run=true" if cfg.dry_run else f"stage={cfg.stage.name}"
         raise ValueError(
-            f"{what} runs in one process: start it with python run.py; torchrun is for stage="
+            f"{job} runs in one process: start it with python run.py; torchrun is for stage="
             + ", ".join(SHARED)
         )
     if cfg.stage.name in ("eval", "hit_rate"):  # the others set method and budget of each job

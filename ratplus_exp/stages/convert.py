@@ -16,7 +16,7 @@ from ratplus_exp.models import RatPlusConfig, config_for
 from ratplus_exp.models.loading import LOCAL, SPECIAL_TOKENS, read_tokenizer, weights_digest
 from ratplus_exp.models.p2_checkpoint import from_p2, read_p2
 from ratplus_exp.stages.common import resolve
-from ratplus_exp.stages.train import refuse_target, save_model
+from ratplus_exp.stages.train import cast, refuse_target, save_model
 
 Parts = tuple[PretrainedConfig, dict[str, torch.Tensor], Tokenizer | None]
 
@@ -31,11 +31,9 @@ def run(cfg: DictConfig) -> None:
     target, file = resolve(cfg.model.path), resolve(cfg.checkpoint)
     refuse_target(target)
     config, state, tokenizer = (_read_gguf if file.suffix == ".gguf" else _read_p2)(cfg, file)
-    if cfg.stage.dtype:
-        state = {name: tensor.to(getattr(torch, cfg.stage.dtype)) for name, tensor in state.items()}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(cast(state, cfg.stage.dtype), assign=True)
     model.tie_weights()
     target.parent.mkdir(parents=True, exist_ok=True)
     save_model(model.eval(), tokenizer, target)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from statistics import mean
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -12,14 +11,13 @@ from omegaconf import DictConfig
 from ratplus_exp import cost
 from ratplus_exp.config import build, forms_of, plain, validate_method
 from ratplus_exp.cost import Shape
-from ratplus_exp.methods import Dilated
 from ratplus_exp.methods.base import EVICTING
 from ratplus_exp.methods.dilated import PREFIXES, DilatedAfterPrefix
 from ratplus_exp.models.building import config_for, memory_config, new_model
 from ratplus_exp.models.loading import load_config
 from ratplus_exp.report import Table
 from ratplus_exp.stages.common import model_folder, resolve
-from ratplus_exp.stages.train import schedule_of
+from ratplus_exp.stages.train import joint_of, schedule_of
 from ratplus_exp.training.settings import TrainSettings
 
 Rows = list[tuple[str, str]]
@@ -47,7 +45,7 @@ def run(cfg: DictConfig) -> None:
         f"{gpus.peak_tflops:g} TFLOP/s, of which {gpus.mfu:.0%} are reached (cluster.*). "
         "1 GB is 10⁹ bytes. docs/cluster.md shows the arithmetic."
     )
-    part = "one setting of " if "models" in cfg.stage else ""
+    part = "one setting of " if {"models", "cells"} & cfg.stage.keys() else ""
     title = f"{part}stage={cfg.stage.name} model={cfg.model.name}: estimated cost"
     rows = tuple(row for group in groups for row in group)
     print(Table(title, caption, ("Quantity", "Estimate"), rows, breaks).to_text())
@@ -71,13 +69,13 @@ def shape_of(cfg: DictConfig) -> Shape:
 
 def training_flops(cfg: DictConfig, shape: Shape) -> float:
     """FLOPs of a stage's whole schedule, with the dilated steps of joint training."""
-    joint: Any = build(Dilated, plain(cfg.stage.joint), "stage.joint") if cfg.stage.joint else None
-    sparse_only = cfg.stage.sparse_only_tokens if joint else 0
+    joint = joint_of(cfg)
+    sparse_only = cfg.stage.sparse_only_tokens
     flops = 0.0
     for tokens, length in cfg.stage.schedule:
         alone = min(tokens, sparse_only)
         sparse_only -= alone
-        dense = (tokens - alone) / (2 if joint and cfg.stage.alternate else 1)
+        dense = (tokens - alone) / (2 if cfg.stage.alternate else 1)
         flops += dense * shape.training_flops(cost.attended_keys(None, length))
         if joint:
             dilated = alone + dense

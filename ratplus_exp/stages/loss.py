@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +23,10 @@ from ratplus_exp.report import Table
 from ratplus_exp.report.figures import losses
 from ratplus_exp.report.prose import number
 from ratplus_exp.stages.cells import Job, MeasuringStage, Records, selector_of
-from ratplus_exp.stages.common import resolve
+from ratplus_exp.stages.common import job_folder, resolve
 from ratplus_exp.stages.samples import Samples
 from ratplus_exp.stages.tokenize import corpus_of
+from ratplus_exp.store import Finished
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.niah import sample_name
 from ratplus_exp.text.corpus import Corpus
@@ -134,9 +135,13 @@ class Loss(MeasuringStage):
         return metrics
 
 
-def loss_table(found: list[dict[str, Any]]) -> Table:
-    """A row for each model and method. found: keys and metrics of cells."""
-    kind = _kind(found)
+def loss_outputs(cfg: DictConfig, cells: Sequence[Finished]) -> tuple[Table, list[Path]]:
+    """A table with a row for each cell, and `figures.losses` of dense attention and dilated
+    patterns. By position, losses are of recallable tokens if there are any."""
+    results = [x.cell.key | x.metrics for x in cells]
+    kind = KINDS[any(x["recallable_loss"] is not None for x in results)]
+    first = results[0]
+    about = {"kind": kind, "length": first["context_length"]}
     rows = [
         (
             f"{x['model']}/{x['training']}",
@@ -146,35 +151,25 @@ def loss_table(found: list[dict[str, Any]]) -> Table:
             *(number(x[f"recallable_{name}"], 2) for name in ("loss", "accuracy")),
             *(number(loss, 2) for loss in x[f"{kind}_by_bin"]),
         )
-        for x in found
+        for x in results
     ]
     columns = (
         *("Model", "Method", "Read", "Loss", "Perplexity", "Recall loss", "Recalled"),
         *(f"{i + 1}/{BINS}" for i in range(BINS)),
     )
-    about = {"length": found[0]["context_length"], "n": found[0]["n"], "kind": kind}
-    return Table.described("loss", columns, rows, **about)
-
-
-def loss_figures(found: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """`figures.losses` of the cells of dense attention and dilated patterns; found: as in
-    `loss_table`."""
-    kind, dense = _kind(found), {"dilation": 1, "local": 0, "initial": 0}
-    rows = [
+    table = Table.described("loss", columns, rows, n=first["n"], **about)
+    dense = {"dilation": 1, "local": 0, "initial": 0}
+    patterns = [
         dense
         | x["settings"]
         | {"model": x["model"], "training": x["training"], "backbone": LABELS[x["backbone"]]}
         | {"parts": x[f"{kind}_by_bin"], "loss": x[f"{kind}_loss"]}
-        for x in found
+        for x in results
         if not x["top_k"] and x["settings"].keys() <= {*dense, "top_k", "block_size"}
     ]
-    about = {"kind": kind, "tier": found[0]["tier"], "length": found[0]["context_length"]}
-    return losses(pd.DataFrame(rows), folder, **about) if rows else []
-
-
-def _kind(found: list[dict[str, Any]]) -> str:
-    """The tokens of tables by position and of figures: recallable ones if there are any."""
-    return KINDS[any(x["recallable_loss"] is not None for x in found)]
+    if not patterns:
+        return table, []
+    return table, losses(pd.DataFrame(patterns), job_folder(), tier=first["tier"], **about)
 
 
 def _sizes(settings: dict[str, Any]) -> str:

@@ -22,15 +22,15 @@ def missing(results: Results, cells: Mapping[str, Mapping[str, Grid]]) -> list[s
     for output in sorted(cells, key=lambda name: (name not in PAPER_TABLES, name)):
         label = f"{'Table' if output in PAPER_TABLES else 'Figure'} {output[-1]}"
         for grid in cells[output].values():
-            frame, what = grouped(results.cells), ""
+            frame, measured = grouped(results.cells), ""
             if grid.get("stage") == "hit_rate":
-                frame, what = results.rates, "hit rates of "
+                frame, measured = results.rates, "hit rates of "
             for setting in _settings(grid, results):
                 of_setting = frame[(frame[[*SETTING, "selector"]] == list(setting)).all(axis=1)]
-                for side, lack in _lacking(of_setting, grid):
-                    lack = f"{side}, {what}{setting_name(*setting)}{lack}"
-                    labels.setdefault(lack, []).append(label)
-    return [f"{lack} ({', '.join(dict.fromkeys(names))})." for lack, names in labels.items()]
+                for backbone, lack in _lacking(of_setting, grid):
+                    sentence = f"{backbone}, {measured}{setting_name(*setting)}{lack}"
+                    labels.setdefault(sentence, []).append(label)
+    return [f"{text} ({', '.join(dict.fromkeys(names))})." for text, names in labels.items()]
 
 
 def _settings(grid: Grid, results: Results) -> Iterator[tuple[str, int, str, str]]:

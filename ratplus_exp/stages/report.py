@@ -30,8 +30,8 @@ def run(cfg: DictConfig) -> None:
     """
     outputs = [name for name, on in cfg.stage.outputs.items() if on]
     store = Store(resolve(cfg.results))
-    how = {name: cfg.stage[name] for name in ("scorer", "first_token", "protocol")}
-    results = Results.read(store, _where(cfg), **how)
+    settings = {name: cfg.stage[name] for name in ("scorer", "first_token", "protocol")}
+    results = Results.read(store, _where(cfg), **settings)
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     folder.mkdir(parents=True, exist_ok=True)
     remove_drafts(folder)

@@ -26,9 +26,9 @@ from ratplus_exp.stages.cells import Job, MeasuringStage
 from ratplus_exp.stages.common import job_folder, model_name, multiply, option, show
 from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
-from ratplus_exp.stages.loss import Loss, loss_figures, loss_table
+from ratplus_exp.stages.loss import Loss, loss_outputs
 from ratplus_exp.stages.pool import fill_jobs, filled, raise_if_failed
-from ratplus_exp.store import Cell, Finished
+from ratplus_exp.store import Finished
 from ratplus_exp.tasks.qa import QA_FILES, no_file
 from ratplus_exp.tracking import tracked
 
@@ -45,88 +45,84 @@ FIELDS = {
 }
 """Where the configuration has those fields of a grid that need no more than to be set."""
 MEASURING: dict[str, MeasuringStage] = {"eval": Accuracy(), "hit_rate": HitRate(), "loss": Loss()}
+Outputs = tuple[Table, list[Path]]  # of a stage: its table, its pictures
 
 
 def run(cfg: DictConfig) -> None:
-    """Fill the missing cells, then write `stage.outputs`."""
+    """stage=sweep: fill the missing cells, then write `stage.outputs`."""
     failed = fill_jobs(cfg, [job_of(job) for job in expand(cfg)])
     report.run(cfg)
     raise_if_failed(failed)
 
 
-def ablation(cfg: DictConfig) -> None:
-    """stage=ablation: models side by side at one budget, dense and under each method; and in the
-    other settings of `stage.cells`."""
+def one_table(cfg: DictConfig) -> None:
+    """The stages of `TABLES`: fill the missing cells, which are all of one length; print, write and
+    track the stage's table and pictures, and write its cells.
+
+    The cells of stage=loss are the rows of its table.
+    """
+    name = cfg.stage.name
+    jobs = [job_of(job) for job in expand(cfg)]
+    if len({job.cfg.data.length for job in jobs}) > 1:
+        raise ValueError(f"stage={name} is of one length: set data.length instead")
+    cells = finished(filled(cfg, jobs), jobs[0].cfg.stage.name)
+    table, pictures = TABLES[name](cfg, cells)
+    show(table, name)
+    report.write_cells(cells, job_folder(), {} if name == "loss" else {"cells": tidy(cells)})
+    for picture in pictures:
+        print(f"Figure: {picture}.")
+    with tracked(cfg, job_folder()) as tracker:
+        tracker.log({name: table})
+        for picture in pictures:
+            tracker.log({picture.stem: picture})
+
+
+def ablation(cfg: DictConfig, cells: Sequence[Finished]) -> Outputs:
+    """Models side by side at one budget, dense and under each method; and in the other settings of
+    `stage.cells`."""
     setting = {name: cfg[name] for name in ("budget", "seed")} | {"tier": cfg.model.tier}
     setting |= {name: cfg.stage[name] for name in ("first_token", "protocol")}
-    cells = finished(fill_cells(cfg), "eval")
     lengths = tidy(cells).groupby("model")["effective_memory_length"].mean()
     models, scorer = list(cfg.stage.models), cfg.stage.scorer
-    table = model_table(sample_scores(cells), lengths, models, scorer, **setting)
-    show_tracked(cfg, cells, table)
+    return model_table(sample_scores(cells), lengths, models, scorer, **setting), []
 
 
-def loss(cfg: DictConfig) -> None:
-    """stage=loss: held-out loss of models under methods."""
-    cells = finished(fill_cells(cfg), "loss")
-    found = [x.cell.key | x.metrics for x in cells]
-    show_tracked(cfg, cells, loss_table(found), *loss_figures(found, job_folder()))
-
-
-def methods(cfg: DictConfig) -> None:
-    """stage=methods: every method on both backbones at the same budgets, by accuracy within each,
-    with the fractions that attention and selection read, and random selection of equal size (H2).
-    """
-    cells = finished(fill_cells(cfg), "eval")
+def methods(cfg: DictConfig, cells: Sequence[Finished]) -> Outputs:
+    """Every method on both backbones at the same budgets, by accuracy within each, with the
+    fractions that attention and selection read, and random selection of equal size (H2)."""
     means, left_out = method_means(cells, cfg.stage.scorer)
     phases: dict[str, str | None] = {
         name: method_of(configuration(cfg, {"method": name})).phase for name in set(means["method"])
     }
     picture = accuracy_by_read(means, phases, job_folder())
-    table = methods_table(means, cfg.stage.scorer, left_out)
-    show_tracked(cfg, cells, table, picture)
+    return methods_table(means, cfg.stage.scorer, left_out), [picture]
 
 
-def random_selector(cfg: DictConfig) -> None:
-    """stage=random_selector: H2 for one model, method and budget.
+def random_selector(cfg: DictConfig, cells: Sequence[Finished]) -> Outputs:
+    """H2 for one model, method and budget.
 
     A uniformly random selector of equal size replaces the method's, and nothing else changes:
     forced candidates stay; Quest draws at every decoding step, layer and head, SnapKV once after
     the prompt, MoBA for every prompt token. The table also has the method's selector and an oracle.
     """
-    cfg = cfg.copy()
-    cfg.stage.models = []  # one model, whatever the pair
-    cells = finished(fill_cells(cfg), "eval")
-    setting = {"method": cfg.method.name, "budget": tidy(cells)["budget"].iloc[0]}
+    frame = tidy(cells)
+    setting = {"method": cfg.method.name, "budget": frame["budget"].iloc[0]}
     setting |= {"model": model_name(cfg), "scorer": cfg.stage.scorer}
-    show_tracked(cfg, cells, random_table(tidy(cells), list(cfg.data.tasks), **setting))
+    return random_table(frame, list(cfg.data.tasks), **setting), []
+
+
+TABLES = {
+    "ablation": ablation,
+    "loss": loss_outputs,
+    "methods": methods,
+    "random_selector": random_selector,
+}
+"""The table and pictures of each stage, from its finished cells."""
 
 
 def job_of(cfg: DictConfig) -> Job:
     """The job of a configuration of a measuring stage."""
     return Job(cfg, MEASURING[cfg.stage.name])
-
-
-def fill_cells(cfg: DictConfig) -> list[Cell]:
-    """The cells of `stage.cells`, all of one length, as `pool.filled`."""
-    jobs = [job_of(job) for job in expand(cfg)]
-    if len({job.cfg.data.length for job in jobs}) > 1:
-        raise ValueError(f"stage={cfg.stage.name} is of one length: set data.length instead")
-    return filled(cfg, jobs)
-
-
-def show_tracked(cfg: DictConfig, cells: Sequence[Finished], table: Table, *pictures: Path) -> None:
-    """Print, write and track the one table of a stage, and write its cells; track the pictures.
-    The cells of stage=loss are the rows of its table."""
-    show(table, cfg.stage.name)
-    frames = {} if cfg.stage.name == "loss" else {"cells": tidy(cells)}
-    report.write_cells(cells, job_folder(), frames)
-    for picture in pictures:
-        print(f"Figure: {picture}.")
-    with tracked(cfg, job_folder()) as tracker:
-        tracker.log({cfg.stage.name: table})
-        for picture in pictures:
-            tracker.log({picture.stem: picture})
 
 
 def expand(cfg: DictConfig) -> list[DictConfig]:
@@ -141,7 +137,9 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
         cfg = cfg.copy()
         cfg.data.tasks = [task for task in cfg.data.tasks if task not in absent]
     stage = plain(cfg.stage)
-    every = {"model": stage["models"], "training": stage["trainings"]} if stage["models"] else {}
+    every = {}
+    if stage.get("models"):
+        every = {"model": stage["models"], "training": stage["trainings"]}
     grids: list[dict[str, Any]] = [*stage["cells"].values()] or [{}]
     entries = [entry for grid in grids for entry in multiply(every | grid)]
     order = [*dict.fromkeys(map(_model, entries))]
@@ -169,8 +167,8 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
                 f"{job.model.name} is of the tier {job.model.tier}, but the data of the tier "
                 f"{cfg.model.tier}: set model={job.model.name}, and only models of its tier"
             )
-        own = cfg.stage.name if cfg.stage.name in MEASURING else "eval"
-        job.stage = option("stage", entry.get("stage", own))
+        measuring = cfg.stage.name if cfg.stage.name in MEASURING else "eval"
+        job.stage = option("stage", entry.get("stage", measuring))
         for field in ("first_token", "protocol", "batch_size"):
             job.stage[field] = cfg.stage[field]
         for field in FIELDS.keys() & entry.keys():

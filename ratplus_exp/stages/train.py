@@ -101,13 +101,15 @@ def sft(cfg: DictConfig) -> None:
 
 
 def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = "") -> None:
-    """Train in stage.folder, resuming there, and save the model in Hugging Face's format."""
+    """Train in stage.folder, resuming there, and save the model in Hugging Face's format.
+
+    With stage.low_rank, the trained weights alone are saved first, and the model is made of their
+    file: the same one as from a copy of it.
+    """
     folder = Path(cfg.stage.folder)
-    target, small = folder / "model", folder / low_rank.FILE
-    schedule = schedule_of(cfg)
-    settings = build(TrainSettings, plain(cfg.stage.optimizer), "stage.optimizer")
-    sparse = build(Dilated, plain(cfg.stage.joint), "stage.joint") if cfg.stage.joint else None
-    schedule.check(world_size())
+    target, updates = folder / "model", folder / low_rank.FILE
+    add_updates = partial(low_rank.add_low_rank, rank=cfg.stage.low_rank, seed=cfg.seed)
+    schedule_of(cfg).check(world_size())
     device = device_of(cfg)
     _refuse_other_settings(cfg, folder)
     with locked(folder) if rank() == 0 else nullcontext():
@@ -118,47 +120,86 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
         with process_group(device):
             model = _model(cfg, tokenizer)
             if cfg.stage.low_rank:
-                low_rank.add_low_rank(model, cfg.stage.low_rank, cfg.seed)
-            if settings.precision == "auto":
-                precision = from_rank_0(partial(_precision, model, device, folder))
-                settings = replace(settings, precision=precision)
-            if rank() == 0:
-                _record_start(cfg, folder, settings.precision)
-            if not small.exists():
-                with tracked(cfg, folder) as tracker:
-                    trainer = Trainer(
-                        *(model, batch, schedule, settings, folder),
-                        sparse=sparse,
-                        alternate=cfg.stage.alternate,
-                        prefix=cfg.stage.prefix,
-                        sparse_only_steps=cfg.stage.sparse_only_tokens // cfg.stage.tokens_per_step,
-                        log=tracker.log,
-                        device=device,
-                        data=data,
-                        workers=cfg.stage.get("workers", 0),
-                    )
-                    trainer.run(f"{cfg.stage.name} {cfg.model.name}")
-                weights = whole_state_dict(model)
+                add_updates(model)
+            settings = _start(cfg, model, device)
+            if not updates.exists():
+                weights = _fit(cfg, model, batch, settings, data)
                 if cfg.stage.low_rank and rank() == 0:
-                    low_rank.save_trained(model, weights, small, _origin(cfg))
-            if cfg.stage.low_rank and rank() == 0:
-                model = _model(cfg, tokenizer)
-                wrapper = low_rank.add_low_rank(model, cfg.stage.low_rank, cfg.seed)
-                model = low_rank.merge_trained(wrapper, small)
-                weights = whole_state_dict(model)
+                    low_rank.save_trained(model, weights, updates, _origin(cfg))
             if rank() == 0:
-                if cfg.stage.dtype:  # tied weights stay one tensor
-                    dtype = getattr(torch, cfg.stage.dtype)
-                    cast = {id(tensor): tensor.to(dtype) for tensor in weights.values()}
-                    weights = {name: cast[id(tensor)] for name, tensor in weights.items()}
-                save_model(model, tokenizer, target, weights)
+                if cfg.stage.low_rank:
+                    wrapper = add_updates(_model(cfg, tokenizer))
+                    model = low_rank.merge_trained(wrapper, updates)
+                    weights = whole_state_dict(model)
+                save_model(model, tokenizer, target, cast(weights, cfg.stage.dtype))
                 print(f"Saved {target}, sha256 {weights_digest(target)}")
             barrier()
+
+
+def _start(cfg: DictConfig, model: PreTrainedModel, device: torch.device) -> TrainSettings:
+    """Add this start to stage.folder/provenance.json. Returns the settings of the optimizer; for
+    precision=auto with the precision of the first start, or the fastest on this device."""
+    folder = Path(cfg.stage.folder)
+
+    def precision() -> Any:
+        if past := _past(folder):
+            return past[0]["precision"]
+        shape = Shape.of(model)
+        precision = fastest(device, shape.hidden, shape.ffn)
+        print(f"precision=auto: {precision}, which {device} multiplies fastest")
+        return precision
+
+    settings = build(TrainSettings, plain(cfg.stage.optimizer), "stage.optimizer")
+    if settings.precision == "auto":
+        settings = replace(settings, precision=from_rank_0(precision))
+    if rank() == 0:
+        entry = provenance.provenance(plain(cfg)) | {"precision": settings.precision}
+        entries = [*_past(folder), entry]
+        write_atomically(folder / "provenance.json", json.dumps(entries, indent=1) + "\n")
+    return settings
+
+
+def _fit(
+    cfg: DictConfig,
+    model: PreTrainedModel,
+    batch: BatchOf,
+    settings: TrainSettings,
+    data: str,
+) -> dict[str, torch.Tensor]:
+    """Run the schedule from the last checkpoint on; the whole weights, on rank 0."""
+    stage, folder = cfg.stage, Path(cfg.stage.folder)
+    with tracked(cfg, folder) as tracker:
+        trainer = Trainer(
+            *(model, batch, schedule_of(cfg), settings, folder),
+            sparse=joint_of(cfg),
+            alternate=stage.alternate,
+            prefix=stage.prefix,
+            sparse_only_steps=stage.sparse_only_tokens // stage.tokens_per_step,
+            log=tracker.log,
+            device=device_of(cfg),
+            data=data,
+            workers=stage.get("workers", 0),
+        )
+        trainer.run(f"{stage.name} {cfg.model.name}")
+    return whole_state_dict(model)
 
 
 def schedule_of(cfg: DictConfig) -> Schedule:
     """stage.schedule in steps of stage.tokens_per_step."""
     return Schedule([tuple(part) for part in cfg.stage.schedule], cfg.stage.tokens_per_step)
+
+
+def joint_of(cfg: DictConfig) -> Dilated | None:
+    """The pattern of joint training; None for dense steps alone."""
+    return build(Dilated, plain(cfg.stage.joint), "stage.joint") if cfg.stage.joint else None
+
+
+def cast(weights: dict[str, torch.Tensor], dtype: str | None) -> dict[str, torch.Tensor]:
+    """The weights in a dtype, or unchanged without one; tied weights stay one tensor."""
+    if dtype is None:
+        return weights
+    tensors = {id(tensor): tensor.to(getattr(torch, dtype)) for tensor in weights.values()}
+    return {name: tensors[id(tensor)] for name, tensor in weights.items()}
 
 
 def save_model(
@@ -258,6 +299,8 @@ def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     free = ("folder", "optimizer", "workers")
     stage = {k: v for k, v in config["stage"].items() if k not in free}
     stage = {"alternate": False, "prefix": None, "low_rank": 0} | stage  # begun before these
+    if not stage["joint"]:  # without which an earlier version ignored these
+        stage |= {"alternate": False, "prefix": None, "sparse_only_tokens": 0}
     data = {k: config["data"][k] for k in ("length", "forms", "essay")}
     if "mixture" in stage:
         trained = [task for task, weight in stage["mixture"].items() if weight]
@@ -273,21 +316,3 @@ def _origin(cfg: DictConfig) -> str:
     fixed = _fixed(plain(cfg))
     fixed["stage"]["init"] = weights_digest(resolve(cfg.stage.init))
     return sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _precision(model: PreTrainedModel, device: torch.device, folder: Path) -> Any:
-    """The precision of the first start, or the fastest on this device."""
-    if past := _past(folder):
-        return past[0]["precision"]
-    shape = Shape.of(model)
-    precision = fastest(device, shape.hidden, shape.ffn)
-    print(f"precision=auto: {precision}, which {device} multiplies fastest")
-    return precision
-
-
-def _record_start(cfg: DictConfig, folder: Path, precision: str) -> None:
-    """Add this start to stage.folder/provenance.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    entry = provenance.provenance(plain(cfg)) | {"precision": precision}
-    entries = [*_past(folder), entry]
-    write_atomically(folder / "provenance.json", json.dumps(entries, indent=1) + "\n")
