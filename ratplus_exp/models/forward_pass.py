@@ -38,8 +38,9 @@ class ForwardPass:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values (B, T, K, D), and the keys to select by (None: the keys).
 
-        With a memory these are k̃ and ṽ, from the layer's last state in the cache; if the memory only
-        selects, k and v, and k̃ to select by. x (B, T, C); k before RoPE and v (B, T, K, D).
+        With a memory these are k̃ and ṽ, computed from the layer's last state in the cache; if the
+        memory only selects, they are k and v, and k̃ to select by. x (B, T, C), k before RoPE and v
+        (B, T, K, D).
         """
         if memory is None:
             return k, v, None

@@ -1,5 +1,5 @@
-"""Training of the memory and of low-rank updates alone (LoRA, by peft). A small file has the trained
-tensors; with the initial model they give the trained one."""
+"""Training of the memory and of low-rank updates alone (LoRA, by peft). A small file holds the
+trained tensors; with the initial model they give the trained one."""
 
 from collections.abc import Mapping
 from pathlib import Path
