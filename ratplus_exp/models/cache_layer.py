@@ -111,8 +111,8 @@ class SparseLayer(DynamicLayer):
     def append(self, states: States, slots: Tensor, used: int) -> States:
         """Store new tokens in the slots (B, K or 1, Q). Returns the states to attend with: the keys
         and values of the first `used` slots."""
-        new = {"keys": states.k, "values": states.v, "select_by": states.select_by}
-        new["held"] = states.step.positions[:, None]
+        new: dict[str, Any] = {"keys": states.k, "values": states.v}
+        new |= {"select_by": states.select_by, "held": states.step.positions[:, None]}
         stored: dict[str, Any] = dict.fromkeys(new)
         for name, x in new.items():
             tensor = getattr(self, name)
