@@ -1,4 +1,4 @@
-"""The operations that the paper's methods are made of.
+"""The operations of the paper's methods.
 
 On a GPU with Triton a kernel runs (`ratplus_kernels.dispatch`), elsewhere the torch form. The torch
 form is the definition, except for the attention of Quest and MoBA: there it gathers the selected

@@ -50,4 +50,4 @@ def _forced_to(kernels: bool) -> Iterator[None]:
 
 
 definitions = partial(_forced_to, False)
-"""Inside, no kernel runs: what kernels are compared with."""
+"""Inside, no kernel runs: tests and benchmark compare kernels with these forms."""

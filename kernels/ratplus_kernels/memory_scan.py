@@ -26,7 +26,7 @@ LARGEST = 128  # tokens of a block; the prefill kernel keeps a block with both h
 
 
 class Blocks(NamedTuple):
-    """Representatives of the keys' N blocks; a partial last one counts what it has."""
+    """Representatives of the keys' N blocks; the last block may be partial."""
 
     bounds: Tensor  # (B, H, N, 2 D), Quest's per-channel minima, then maxima
     mean: Tensor  # (B, H, N, D), MoBA's
@@ -172,7 +172,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _tiles(length: int, row: int) -> Iterator[tuple[slice, int]]:
-    """Cuts `length` tokens of `row` numbers into tiles of whole segments: (tokens, segments)."""
+    """`length` tokens of `row` numbers cut into tiles of whole segments: (tokens, segments)."""
     segments = min(max(_OPERATION // row, 1), 16)
     size = max(_TILE // row // segments, 16) * segments
     start = 0
@@ -193,8 +193,8 @@ def _recur(
     h before it. Returns the h it ends with.
 
     gate (T, B, H, D), h (T, 2, B, H, D), state (2, B, H, D). All segments of tokens step together,
-    since one token may be too few numbers for an operation. Then each segment adds what it was
-    entered with, times the product of its gates (no quotients, which would overflow).
+    since one token may be too few numbers for an operation. Then each segment adds the state before
+    it, times the product of its gates (no quotients, which would overflow).
     """
     order = slice(None, None, -1) if backwards else slice(None)
     first = -1 if backwards else 0

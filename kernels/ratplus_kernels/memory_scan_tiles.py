@@ -1,8 +1,8 @@
-"""The memory scan's Triton kernels, and what they are made of: tiles of (W, L, BD), in fp32.
+"""The memory scan's Triton kernels and their parts, on tiles of (W, L, BD) in fp32.
 
-A tile is W segments of L tokens, one after the other, and BD channels. A thread has all tokens of
-its segments, so that most of a scan stays in its registers; threads exchange one pair (product of
-gates, state) a segment. A token outside the sequence has gate 1 and input 0, so the state passes
+A tile is W consecutive segments of L tokens, and BD channels. A thread has all tokens of its
+segments, so that most of a scan stays in its registers; threads exchange one pair (product of
+gates, state) per segment. A token outside the sequence has gate 1 and input 0, so the state passes
 over it unchanged.
 """
 
@@ -75,7 +75,7 @@ def states(a, x, y, state_x, state_y, W: tl.constexpr, L: tl.constexpr):
 @triton.jit
 def load(ptr, stride, first, row, d, seen, other, WHOLE: tl.constexpr, VECTOR: tl.constexpr):
     """The tokens `row` (W, L, 1), counted from `first`, of channels d (BD); `other` where not
-    `seen`, which is not looked at if all is."""
+    `seen`. WHOLE: all are seen."""
     # Caps the channels of one thread: with more of them, threads would have to share a segment.
     at = tl.max_contiguous(row * stride + d[None, None, :], [1, 1, VECTOR])
     ptr += first.to(tl.int64) * stride
@@ -99,7 +99,7 @@ def store(ptr, tile, stride, first, row, d, seen, WHOLE: tl.constexpr, VECTOR: t
 @triton.jit
 def program(H, COLUMNS: tl.constexpr, BD: tl.constexpr):
     """The program's chunk, head (of all batches), batch, head (of H), channels d (BD) of the first
-    COLUMNS, and which of them there are."""
+    COLUMNS, and which of them exist."""
     tiles: tl.constexpr = (COLUMNS + BD - 1) // BD
     head = tl.program_id(0) // tiles
     chunk = tl.program_id(1)

@@ -2,8 +2,8 @@
 
 A program walks over the tokens of BD channels of one head, a tile at a time (memory_scan_tiles.py),
 for K and V at once. Where batch and heads give too few programs for the GPU, the sequence is cut
-into chunks: a first kernel finds what each chunk does to a state ("totals"), and every program of
-the second starts by carrying the initial state over the chunks before its own. The backward pass is
+into chunks: a first kernel computes each chunk's map of a state ("totals"), and every program of
+the second first applies the maps of all earlier chunks to the initial state. The backward pass is
 the same walk from the end, over tokens loaded in reverse, since Triton's own reverse scan has open
 bugs.
 """

@@ -28,8 +28,8 @@ def moba_prefill(
         block_size, top_k: how many tokens a block has, and how many blocks a query attends to:
             block 0 and its own (causally), which are forced and count, then the highest
             q · mean of the block's keys, ties to the lowest index.
-        means: (B, K, N, D), the mean of each block's keys if it is known, as after
-            `memory_prefill`. Those of unfinished blocks are not read.
+        means: (B, K, N, D), the mean of each block's keys, as from `memory_prefill` (None: computed
+            here). Those of unfinished blocks are not read.
 
     Returns:
         (B, H, T, D) in the dtype of q. None where the caller should use the masks of `Engine` in
@@ -54,7 +54,7 @@ def moba_prefill(
 def moba_prefill_torch(
     q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int, means: Tensor | None = None
 ) -> Tensor:
-    """`moba_prefill` by blocks: each one attended to by all the queries that chose it.
+    """`moba_prefill` by blocks: all queries that selected a block attend to it together.
 
     Shapes: N blocks of S tokens, G query heads per KV head.
     """
@@ -73,46 +73,51 @@ def moba_prefill_torch(
         _attend(q[:, :, first : first + step], first, k, v, means, top_k - 2)
         for first in range(0, blocks, step)
     ]
-    every = torch.cat(out, dim=2).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return every[:, :, :length].to(dtype)
+    joined = torch.cat(out, dim=2).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return joined[:, :, :length].to(dtype)
 
 
 def _attend(q: Tensor, first: int, k: Tensor, v: Tensor, means: Tensor, picks: int) -> Tensor:
     """Attention of the queries of some blocks, the first of them `first`, in the shape of q.
 
     q (B, K, n, G, S, D), k and v (B, K, N, S, D), means (B, K, N, D); picks: how many blocks a
-    query chooses between the first and its own.
+    query selects between block 0 and its local block.
     """
     count, last = q.shape[2], first + q.shape[2] - 1
-    own = torch.arange(first, last + 1, device=q.device)
+    local = torch.arange(first, last + 1, device=q.device)
     unscaled, q = q, q / math.sqrt(q.shape[-1])
-    near, near_lse = _near(q, own, k, v)
+    forced, forced_lse = _attend_forced(q, local, k, v)
     candidates = min(last, k.shape[2]) - 1  # blocks 1 … last − 1
     if min(picks, candidates) < 1:
-        return near
+        return forced
     k, v, means = (x[:, :, 1:last] for x in (k, v, means))
     scores = inner_products(unscaled.flatten(2, 4), means).unflatten(2, (count, -1))
-    ahead = torch.arange(1, last, device=q.device) >= own[:, None, None]
-    values, index = _best(scores.masked_fill_(ahead, -torch.inf), picks)
-    there = values > -torch.inf
-    far, far_lse, place = _far(q, k.flatten(0, 2), v.flatten(0, 2), index, there)
-    weights = torch.cat((near_lse.view(-1, 1), far_lse), dim=1).softmax(-1)
-    out = F.embedding_bag(place, far, per_sample_weights=weights[:, 1:], mode="sum")
-    return out.addcmul_(near.view_as(out), weights[:, :1]).view(q.shape)
+    not_before = torch.arange(1, last, device=q.device) >= local[:, None, None]
+    values, index = _best(scores.masked_fill_(not_before, -torch.inf), picks)
+    valid = values > -torch.inf
+    selected, selected_lse, slots = _attend_selected(
+        q, k.flatten(0, 2), v.flatten(0, 2), index, valid
+    )
+    weights = torch.cat((forced_lse.view(-1, 1), selected_lse), dim=1).softmax(-1)
+    out = F.embedding_bag(slots, selected, per_sample_weights=weights[:, 1:], mode="sum")
+    return out.addcmul_(forced.view_as(out), weights[:, :1]).view(q.shape)
 
 
-def _near(q: Tensor, own: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to block 0 and a query's own, in the shape of q, and log Σ exp, (B, K, n, G S)."""
-    size, blocks = q.shape[4], slice(int(own[0]), int(own[-1]) + 1)
+def _attend_forced(q: Tensor, local: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to block 0 and the local block, in the shape of q, and log Σ exp (B, K, n, G S).
+
+    local (n,): the block of the queries, as consecutive numbers.
+    """
+    size, blocks = q.shape[4], slice(int(local[0]), int(local[-1]) + 1)
     keys, values = (
-        torch.cat((x[:, :, :1].expand(-1, -1, len(own), -1, -1), x[:, :, blocks]), dim=3)
+        torch.cat((x[:, :, :1].expand(-1, -1, len(local), -1, -1), x[:, :, blocks]), dim=3)
         for x in (k, v)
     )
     token = torch.arange(size, device=q.device)
     seen = torch.cat(
         (
-            (own > 0).view(-1, 1, 1).expand(-1, size, size),
-            (token <= token[:, None]).expand(len(own), -1, -1),
+            (local > 0).view(-1, 1, 1).expand(-1, size, size),
+            (token <= token[:, None]).expand(len(local), -1, -1),
         ),
         dim=2,
     )
@@ -139,37 +144,38 @@ def _best(scores: Tensor, picks: int) -> tuple[Tensor, Tensor]:
     return values[..., :picks], index[..., :picks]
 
 
-def _far(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, there: Tensor
+def _attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, valid: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of queries to each of the blocks that they chose.
+    """Attention of queries to each of the blocks that they selected.
 
-    q (B, K, n, G, S, D), k and v (B K M, S, D) the M candidates of every KV head, index and there
-    (B, K, n, G S, picks): which of them, and whether it is one. Pairs of a query and a block are
-    sorted by block and cut into tiles, so that a tile attends to one block.
+    q (B, K, n, G, S, D), k and v (B K M, S, D) the M candidates of every KV head, index and valid
+    (B, K, n, G S, picks): the selected candidates; an invalid one is no block. Pairs of a query and
+    a block are sorted by block and cut into tiles, so that a tile attends to one block.
 
-    Returns outputs (slots, D), one per pair; of each query, in its order, log Σ exp (·, picks), −∞
-    where there is no block, and its slots (·, picks).
+    Returns outputs (slots, D), one per pair; for each query, in order, log Σ exp (·, picks), −∞ for
+    invalid candidates, and the slots of its pairs (·, picks).
     """
     size, dim = q.shape[-2:]
     picks, groups, tile = index.shape[-1], len(k), max(size, 16)
     heads = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(*q.shape[:2], 1, 1, 1)
     block = index + heads * (groups // heads.numel())
-    block = block.masked_fill_(~there, groups).flatten()
+    block = block.masked_fill_(~valid, groups).flatten()
     pairs = torch.bincount(block, minlength=groups + 1)[:groups]
     block, order = block.to(torch.int32).sort(stable=True)  # in int32 by digits, which is faster
     block, order = (x[: int(pairs.sum())] for x in (block, order))
     tiles = (pairs + tile - 1) // tile
     shift = (tiles.cumsum(0) - tiles) * tile - (pairs.cumsum(0) - pairs)
     slot = torch.arange(len(order), device=q.device) + shift[block]
-    owner = torch.repeat_interleave(tiles)  # the block of every tile
-    query = slot.new_zeros(len(owner) * tile).index_put_((slot,), order // picks)
-    place = slot.new_zeros(index.numel()).index_put_((order,), slot).view(-1, picks)
+    block_of_tile = torch.repeat_interleave(tiles)
+    query = slot.new_zeros(len(block_of_tile) * tile).index_put_((slot,), order // picks)
+    slots = slot.new_zeros(index.numel()).index_put_((order,), slot).view(-1, picks)
     q, out, lse = q.reshape(-1, dim), q.new_empty(len(query), dim), q.new_empty(len(query))
     step = max(1, SLOTS // tile)
-    for start in range(0, len(owner), step):
-        blocks, here = owner[start : start + step], slice(start * tile, (start + step) * tile)
-        states = q[query[here]].view(-1, tile, dim)
-        shares, found = _softmax(states @ k[blocks].mT)
-        out[here], lse[here] = (shares @ v[blocks]).view(-1, dim), found.flatten()
-    return out, lse[place].masked_fill_(~there.view(-1, picks), -torch.inf), place
+    for start in range(0, len(block_of_tile), step):
+        blocks = block_of_tile[start : start + step]
+        part = slice(start * tile, (start + step) * tile)
+        states = q[query[part]].view(-1, tile, dim)
+        shares, part_lse = _softmax(states @ k[blocks].mT)
+        out[part], lse[part] = (shares @ v[blocks]).view(-1, dim), part_lse.flatten()
+    return out, lse[slots].masked_fill_(~valid.view(-1, picks), -torch.inf), slots

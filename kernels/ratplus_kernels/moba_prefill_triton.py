@@ -6,8 +6,8 @@
 3. A block attends for its list, gathered into tiles: one partial output and log Σ exp per pair.
 4. Queries attend to block 0 and their own, and add their partial outputs.
 
-Partial outputs take T · k · D elements per head, so 2 to 4 take as many heads at a time as ROOM has
-space for, or a span of one head's queries.
+Partial outputs take T · k · D elements per head, so steps 2 to 4 process as many heads at a time as
+fit into ROOM, or a span of one head's queries.
 """
 
 from __future__ import annotations

@@ -35,38 +35,26 @@ def quest_decode(
 
     Returns:
         (B, H, Q, D) in the dtype of q; no gradients through the kernel. The masks of `Engine` in
-        ratplus_exp are the definition.
+        ratplus_exp are the definition; the torch form copies the selected blocks together.
     """
     check_top_k(top_k)
-    if not use_triton(q, k, v, representatives):
-        return quest_decode_torch(q, k, v, representatives, positions, block_size, top_k)
-    from ratplus_kernels.quest_decode_triton import quest_decode_triton
+    if use_triton(q, k, v, representatives):
+        from ratplus_kernels.quest_decode_triton import quest_decode_triton
 
-    return quest_decode_triton(q, k, v, representatives, positions, block_size, top_k)
-
-
-def quest_decode_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    representatives: Tensor,
-    positions: Tensor,
-    block_size: int,
-    top_k: int,
-) -> Tensor:
-    """`quest_decode` that copies the selected blocks together, and reads no other."""
+        return quest_decode_triton(q, k, v, representatives, positions, block_size, top_k)
     batch, heads, queries, dim = q.shape
     length, blocks = k.shape[2], representatives.shape[2]
     halves = torch.cat((q.clamp(max=0), q.clamp(min=0)), dim=-1)
     grouped = halves.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, K, G Q, 2 D)
     scores = inner_products(grouped, representatives).view(batch, heads, queries, blocks)
     block = torch.arange(blocks, device=q.device)
-    own = (positions // block_size)[:, None, :, None]
-    chosen = select(scores, top_k, allowed=block <= own, forced=(block == 0) | (block == own))
+    local = (positions // block_size)[:, None, :, None]
+    forced = (block == 0) | (block == local)
+    selected = select(scores, top_k, allowed=block <= local, forced=forced)
     # Their numbers (B, H, Q, top_k), ascending, padded with `blocks`, which is after all queries.
     top_k = min(top_k, blocks)
-    slot = torch.where(chosen, chosen.cumsum(-1) - 1, top_k)
-    index = block.new_full((*chosen.shape[:-1], top_k + 1), blocks)
+    slot = torch.where(selected, selected.cumsum(-1) - 1, top_k)
+    index = block.new_full((*selected.shape[:-1], top_k + 1), blocks)
     index = index.scatter_(-1, slot, block.expand_as(slot))[..., :top_k]
 
     size = min(block_size, length)

@@ -2,9 +2,9 @@
 
 1. Scores of all blocks, read once for all query heads of a KV head (long contexts).
 2. Each query head's selection, as block indices (short contexts are scored here).
-3. Attention over the selected blocks, which are shared out over many programs, so that a small
-   batch fills the GPU and loads of one program hide the waits of others; the last program of a
-   query to finish combines what all have found.
+3. Attention over the selected blocks, divided among many programs, so that a small batch fills the
+   GPU and loads of one program hide the waits of others; the last program of a query to finish
+   combines the partial results.
 
 The host never waits for a number from the GPU, so a step can be captured in a CUDA graph.
 """
@@ -25,10 +25,10 @@ FUSED = 128  # up to this many blocks the selection scores them itself
 
 
 class Plan(NamedTuple):
-    """How the work is cut.
+    """How the work is divided.
 
-    programs: how many shall attend; tile, warps, stages: of each, tokens at a time, warps, and
-        stages of its loads.
+    programs: how many to aim for in the attention; tile, warps, stages: of each one, the tokens at
+        a time, the warps, and the stages of its loads.
     scored: blocks of a long context that a program scores.
     """
 
@@ -193,7 +193,7 @@ def _attend(
     # Softmax with a running maximum, in powers of two.
     result = tl.zeros([PADDED_D], tl.float32)
     total = tl.zeros([TILE], tl.float32)
-    peak = -1e30  # finite: a program may find less than its share of selected blocks
+    peak = -1e30  # finite: a program's share may have no selected block
     chosen += row * top_k
     first = split * share * SIZE
     for start in tl.range(first, first + share * SIZE, TILE, num_stages=STAGES):

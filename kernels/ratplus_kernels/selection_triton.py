@@ -1,4 +1,4 @@
-"""`selection.select_blocks` inside a Triton kernel, on scores that sit in registers."""
+"""`selection.select` of blocks inside a Triton kernel, on scores in registers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def _sortable(scores):
 
 @triton.jit
 def ranks(scores, free):
-    """How many of the free ones of scores (N,) fp32 come before each one, ties by index: (N,).
+    """For each of scores (N,) fp32, how many free ones rank before it, ties by index: (N,).
 
-    All pairs: the least latency for few scores.
+    All pairs are compared: the least latency for few scores.
     """
     key, index = _sortable(scores), tl.arange(0, scores.shape[0])
     other, ours = key[None, :], key[:, None]
@@ -33,16 +33,17 @@ def ranks(scores, free):
 
 @triton.jit
 def select_blocks(scores, own, top_k):
-    """scores (R, N) fp32 of R queries, own (R,) their own blocks: (R, N) bool, what is selected.
+    """The selection (R, N) bool by scores (R, N) fp32 of R queries, own (R,) their local blocks.
 
-    Bisection finds a key of each row that as many as are wanted reach of the blocks that are not
-    forced, or the highest that more reach: exact, no sort. It halves the range of scores, and after
-    16 steps that of their bits, read as integers of the same order, which ends within 32.
+    Bisection finds a threshold for each row: a score that exactly `wanted` blocks reach or, where
+    ties prevent that, the highest one that more reach. It is exact and needs no sort. It halves the
+    range of the scores for 16 steps, then that of their bits, read as integers of the same order,
+    for at most 32 more.
     """
     block = tl.arange(0, scores.shape[1])[None, :]
     forced = (block == 0) | (block == own[:, None])
     free = (block > 0) & (block < own[:, None])
-    # The forced are above inf, those that nothing may select below −inf.
+    # Forced blocks are above inf, blocks after the local one below −inf.
     key = tl.where(free, _sortable(scores), tl.where(forced, 2147483647, -2147483647))
 
     # At least `wanted` keys reach low, fewer reach high, or no free one does.
@@ -68,8 +69,8 @@ def select_blocks(scores, own, top_k):
     selected = key >= low[:, None]
     excess = tl.sum(selected.to(tl.int32), axis=1) - wanted
     if tl.max(excess, axis=0) > 0:
-        # The block after the last of equal keys that has room, also by bisection: a cumulative sum
-        # would take more registers and shared memory than all of the above.
+        # `end` is the block after the last selected one of equal keys, also by bisection: a
+        # cumulative sum would take more registers and shared memory than all of the above.
         tied = key == low[:, None]
         room = tl.sum(tied.to(tl.int32), axis=1) - excess
         few, end = tl.zeros_like(own), tl.full(own.shape, scores.shape[1], tl.int32)

@@ -1,5 +1,5 @@
-"""What SnapKV needs after a prompt: the attention mass that the last W queries (the observation
-window) give every token, and a gather of the tokens that stay."""
+"""SnapKV's operations after a prompt: the attention mass that the last W queries (the observation
+window) give every token, and a gather of the kept tokens."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Triton form of SnapKV's mass and gather. A token's mass depends on its own key and the LSE,
-which a first pass finds in pieces of the sequence."""
+"""Triton form of SnapKV's mass and gather. A token's mass depends on its own key and the window's
+log Σ exp (LSE), which a first pass computes in pieces of the sequence."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Memory(nn.Module):
         super().__init__()
         self.selects = memory_on == "select"
         self.memory_on = "k" if self.selects else memory_on
-        self.num_heads, self.head_dim, self.shared_gate = num_heads, head_dim, shared_gate
+        self.head_dim, self.shared_gate = head_dim, shared_gate
 
     def forward(
         self, x: Tensor, k: Tensor, v: Tensor, state: Tensor | None, lengths: Tensor | None
@@ -73,13 +73,13 @@ def gate_statistics(
     Arguments as in `of_each_memory`. Kinds without gates have lengths alone, a model without the
     memory nothing.
     """
-    found = of_each_memory(
+    layers = of_each_memory(
         model, lambda memory, *args: memory.statistics(*args), ids, attention_mask, forward
     )
-    if not found:
+    if not layers:
         return {}
-    lengths = torch.stack([layer["length"] for layer in found])
-    gates = [layer["gate"] for layer in found if "gate" in layer]
+    lengths = torch.stack([layer["length"] for layer in layers])
+    gates = [layer["gate"] for layer in layers if "gate" in layer]
     statistics = {"gate_mean": round(float(torch.stack(gates).mean()), 4)} if gates else {}
     return statistics | {
         "effective_memory_length": round(float(lengths.mean()), 3),
@@ -103,10 +103,10 @@ def of_each_memory(
     """
     # Inside the model rows start at their first token.
     real = (torch.ones_like(ids) if attention_mask is None else attention_mask.flip(1)).bool()
-    found: list[T] = []
+    results: list[T] = []
     hooks = [
         module.register_forward_pre_hook(
-            lambda memory, args: found.append(measure(memory, args[0], real))
+            lambda memory, args: results.append(measure(memory, args[0], real))
         )
         for module in model.modules()
         if isinstance(module, Memory)
@@ -119,4 +119,4 @@ def of_each_memory(
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return results

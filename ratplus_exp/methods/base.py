@@ -28,7 +28,7 @@ FAST_PATHS = {"represent_blocks", "attend_prefill", "attend_decode"}
 class Method(Settings):
     """A way to attend; the base class is dense attention. The engine branches on class attributes.
 
-    unit: a candidate is a block of `block_size` tokens or one token.
+    unit: a candidate is a block of `block_size` tokens or one token (then block_size is 1).
     phase: when the method selects: "decode", at every decoding step; "prefill", for every prompt
         token; "once", after the prompt, and other tokens leave the cache; "step", after the prompt
         and again at every decoding step; None, never.
@@ -155,16 +155,15 @@ class Method(Settings):
 
     def fraction(self, length: int) -> Fraction:
         """The nominal budget in a context of `length` tokens; 1 for dense attention."""
-        tokens = self.top_k * (self.block_size if self.unit == "block" else 1)
-        return Fraction(tokens, length) if self.phase else Fraction(1)
+        return Fraction(self.top_k * self.block_size, length) if self.phase else Fraction(1)
 
     def with_budget(self, budget: Budget, length: int) -> Self:
         """The method with the sizes of a budget in a context of `length` tokens."""
         if not self.phase:
             return self
-        blocks = self.unit == "block"
-        top_k = budget.blocks(length, self.block_size) if blocks else budget.tokens(length)
-        return replace(self, top_k=top_k)
+        if self.unit == "token":
+            return replace(self, top_k=budget.tokens(length))
+        return replace(self, top_k=budget.blocks(length, self.block_size))
 
     def numbers(self, dim: int, layer: int = 0) -> float:
         """How many numbers of a candidate scoring reads; dim: D."""

@@ -43,7 +43,7 @@ class HitCounter:
 
     def _candidates(self, count: int) -> Tensor:
         """(B, A, T) gold tokens as (B, A, count) gold candidates."""
-        size = self.method.block_size if self.method.unit == "block" else 1
+        size = self.method.block_size
         room = count * size - self.golden.shape[-1]
         return F.pad(self.golden, (0, room)).unflatten(-1, (count, size)).any(-1)
 

@@ -20,9 +20,9 @@ class Layers(Method):
     names: tuple[str, ...]  # of the methods, which tell apart cells of equal sizes
 
     def __post_init__(self) -> None:
-        phases = {method.phase for method in self.layers}
-        found = (phase for phase in (*EVICTING, "decode", "prefill") if phase in phases)
-        object.__setattr__(self, "phase", next(found, None))  # the latest in which a layer selects
+        latest_first = (*EVICTING, "decode", "prefill", None)
+        phase = min((method.phase for method in self.layers), key=latest_first.index)
+        object.__setattr__(self, "phase", phase)  # the latest in which a layer selects
 
     def for_layer(self, layer: int) -> Method:
         return self.layers[layer % len(self.layers)]

@@ -64,7 +64,7 @@ class Selection:
 
     def select_lines(self, q: Tensor, k: Tensor, lengths: Tensor | None, layer: int) -> Tensor:
         """Columns and diagonals of a prompt's attention, selected by its last queries: which of
-        the T columns, and which of the T distances, (B, K, G, 2, T) bool.
+        the T columns and which of the T distances, (B, K, G, 2, T) bool.
 
         q (B, H, T, D), k (B, K, T, D) to select by, lengths (B,) or None. The first column and the
         distance 0 are forced.
@@ -76,8 +76,8 @@ class Selection:
             scores = self.method.score(grouped(queries, k.shape[1]), keys)
             positions = torch.tensor([[length - 1, length - 2]], device=q.device)
             line = torch.arange(length, device=q.device)
-            one = replace(self, selector=self.selector.rows(torch.tensor([row])))
-            selected = one._select(scores, layer, positions, line >= 0, line == 0)
+            part = self.for_rows(torch.tensor([row]))
+            selected = part._select(scores, layer, positions, line >= 0, line == 0)
             lines.append(F.pad(selected, (0, width - length)))
         return torch.cat(lines)
 
@@ -128,20 +128,20 @@ class Selection:
         """
         method, length = self.method, k.shape[2]
         observed = q[:, :, max(0, q.shape[2] - method.observed) :]
-        every = method.score(grouped(observed, k.shape[1]), self.represent(k, v))
+        scores = method.score(grouped(observed, k.shape[1]), self.represent(k, v))
         positions = torch.full((len(q), 1), length - 1, device=q.device)
         token = torch.arange(length, device=q.device)
         allowed, forced = token < length, token >= length - method.forced
-        selected = self._select(every, layer, positions, allowed, forced)
+        selected = self._select(scores, layer, positions, allowed, forced)
         self._record(layer, positions, selected)
-        chosen = selected[:, :, 0, 0]
-        most = int(chosen.sum(-1).max()) if method.pooled else method.k(layer, self.layers)
-        most = min(most, length)
-        # A scatter, since a sort takes longer.
-        place = torch.where(chosen, running_count(chosen) - 1, most + token)
-        tokens = token.new_full((*chosen.shape[:2], most + length), EMPTY)
-        tokens = tokens.scatter_(-1, place, token.expand_as(place))[..., :most]
-        return tokens, every[:, :, 0, 0].gather(-1, tokens.clamp(max=length - 1))
+        kept = selected[:, :, 0, 0]
+        slots = int(kept.sum(-1).max()) if method.pooled else method.k(layer, self.layers)
+        slots = min(slots, length)
+        # A scatter, since a sort takes longer; tokens that leave go behind the slots.
+        slot = torch.where(kept, running_count(kept) - 1, slots + token)
+        tokens = token.new_full((*kept.shape[:2], slots + length), EMPTY)
+        tokens = tokens.scatter_(-1, slot, token.expand_as(slot))[..., :slots]
+        return tokens, scores[:, :, 0, 0].gather(-1, tokens.clamp(max=length - 1))
 
     def evict(self, states: States, mass: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Phase "step": the tokens' scores after a step (B, K, T), and the slot (B, K) of the next

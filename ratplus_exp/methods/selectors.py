@@ -7,8 +7,8 @@ many.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,29 +28,23 @@ class Candidates(NamedTuple):
     tokens: Tensor | None = None
 
 
-class Selector(Protocol):
+class Selector:
     def __call__(self, scores: Tensor, candidates: Candidates) -> Tensor:
         """Scores to rank by, of the same shape."""
-        ...
-
-    def rows(self, index: Tensor) -> Selector:
-        """The selector for some samples of its batch."""
-        ...
-
-
-@dataclass(frozen=True)
-class TopK:
-    """The method's choice."""
-
-    def __call__(self, scores: Tensor, candidates: Candidates) -> Tensor:
         return scores
 
-    def rows(self, index: Tensor) -> TopK:
+    def rows(self, index: Tensor) -> Self:
+        """The selector for some samples of its batch."""
         return self
 
 
+@dataclass(frozen=True)
+class TopK(Selector):
+    """The method's choice."""
+
+
 @dataclass(frozen=True, eq=False)
-class Random:
+class Random(Selector):
     """Uniformly random candidates (H2), drawn separately for every layer, head and query.
 
     seeds: (B,) int64, one per sample. The draw is a hash of (seed, layer, head, query position,
@@ -70,17 +64,17 @@ class Random:
             noise = _mix(noise ^ _mix(part + 0x9E3779B9))
         return noise.to(torch.float64)
 
-    def rows(self, index: Tensor) -> Random:
-        return Random(self.seeds[index.to(self.seeds.device)])
+    def rows(self, index: Tensor) -> Self:
+        return replace(self, seeds=self.seeds[index.to(self.seeds.device)])
 
 
 @dataclass(frozen=True, eq=False)
-class Oracle:
+class Oracle(Selector):
     """Candidates that hold gold positions first, then the method's choice.
 
     gold: (B, T) bool, true at every token of every gold value.
-    heads: the (layer, head) that use it; empty: all. Heads are those that select: KV heads where a
-        group of query heads shares the selection.
+    heads: the (layer, head) pairs that prefer gold; empty: all. A head is a KV head where a group
+        of query heads shares the selection.
     """
 
     gold: Tensor
@@ -105,8 +99,8 @@ class Oracle:
             gold = gold & uses.view(1, *scores.shape[1:3], 1, 1)
         return scores.masked_fill(gold, torch.finfo(scores.dtype).max)
 
-    def rows(self, index: Tensor) -> Oracle:
-        return Oracle(self.gold[index.to(self.gold.device)], self.heads)
+    def rows(self, index: Tensor) -> Self:
+        return replace(self, gold=self.gold[index.to(self.gold.device)])
 
 
 _MASK = 0xFFFFFFFF

@@ -1,6 +1,5 @@
 """MInference's vertical-slash pattern: columns and diagonals of a prompt's attention."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from ratplus_exp.methods.base import Method
 from ratplus_exp.settings import Positive
-from ratplus_kernels.selection import inner_products
+from ratplus_kernels.snapkv import window_logits
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,9 @@ class VerticalSlash(Method):
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
         """(B, K, G, W, D) and (B, K, N, D) -> (B, K, G, 2, N): of columns, and of distances."""
         window, length = queries.shape[3], representatives.shape[2]
-        logits = inner_products(queries, representatives.unsqueeze(2))
-        logits = logits / math.sqrt(queries.shape[-1])
+        share = window_logits(queries.flatten(1, 2), representatives).softmax(-1)
         token = torch.arange(length, device=queries.device)
         distance = token[-window:, None] - token  # (W, N), from each key to each query
-        share = logits.masked_fill(distance < 0, -torch.inf).softmax(-1)
         diagonals = share.gather(-1, distance.clamp(min=0).expand(share.shape)) * (distance >= 0)
         return torch.stack((share.sum(3), diagonals.sum(3)), dim=3)
 

@@ -67,8 +67,7 @@ class SparseCache(Cache):
         layer, engine = self.layers[index], self.engine.for_layer(index)
         method, positions = engine.method, states.step.positions
         if self.is_empty:
-            known = replace(states, representatives=layer.representatives)
-            out = engine.prefill(known, index)
+            out = engine.prefill(replace(states, representatives=layer.representatives), index)
             if method.phase in EVICTING:
                 q = last_queries(states.q, states.step.lengths, method.observed)
                 states = replace(states, q=q)
@@ -87,9 +86,8 @@ class SparseCache(Cache):
             slots = layer.width + slots - self.prompt[:, None, None]
         states = layer.append(states, slots, used)
         layer.update_representatives(method, positions, used)
-        all_seen = new == 1 and self.room is None and not (self.ragged or method.pooled)
-        representatives = layer.representatives
-        states = replace(states, representatives=representatives, all_seen=all_seen)
+        states.representatives = layer.representatives
+        states.all_seen = new == 1 and self.room is None and not (self.ragged or method.pooled)
         return engine.decode(states, index)
 
     def advance(self, step: Step, batch: int) -> None:
@@ -116,8 +114,10 @@ class SparseCache(Cache):
         layer.width = states.k.shape[2]
         # Copies, since a prompt's keys and values may be views of far larger tensors.
         layer.keys, layer.values = (with_room(x, layer.width + room) for x in (states.k, states.v))
-        whole = torch.full((len(states.k),), layer.width, device=states.k.device)
-        engine.usage.slots.append(whole if states.step.lengths is None else states.step.lengths)
+        lengths = states.step.lengths
+        if lengths is None:
+            lengths = torch.full((len(states.k),), layer.width, device=states.k.device)
+        engine.usage.slots.append(lengths)
         if method.phase != "decode":
             layer.representatives = None
             return

@@ -67,8 +67,8 @@ class SparseLayer(DynamicLayer):
             if tensors[0] is None:
                 continue
             if name in ("keys", "values", "held"):
-                most, free = max(x.shape[2] for x in tensors), FREE.get(name, 0)
-                tensors = [x if x.shape[2] == most else with_room(x, most, free) for x in tensors]
+                slots, free = max(x.shape[2] for x in tensors), FREE.get(name, 0)
+                tensors = [x if x.shape[2] == slots else with_room(x, slots, free) for x in tensors]
             setattr(self, name, torch.cat(tensors, dim))
 
     def keep(self, engine: Engine, index: int, states: States, room: int) -> None:
@@ -91,15 +91,16 @@ class SparseLayer(DynamicLayer):
                 if states.select_by is not None:
                     part["select_by"], _ = gather_tokens(by, by, tokens)
             parts.append((rows, part))
-        most = max(part["held"].shape[2] for _, part in parts)
-        self.width = method.k(index, engine.layers) + 1 if steps else most
-        slots = self.width if steps else self.width + room
-        for name, like in parts[0][1].items():
-            shape = (len(states.k), like.shape[1], slots, *like.shape[3:])
-            whole = like.new_full(shape, FREE.get(name, 0))
+        if steps:
+            self.width, room = method.k(index, engine.layers) + 1, 0
+        else:
+            self.width = max(part["held"].shape[2] for _, part in parts)
+        for name, first in parts[0][1].items():
+            shape = (len(states.k), first.shape[1], self.width + room, *first.shape[3:])
+            batch = first.new_full(shape, FREE.get(name, 0))
             for rows, part in parts:
-                whole[rows, :, : part[name].shape[2]] = part[name]
-            setattr(self, name, whole)
+                batch[rows, :, : part[name].shape[2]] = part[name]
+            setattr(self, name, batch)
         assert self.held is not None
         empty = self.held == EMPTY
         needed = (~empty).sum(-1).amax(1)
@@ -110,28 +111,29 @@ class SparseLayer(DynamicLayer):
     def append(self, states: States, slots: Tensor, used: int) -> States:
         """Store new tokens in the slots (B, K or 1, Q). Returns the states to attend with: the keys
         and values of the first `used` slots."""
-        new = {"keys": states.k, "values": states.v, "select_by": states.select_by}
-        new["held"] = states.step.positions[:, None]
-        stored: dict[str, Any] = {}
+        new: dict[str, Any] = {"keys": states.k, "values": states.v}
+        new |= {"select_by": states.select_by, "held": states.step.positions[:, None]}
+        stored: dict[str, Any] = dict.fromkeys(new)
         for name, x in new.items():
             tensor = getattr(self, name)
-            if tensor is not None and x is not None:
-                if used > tensor.shape[2]:
-                    tensor = with_room(tensor, used + ROOM, FREE.get(name, 0))
-                index, shape = slots, (*tensor.shape[:2], *x.shape[2:])
-                index = index if x.dim() == 3 else index[..., None]
-                setattr(self, name, tensor.scatter_(2, index.expand(shape), x.expand(shape)))
-            stored[name] = None if tensor is None else tensor[:, :, :used]
+            if tensor is None:
+                continue
+            if used > tensor.shape[2]:
+                tensor = with_room(tensor, used + ROOM, FREE.get(name, 0))
+            index, shape = slots, (*tensor.shape[:2], *x.shape[2:])
+            index = index if x.dim() == 3 else index[..., None]
+            setattr(self, name, tensor.scatter_(2, index.expand(shape), x.expand(shape)))
+            stored[name] = tensor[:, :, :used]
         return replace(states, k=stored.pop("keys"), v=stored.pop("values"), **stored)
 
     def attend_in_steps(self, engine: Engine, index: int, states: States) -> Tensor:
         """Attention of the new tokens in order, each stored in the slot that the last one freed."""
         out = []
         assert self.free is not None and self.held is not None and self.mass is not None
-        whole, positions = (states.q, states.k, states.v, states.select_by), states.step.positions
+        positions, select_by = states.step.positions, states.select_by
         for i in range(positions.shape[1]):
-            q, k, v, by = (None if x is None else x[:, :, i : i + 1] for x in whole)
-            assert q is not None and k is not None and v is not None
+            q, k, v = (x[:, :, i : i + 1] for x in (states.q, states.k, states.v))
+            by = None if select_by is None else select_by[:, :, i : i + 1]
             token = States(q, k, v, Step(positions[:, i : i + 1]), by)
             stored = self.append(token, self.free[..., None], self.held.shape[2])
             out.append(engine.decode(stored, index))

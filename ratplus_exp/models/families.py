@@ -122,20 +122,7 @@ class MemoryAttention(nn.Module):
         return norm(states.flatten(2)).view_as(states)
 
 
-class _Gated:
-    """Mixin for stock model classes: initialises gates."""
-
-    def _init_weights(self, module: nn.Module) -> None:
-        config = self.config  # type: ignore[attr-defined]
-        if isinstance(module, Memory):
-            module.initialize(0.0, config.gate_bias)
-        elif isinstance(module, OutputGate):
-            nn.init.zeros_(module.weight)
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
-
-
-class MemoryDecoder(_Gated, EngineDecoder):
+class MemoryDecoder(EngineDecoder):
     """Mixin for stock decoders: replaces their attention layers by `attention_class`."""
 
     attention_class: ClassVar[type[MemoryAttention]]
@@ -147,8 +134,16 @@ class MemoryDecoder(_Gated, EngineDecoder):
             layer.self_attn = self.attention_class(config, index)
         self.post_init()  # type: ignore[attr-defined]
 
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Memory):
+            module.initialize(0.0, self.config.gate_bias)  # type: ignore[attr-defined]
+        elif isinstance(module, OutputGate):
+            nn.init.zeros_(module.weight)
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
 
-class MemoryCausalLM(_Gated, SavedWithCode):
+
+class MemoryCausalLM(SavedWithCode):
     """Mixin for stock causal models: replaces their decoder by `decoder_class`."""
 
     config_class: ClassVar[type[Any]]

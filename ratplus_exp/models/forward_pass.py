@@ -36,9 +36,12 @@ class ForwardPass:
     def apply_memory(
         self, memory: Memory | None, layer: int, x: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """k̃, ṽ (B, T, K, D) and None, from the layer's last state in the cache; k, v and k̃ as the
-        keys to select by if the memory only selects; k, v and None without a memory. x (B, T, C),
-        k before RoPE, v (B, T, K, D)."""
+        """Keys and values (B, T, K, D), and the keys to select by (None: the keys).
+
+        With a memory these are k̃ and ṽ, computed from the layer's last state in the cache; if the
+        memory only selects, they are k and v, and k̃ to select by. x (B, T, C), k before RoPE and v
+        (B, T, K, D).
+        """
         if memory is None:
             return k, v, None
         state = self.cache.layers[layer].memory_state if self.cache is not None else None

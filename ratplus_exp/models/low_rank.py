@@ -1,5 +1,5 @@
-"""Training of the memory and of low-rank updates alone (LoRA, by peft), whose tensors fit a small
-file that makes the trained model from the one that the training began with."""
+"""Training of the memory and of low-rank updates alone (LoRA, by peft). A small file holds the
+trained tensors; with the initial model they give the trained one."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,8 +41,8 @@ def add_low_rank(model: nn.Module, rank: int, seed: int) -> Any:
 
 
 def save_trained(model: nn.Module, weights: Mapping[str, Tensor], file: Path, origin: str) -> None:
-    """Write the weights that are trained, of all of a model's. origin: digest of the training's
-    configuration and of the weights that it began with."""
+    """Write those of a model's weights that are trained. origin: digest of the training's
+    configuration and initial weights."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     trained = {name: weights[name].to(DTYPE).contiguous() for name in names}
     partial = file.with_suffix(".partial")

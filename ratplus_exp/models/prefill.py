@@ -6,7 +6,7 @@ prefill. It is computed once, and each of them continues from a copy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -76,7 +76,6 @@ class PromptBatch:
     mask: Tensor
     fed: int = 0
     shared: tuple[int, int] | None = None
-    _prefilled: tuple[Prefilled, Tensor] | None = field(default=None, init=False)
 
     @cached_property
     def gates(self) -> dict[str, float]:
@@ -89,13 +88,16 @@ class PromptBatch:
         `cache`."""
         if self.shared is None or not cache.engine.method.dense_prefill:
             return self._run(cache)
-        if self._prefilled is None:
-            window, room = self.shared
-            empty = Prefilled(len(cache.layers), window, room + self.fed)
-            self._prefilled = empty, self._run(empty)
         prefilled, logits = self._prefilled
         prefilled.copy_to(cache)
         return logits
+
+    @cached_property
+    def _prefilled(self) -> tuple[Prefilled, Tensor]:
+        assert self.shared is not None
+        window, room = self.shared
+        cache = Prefilled(self.model.config.num_hidden_layers, window, room + self.fed)
+        return cache, self._run(cache)
 
     def _run(self, cache: SparseCache) -> Tensor:
         length = self.ids.shape[1] - self.fed

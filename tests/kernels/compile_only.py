@@ -103,7 +103,7 @@ def snapkv() -> None:
     from ratplus_kernels import snapkv_triton as snapkv
 
     q, k = meta(2, 32, 64, 128), meta(2, 8, 4096, 128)
-    snapkv.attention_mass(q, k, None)
+    snapkv.attention_mass(q, k)
     snapkv.gather(k, k, meta(2, 8, 256, dtype=torch.int64))
 
 

@@ -8,7 +8,6 @@ from block_attention import attend, states
 
 from ratplus_exp.methods import Engine, Quest, States, Step
 from ratplus_kernels import quest_decode
-from ratplus_kernels.quest_decode import quest_decode_torch
 
 SHAPES = {
     "GQA, several queries": {"batch": 2, "queries": 2, "length": 37, "block_size": 4, "top_k": 4},
@@ -72,7 +71,7 @@ def check(out, q, k, v, reps, positions, block_size, top_k, tolerance=1e-5):
 def gathered(q, k, v, *others):
     """On slots of a longer cache, other slots of which are not read."""
     k, v = (torch.cat((x, torch.full_like(x, torch.nan)), 2)[:, :, : x.shape[2]] for x in (k, v))
-    return quest_decode_torch(q, k, v, *others)
+    return kernel(q, k, v, *others)
 
 
 def kernel(*states_and_sizes):
