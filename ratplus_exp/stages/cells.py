@@ -109,7 +109,7 @@ class Job:
             "dtype": str(dtype_on(device_of(cfg), cfg.dtype)).removeprefix("torch."),
             "method": cfg.method.name,
             "settings": asdict(method),
-            "block_size": method.block_size if method.unit == "block" else 1,
+            "block_size": method.block_size,
             "top_k": method.top_k,
             "budget": str(method.fraction(cfg.data.length)),
             "first_token": self.first_token if method.phase in DECODING else None,

@@ -107,7 +107,7 @@ def _view(job: Job, model: Any, sample: Sample, source: Samples, look: Look, lab
         method=METHODS.get(name, name),
         model=label,
         phase=method.phase,
-        size=method.block_size if method.unit == "block" else 1,
+        size=method.block_size,
         answer=text.strip(),
         right=exact(text, sample.answers, sample.one_of) == 1,
         read=float(usage.fractions(1, last)[0]),
