@@ -61,7 +61,7 @@ def fail(error: BaseException) -> None:
 def message_of(error: BaseException) -> str:
     """An error's message for users."""
     if missing := getattr(error, "missing_cfg_file", None):
-        return _no_option(*str(missing).partition("/")[::2])
+        return _no_option(*str(missing).rpartition("/")[::2])
     if str(error).startswith("Config group override must be"):
         return "a group has no such option: use one of them by its name, as in method=quest"
     if isinstance(error, OverrideParseException):
@@ -85,10 +85,10 @@ def message_of(error: BaseException) -> str:
 def _no_option(group: str, option: str) -> str:
     folder = CONF / group
     options = sorted(path.stem for path in folder.glob("*.yaml"))
-    if not option or not options:
-        return f"there is no configuration {group}: leave --config-name out"
     if "submitit" in option:
         return "SLURM launchers need a package: pip install -e '.[slurm]'"
+    if not group or not options:
+        return f"there is no configuration {group or option}: leave --config-name out"
     return f"there is no {group} {option}: choose one of {', '.join(options)}"
 
 

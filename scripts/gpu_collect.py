@@ -78,7 +78,7 @@ def install(archive: Path, root: Path) -> str:
         file.extractall(unpacked, filter="data")
     record = json.loads((unpacked / f"{archive.stem}.json").read_text())
     kind, patterns = PLACES.get(archive.stem, ("", ()))
-    if record["rc"] is None or record["dry"] or "device" not in record or not kind:
+    if record["rc"] is None or record.get("dry") or "device" not in record or not kind:
         reason = record["note"] or "a dry run, on an unknown device, or nothing to keep"
         return f"not copied: {reason}"
     target = root / REFERENCE / kind / report.slug(record["device"])

@@ -124,9 +124,9 @@ def grouped(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _row(cell: Finished) -> dict[str, Any]:
-    key = cell.cell.key
-    values = {**key, **cell.metrics, "cell": cell.cell.id, "variant": _variant(key)}
+def _row(read: Finished) -> dict[str, Any]:
+    cell = read.cell
+    values = {**cell.key, **read.metrics, "cell": cell.id, "variant": _variant(cell.key)}
     row: dict[str, Any] = {column: values.get(column) for column in COLUMNS}
     return row | {
         "training": row["training"] or 0,
@@ -136,23 +136,23 @@ def _row(cell: Finished) -> dict[str, Any]:
     }
 
 
-def _is_valid(cell: Finished) -> bool:
+def _is_valid(read: Finished) -> bool:
     """Whether all values of a cell have their types; a warning names a file with others."""
-    row, stage = _row(cell), cell.cell.key["stage"]
+    row, stage = _row(read), read.cell.key["stage"]
     integers, floats = ([row[name] or 0 for name in names] for names in (_INTEGERS, _FLOATS))
     valid = {
         "config.json": isinstance(row["method"], str)
         and all(isinstance(number, int) and abs(number) < 2**63 for number in integers),
         "metrics.json": all(isinstance(number, int | float) for number in floats)
-        and (stage != "hit_rate" or isinstance(cell.metrics.get("hit_rate"), list)),
+        and (stage != "hit_rate" or isinstance(read.metrics.get("hit_rate"), list)),
         "samples.jsonl": all(
             isinstance(record.get(name), kind)
-            for record in cell.records.values()
+            for record in read.records.values()
             for name, kind in FIELDS.get(stage, {}).items()
         ),
     }
     for name in (name for name, is_valid in valid.items() if not is_valid):
-        warn(f"{cell.cell.path / name} has an invalid value: delete its folder")
+        warn(f"{read.cell.path / name} has an invalid value: delete its folder")
     return all(valid.values())
 
 

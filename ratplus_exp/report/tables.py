@@ -243,14 +243,13 @@ def random_table(cells: pd.DataFrame, tasks: Iterable[str], scorer: str, **value
 def cost_table(cells: Iterable[Finished]) -> Table:
     """Cells, samples and seconds of all processes, by stage, device and model."""
     place = ["stage", "device", "model"]
-    costs = [
-        {"stage": cell.key["stage"], "device": provenance[-1].get("device", "")}
-        | {"model": cell.key["model"], "cells": 1, "samples": metrics["n"]}
-        | {"seconds": metrics.get("seconds", 0.0)}
-        for cell, metrics, provenance, _ in cells
-    ]
+    costs = []
+    for cell, metrics, provenance, _ in cells:
+        where = (cell.key["stage"], provenance[-1].get("device", ""), cell.key["model"])
+        costs.append((*where, 1, metrics["n"], metrics.get("seconds", 0.0)))
+    frame = pd.DataFrame(costs, columns=[*place, "cells", "samples", "seconds"])
     rows = []
-    for x in pd.DataFrame(costs).groupby(place).sum().itertuples():
+    for x in frame.groupby(place).sum().itertuples():
         rate = x.samples / x.seconds if x.seconds else ""
         rows.append((*x.Index, x.cells, x.samples, number(x.seconds, 0), rate))
     columns = ("Stage", "Device", "Model", "Cells", "Samples", "Seconds", "Samples/s")

@@ -45,7 +45,7 @@ def run(cfg: DictConfig) -> None:
         f"{gpus.peak_tflops:g} TFLOP/s, of which {gpus.mfu:.0%} are reached (cluster.*). "
         "1 GB is 10⁹ bytes. docs/cluster.md shows the arithmetic."
     )
-    part = "one setting of " if {"models", "cells"} & cfg.stage.keys() else ""
+    part = "one setting of " if cfg.stage.name == "look" or "cells" in cfg.stage else ""
     title = f"{part}stage={cfg.stage.name} model={cfg.model.name}: estimated cost"
     rows = tuple(row for group in groups for row in group)
     print(Table(title, caption, ("Quantity", "Estimate"), rows, breaks).to_text())
@@ -70,12 +70,13 @@ def shape_of(cfg: DictConfig) -> Shape:
 def training_flops(cfg: DictConfig, shape: Shape) -> float:
     """FLOPs of a stage's whole schedule, with the dilated steps of joint training."""
     joint = joint_of(cfg)
-    sparse_only = cfg.stage.sparse_only_tokens
+    sparse_only = cfg.stage.sparse_only_tokens if joint else 0
+    alternate = joint and cfg.stage.alternate
     flops = 0.0
     for tokens, length in cfg.stage.schedule:
         alone = min(tokens, sparse_only)
         sparse_only -= alone
-        dense = (tokens - alone) / (2 if cfg.stage.alternate else 1)
+        dense = (tokens - alone) / (2 if alternate else 1)
         flops += dense * shape.training_flops(cost.attended_keys(None, length))
         if joint:
             dilated = alone + dense
@@ -95,7 +96,7 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
     gpus = cfg.cluster
     schedule.check(gpus.gpus)
     tokens, length = sum(t for t, _ in schedule.stages), max(n for _, n in schedule.stages)
-    share = max(1, schedule.tokens_per_step // length) // gpus.gpus
+    share = schedule.rows(length) // gpus.gpus
     rows = min(share, settings.rows_per_pass or share)
     flops = training_flops(cfg, shape)
     memory = cost.training_memory(

@@ -65,7 +65,7 @@ def one_table(cfg: DictConfig) -> None:
     jobs = [job_of(job) for job in expand(cfg)]
     if len({job.cfg.data.length for job in jobs}) > 1:
         raise ValueError(f"stage={name} is of one length: set data.length instead")
-    cells = finished(filled(cfg, jobs), jobs[0].cfg.stage.name)
+    cells = finished(filled(cfg, jobs), "loss" if name == "loss" else "eval")
     table, pictures = TABLES[name](cfg, cells)
     show(table, name)
     report.write_cells(cells, job_folder(), {} if name == "loss" else {"cells": tidy(cells)})

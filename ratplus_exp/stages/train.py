@@ -141,7 +141,7 @@ def _start(cfg: DictConfig, model: PreTrainedModel, device: torch.device) -> Tra
     precision=auto with the precision of the first start, or the fastest on this device."""
     folder = Path(cfg.stage.folder)
 
-    def precision() -> Any:
+    def chosen() -> Any:
         if past := _past(folder):
             return past[0]["precision"]
         shape = Shape.of(model)
@@ -151,7 +151,7 @@ def _start(cfg: DictConfig, model: PreTrainedModel, device: torch.device) -> Tra
 
     settings = build(TrainSettings, plain(cfg.stage.optimizer), "stage.optimizer")
     if settings.precision == "auto":
-        settings = replace(settings, precision=from_rank_0(precision))
+        settings = replace(settings, precision=from_rank_0(chosen))
     if rank() == 0:
         entry = provenance.provenance(plain(cfg)) | {"precision": settings.precision}
         entries = [*_past(folder), entry]
@@ -284,10 +284,10 @@ def _past(folder: Path) -> list[dict[str, Any]]:
 def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
     """ValueError if settings other than rates and execution differ from those of the first start.
     The checkpoint identifies the corpus, by its content."""
-    past, small = _past(folder), folder / low_rank.FILE
+    past, updates = _past(folder), folder / low_rank.FILE
     other = bool(past) and _fixed(past[0]["config"]) != _fixed(plain(cfg))
-    if small.exists():  # and maybe alone, without its provenance
-        other |= not cfg.stage.low_rank or low_rank.origin_of(small) != _origin(cfg)
+    if updates.exists():  # and maybe alone, without its provenance
+        other |= not cfg.stage.low_rank or low_rank.origin_of(updates) != _origin(cfg)
     if other:
         raise ValueError(
             f"{folder} holds a training with another configuration: delete it or set stage.folder"
@@ -299,8 +299,6 @@ def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     free = ("folder", "optimizer", "workers")
     stage = {k: v for k, v in config["stage"].items() if k not in free}
     stage = {"alternate": False, "prefix": None, "low_rank": 0} | stage  # begun before these
-    if not stage["joint"]:  # without which an earlier version ignored these
-        stage |= {"alternate": False, "prefix": None, "sparse_only_tokens": 0}
     data = {k: config["data"][k] for k in ("length", "forms", "essay")}
     if "mixture" in stage:
         trained = [task for task, weight in stage["mixture"].items() if weight]

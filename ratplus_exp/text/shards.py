@@ -115,8 +115,10 @@ def _write_shard(
     partial, note = target.with_suffix(".partial"), target.with_suffix(".json")
     done = json.loads(note.read_text()) if note.exists() else {"documents": 0, "tokens": 0}
     stream = _open(source).shard(count, index).skip(done["documents"])
-    with _name_file(source, count, index), naming(partial), partial.open("ab") as file:
+    mode = "r+b" if done["documents"] else "wb"
+    with _name_file(source, count, index), naming(partial), partial.open(mode) as file:
         file.truncate(done["tokens"] * dtype.itemsize)  # drop what follows the last note
+        file.seek(0, os.SEEK_END)
         for batch in stream.iter(batch_size=DOCUMENTS):
             if source.tokens and done["tokens"] >= source.tokens:
                 break

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Annotated, Literal
 
 import numpy as np
@@ -28,11 +27,14 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        return self._ends()[-1]
+        return sum(self._steps(tokens) for tokens, _ in self.stages)
 
     def length_at(self, step: int) -> int:
-        lengths = (length for _, length in self.stages)
-        return next(x for x, end in zip(lengths, self._ends(), strict=True) if step < end)
+        for tokens, length in self.stages:
+            step -= self._steps(tokens)
+            if step < 0:
+                return length
+        return self.stages[-1][1]
 
     def rows(self, length: int) -> int:
         """Rows of a batch at this context length."""
@@ -47,9 +49,8 @@ class Schedule:
                     "processes: change tokens_per_step or the number of processes"
                 )
 
-    def _ends(self) -> list[int]:
-        """The number of steps up to the end of each stage."""
-        return [*accumulate(math.ceil(tokens / self.tokens_per_step) for tokens, _ in self.stages)]
+    def _steps(self, tokens: int) -> int:
+        return math.ceil(tokens / self.tokens_per_step)
 
 
 @dataclass(frozen=True)

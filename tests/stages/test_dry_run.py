@@ -127,6 +127,9 @@ def test_the_papers_training_of_a_7b_model(job, capsys):
     assert "too much" in alone
     turns = estimate(job, capsys, *P2_7B, "cluster.gpus=64", "stage.alternate=true")
     assert number(turns, "FLOPs") == pytest.approx(number(text, "FLOPs") / 2, rel=0.01)
+    options = ("stage.alternate=true", "stage.sparse_only_tokens=1000")  # of joint training alone
+    dense, ignored = (estimate(job, capsys, *P2_7B, "stage.joint=null", *x) for x in ((), options))
+    assert number(ignored, "FLOPs") == number(dense, "FLOPs")
 
 
 def test_what_the_job_would_refuse_the_estimate_refuses(job):
