@@ -72,8 +72,7 @@ $(foreach m,$(CONTROLS),$(eval $(call TRAININGS,pocket_ratplus,pocket_$m)))
 
 # No gradient reaches this control's memory: its weights are the attention baseline's, unchanged.
 outputs/training/pocket_select_3_sft2/model: | $(STAMP)
-	$(RUN) experiment=pocket_attention_sft2 model=pocket_select seed=3 threads=1 \
-	  stage.init=outputs/reference/pocket/models/attention/3 'stage.schedule=[[1,1024]]' stage.optimizer.lr=0
+	$(RUN) experiment=pocket_attention_sft2 model=pocket_select seed=3 threads=1 stage.init=outputs/reference/pocket/models/attention/3 'stage.schedule=[[1,1024]]' stage.optimizer.lr=0
 
 # P2's adaptations of the pocket pair to each dilation and window of experiment=p2_dilation.
 # $(1) model, $(2) dilation, $(3) window
