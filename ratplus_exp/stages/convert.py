@@ -15,8 +15,8 @@ from ratplus_exp.config import plain
 from ratplus_exp.models import RatPlusConfig, config_for
 from ratplus_exp.models.loading import LOCAL, SPECIAL_TOKENS, read_tokenizer, weights_digest
 from ratplus_exp.models.p2_checkpoint import from_p2, read_p2
+from ratplus_exp.models.saving import cast, refuse_target, save_model
 from ratplus_exp.stages.common import resolve
-from ratplus_exp.stages.train import cast, refuse_target, save_model
 
 Parts = tuple[PretrainedConfig, dict[str, torch.Tensor], Tokenizer | None]
 

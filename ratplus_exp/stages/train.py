@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,7 +12,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -33,6 +30,7 @@ from ratplus_exp.models.loading import (
     weight_files,
     weights_digest,
 )
+from ratplus_exp.models.saving import cast, refuse_target, save_model
 from ratplus_exp.stages.common import device_of, model_folder, resolve, source_of
 from ratplus_exp.stages.samples import ruler_files
 from ratplus_exp.stages.tokenize import corpus_of
@@ -192,40 +190,6 @@ def schedule_of(cfg: DictConfig) -> Schedule:
 def joint_of(cfg: DictConfig) -> Dilated | None:
     """The pattern of joint training; None for dense steps alone."""
     return build(Dilated, plain(cfg.stage.joint), "stage.joint") if cfg.stage.joint else None
-
-
-def cast(weights: dict[str, torch.Tensor], dtype: str | None) -> dict[str, torch.Tensor]:
-    """The weights in a dtype, or unchanged without one; tied weights stay one tensor."""
-    if dtype is None:
-        return weights
-    tensors = {id(tensor): tensor.to(getattr(torch, dtype)) for tensor in weights.values()}
-    return {name: tensors[id(tensor)] for name, tensor in weights.items()}
-
-
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer | None,
-    target: Path,
-    weights: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """All of a model's files, or none. weights: the whole ones of a sharded model."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(partial, state_dict=weights)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        os.replace(partial, target)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {target} ({error}): make room, then run it again") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def refuse_target(target: Path) -> None:
-    """ValueError, before any work, for a folder that `save_model` can't replace."""
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} already exists: delete the folder or choose another one")
 
 
 def _tokenizer(cfg: DictConfig) -> Tokenizer:

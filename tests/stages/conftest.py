@@ -14,7 +14,7 @@ from ratplus_exp import stages
 from ratplus_exp.config import validate
 from ratplus_exp.models import RatPlusConfig, RatPlusForCausalLM
 from ratplus_exp.models.loading import load_tokenizer, read_tokenizer
-from ratplus_exp.stages.train import save_model
+from ratplus_exp.models.saving import save_model
 
 CONF = Path(__file__).parents[2] / "conf"
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

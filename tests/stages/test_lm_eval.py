@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Olmo2ForCausalLM
 
 from ratplus_exp.models import add_memory, attach_engine
 from ratplus_exp.models.loading import load_tokenizer
-from ratplus_exp.stages.train import save_model
+from ratplus_exp.models.saving import save_model
 
 TEXTS = ["the grass is green.", "the sky is blue. the sun is", "here we go. the", "there and"]
 CHOICES = [" blue.", " the sun is yellow."]
