@@ -34,12 +34,15 @@ class Plan(NamedTuple):
     stages: int = 3
 
     def tile(self, block_t: int = 0) -> dict[str, int]:
-        """The kernels' constants; block_t: tokens instead of the plan's."""
-        segments = min(self.segments, block_t or self.block_t)
-        vector = segments * self.block_d // (32 * self.warps)  # channels of one thread
+        """The kernels' constants; block_t: tokens instead of the plan's. A larger tile has more
+        warps, so that a thread's part of it still fits its registers."""
+        block_t = block_t or self.block_t
+        segments = min(self.segments, block_t)
+        warps = self.warps * max(block_t // self.block_t, 1)
+        vector = segments * self.block_d // (32 * warps)  # channels of one thread
         return {
-            "W": segments, "L": (block_t or self.block_t) // segments, "BD": self.block_d,
-            "VECTOR": min(max(vector, 1), 8), "STAGES": self.stages, "num_warps": self.warps,
+            "W": segments, "L": block_t // segments, "BD": self.block_d,
+            "VECTOR": min(max(vector, 1), 8), "STAGES": self.stages, "num_warps": warps,
         }  # fmt: skip
 
 
