@@ -83,15 +83,20 @@ def files_cut(cell):
     return (cell.path / SHARES[1]).read_text()[:20]
 
 
-def test_pretraining_sharded_over_two_processes(tmp_path, job):
+@pytest.mark.parametrize("low_rank", [0, 2])
+def test_pretraining_sharded_over_two_processes(low_rank, tmp_path, tiny_models, job):
     """The saved model is that of one process to rounding, in one job folder, ready to load."""
-    how = [
-        "experiment=pocket_ratplus",
+    new_model = [
         "stage.init=null",
-        "stage.sparse_only_tokens=0",
         "model.architecture.hidden_size=16",
         "model.architecture.num_hidden_layers=2",
         "model.architecture.num_attention_heads=2",
+    ]
+    updates = [f"stage.init={tiny_models['attention']}", f"stage.low_rank={low_rank}"]
+    how = [
+        "experiment=pocket_ratplus",
+        *(updates if low_rank else new_model),
+        "stage.sparse_only_tokens=0",
         "stage.tokens_per_step=256",
         "stage.schedule=[[1024,64]]",
         "stage.drill_tokens=256",
