@@ -34,7 +34,7 @@ def anomalies(draws: Bootstrap) -> list[Anomaly]:
     of the tasks, at the same method and block size."""
     compared: list[tuple[Group, Group, str, str | None]] = []
     by_budget: dict[Group, list[Group]] = {}  # groups that differ in the budget alone
-    for group in (group for group in draws.trainings if group[3] == "topk"):
+    for group in (group for group in draws.groups if group[3] == "topk"):
         compared += [(group, (*DENSE, group[-1]), "dense", task) for task in (None, *TASKS)]
         by_budget.setdefault((*group[:2], *group[3:]), []).append(group)
     for groups in by_budget.values():

@@ -16,6 +16,7 @@ from ratplus_exp.analysis.frame import BACKBONES, SETTING, Cells, LeftOut, finis
 
 STAGE = "hit_rate"
 MEAN = "mean"  # in the task column: the mean over tasks
+UP_TO = " up to rank"  # in a column's name: the mean over a rank and all better ones
 ENDS = ("", " low", " high")  # of the columns of an estimate
 
 
@@ -58,10 +59,11 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
 
     Returns:
         SETTING, task (or MEAN, over the tasks that all models have), rank, and for Attention,
-        RAT+ and difference (RAT+ minus Attention at the same rank) the value, and "… low" and
-        "… high", NaN where it was not measured; n is the number of samples of a task.
+        RAT+ and difference (RAT+ minus Attention) the value at this rank and UP_TO it, and "… low"
+        and "… high", NaN where it was not measured; n is the number of samples of a task.
     """
-    bounds = [f"{x}{end}" for x in (*BACKBONES, "difference") for end in ENDS]
+    curves = [f"{x}{kind}" for x in (*BACKBONES, "difference") for kind in ("", UP_TO)]
+    bounds = [f"{x}{end}" for x in curves for end in ENDS]
     frames = [pd.DataFrame(columns=[*SETTING, "task", "rank", *bounds, "n"])]
     settings = samples.groupby(SETTING)
     for setting, rows in sorted(settings, key=lambda x: (*x[0][:2], -Fraction(x[0][2]))):
@@ -86,14 +88,14 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
                 if numbers:
                     heads = np.stack([of_task[backbone, i] for i in numbers], 1)
                     ranked = -np.sort(-heads, axis=-1)  # (n_boot + 1, trainings, heads)
-                    sides[backbone] = over_trainings(ranked, numbers, numbers)
+                    sides[backbone] = over_trainings(ranked, numbers)
             place = dict(zip(SETTING, setting, strict=True)) | {"task": task, "n": n}
             frames.append(_curve(sides).assign(**place))
     return pd.concat(frames[1:] or frames, ignore_index=True)[list(frames[0].columns)]
 
 
 def estimate(row: Any, name: str) -> Estimate:
-    """A backbone's value in a row of `rank_curves`, or their "difference"."""
+    """One of the curves in a row of `rank_curves`."""
     return Estimate(*(float(row[f"{name}{end}"]) for end in ENDS))
 
 
@@ -120,9 +122,11 @@ def _curve(sides: dict[str, np.ndarray]) -> pd.DataFrame:
     heads = min(side.shape[-1] for side in sides.values())
     unmeasured = np.full_like(next(iter(sides.values())), np.nan)
     attention, ratplus = (sides.get(b, unmeasured)[:, :heads] for b in BACKBONES)
-    columns: dict[str, Any] = {"rank": np.arange(1, heads + 1)}
-    curves = (attention, ratplus, ratplus - attention)
-    for name, values in zip((*BACKBONES, "difference"), curves, strict=True):
-        ends = (values[0], *np.quantile(values[1:], (0.025, 0.975), axis=0))
-        columns |= {f"{name}{end}": x for end, x in zip(ENDS, ends, strict=True)}
+    ranks = np.arange(1, heads + 1)
+    columns: dict[str, Any] = {"rank": ranks}
+    sides_and_difference = (attention, ratplus, ratplus - attention)
+    for name, values in zip((*BACKBONES, "difference"), sides_and_difference, strict=True):
+        for kind, curve in (("", values), (UP_TO, values.cumsum(axis=1) / ranks)):
+            ends = (curve[0], *np.quantile(curve[1:], (0.025, 0.975), axis=0))
+            columns |= {f"{name}{kind}{end}": x for end, x in zip(ENDS, ends, strict=True)}
     return pd.DataFrame(columns)

@@ -36,7 +36,7 @@ def selector_means(draws: Bootstrap) -> pd.DataFrame:
         (percent or points), over the tasks and samples that all of a setting's groups have; n is
         the smallest number of samples of a task.
     """
-    settings = sorted({group[:3] for group in draws.trainings if group[3] == "random"})
+    settings = sorted({group[:3] for group in draws.groups if group[3] == "random"})
     rows = []
     for setting in settings:
         groups = {
@@ -44,7 +44,7 @@ def selector_means(draws: Bootstrap) -> pd.DataFrame:
             for side in BACKBONES
             for kind in SELECTORS
         }
-        groups = {place: group for place, group in groups.items() if group in draws.trainings}
+        groups = {place: group for place, group in groups.items() if group in draws.groups}
         counts = {task: draws.count(task, groups.values()) for task in TASKS}
         tasks = [task for task, count in counts.items() if count]
         if not tasks:
@@ -78,7 +78,7 @@ def method_means(cells: Sequence[Finished], scorer: str) -> tuple[pd.DataFrame, 
     place = ["method", "budget"]
     draws = Bootstrap(sample_scores(cells), scorer, [*place, "selector", "backbone"])
     backbones = backbones_of(by_cell)
-    groups = {kind: [g for g in draws.trainings if g[2] == kind] for kind in ("topk", "random")}
+    groups = {kind: [g for g in draws.groups if g[2] == kind] for kind in ("topk", "random")}
     tasks = [t for t in draws.tasks if all(draws.count(t, x) for x in groups.values())]
     if not tasks:
         raise LeftOut("no task was answered by all methods")
@@ -114,7 +114,7 @@ def length_curves(draws: Mapping[int, Bootstrap]) -> pd.DataFrame:
     tasks = sorted(set.intersection(*(set(x.tasks) for x in draws.values()))) if draws else []
     rows = []
     for length, of_length in draws.items():
-        for group in of_length.trainings:
+        for group in of_length.groups:
             method, size, budget, selector, backbone = group
             if selector not in ("topk", "dense"):
                 continue

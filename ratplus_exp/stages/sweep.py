@@ -95,7 +95,8 @@ def methods(cfg: DictConfig, cells: Sequence[Finished]) -> Outputs:
         name: method_of(configuration(cfg, {"method": name})).phase for name in set(means["method"])
     }
     picture = accuracy_by_read(means, phases, job_folder())
-    return methods_table(means, cfg.stage.scorer, left_out), [picture]
+    trainings = sorted(map(int, tidy(cells)["training"].unique()))
+    return methods_table(means, cfg.stage.scorer, left_out, trainings), [picture]
 
 
 def random_selector(cfg: DictConfig, cells: Sequence[Finished]) -> Outputs:

@@ -7,7 +7,7 @@ import pytest
 from accuracy_cells import QUEST
 
 from ratplus_exp.analysis import sample_scores
-from ratplus_exp.analysis.hits import MEAN, STAGE, hit_rates, rank_curves, ranked_heads
+from ratplus_exp.analysis.hits import MEAN, STAGE, UP_TO, hit_rates, rank_curves, ranked_heads
 from ratplus_exp.report.figures import heads_by_task
 from ratplus_exp.report.figures import ranked_heads as ranked_heads_figure
 from ratplus_exp.report.results import Results
@@ -49,6 +49,8 @@ def test_heads_are_ranked_and_compared(store):
     assert list(curves.loc["S-1"]["RAT+"]) == [100, 50, 50, 0]
     assert list(curves.loc[MEAN]["RAT+"]) == [75, 25, 25, 0]
     assert list(curves.loc[MEAN]["difference"]) == [0, -25, 25, 0]
+    assert list(curves.loc[MEAN][f"RAT+{UP_TO}"]) == pytest.approx([75, 50, 125 / 3, 31.25])
+    assert list(curves.loc[MEAN][f"difference{UP_TO}"]) == pytest.approx([0, -12.5, 0, 0])
     # Head 1.1 of RAT+ hits in one sample of two: it may be at the top, never above 100.
     third = curves.loc[("S-1", 3)]
     assert (third["RAT+ low"], third["RAT+ high"]) == (0, 50)

@@ -39,8 +39,8 @@ def test_methods_are_averaged_over_the_tasks_that_all_have(store):
     assert left_out == [TASKS[-1]] and set(means["n"]) == {10}
     rows = means.set_index("method")[["Attention", "RAT+"]].round(6).to_dict("index")
     assert rows["quest"] == {"Attention": 40, "RAT+": 70} and rows["moba"]["RAT+"] == 30
-    table = methods_table(means, "exact", left_out)
+    table = methods_table(means, "exact", left_out, [0])
     assert f"(without {TASKS[-1]}, which some methods lack)" in table.caption
     add_all(store, 2, 3, method="moba", tasks=TASKS[-1:])
     means, left_out = method_means(finished(store, "eval"), "exact")
-    assert not left_out and "lack" not in methods_table(means, "exact", left_out).caption
+    assert not left_out and "lack" not in methods_table(means, "exact", left_out, [0]).caption

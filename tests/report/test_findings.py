@@ -88,15 +88,18 @@ def test_h2_has_both_sets_of_tasks_and_those_against_the_paper():
     assert all(row[0].startswith("−50.0 [") and row[2] == AGAINST for _, row in single)
 
 
-def test_the_best_heads_have_a_verdict():
+def test_the_best_heads_have_a_verdict_and_all_heads_a_difference():
     cells = paper_cells("table3").query("method == 'quest' and budget == '1/4' and task == 'MV'")
+    heads = {"Attention": [1, 1, 1, 1, 1, 2], "RAT+": [0, 0, 0, 0, 0, 2]}
     hits = [
-        cell | {"id": i, "values": 2, "hits": [[2 * (cell["backbone"] == "RAT+"), 1]]}
+        cell | {"id": i, "values": 2, "hits": [heads[cell["backbone"]]]}
         for cell in cells.to_dict("records")
         for i in range(5)
     ]
-    (row,) = findings_table(results(cells, hits=pd.DataFrame(hits))).rows
-    assert row[1:] == ("quest", "1/4", "50.0", "100.0", "+50.0 [50.0, 50.0]", "> 0", AS)
+    best, four, every = findings_table(results(cells, hits=pd.DataFrame(hits))).rows
+    assert best[1:] == ("quest", "1/4", "100.0", "100.0", "+0.0 [0.0, 0.0]", "> 0", UNDECIDED)
+    assert four[3:] == ("62.5", "25.0", "−37.5 [−37.5, −37.5]", "> 0", AGAINST)
+    assert every[3:] == ("58.3", "16.7", "−41.7 [−41.7, −41.7]", "—", "—")
 
 
 def planned() -> dict:
