@@ -101,17 +101,19 @@ def answers(
 
 def _frame(job: Job) -> pd.DataFrame:
     """The job's cells as a tidy frame, in the order of its tasks, with the other backbone's
-    accuracy if the store has it for the same setting."""
+    accuracy where the store has it for the same setting and number of samples."""
     stored = finished(job.store, "eval")
     every = tidy(stored).set_index("cell")
     frame = every.loc[[cell.id for cell in job.cells.values()]].reset_index()
     settings = [_setting(cell.key) for cell in job.cells.values()]
     other = every.loc[[x.cell.id for x in stored if _setting(x.cell.key) in settings]]
     other = other[other["backbone"] != frame.loc[0, "backbone"]]
-    if other["checkpoint"].nunique() != 1:
+    of_task = other.set_index("task")
+    if len(other[["model", "checkpoint"]].drop_duplicates()) != 1 or of_task.index.has_duplicates:
         return frame
-    accuracy = other.set_index("task")[SCORERS[0]].rename(other["model"].iloc[0])
-    return frame.join(accuracy, on="task")
+    same_samples = frame["task"].map(of_task["n"]) == frame["n"]
+    accuracy = frame["task"].map(of_task[SCORERS[0]]).where(same_samples)
+    return frame.assign(**{other["model"].iloc[0]: accuracy}) if same_samples.any() else frame
 
 
 def _setting(key: dict[str, Any]) -> dict[str, Any]:

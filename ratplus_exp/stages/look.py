@@ -28,7 +28,7 @@ from ratplus_exp.stages.evaluate import generate
 from ratplus_exp.stages.hit_rate import feed
 from ratplus_exp.stages.runner import Session
 from ratplus_exp.stages.samples import Samples
-from ratplus_exp.stages.sweep import configuration, job_of
+from ratplus_exp.stages.sweep import configuration, job_of, refuse_unused
 from ratplus_exp.tasks import Sample, exact
 from ratplus_exp.tasks.sample import golden_answer, target
 from ratplus_exp.tracking import tracked
@@ -46,10 +46,11 @@ def run(cfg: DictConfig) -> None:
 def look_at(cfg: DictConfig) -> Look:
     """The prompt under every method on every model."""
     cfg = cfg.copy()
-    cfg.data.examples = cfg.stage.index + 1
-    one = {"training": cfg.model.training, "tasks": [cfg.stage.task]}
+    cfg.data.examples, cfg.data.tasks = cfg.stage.index + 1, [cfg.stage.task]
+    one = {"training": cfg.model.training}
     entries = [one | {"model": name} for name in cfg.stage.models] or [one]
     methods = [{"method": name} for name in cfg.stage.methods]
+    refuse_unused(cfg, methods)
     every = [[job_of(configuration(cfg, x | y)) for y in methods] for x in entries]
     backbones = [jobs[0].cfg.model.backbone for jobs in every]
     with closing(Session()) as session:

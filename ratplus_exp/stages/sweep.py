@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ratplus_exp.analysis import sample_scores, tidy
@@ -141,11 +142,32 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
     every = {}
     if stage.get("models"):
         every = {"model": stage["models"], "training": stage["trainings"]}
+    elif stage.get("trainings", [0]) != [0]:
+        every = {"training": stage["trainings"]}
     grids: list[dict[str, Any]] = [*stage["cells"].values()] or [{}]
     entries = [entry for grid in grids for entry in multiply(every | grid)]
+    refuse_unused(cfg, entries)
+    entries = [x for x in entries if {*x.get("tasks", cfg.data.tasks)} & {*cfg.data.tasks}]
+    if not entries:
+        raise ValueError(f"no cell of stage={cfg.stage.name} has a task of data.tasks: add one")
     order = [*dict.fromkeys(map(_model, entries))]
     entries.sort(key=lambda entry: order.index(_model(entry)))
     return [configuration(cfg, entry) for entry in entries]
+
+
+def refuse_unused(cfg: DictConfig, entries: list[dict[str, Any]]) -> None:
+    """ValueError for a field of the model or method on the command line if every entry names
+    another one."""
+    for group, remedy in (
+        ("model", "set stage.trainings, or stage.models=[] for the configured model"),
+        ("method", "copy the method's file in conf/method, change it, and name it in the cells"),
+    ):
+        for override in HydraConfig.get().overrides.task:
+            if override.lstrip("+~").startswith(f"{group}.") and all(group in x for x in entries):
+                raise ValueError(
+                    f"{override} has no effect, since stage={cfg.stage.name} names its "
+                    f"{group}s itself: {remedy}"
+                )
 
 
 def _model(entry: dict[str, Any]) -> tuple[Any, Any]:

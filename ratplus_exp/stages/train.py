@@ -269,7 +269,7 @@ def _fixed(config: dict[str, Any]) -> dict[str, Any]:
         texts = {"qa" if task in QA_FILES else task for task in trained} - TASKS.keys()
         data |= {k: config["data"].get(k) for k in ("path", *texts)}
     stage |= {k: x for k, x in config["stage"]["optimizer"].items() if k not in CHANGEABLE}
-    model = {k: config["model"][k] for k in ("backbone", "architecture")}
+    model = {k: config["model"].get(k) for k in ("backbone", "architecture", "tokenizer")}
     return {"model": model, "data": data, "stage": stage, "seed": config["seed"]}
 
 

@@ -226,6 +226,7 @@ class Trainer:
             self.device,
         )
         self._stopping = signals > 0
+        labelled = max(labelled, 1)  # a small batch of documents may have no label
         loss_sum = correct = 0.0
         self.model.train()
         for i, (ids, labels) in enumerate(micro_batches, start=1):

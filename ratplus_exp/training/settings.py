@@ -38,12 +38,17 @@ class Schedule:
 
     def rows(self, length: int) -> int:
         """Rows of a batch at this context length."""
-        return max(1, self.tokens_per_step // length)
+        return self.tokens_per_step // length
 
     def check(self, processes: int) -> None:
-        """ValueError if the processes can't share the rows of a batch evenly."""
+        """ValueError if a batch has no row, or the processes can't share its rows evenly."""
         for _, length in self.stages:
-            if (rows := self.rows(length)) % processes:
+            if not (rows := self.rows(length)):
+                raise ValueError(
+                    f"a batch of stage.tokens_per_step={self.tokens_per_step} tokens has no row of "
+                    f"{length}: raise it, or lower the lengths of stage.schedule"
+                )
+            if rows % processes:
                 raise ValueError(
                     f"a batch of {rows} rows of {length} tokens cannot be shared by {processes} "
                     "processes: change tokens_per_step or the number of processes"

@@ -63,15 +63,7 @@ def documented():
     pages = [DOCS / "cluster.md", DOCS / "models.md"]
     text = "\n".join(page.read_text() for page in pages)
     found = set()
-    [models] = re.findall(r"^for model in (.*); do$", text, re.MULTILINE)
-    [run] = re.findall(r'^  run="(python run\.py .*)"$', text, re.MULTILINE)
-    rows = re.findall(r"^  \$run (.*?) *#", text, re.MULTILINE)
-    assert len(rows) == 6
-    loop = [
-        re.sub(r"\$\{?model\}?", model, f"{run} {row}") for model in models.split() for row in rows
-    ]
-    lines = re.findall(r"^ {4}((?:python run\.py|torchrun|sbatch) .*)$", text, re.MULTILINE)
-    for line in [*lines, *loop]:
+    for line in re.findall(r"^ {4}((?:python run\.py|torchrun|sbatch) .*)$", text, re.MULTILINE):
         processes, nodes = (
             re.search(rf"--{name}=(\d+)", line) for name in ("nproc-per-node", "nodes")
         )

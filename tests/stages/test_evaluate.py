@@ -49,6 +49,21 @@ def test_a_job_fills_one_cell_a_task_and_writes_its_table(job, tiny_models, meth
         assert (job.folder / "job" / f"table.{suffix}").stat().st_size
 
 
+def test_the_other_backbone_has_a_column_for_equally_many_samples(job, tiny_models):
+    job(*small(tiny_models, "attention", **{"data.tasks": "[S-1]"}))
+    job(*small(tiny_models))
+    table = pd.read_csv(job.folder / "job" / "table.csv").set_index("Task")
+    assert (table["pocket_attention"] != "—").to_dict() == {
+        "S-1": True, "MK-2": False, "MV": False, "Mean": False,
+    }  # fmt: skip
+    job(*small(tiny_models, **{"data.examples": 2, "data.tasks": "[S-1,MV]", "seed": 1}))
+    assert "pocket_attention" not in pd.read_csv(job.folder / "job" / "table.csv")
+    job(*small(tiny_models, "attention", **{"data.tasks": "[S-1]", "model.name": "mine"}))
+    job(*small(tiny_models))
+    table = pd.read_csv(job.folder / "job" / "table.csv")
+    assert list(table["Task"]) == ["S-1", "MK-2", "MV", "Mean"]
+
+
 def test_a_finished_job_runs_nothing_again(job, tiny_models, capsys, monkeypatch):
     job(*small(tiny_models))
     monkeypatch.setattr(pool, "tracked", lambda *_: pytest.fail("nothing to track"))

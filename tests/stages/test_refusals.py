@@ -40,6 +40,13 @@ REPOSITORY = Path(__file__).parents[2]
         (["method.target=foo.Bar"], "is no Method"),
         (["stage=sft"], "set stage.init"),
         (["stage=report"], "evaluate first"),
+        (["experiment=fig1"], r"model.path=\S+ has no effect.*stage.models=\[\]"),
+        (
+            ["experiment=fig1", "stage.models=[]", "method=snapkv", "method.pooling=max"],
+            "method.pooling=max has no effect.*conf/method",
+        ),
+        (["stage=look", "method.block_size=32"], "method.block_size=32 has no effect"),
+        (["experiment=table2", "stage.models=[]", "data.tasks=[S-1]"], "no cell .* has a task of"),
     ],
 )
 def test_refused_with_the_remedy(job, tiny_models, overrides, message):

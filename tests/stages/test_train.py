@@ -25,11 +25,11 @@ TINY = [
 ]
 
 
-def train(job, model, experiment=None, length=64, steps=4, **extra):
+def train(job, model, *overrides, experiment=None, length=64, steps=4, **extra):
     """By default the model's own experiment, from scratch."""
     if experiment is None:
         extra = {"init": "null", "sparse_only_tokens": 0, **extra}
-    overrides = [f"stage.{key}={value}" for key, value in extra.items()]
+    overrides = [*overrides, *(f"stage.{key}={value}" for key, value in extra.items())]
     how = [f"experiment={experiment or model}", f"model={model}", *TINY]
     job(*how, f"stage.schedule=[[{128 * steps},{length}]]", *overrides)
     suffix = "_sft" if (experiment or "").endswith("_sft") else ""
@@ -42,7 +42,7 @@ def test_the_pocket_recipe_from_nothing_to_a_table(job):
         folder = train(job, f"pocket_{backbone}", drill_tokens=256)
         names = load_file(folder / "model.safetensors")
         assert any(".memory." in name for name in names) == (backbone == "ratplus")
-        final = train(job, f"pocket_{backbone}", f"pocket_{backbone}_sft", length=128)
+        final = train(job, f"pocket_{backbone}", experiment=f"pocket_{backbone}_sft", length=128)
         assert load_file(final / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
         job(
             f"model=pocket_{backbone}",
@@ -77,6 +77,8 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(job):
     model = train(job, "pocket_attention")
     (model / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="another configuration"):
+        train(job, "pocket_attention", "model.tokenizer=outputs/reference/small/tokenizer")
+    with pytest.raises(ValueError, match="another configuration"):
         train(job, "pocket_attention", other_rate=0.5)
 
 
@@ -93,6 +95,7 @@ def test_a_trained_memory_is_not_made_otherwise(job, tiny_models, change, made):
         "experiment=pocket_ratplus_sft",
         "model=pocket_ratplus",
         *TINY,
+        "stage.schedule=[[256,64]]",
         f"stage.init={tiny_models['ratplus']}",
     ]
     with pytest.raises(ValueError, match=f"was made with {made}, not .* set model.arch"):

@@ -28,10 +28,12 @@ def cross_entropy(model, ids, labels, engine=None):
 
 
 def test_a_schedule_gives_every_length_its_tokens():
-    schedule = Schedule([(100, 8), (64, 16), (5, 64)], 32)
+    schedule = Schedule([(100, 8), (64, 16), (5, 32)], 32)
     assert schedule.steps == 4 + 2 + 1  # rounded up
-    assert [schedule.length_at(step) for step in range(7)] == [8, 8, 8, 8, 16, 16, 64]
-    assert [schedule.rows(length) for length in (8, 16, 64)] == [4, 2, 1]
+    assert [schedule.length_at(step) for step in range(7)] == [8, 8, 8, 8, 16, 16, 32]
+    assert [schedule.rows(length) for length in (8, 16, 32)] == [4, 2, 1]
+    with pytest.raises(ValueError, match="=32 tokens has no row of 64: raise it"):
+        Schedule([(64, 8), (64, 64)], 32).check(1)
 
 
 def test_steps_are_left_out_to_reach_the_schedules_end_in_time(make_model, tmp_path):
@@ -143,6 +145,15 @@ def test_loss_and_accuracy_count_labelled_tokens_only(make_model, tmp_path):
     _, [row] = train(model, tmp_path, ONE_STEP, data=lambda *_: (ids, labels))
     assert row["loss"] == pytest.approx(loss, abs=1e-4)
     assert row["accuracy"] == pytest.approx(accuracy, abs=1e-5) and 0 < accuracy < 1
+
+
+def test_a_batch_without_labels_changes_nothing(make_model, tmp_path):
+    model, (ids, labels) = make_model(), batch(0, 4, 12)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    nothing = lambda *_: (ids, np.full_like(labels, -100))  # noqa: E731
+    run, [row] = train(model, tmp_path, ONE_STEP, data=nothing, weight_decay=0.0)
+    assert row["loss"] == row["accuracy"] == row["grad_norm"] == 0
+    assert all(torch.equal(x, before[name]) for name, x in run.model.state_dict().items())
 
 
 def test_gradients_are_those_of_the_mean_loss_clipped(make_model, tmp_path):
