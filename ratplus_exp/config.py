@@ -173,6 +173,11 @@ def validate_method(cfg: DictConfig) -> Method:
             f"selector={cfg.selector} needs a method that selects, not {cfg.method.name}: "
             "use quest, moba or snapkv"
         )
+    if cfg.selector == "oracle" and method.phase == "prefill" and method.unit == "token":
+        raise ValueError(
+            f"selector=oracle is for positions, but {cfg.method.name} selects distances, too: use "
+            "topk or random"
+        )
     return method
 
 

@@ -18,6 +18,7 @@ class StreamingLLM(Dilated):
     """
 
     paper = "Xiao et al., 2023, arXiv 2309.17453"
+    not_set = Dilated.not_set | {"dilation", "local"}
     dilation: Whole = 0
     initial: Whole = 4
 

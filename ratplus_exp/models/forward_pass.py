@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines, (B or 1, T, 1, D)
 
 @dataclass
 class ForwardPass:
-    """A pass's positions, and its cache or, without one, its engine."""
+    """A pass's positions, and its cache or, without one, its engine; the layers that attended."""
 
     step: Step
     engine: Engine
     cache: SparseCache | None
+    attended: set[int] = field(default_factory=set)
 
     @property
     def length(self) -> int:

@@ -27,7 +27,7 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    forward_pass: ForwardPass,
+    forward_pass: ForwardPass | None = None,
     scaling: float,
     sliding_window: int | None = None,
     select_by: Tensor | None = None,
@@ -38,6 +38,16 @@ def attention(
 
     Raises ValueError for kinds of attention that the methods are not defined for.
     """
+    layer: Any = module.layer_idx
+    if forward_pass is None or attention_mask is not None or key.shape[-1] != value.shape[-1]:
+        raise ValueError(
+            f"{type(module).__name__} is not supported: it adds a bias to its logits, has keys and "
+            "values of different sizes, or passes no arguments on to its attention"
+        )
+    if not torch.is_grad_enabled():  # a checkpointed layer runs again in the backward pass
+        if layer in forward_pass.attended:
+            raise ValueError(f"{type(module).__name__} is not supported: it attends twice a layer")
+        forward_pass.attended.add(layer)
     if others.get("softcap") is not None or others.get("s_aux") is not None:
         raise ValueError(
             f"{type(module).__name__} caps its logits or has sinks: use a model with plain "
@@ -51,7 +61,7 @@ def attention(
     factor = scaling * query.shape[-1] ** 0.5  # the engine divides by √D
     if abs(factor - 1) > 1e-6:
         query = query * factor
-    out = forward_pass.attend(module.layer_idx, query, key, value, select_by)  # type: ignore[arg-type]
+    out = forward_pass.attend(layer, query, key, value, select_by)
     return out.transpose(1, 2), None
 
 

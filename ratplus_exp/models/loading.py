@@ -125,7 +125,8 @@ def check_length(
     if rope:
         config = load_config(path, rope)
         scaled = {"original_max_position_embeddings": config.max_position_embeddings, "factor": 1}
-        scaled |= config.rope_parameters
+        if config.rope_parameters["rope_type"] != "default":
+            scaled |= config.rope_parameters
         limit = positions or int(scaled["original_max_position_embeddings"] * scaled["factor"])
     if isinstance(limit, int) and length > limit:
         raise ValueError(
@@ -226,7 +227,7 @@ def load_model(
     model.generation_config = GenerationConfig(**special)
     model = attach_engine(model).to(device).eval()
     for name, weight in model.named_parameters():
-        if not weight.detach().sum().isfinite():
+        if not weight.detach().sum(dtype=torch.float32).isfinite():
             raise ValueError(f"{name} in {path} is not finite: restore the weights")
     return model
 

@@ -132,6 +132,10 @@ class Job:
                     f"oracle_heads: there is no {layer}-{head}: {self.cfg.model.name} has layers "
                     f"0 to {model.num_hidden_layers - 1} with heads 0 to {count - 1}"
                 )
+            if (anchor := self.method.anchor(layer)) != layer:
+                raise ValueError(
+                    f"oracle_heads: layer {layer} reuses the selection of layer {anchor}: use that"
+                )
         return ":" + ",".join(f"{layer}-{head}" for layer, head in heads)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ratplus_exp.analysis import sample_scores, tidy
@@ -24,7 +23,14 @@ from ratplus_exp.report.figures import accuracy_by_read
 from ratplus_exp.report.tables import methods_table, model_table, random_table
 from ratplus_exp.stages import report
 from ratplus_exp.stages.cells import Job, MeasuringStage
-from ratplus_exp.stages.common import job_folder, model_name, multiply, option, show
+from ratplus_exp.stages.common import (
+    command_line_fields,
+    job_folder,
+    model_name,
+    multiply,
+    option,
+    show,
+)
 from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
 from ratplus_exp.stages.loss import Loss, loss_outputs
@@ -162,12 +168,12 @@ def refuse_unused(cfg: DictConfig, entries: list[dict[str, Any]]) -> None:
         ("model", "set stage.trainings, or stage.models=[] for the configured model"),
         ("method", "copy the method's file in conf/method, change it, and name it in the cells"),
     ):
-        for override in HydraConfig.get().overrides.task:
-            if override.lstrip("+~").startswith(f"{group}.") and all(group in x for x in entries):
-                raise ValueError(
-                    f"{override} has no effect, since stage={cfg.stage.name} names its "
-                    f"{group}s itself: {remedy}"
-                )
+        fields = command_line_fields(group)
+        if fields and all(group in entry for entry in entries):
+            raise ValueError(
+                f"{group}.{fields[0]} has no effect, since stage={cfg.stage.name} names its "
+                f"{group}s itself: {remedy}"
+            )
 
 
 def _model(entry: dict[str, Any]) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -31,7 +32,13 @@ from ratplus_exp.models.loading import (
     weights_digest,
 )
 from ratplus_exp.models.saving import cast, refuse_target, save_model
-from ratplus_exp.stages.common import device_of, model_folder, resolve, source_of
+from ratplus_exp.stages.common import (
+    command_line_fields,
+    device_of,
+    model_folder,
+    resolve,
+    source_of,
+)
 from ratplus_exp.stages.samples import ruler_files
 from ratplus_exp.stages.tokenize import corpus_of
 from ratplus_exp.store import locked, write_atomically
@@ -207,21 +214,32 @@ def _model(cfg: DictConfig, tokenizer: Tokenizer) -> PreTrainedModel:
     if not cfg.stage.init:
         sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": cfg.data.length}
         special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
-        config = config_for(sizes | architecture | special, memory)
-        if config.vocab_size < len(tokenizer):
-            raise ValueError(
-                f"model.architecture.vocab_size={config.vocab_size} is less than the tokenizer's "
-                f"{len(tokenizer)} entries: leave it out"
-            )
         try:
+            config = config_for(sizes | architecture | special, memory)
+            if config.vocab_size < len(tokenizer):
+                raise ValueError(
+                    f"model.architecture.vocab_size={config.vocab_size} is less than the "
+                    f"tokenizer's {len(tokenizer)} entries: leave it out"
+                )
             return new_model(config, cfg.seed)
-        except RuntimeError as error:  # of torch's allocator
+        # Of torch's allocator, and of transformers' classes for settings that don't fit together.
+        except (RuntimeError, LookupError, AssertionError, StrictDataclassError) as error:
             text = " ".join(str(error).split())[:120]
-            raise ValueError(f"model.architecture makes no model here ({text}): lower it") from None
+            raise ValueError(
+                f"model.architecture makes no model here ({text}): change it"
+            ) from None
     start, settings = resolve(cfg.stage.init), architecture.keys() & MEMORY_SETTINGS
     has_memory = start.exists() and json.loads((start / "config.json").read_text()).get("memory")
     check_model(start, None, "ratplus" if has_memory else "attention")
     model = load_model(start, torch.device("cpu"))
+    for name in command_line_fields("model.architecture"):
+        if (memory and name in MEMORY_SETTINGS) or name not in architecture:
+            continue
+        if (value := getattr(model.config, name, None)) != architecture[name]:
+            raise ValueError(
+                f"model.architecture.{name}={architecture[name]} has no effect: the model in "
+                f"{start} has {value}; leave it out, or train from scratch with stage.init=null"
+            )
     if memory and not has_memory:
         return add_memory(model, **{name: architecture[name] for name in settings})
     if has_memory and not memory:

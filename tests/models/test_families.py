@@ -11,12 +11,14 @@ import torch
 from tiny_models import TINY, shut, stock_model
 from torch.testing import assert_close
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ratplus_exp.memory import Memory
 from ratplus_exp.methods import Engine, Quest
@@ -101,6 +103,64 @@ def test_logit_caps_are_refused(make_ids):
     model = attach_engine(stock_model("gemma2", head_dim=8, query_pre_attn_scalar=8))
     with pytest.raises(ValueError, match="caps its logits or has sinks"):
         model(make_ids(1, 5))
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("diffllama", "DiffLlamaAttention is not supported: it attends twice"),
+        ("doge", "DogeAttention is not supported: it adds a bias"),
+        ("nemotron", "NemotronAttention is not supported"),
+        ("deepseek_v3", "keys and values of different sizes"),
+    ],
+)
+def test_other_kinds_of_attention_are_refused(make_ids, family, reason):
+    sizes = {"kv_lora_rank": 8, "q_lora_rank": 8, "n_routed_experts": 4, "moe_intermediate_size": 8}
+    sizes |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_group": 1}
+    sizes |= {"topk_group": 1, "num_experts_per_tok": 2, "head_dim": 4}
+    extra = sizes if family == "deepseek_v3" else {}
+    model = attach_engine(stock_model(family, **extra))
+    with pytest.raises(ValueError, match=reason), torch.no_grad():
+        model(make_ids(1, 5))
+
+
+def small_decoders():
+    """Random decoders of at most 3M parameters, one of each family that is made of `sizes`."""
+    sizes = TINY | {"vocab_size": 64, "eos_token_id": 2, "max_position_embeddings": 256}
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    sizes |= dict.fromkeys(experts, 4) | {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            config = AutoConfig.for_model(family, **sizes)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+            if sum(p.numel() for p in model.parameters()) < 3e6:
+                yield family, stock_model(family, **sizes)
+        except Exception:  # noqa: BLE001, S112: the family needs other settings or packages
+            continue
+
+
+@pytest.mark.slow
+def test_every_family_of_transformers_gives_its_stock_logits_or_is_refused():
+    ids = torch.randint(3, 64, (2, 23), generator=torch.Generator().manual_seed(0))
+    equal, refused = [], []
+    for family, model in small_decoders():
+        try:
+            expected = model(ids).logits[:, -3:]
+        except Exception:  # noqa: BLE001, S112: transformers itself does not run it
+            continue
+        try:
+            attach_engine(model)
+            cache = model.new_cache()
+            model(ids[:, :-3], past_key_values=cache)
+            steps = [model(x, past_key_values=cache).logits for x in ids[:, -3:].split(1, 1)]
+        except ValueError as error:
+            assert "supported" in str(error) or "sinks" in str(error), family
+            refused.append(family)
+        else:
+            assert_close(torch.cat(steps, 1), expected, rtol=1e-3, atol=1e-3, msg=family)
+            equal.append(family)
+    assert len(equal) >= 40 and {"diffllama", "doge", "nemotron", "gpt2"} <= set(refused)
 
 
 # The memory added.
