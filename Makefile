@@ -49,15 +49,15 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 
 # A training uses one core: `make -j2 weights` does two at a time. Each resumes where it was killed.
 .SECONDARY: # the models in between stay
-weights: $(trained:%=outputs/training/%_sft2/model) ## train the pocket models again, three of each (hours; -j2: on two cores)
+weights: $(trained:%=outputs/training/%_sft3/model) ## train the pocket models again, three of each (hours; -j2: on two cores)
 
-controls: $(controls:%=outputs/training/%_sft2/model) ## train the controls of the memory and compare them (hours; -j2: on two cores)
+controls: $(controls:%=outputs/training/%_sft3/model) ## train the controls of the memory and compare them (hours; -j2: on two cores)
 	$(RUN) experiment=pocket_controls $(SET)
 
-# $(1) folder, $(2) experiment, $(3) model, $(4) the folder of the model to start from
+# $(1) folder, $(2) experiment, $(3) model, $(4) the folder of the model to start from, $(5) settings
 define TRAINING
 $(SEEDS:%=outputs/training/$(1)/model): outputs/training/$(1)/model: | $(if $(4),outputs/training/$(4)/model,$$(STAMP))
-	$$(RUN) experiment=$(2) model=$(3) seed=$$* threads=1
+	$$(RUN) experiment=$(2) model=$(3) threads=1 $(if $(5),$(5),seed=$$*)
 endef
 $(eval $(call TRAINING,pocket_base_%,pocket_base,pocket_base))
 
@@ -66,13 +66,14 @@ define TRAININGS
 $(call TRAINING,$(2)_%,$(1),$(2),pocket_base_%)
 $(call TRAINING,$(2)_%_sft,$(1)_sft,$(2),$(2)_%)
 $(call TRAINING,$(2)_%_sft2,$(1)_sft2,$(2),$(2)_%_sft)
+$(call TRAINING,$(2)_%_sft3,$(1)_sft3,$(2),$(2)_%_sft2,model.training=$$* seed=10$$*)
 endef
 $(foreach m,$(MODELS),$(eval $(call TRAININGS,pocket_$m,pocket_$m)))
 $(foreach m,$(CONTROLS),$(eval $(call TRAININGS,pocket_ratplus,pocket_$m)))
 
 # No gradient reaches this control's memory: its weights are the attention baseline's, unchanged.
-outputs/training/pocket_select_3_sft2/model: | $(STAMP)
-	$(RUN) experiment=pocket_attention_sft2 model=pocket_select seed=3 threads=1 stage.init=outputs/reference/pocket/models/attention/3 'stage.schedule=[[1,1024]]' stage.optimizer.lr=0
+outputs/training/pocket_select_3_sft3/model: | $(STAMP)
+	$(RUN) experiment=pocket_attention_sft3 model=pocket_select model.training=3 seed=103 threads=1 stage.init=outputs/reference/pocket/models/attention/3 'stage.schedule=[[1,1024]]' stage.optimizer.lr=0
 
 # P2's adaptations of the pocket pair to each dilation and window of experiment=p2_dilation.
 # $(1) model, $(2) dilation, $(3) window

@@ -113,20 +113,26 @@ def measured(out: Path, parts: str, match: str, *more: str) -> str:
 
 def pocket(out: Path) -> Steps:
     """A training of the pocket pair by its recipe, and Table 3 of the shipped one."""
-    options = f"threads=1 stage.workers={0 if DRY else 2} seed={os.environ.get('SEED', 3)}"
+    number = os.environ.get("SEED", "3")
+    options = f"threads=1 stage.workers={0 if DRY else 2}"
     base, pretraining, tuning, table3 = "", "", "", "data.examples=25 pair.workers=4"
     if DRY:
         options += " stage.tokens_per_step=1024"
         base, table3 = "stage.drill_tokens=1024", "data.tasks=[S-1] data.examples=1 pair.workers=1"
         pretraining, tuning = "stage.schedule=[[1024,64],[1024,128]]", "stage.schedule=[[1024,512]]"
 
-    def train(experiment: str, *settings: str) -> str:
-        return run(out, f"experiment={experiment}", *settings, options)
+    def train(experiment: str, *settings: str, seed: str = number) -> str:
+        return run(out, f"experiment={experiment}", *settings, f"{options} seed={seed}")
 
     table3 = run(out, "experiment=table3 pair=pocket", table3, f"stage.folder={out}/table3")
     yield 120, [train("pocket_base", pretraining, base), table3]
     pair = [
-        (train(x, pretraining), train(f"{x}_sft", tuning), train(f"{x}_sft2", tuning))
+        (
+            train(x, pretraining),
+            train(f"{x}_sft", tuning),
+            train(f"{x}_sft2", tuning),
+            train(f"{x}_sft3", tuning, f"model.training={number}", seed=f"10{number}"),
+        )
         for x in ("pocket_attention", "pocket_ratplus")
     ]
     yield 240, [" && ".join(phases) for phases in pair]

@@ -10,10 +10,10 @@ from ratplus_exp.analysis import tidy
 from ratplus_exp.config import validate, validate_method
 from ratplus_exp.store import Store
 
-POCKET = ["pocket_{}", "pocket_{}_sft", "pocket_{}_sft2"]
+POCKET = ["pocket_{}", "pocket_{}_sft", "pocket_{}_sft2", "pocket_{}_sft3"]
 
 
-@pytest.mark.parametrize("phase", ["small_{}", "small_{}_sft", "pocket_{}_sft2"])
+@pytest.mark.parametrize("phase", ["small_{}", "small_{}_sft", *POCKET[2:]])
 def test_attention_takes_as_many_optimizer_steps_on_the_same_batches(job, phase):
     ratplus, attention = (
         job.compose(f"experiment={phase.format(backbone)}") for backbone in ("ratplus", "attention")
@@ -31,7 +31,8 @@ def test_attention_takes_as_many_optimizer_steps_on_the_same_batches(job, phase)
 @pytest.mark.parametrize("backbone", ["attention", "ratplus"])
 def test_each_phase_goes_on_from_the_one_before(job, backbone):
     phases = ["pocket_base", *(phase.format(backbone) for phase in POCKET)]
-    stages = [job.compose(f"experiment={phase}", "seed=3").stage for phase in phases]
+    numbers = ["seed=3", "model.training=3"]
+    stages = [job.compose(f"experiment={phase}", *numbers).stage for phase in phases]
     assert stages[0].init is None
     for before, stage in pairwise(stages):
         assert stage.init == f"{before.folder}/model"
