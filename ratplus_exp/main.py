@@ -30,14 +30,17 @@ def main(cfg: DictConfig) -> None:
         from ratplus_exp.stages import run
 
         run(cfg)
+        if cfg.dry_run:
+            _remove_empty(cfg)
     except (ValueError, OSError, OmegaConfBaseException) as error:
-        _remove_empty(Path(HydraConfig.get().runtime.output_dir), Path(str(cfg.output)).absolute())
+        _remove_empty(cfg)
         fail(error)
 
 
-def _remove_empty(folder: Path, output: Path) -> None:
-    """Remove a job's folder, and those above it in `output` that are then empty, if the job wrote
-    nothing."""
+def _remove_empty(cfg: DictConfig) -> None:
+    """Remove the job's folder, and those above it in cfg.output that are then empty, if the job
+    wrote nothing."""
+    folder, output = Path(HydraConfig.get().runtime.output_dir), Path(str(cfg.output)).absolute()
     empty = folder != Path.cwd() and {x.name for x in folder.iterdir()} <= {".hydra", "run.log"}
     if empty and not any(log.stat().st_size for log in folder.glob("run.log")):
         shutil.rmtree(folder)

@@ -202,11 +202,14 @@ def test_sigkill_costs_and_repeats_no_example(run, tiny_models):
         assert ids == [f"{cell.key['task']}/validation/0/{i}" for i in range(5)]
 
 
-def test_a_refused_job_leaves_no_folder(run, tiny_models):
-    for wrong in ("seed=-1", "model.path=nowhere", "data.essay=nowhere"):
-        code, said = run([*evaluation(tiny_models), wrong, "hydra.run.dir=${output}/runs/day/job"])
-        assert code == 1 and said.splitlines()[-1].startswith("error: "), said
-        assert run.output.exists() and not (run.output / "runs").exists(), wrong
+@pytest.mark.parametrize(
+    "word", ["seed=-1", "model.path=nowhere", "data.essay=nowhere", "dry_run=true"]
+)
+def test_a_refused_job_and_a_dry_run_leave_no_folder(run, tiny_models, word):
+    code, said = run([*evaluation(tiny_models), word, "hydra.run.dir=${output}/runs/day/job"])
+    refused = said.splitlines()[-1].startswith("error: ")
+    assert (code, refused) == ((0, False) if word == "dry_run=true" else (1, True)), said
+    assert run.output.exists() and not (run.output / "runs").exists()
 
 
 @pytest.mark.parametrize(
