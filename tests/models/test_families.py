@@ -136,7 +136,7 @@ def small_decoders():
                 model = AutoModelForCausalLM.from_config(config)
             if sum(p.numel() for p in model.parameters()) < 3e6:
                 yield family, stock_model(family, **sizes)
-        except Exception:  # noqa: BLE001, S112: the family needs other settings or packages
+        except Exception:  # the family needs other settings or packages
             continue
 
 
@@ -147,7 +147,7 @@ def test_every_family_of_transformers_gives_its_stock_logits_or_is_refused():
     for family, model in small_decoders():
         try:
             expected = model(ids).logits[:, -3:]
-        except Exception:  # noqa: BLE001, S112: transformers itself does not run it
+        except Exception:  # transformers itself does not run it
             continue
         try:
             attach_engine(model)
