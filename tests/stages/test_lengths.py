@@ -87,6 +87,7 @@ def settings(folder, length, *more):
     [
         ([], "more than the 64 positions .* set rope, or positions=N"),
         (["rope={rope_type: default}"], "more than the 64 positions"),
+        (["rope={rope_type: default, factor: 8}"], "more than the 64 positions"),
         (["rope={rope_type: linear, factor: 1.5}"], "more than the 96 positions"),
         (["rope={rope_type: linear, factor: 4}", "positions=100"], "than the 100 positions"),
         (["rope={rope_type: llama3, factor: 2}"], "that transformers needs.*low_freq_factor"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ratplus_exp.models.loading import interface_digest, weights_digest
+from ratplus_exp.models.loading import interface_digest, load_model, weights_digest
 from ratplus_exp.provenance import sha256
 from ratplus_exp.stages.common import device_of
 
@@ -124,6 +124,14 @@ def _store(path, change):
     name = next(iter(weights))
     weights[name] = change(weights[name])
     save_file(weights, path, {"format": "pt"})
+
+
+def test_large_weights_in_float16_are_loaded(tiny_models, tmp_path):
+    """Their sum is beyond float16, each of them is not."""
+    model = shutil.copytree(tiny_models["ratplus"], tmp_path / "model")
+    _store(model / "model.safetensors", lambda weight: torch.full_like(weight, 6e4))
+    loaded = load_model(model, torch.device("cpu"), "float16")
+    assert loaded.dtype == torch.float16
 
 
 @pytest.mark.parametrize(

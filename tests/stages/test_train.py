@@ -102,6 +102,13 @@ def test_a_trained_memory_is_not_made_otherwise(job, tiny_models, change, made):
         job(*how, "model.architecture.gate_bias=0.0", f"model.architecture.{change}")
 
 
+@pytest.mark.parametrize("field", ["hidden_size=32", "num_hidden_layers=3"])
+def test_sizes_other_than_those_of_the_model_to_start_from_are_refused(job, tiny_models, field):
+    how = ["experiment=pocket_attention_sft", "model=pocket_attention"]
+    with pytest.raises(ValueError, match=f"{field} has no effect: the model in .* leave it out"):
+        job(*how, f"stage.init={tiny_models['attention']}", f"model.architecture.{field}")
+
+
 SELECT = ["memory_kind=ema_fixed", "memory_on=select", "gate_bias=[1,16]"]
 
 
