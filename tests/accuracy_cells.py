@@ -18,9 +18,10 @@ def add(store: Store, backbone: str, task: str, right: int, n: int = 10, **key) 
     key = QUEST | {"checkpoint": f"digest-{backbone}", "seed": 0, "tier": "pocket"} | key
     key |= {"stage": "eval", "backbone": backbone, "task": task, "context_length": 512}
     cell = store.cell({"model": f"pocket_{backbone}", **key})
-    other = {"substring": 0.5, "prompt_tokens": 100}
     with cell.open({"commit": "abc"}):
-        cell.append([{"id": f"{task}-{i}", "exact": float(i < right)} | other for i in range(n)])
+        cell.append(
+            [{"id": f"{task}-{i}", "exact": float(i < right), "substring": 0.5} for i in range(n)]
+        )
         measured = {"budget_measured": 0.07, "effective_memory_length": 60.0, "gate_mean": 0.9}
         cell.finish(accuracies(cell.records()) | measured)
 

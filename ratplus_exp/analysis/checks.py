@@ -1,9 +1,7 @@
-"""Checks of results: implausible differences, and prompts that were cut."""
+"""Checks of results: implausible differences."""
 
 from itertools import pairwise
 from typing import NamedTuple
-
-import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, Group
 from ratplus_exp.analysis.frame import DENSE, TASKS
@@ -48,9 +46,3 @@ def anomalies(draws: Bootstrap) -> list[Anomaly]:
         if gain.low > 0:
             result.append(Anomaly(group, than, task, gain.value, gain.low))
     return result
-
-
-def cut_prompts(samples: pd.DataFrame) -> dict[str, int]:
-    """By cell, how many prompts leave too little room for their answer."""
-    counts = samples.groupby("cell")["cut"].sum()
-    return {str(cell): int(count) for cell, count in counts[counts > 0].items()}

@@ -81,20 +81,19 @@ def sample_scores(cells: Cells, stage: str = "eval", **where: Any) -> pd.DataFra
     where: for `select`, as in `sample_scores(store, tier="pocket", task=["MK-1", "MK-2"])`.
 
     Returns:
-        Columns cell, id, the scorers (0 to 1), cut (whether the prompt leaves too little room for
-        its answer), and the setting columns of `tidy`; of stage "hit_rate", instead of scorers,
-        hits (gold values hit, an array over layers and heads) and values (their number).
+        Columns cell, id, the scorers (0 to 1) and the setting columns of `tidy`; of stage
+        "hit_rate", instead of scorers, hits (gold values hit, an array over layers and heads) and
+        values (their number).
     """
     by_id = {x.cell.id: x for x in finished(cells, stage)}
     settings = select(tidy(by_id.values(), stage), where).drop(columns=[*_FLOATS, "n"])
     fields = tuple(FIELDS[stage])
     rows = [
-        (name, i, *(record[field] for field in fields), record.get("prompt_tokens", 0) > room)
+        (name, i, *(record[field] for field in fields))
         for name in settings["cell"]
-        for room in [_room(by_id[name].cell.key)]
         for i, record in by_id[name].records.items()
     ]
-    frame = pd.DataFrame(rows, columns=["cell", "id", *fields, "cut"])
+    frame = pd.DataFrame(rows, columns=["cell", "id", *fields])
     return frame.merge(settings, on="cell", validate="many_to_one")
 
 
@@ -165,10 +164,3 @@ def _variant(key: Mapping[str, Any]) -> str:
         text = json.dumps(key["data"], sort_keys=True)
         parts.append(f"data={hashlib.sha256(text.encode()).hexdigest()[:6]}")
     return " ".join(parts)
-
-
-def _room(key: Mapping[str, Any]) -> float:
-    """The most tokens of a prompt that leave room for its answer."""
-    data = key.get("data", {})
-    reserve = data.get("forms", data).get("reserve", 0)  # RULER's files have no forms
-    return key.get("context_length", float("inf")) - reserve

@@ -72,8 +72,6 @@ def warning_section(results: Results) -> Section:
     for length, part in results.by_length.items():
         at = f"At {length} tokens: " if len(results.by_length) > 1 else ""
         points += [at + sentence("doubt", x) for x in checks.anomalies(part.draws)]
-    for name, count in checks.cut_prompts(results.samples).items():
-        points.append(sentence("cut", results.stored[name].cell.path.name, count))
     return Section("Warnings", (sentence("checks"),), tuple(points) or ("None.",))
 
 

@@ -2,8 +2,7 @@
 
 from accuracy_cells import DENSE, add, add_all
 
-from ratplus_exp.analysis import sample_scores
-from ratplus_exp.analysis.checks import anomalies, cut_prompts
+from ratplus_exp.analysis.checks import anomalies
 from ratplus_exp.report.results import Results
 
 
@@ -18,12 +17,3 @@ def test_more_accuracy_from_less_attention_is_an_anomaly(store):
     assert [(x.than, x.task) for x in found] == [("dense", None), ("dense", "MK-2"), ("1/16", None)]
     assert [round(x.gain) for x in found] == [30, 30, 40]
     assert all(0 < x.bound < x.gain for x in found)
-
-
-def test_a_prompt_without_room_for_its_answer_is_noticed(store):
-    add(store, "ratplus", "S-1", 3, n=8, data={"forms": {"reserve": 420}}, **DENSE)
-    assert list(cut_prompts(sample_scores(store)).values()) == [8]
-    add(store, "ratplus", "S-1", 3, data={"file": "ab", "reserve": 413}, **DENSE)
-    assert len(cut_prompts(sample_scores(store))) == 2  # a RULER file
-    add(store, "ratplus", "S-1", 3, data={"forms": {"reserve": 412}}, **DENSE)
-    assert len(cut_prompts(sample_scores(store))) == 2
