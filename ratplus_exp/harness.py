@@ -60,13 +60,13 @@ class RatPlus(HFLM):
         validate(cfg)
         for name, value, supported in (
             ("selector", cfg.selector, ("topk",)),
-            ("stage.protocol", cfg.stage.protocol, ("whole",)),
+            ("data.protocol", cfg.data.protocol, ("whole",)),
             ("cut", cut, ("left", "middle")),
         ):
             if value not in supported:
                 choices = " or ".join(supported)
                 raise ValueError(f"{name}={value} is not supported here: use {choices}")
-        if not str(size := batch_size or cfg.stage.batch_size).isdigit():
+        if not str(size := batch_size or cfg.data.batch_size).isdigit():
             raise ValueError(f"batch_size={size}: use a number")
         self.cfg, self.cut, path = cfg, cut, resolve(cfg.model.path)
         self.method = method_of(cfg)

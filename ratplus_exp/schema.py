@@ -24,6 +24,7 @@ from ratplus_exp.settings import (
     Name,
     Names,
     Positive,
+    Protocol,
     Seed,
     Seeds,
     Selector,
@@ -104,7 +105,7 @@ class ModelConfig(Settings):
 class DataConfig(Settings):
     name: Name = MISSING
     length: Length = MISSING  # context length in tokens, answer included
-    batch_size: Examples = 50  # prompts at a time in evaluation; stage.batch_size may differ
+    batch_size: Examples = 50  # prompts at a time in evaluation
     block_size: Positive = MISSING  # the tier's block size; 64 in the paper
     window: Positive = MISSING  # SnapKV's observation window; 64 in the paper
     kernel: Positive = MISSING  # of SnapKV's pooling; 5 in its original
@@ -113,6 +114,7 @@ class DataConfig(Settings):
     )
     examples: Examples = 100  # a task
     first_token: FirstToken = "prefill"  # what gives an answer's first token
+    protocol: Protocol = "whole"  # selection for the whole prompt, or before the question is known
     forms: Forms = field(default_factory=EMPTY)
     vt: VT = field(default_factory=EMPTY)
     cwe: CWE = field(default_factory=EMPTY)

@@ -101,6 +101,7 @@ Names = Annotated[list[Name], Distinct]
 Seeds = Annotated[list[Seed], Field(min_length=1), Distinct]
 Selector = Literal["topk", "random", "oracle"]
 FirstToken = Literal["prefill", "decode"]
+Protocol = Literal["whole", "split"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 

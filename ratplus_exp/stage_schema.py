@@ -13,12 +13,12 @@ from ratplus_exp.settings import (
     DilatedSettings,
     Dtype,
     Examples,
-    FirstToken,
     Fraction,
     Length,
     Name,
     Names,
     Positive,
+    Protocol,
     Rate,
     Seed,
     Seeds,
@@ -39,7 +39,6 @@ else:
     Task = Literal[tuple(RULER_NAMES)]
     Golden = Literal[tuple(GOLDEN)]
 
-Protocol = Literal["whole", "split"]
 Figure = Literal["fig1", "fig2", "fig3", "fig4", "lengths"]
 Scorer = Literal["exact", "substring"]
 Output = Literal["table2", "table3", "table4", "table5", Figure, "tasks", "report"]
@@ -72,19 +71,12 @@ class Grid(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measuring(Settings):
-    batch_size: Examples
-    first_token: FirstToken
-    protocol: Protocol  # whether a method selects for the whole prompt, or before the question
-
-
-@dataclass(frozen=True, kw_only=True)
-class OneCell(Measuring):
+class OneCell(Settings):
     name: Literal["eval", "hit_rate"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grids(Measuring):
+class Grids(Settings):
     """A stage that fills grids of cells for every training of `models`.
 
     Subclasses end with `cells`, which repeat other fields by interpolation: of several errors the
@@ -97,7 +89,7 @@ class Grids(Measuring):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomSelector(Measuring):
+class RandomSelector(Settings):
     name: Literal["random_selector"]
     workers: Threads
     scorer: Scorer
@@ -132,7 +124,7 @@ class MethodsStage(Grids):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look(Measuring):
+class Look(Settings):
     name: Literal["look"]
     models: Names
     methods: Annotated[Names, Field(min_length=1)]
@@ -147,8 +139,6 @@ class Report(Settings):
     trainings: Seeds
     outputs: dict[Output, bool]
     scorer: Scorer
-    first_token: FirstToken
-    protocol: Protocol  # which of the cells
     folder: Text | None
     where: dict[Name, Any] | None  # choices by column of cells.csv
 

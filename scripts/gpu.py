@@ -165,7 +165,7 @@ def small(out: Path) -> Steps:
     pair = f"pair=small {'data.examples=1' if DRY else 'data.examples=50 pair.random_examples=25'}"
     cells = (
         f"experiment=[table3,table5{',small_trial' * DRY}]",
-        *(pair, "stage.batch_size=25", f"pair.workers={1 if DRY else 5}"),
+        *(pair, "data.batch_size=25", f"pair.workers={1 if DRY else 5}"),
         without("table3", "table5"),
     )
     folders = {x: f"stage.folder={out}/cells/{x}" for x in models}

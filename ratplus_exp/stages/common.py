@@ -92,7 +92,7 @@ def model_of(cfg: DictConfig) -> PreTrainedModel:
 def first_token_of(cfg: DictConfig) -> str:
     """Which tokens of a prompt run under the method after the prefill, as keys and captions name
     it: none ("prefill"), the last one ("decode"), or the question ("split")."""
-    return "split" if cfg.stage.protocol == "split" else str(cfg.stage.first_token)
+    return "split" if cfg.data.protocol == "split" else str(cfg.data.first_token)
 
 
 def resolve(path: str) -> Path:

@@ -35,7 +35,7 @@ def run(cfg: DictConfig) -> None:
     groups = [model]
     if "joint" in cfg.stage:
         groups += training(cfg, shape)
-    elif "batch_size" in cfg.stage:
+    elif cfg.stage.name not in ("convert", "report", "tokenize"):
         groups += evaluation(cfg, shape)
     groups.append(_cache(cfg, shape))
     breaks = frozenset(sum(map(len, groups[:i])) for i in range(1, len(groups)))
@@ -136,7 +136,7 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
 def evaluation(cfg: DictConfig, shape: Shape) -> list[Rows]:
     """Rows of a stage that runs prompts: work and memory of a GPU."""
     method, gpus, length = validate_method(cfg), cfg.cluster, cfg.data.length
-    new, batch = forms_of(cfg).reserve, cfg.stage.batch_size
+    new, batch = forms_of(cfg).reserve, cfg.data.batch_size
     examples = cfg.data.examples * len(cfg.data.tasks)
     prefill = examples * length * shape.forward_flops((length + 1) / 2)
     fraction = float(method.fraction(length)) if method.phase in ("decode", *EVICTING) else 1.0

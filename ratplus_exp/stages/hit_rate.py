@@ -3,7 +3,7 @@
 The model is fed the gold answer, so every decoding step has a golden position: the place in the
 prompt of the token to predict. A head hits a gold value if its selection includes this position at
 every step of the value, where any occurrence of the value counts. MV and MQ count each of their
-values. As in generation, with stage.first_token=prefill the first token of an answer has no step.
+values. As in generation, with data.first_token=prefill the first token of an answer has no step.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class HitRate(MeasuringStage):
         if all(owner < 0 for tokens in owners for owner in tokens):
             raise ValueError(
                 f"{samples[0].task}: every answer is one token long, so no decoding step has a "
-                "golden position: set stage.first_token=decode"
+                "golden position: set data.first_token=decode"
             )
         layers = prompts.model.config.num_hidden_layers
         counter = HitCounter(job.method, golden.to(ids.device), lengths, layers)

@@ -47,6 +47,7 @@ def look_at(cfg: DictConfig) -> Look:
     """The prompt under every method on every model."""
     cfg = cfg.copy()
     cfg.data.examples, cfg.data.tasks = cfg.stage.index + 1, [cfg.stage.task]
+    cfg.data.first_token = "decode"  # so that the first answer token has a selection, too
     one = {"training": cfg.model.training}
     entries = [one | {"model": name} for name in cfg.stage.models] or [one]
     methods = [{"method": name} for name in cfg.stage.methods]

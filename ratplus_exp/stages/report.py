@@ -30,8 +30,8 @@ def run(cfg: DictConfig) -> None:
     """
     outputs = [name for name, on in cfg.stage.outputs.items() if on]
     store = Store(resolve(cfg.results))
-    settings = {name: cfg.stage[name] for name in ("scorer", "first_token", "protocol")}
-    results = Results.read(store, _where(cfg), **settings)
+    settings = {name: cfg.data[name] for name in ("first_token", "protocol")}
+    results = Results.read(store, _where(cfg), scorer=cfg.stage.scorer, **settings)
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     folder.mkdir(parents=True, exist_ok=True)
     remove_drafts(folder)

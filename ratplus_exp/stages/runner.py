@@ -134,7 +134,7 @@ def _sharing(
     Keys and values, and a method's copy of them, may take half of the workers' memory.
     """
     cfg = jobs[0].cfg
-    size = int(cfg.stage.batch_size)
+    size = int(cfg.data.batch_size)
     if len(jobs) == 1:
         return None, size
     memory = total_memory(model.device) / 2 / workers

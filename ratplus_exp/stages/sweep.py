@@ -41,7 +41,7 @@ from ratplus_exp.tracking import tracked
 
 FIELDS = {
     "training": "model.training",
-    "protocol": "stage.protocol",
+    "protocol": "data.protocol",
     "budget": "budget",
     "selector": "selector",
     "selector_seed": "selector_seed",
@@ -88,7 +88,7 @@ def ablation(cfg: DictConfig, cells: Sequence[Finished]) -> Outputs:
     """Models side by side at one budget, dense and under each method; and in the other settings of
     `stage.cells`."""
     setting = {name: cfg[name] for name in ("budget", "seed")} | {"tier": cfg.model.tier}
-    setting |= {name: cfg.stage[name] for name in ("first_token", "protocol")}
+    setting |= {name: cfg.data[name] for name in ("first_token", "protocol")}
     lengths = tidy(cells).groupby("model")["effective_memory_length"].mean()
     models, scorer = list(cfg.stage.models), cfg.stage.scorer
     return model_table(sample_scores(cells), lengths, models, scorer, **setting), []
@@ -198,8 +198,6 @@ def configuration(cfg: DictConfig, entry: dict[str, Any]) -> DictConfig:
             )
         measuring = cfg.stage.name if cfg.stage.name in MEASURING else "eval"
         job.stage = option("stage", entry.get("stage", measuring))
-        for field in ("first_token", "protocol", "batch_size"):
-            job.stage[field] = cfg.stage[field]
         for field in FIELDS.keys() & entry.keys():
             OmegaConf.update(job, FIELDS[field], entry[field])
         job.data.examples = min(cfg.data.examples, entry.get("examples", cfg.data.examples))

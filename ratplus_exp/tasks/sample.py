@@ -75,7 +75,7 @@ def question_tokens(sample: Sample, template: str, tokenizer: PreTrainedTokenize
     if not words.strip() or place < 0:
         raise ValueError(
             f"{sample.id}: the prompt has no {words!r} after the context, so its question cannot"
-            " be found: set stage.protocol=whole, or the template to the file's"
+            " be found: set data.protocol=whole, or the template to the file's"
         )
     return sum(end > place for _, end in encode(sample.prompt, tokenizer).offset_mapping)
 

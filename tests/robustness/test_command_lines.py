@@ -85,20 +85,19 @@ stage=null -> use one of them by its name
 stage.name=evaluate -> use one of eval
 stage.name=null -> stage
 stage.colour=red -> no field 'colour'
-stage.batch_size=0 -> use at least 1
-stage.batch_size=x -> use a whole number
-stage.batch_size=null -> use a whole number
-stage.batch_size=1.5 -> use a whole number
-stage.batch_size=100000000000 -> use at most
-stage.first_token=guess -> use one of prefill, decode
-stage.first_token=null -> use one of prefill, decode
-stage.protocol=both -> use one of whole, split
+data.batch_size=x -> use a whole number
+data.batch_size=null -> use a whole number
+data.batch_size=1.5 -> use a whole number
+data.batch_size=100000000000 -> use at most
+data.first_token=guess -> use one of prefill, decode
+data.first_token=null -> use one of prefill, decode
+data.protocol=both -> use one of whole, split
 stage=hit_rate data.tasks=[S-1,cwe] -> has no position in the prompt
 selector=oracle data.tasks=[qa_1] -> has no position in the prompt
 +data.vt.hops=0 -> use at least 1
 data.cwe.repeats=[3] -> use a list of at least 2
 data.fwe.template=x -> lacks {context}: add it to the text
-stage=hit_rate stage.batch_size=-5 -> use at least 1
+stage=hit_rate data.batch_size=-5 -> use at least 1
 stage=random_selector stage.selector_seeds=[] -> at least 1
 stage=random_selector stage.selector_seeds=3 -> use a list
 stage=random_selector stage.selector_seeds=[0,0] -> use each of them once

@@ -27,10 +27,10 @@ def small(models, backbone="ratplus", **extra):
         "data.forms.reserve": 12,
         "data.block_size": 8,
         "data.window": 8,
-        "stage.first_token": "prefill",
+        "data.first_token": "prefill",
         "data.tasks": "[S-1,MK-2,MV]",
         "data.examples": 3,
-        "stage.batch_size": 2,
+        "data.batch_size": 2,
     } | extra
     return [f"{key}={value}" for key, value in fields.items()]
 
@@ -88,7 +88,7 @@ def test_batches_do_not_change_a_record(job, tiny_models, setting):
     """Neither an answer nor what was measured, whatever the other rows of a batch go on to say."""
     found = []
     for rows in (1, 3):
-        job(*small(tiny_models, **setting, **{"stage.batch_size": rows}))
+        job(*small(tiny_models, **setting, **{"data.batch_size": rows}))
         cells = list(Store(job.folder / "results").cells("eval"))
         records = [record for cell in cells for record in cell.records().values()]
         found.append([{k: x for k, x in r.items() if k != "seconds"} for r in records])
@@ -107,7 +107,7 @@ def test_a_changed_setting_is_another_cell(job, tiny_models):
         {"selector": "oracle", "oracle_heads": "[0-1]"},
         {"selector": "random"},
         {"selector": "random", "selector_seed": 1},
-        {"stage.first_token": "decode"},
+        {"data.first_token": "decode"},
         {"method.block_size": 16},
     ):
         before = len(frame(job))
@@ -125,7 +125,7 @@ def test_the_first_token_can_come_from_a_decoding_step(job, tiny_models, method)
             "data.forms.reserve": 1,
             "data.tasks": "[S-1,S-2,MK-1]",
         }
-        setting = {"stage.first_token": first, "data.examples": 30} | one
+        setting = {"data.first_token": first, "data.examples": 30} | one
         job(*small(tiny_models, method=method, budget="1/8", **setting))
         cells = frame(job)
         if method == "dense":
@@ -206,7 +206,7 @@ def without_times(cell):
 def test_protocols_have_cells_of_their_own_where_they_differ(job, tiny_models, method):
     tasks = {"data.tasks": "[MQ,vt]", "data.length": 256, "method": method}
     job(*small(tiny_models, **tasks))
-    job(*small(tiny_models, **tasks, **{"stage.protocol": "split"}))
+    job(*small(tiny_models, **tasks, **{"data.protocol": "split"}))
     cells = frame(job)
     kinds = cells["first_token"].tolist()
     if method == "moba":  # selects for every token by that token alone

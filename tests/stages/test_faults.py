@@ -77,7 +77,7 @@ def run(tmp_path):
 def evaluation(tiny_models):
     model = [f"model.path={tiny_models['ratplus']}", "model.sha256=null", "model.training=0"]
     size = ["data.length=256", "data.block_size=4", "data.tasks=[S-1]", "data.examples=3"]
-    return [*model, *size, "stage.batch_size=2"]
+    return [*model, *size, "data.batch_size=2"]
 
 
 def training():

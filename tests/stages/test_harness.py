@@ -157,7 +157,7 @@ def test_a_method_changes_log_likelihoods_and_rolling_ones_are_sums(samples):
     ("words", "message"),
     [
         ({"selector": "random"}, "selector=random is not supported here: use topk"),
-        ({"stage.protocol": "split"}, "stage.protocol=split is not supported here: use whole"),
+        ({"data.protocol": "split"}, "data.protocol=split is not supported here: use whole"),
         ({"cut": "right"}, "use left or middle"),
         ({"batch_size": "auto"}, "batch_size=auto: use a number"),
         ({"budget": "1/7"}, "1/7"),

@@ -34,7 +34,7 @@ def small(folder, model, **extra):
         "data.tasks": "[S-1,MK-2]",
         "data.examples": 3,
         "budget": "1/4",
-        "stage.batch_size": 2,
+        "data.batch_size": 2,
     } | extra
     return [f"{key}={value}" for key, value in fields.items()]
 

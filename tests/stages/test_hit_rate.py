@@ -21,10 +21,10 @@ def small(models, **extra):
         "data.length": 128,
         "data.block_size": 8,
         "data.window": 8,
-        "stage.first_token": "prefill",
+        "data.first_token": "prefill",
         "data.tasks": "[S-3,MV]",
         "data.examples": 3,
-        "stage.batch_size": 2,
+        "data.batch_size": 2,
     } | extra
     return [f"{key}={value}" for key, value in fields.items()]
 
@@ -76,7 +76,7 @@ def by_hand(cfg, model, tokenizer, sample, first):
 
 @pytest.mark.parametrize(("method", "first"), [("quest", "prefill"), ("snapkv", "decode")])
 def test_hits_are_those_of_a_model_stepped_by_hand(job, tiny_models, method, first):
-    cfg = job(*small(tiny_models, method=method, **{"stage.first_token": first}))
+    cfg = job(*small(tiny_models, method=method, **{"data.first_token": first}))
     model = load_model(tiny_models["ratplus"], torch.device("cpu"))
     tokenizer = load_tokenizer(tiny_models["ratplus"])
     niah = Ruler(tokenizer, 128, forms=_forms(cfg))

@@ -105,7 +105,7 @@ def test_heads_that_hold_the_answer_are_those_of_the_hit_rate_record(looked, job
             continue
         backbone, method = ("attention", "ratplus")[number // 4], view["method"].lower()
         chosen = [f"model={name}_{backbone}", f"method={method}", "data.examples=1"]
-        job("stage=hit_rate", "stage.first_token=decode", *settings, *chosen)
+        job("stage=hit_rate", *settings, *chosen, "data.first_token=decode")
         cells = Store(job.folder / "results").cells("hit_rate")
         (cell,) = [x for x in cells if (x.key["backbone"], x.key["method"]) == (backbone, method)]
         (record,) = cell.records().values()

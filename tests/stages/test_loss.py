@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on_at_the_next_document(job, pair, monkeypatch):
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    words = ["stage=loss", *pair, CELLS, "data.examples=2", "stage.batch_size=1"]
+    words = ["stage=loss", *pair, CELLS, "data.examples=2", "data.batch_size=1"]
     monkeypatch.setattr(sweep.Loss, "metrics", killed)
     with pytest.raises(KeyboardInterrupt):
         job(*words)

@@ -41,7 +41,7 @@ def settings(model):
         "budget=1/4",
         "data.tasks=[S-1,MQ]",
         "data.examples=5",
-        "stage.batch_size=2",
+        "data.batch_size=2",
     ]
 
 

@@ -24,7 +24,7 @@ def jobs(job, pair, tmp_path):
 
     def make(folder, *settings):
         results = f"results={tmp_path / folder}"
-        line = ["experiment=grids", *pair, "data.examples=3", "stage.batch_size=2", results]
+        line = ["experiment=grids", *pair, "data.examples=3", "data.batch_size=2", results]
         with job.ready(*line, *settings) as cfg:
             cfg.stage.models = [cfg.stage.models[1]]
             return cfg, [sweep.job_of(each) for each in sweep.expand(cfg)]

@@ -176,5 +176,5 @@ def test_the_question_is_what_follows_the_context(source, task):
     count = question_tokens(sample, template, source.tokenizer)
     text = source.tokenizer.decode(sample.input_ids[-count:])
     assert re.match(r"\.?\s*(Question: |What (are|is)|what (are|is))", text)
-    with pytest.raises(ValueError, match="set stage.protocol=whole"):
+    with pytest.raises(ValueError, match="set data.protocol=whole"):
         question_tokens(sample, "\nAnswer this: {query}", source.tokenizer)
