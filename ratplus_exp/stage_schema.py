@@ -161,7 +161,7 @@ class Training(Settings):
     prefix: Literal["random", "prompt"] | None = None
     sparse_only_tokens: Whole
     low_rank: Whole = 0
-    workers: Threads = 0
+    workers: Threads
     dtype: Dtype | None = None  # of the saved weights; null: as they are trained
     optimizer: TrainSettings
 

@@ -183,7 +183,7 @@ def _fit(
             log=tracker.log,
             device=device_of(cfg),
             data=data,
-            workers=stage.get("workers", 0),
+            workers=stage.workers,
         )
         trainer.run(f"{stage.name} {cfg.model.name}")
     return whole_state_dict(model)
