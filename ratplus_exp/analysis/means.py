@@ -109,7 +109,8 @@ def length_curves(draws: Mapping[int, Bootstrap]) -> pd.DataFrame:
 
     draws: the accuracies of each context length, by `GROUP`. The columns LINE name a line of a
     plot: of a method with blocks, one line has a fixed block size and another a fixed number of
-    blocks; a point may be in both. Lines of a single length are left out. n: samples per task.
+    blocks; a point may be in both. Lines of at most half of the lengths, such as those of other
+    block sizes in a table, are left out. n: samples per task.
     """
     tasks = sorted(set.intersection(*(set(x.tasks) for x in draws.values()))) if draws else []
     rows = []
@@ -127,5 +128,5 @@ def length_curves(draws: Mapping[int, Bootstrap]) -> pd.DataFrame:
             ]
     columns = [*LINE, "length", "block_size", "accuracy", "low", "high", "n"]
     frame = pd.DataFrame(rows, columns=columns).dropna()
-    several = frame.groupby(LINE)["length"].transform("nunique") > 1
+    several = frame.groupby(LINE)["length"].transform("nunique") > max(1, len(draws) / 2)
     return frame[several].sort_values([*LINE, "length"], ignore_index=True)
