@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from brute_force import seen
 from test_in_model import generate
 
 import ratplus_kernels
@@ -166,20 +167,13 @@ def test_dilated_prefill_in_chunks_is_its_mask(monkeypatch, length, chunk, at_on
     )
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     position = torch.arange(length)
-    seen = torch.tensor(
-        [
-            [
-                j <= t
-                and ((sizes[0] and (j + 1) % sizes[0] == 0) or t - j <= sizes[1] or j < sizes[2])
-                for j in range(length)
-            ]
-            for t in range(length)
-        ]
-    ).bool()
-    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for t in range(length):
+        mask[t, seen(method, None, 0, t)] = True
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     out = method.attend_prefill(States(q, k, v, Step(position[None])))
     torch.testing.assert_close(out, wanted)
-    assert torch.equal(method.attended(position), seen.sum(-1))
+    assert torch.equal(method.attended(position), mask.sum(-1))
     grads = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, wanted)]
     for grad, wanted_grad in zip(*grads, strict=True):
         torch.testing.assert_close(grad, wanted_grad)
