@@ -14,21 +14,9 @@ from ratplus_bench.scan_cases import both
 from ratplus_bench.timing import Case, Form, Machine, Row
 from ratplus_exp.methods import Engine, MoBA
 from ratplus_exp.provenance import REPOSITORY
+from ratplus_kernels import memory_scan
 
 MACHINE = Machine(torch.device("cpu"), torch.float32, dry=True, bandwidth=1e9, matmul=1e12)
-
-
-def loop(z, k, v):
-    """Eq. 1 in float64, token by token."""
-    z, k, v = (x.double() for x in (z, k, v))
-    outs = []
-    for x in (k, v):
-        state, out = torch.zeros_like(x[:, 0]), []
-        for t in range(x.shape[1]):
-            state = torch.sigmoid(z[:, t]) * state + torch.sigmoid(-z[:, t]) * x[:, t]
-            out.append(state)
-        outs.append(torch.stack(out, dim=1))
-    return tuple(outs)
 
 
 @pytest.mark.parametrize("form", scan_cases.CPU_FORMS)
@@ -36,11 +24,11 @@ def loop(z, k, v):
 def test_every_form_of_the_scan_is_the_same_operation(form, length):
     generator = torch.Generator().manual_seed(length)
     inputs = [torch.randn(2, length, 2, 3, generator=generator) for _ in range(3)]
+    doubles = [x.double() for x in inputs]  # tests/kernels proves memory_scan on float64
     run = scan_cases.CPU_FORMS[form]
-    for out, wanted in zip(run(*inputs)[:2], loop(*inputs), strict=True):
+    for out, wanted in zip(run(*inputs)[:2], memory_scan(*doubles)[:2], strict=True):
         torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-5)
-    exact = both(loop)(*(x.double() for x in inputs))
-    for out, wanted in zip(both(run)(*inputs), exact, strict=True):
+    for out, wanted in zip(both(run)(*inputs), both(memory_scan)(*doubles), strict=True):
         torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-5)
 
 

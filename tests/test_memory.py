@@ -162,15 +162,6 @@ def test_padding_is_held_from_a_given_state_too(settings):
     assert_close(state[:, 1:2], alone[2])
 
 
-def test_gate_is_shared_by_keys_and_values_but_not_by_channels(memory):
-    x, k, _ = inputs()
-    k_out, v_out, _ = memory(x, k, k, None, None)
-    assert torch.equal(k_out, v_out)
-    z = memory.gate_logits(x)
-    assert z.shape == (B, T, H, D)
-    assert z[0, 0].unique().numel() == H * D
-
-
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
@@ -255,10 +246,10 @@ def test_statistics_of_taps_are_the_lag_of_their_weights():
 
 def test_statistics_of_rates_are_their_lengths():
     memory = KINDS["ema_fixed"](C, H, D)
-    memory.initialize(0.0, (1.0, 8.0))
-    found = memory.statistics(torch.randn(1, 500, C), torch.arange(500)[None] > 100)
-    assert_close(found["length"], torch.tensor([1.0, 2, 4, 8]).expand(H, D), rtol=1e-3, atol=0)
-    assert float(found["gate"]) == pytest.approx((0 + 1 / 2 + 3 / 4 + 7 / 8) / 4)
+    memory.initialize(0.0, (1.0, 64.0))
+    found = memory.statistics(torch.randn(1, 2000, C), torch.arange(2000)[None] > 1000)
+    assert_close(found["length"], torch.tensor([1.0, 4, 16, 64]).expand(H, D), rtol=1e-3, atol=0)
+    assert float(found["gate"]) == pytest.approx((0 + 3 / 4 + 15 / 16 + 63 / 64) / 4)
 
 
 def reach(z):
@@ -288,10 +279,3 @@ def test_effective_length_is_the_double_sum_over_positions(shift):
             lengths = torch.tensor([reach(z[b, :, h, d]) for b in range(2)])
             assert float(everywhere[h, d]) == pytest.approx(float(lengths.mean()), rel=1e-4)
             assert float(masked[h, d]) == pytest.approx(float(lengths[mask].mean()), rel=1e-4)
-
-
-@pytest.mark.parametrize("length", [1.5, 4.0, 64.0])
-def test_a_constant_gate_reaches_as_far_as_its_length_says(length):
-    z = torch.full((1, 2000, 1, 1), math.log(length - 1))
-    settled = torch.arange(2000)[None] > 1000
-    assert float(effective_length(z, settled)) == pytest.approx(length, rel=1e-3)

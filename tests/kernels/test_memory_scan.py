@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from ratplus_kernels import memory_prefill, memory_scan, memory_step
-from ratplus_kernels.dispatch import definitions
 
 GPU = torch.cuda.is_available()
 KERNEL_DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
 # (B, T, H, D), with and without ragged tiles
-SHAPES = [(2, 9, 1, 5), (1, 1, 1, 4), (1, 8, 2, 4)]
+SHAPES = [(2, 9, 1, 5), (1, 1, 1, 4), (2, 8, 2, 4)]
 if GPU:
     SHAPES += [(1, 4096, 32, 128), (2, 1000, 4, 80), (4, 333, 2, 64), (1, 131_072, 8, 128)]
 TOLERANCE = {  # of the torch form, in each number
@@ -189,12 +188,6 @@ def test_a_step_that_must_learn_has_gradients(triton_device):
     torch.testing.assert_close(k.grad, torch.sigmoid(-z))
 
 
-@pytest.mark.parametrize("length", [1, 5])
-def test_gradients_of_every_input_are_right(length):
-    given = Form(torch.device("cpu"), torch.float64, False).inputs((2, length, 3, 4))
-    assert torch.autograd.gradcheck(memory_scan, [x.double().requires_grad_() for x in given])
-
-
 def test_gradients_through_shut_and_open_gates_are_finite_and_right():
     z = torch.tensor([math.inf, -1e4, 0.5], dtype=torch.float64).view(1, 3, 1, 1).repeat(2, 1, 3, 4)
     k, v, initial = torch.randn_like(z), torch.randn_like(z), torch.randn(2, 2, 3, 4).double()
@@ -254,11 +247,11 @@ def rope_of(positions, dim):
 
 
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row of angles", "angles for each row"])
-@pytest.mark.parametrize("length", [5, 8])
-def test_prefill_rotates_keys_and_sums_up_blocks(form, rows, length):
-    size, h, d = 4, 2, 8
+@pytest.mark.parametrize(("length", "size"), [(5, 4), (8, 4), (7, 2)])
+def test_prefill_rotates_keys_and_sums_up_blocks(form, rows, length, size):
+    h, d = 2, 8
     if GPU and form.kernel:
-        size, h, d, length = 64, 8, 128, 200 * length
+        size, h, d, length = 16 * size, 8, 128, 200 * length
     z, k, v, _ = form.inputs((2, length, h, d))
     rope = rope_of(torch.arange(length) + 3 * torch.arange(rows)[:, None], d)
     rope = tuple(x.to(form.device) for x in rope)
@@ -281,17 +274,6 @@ def test_prefill_rotates_keys_and_sums_up_blocks(form, rows, length):
         assert torch.equal(blocks.bounds[:, :, n, :d], stored.amin(1))
         assert torch.equal(blocks.bounds[:, :, n, d:], stored.amax(1))
     assert blocks.mean.shape == (2, h, math.ceil(length / size), d)
-
-
-def test_prefill_in_torch_agrees_with_the_kernel(triton_device):
-    z, k, v, _ = Form(triton_device, torch.float32, True).inputs((1, 7, 2, 4))
-    rope = tuple(x.to(triton_device) for x in rope_of(torch.arange(7)[None], 4))
-    kernel = memory_prefill(z, k, v, rope, 2)
-    with definitions():
-        definition = memory_prefill(z, k, v, rope, 2)
-    for out, wanted in zip(kernel, definition, strict=True):
-        for a, b in zip(out, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [0, 3, 48])

@@ -121,21 +121,6 @@ def test_of_equal_scores_the_earliest_stay(device):
     assert kept.flatten().tolist() == [0, 1, 2, 3, 10, 11]
 
 
-def test_a_needle_is_kept(device):
-    """A token that the window looks for, and with average pooling its neighbours."""
-    _, k, v = inputs((1, 1, 1, 19, 2, 8), torch.float32, device)
-    k = k.clone()
-    k[0, 0, 9] = 10.0
-    q = torch.full((1, 1, 2, 8), 3.0, device=device)
-    *_, kept = keep(q, k, v, 2 + 5)
-    assert kept.flatten().tolist() == [7, 8, 9, 10, 11, 17, 18]
-
-
-def test_a_budget_below_the_window_is_refused():
-    with pytest.raises(ValueError, match="always keeps 3 tokens, but its budget gives only 2"):
-        SnapKV(top_k=2, window=3).validate()
-
-
 def test_shapes_that_do_not_fit_are_refused():
     q, k, _ = inputs(SHAPES[0], torch.float32, CPU)
     with pytest.raises(ValueError, match="K dividing H"):

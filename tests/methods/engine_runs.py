@@ -6,7 +6,7 @@ import math
 
 import torch
 from brute_force import seen, token_scores
-from plain_python import attention, rows_of, softmax
+from plain_python import rows_of, softmax
 
 from ratplus_exp.methods import States, Step
 from ratplus_exp.models.cache import SparseCache
@@ -19,16 +19,14 @@ def attend_by_hand(method, q, k, v, prompts, steps, select_by=None):
     selecting = rows if select_by is None else rows_of(q, select_by, v, prompts, steps)
     for b, row in enumerate(rows):
         for head in range(q.shape[1]):
-            keys, values = row.k[row.kv(head)], row.v[row.kv(head)]
             for t in range(row.prompt + steps):
                 where = seen(method, selecting[b], head, t)
-                found = attention(
-                    row.q[head][t], [keys[j] for j in where], [values[j] for j in where]
-                )
+                found = row.attend(head, t, where)
                 if method.mean_value and t >= row.prompt:
                     weights = softmax(token_scores(method, selecting[b], head, t))
                     share = sum(weights[j] for j in where)
-                    means = [sum(x) / (t + 1) for x in zip(*values[: t + 1], strict=True)]
+                    values = row.v[row.kv(head)][: t + 1]
+                    means = [sum(x) / (t + 1) for x in zip(*values, strict=True)]
                     found = [share * x + (1 - share) * y for x, y in zip(found, means, strict=True)]
                 out[b, head, t] = torch.tensor(found)
     return out

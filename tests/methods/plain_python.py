@@ -22,6 +22,13 @@ class Row:
     def group(self, kv_head):
         return [head for head in range(len(self.q)) if self.kv(head) == kv_head]
 
+    def attend(self, head, t, where):
+        """What query t of a head gets from the tokens at `where`."""
+        kv = self.kv(head)
+        keys, values = ([x[j] for j in where] for x in (self.k[kv], self.v[kv]))
+        weights = attention_weights(self.q[head][t], keys)
+        return [dot(weights, channel) for channel in zip(*values, strict=True)]
+
 
 def rows_of(q, k, v, prompts, steps):
     """Each sample without its padding, as lists."""
@@ -49,8 +56,3 @@ def softmax(logits):
     weights = [math.exp(x - highest) for x in logits]
     total = sum(weights)
     return [w / total for w in weights]
-
-
-def attention(query, keys, values):
-    weights = attention_weights(query, keys)
-    return [dot(weights, channel) for channel in zip(*values, strict=True)]

@@ -27,18 +27,19 @@ def decode(model, ids, prompt, engine, at_once=1):
     return torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
 
 
-def generate(model, ids, engine, mask=None):
-    """Logits (B, TOKENS, V) of greedy generation, and the tokens."""
+def generate(model, ids, engine, mask=None, count=TOKENS):
+    """Logits (B, count, V) of greedy generation, and the tokens, both on the CPU."""
+    mask = torch.ones_like(ids) if mask is None else mask
     out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
         past_key_values=model.new_cache(engine),
-        max_new_tokens=TOKENS,
+        max_new_tokens=count,
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return torch.stack(out.logits, dim=1), out.sequences[:, ids.shape[1] :]
+    return torch.stack(out.logits, dim=1).cpu(), out.sequences[:, ids.shape[1] :].cpu()
 
 
 @torch.no_grad()

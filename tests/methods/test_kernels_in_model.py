@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from brute_force import seen
+from test_in_model import generate
 
 import ratplus_kernels
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Quest, SnapKV, States, Step
 from ratplus_exp.methods import dilated as dilated_module
 from ratplus_exp.models import forward_pass
 
-both_lengths = pytest.mark.parametrize(
-    "lengths", [(22, 22), (22, 9, 17)], ids=["alike", "of different length"]
-)
 # Small, since the interpreter is slow.
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+SELECT = {"memory_kind": "ema_fixed", "memory_on": "select", "gate_bias": (1.0, 8.0)}
 NEW_TOKENS = 4  # from the sixth block into the seventh
 METHODS = {
     "quest_decode": Quest(block_size=4, top_k=3),
@@ -23,29 +23,24 @@ METHODS = {
 }
 
 
-def generate(model, ids, mask, engine):
-    out = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        past_key_values=model.new_cache(engine),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return out.sequences[:, ids.shape[1] :].cpu(), torch.stack(out.logits, 1).cpu()
+@pytest.fixture(params=[(22, 22), (22, 9, 17)], ids=["alike", "of different length"])
+def batch(request, make_ids, left_pad):
+    """What to generate from, and how many tokens."""
+    rows = [make_ids(1, n, seed=n + i)[0] for i, n in enumerate(request.param)]
+    ids, mask = left_pad(rows)
+    return {"ids": ids, "mask": mask, "count": NEW_TOKENS}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
-@both_lengths
+@pytest.mark.parametrize("config", [{"memory": False}, SELECT], ids=["own keys", "other keys"])
 def test_generates_through_its_kernel_as_without(
-    make_model, make_ids, left_pad, monkeypatch, triton_device, name, lengths
+    make_model, monkeypatch, triton_device, batch, name, config
 ):
-    model = make_model(memory=False, num_hidden_layers=1, **SIZES)
-    ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
+    """By the keys that it attends to, and by the memory's."""
+    model = make_model(num_hidden_layers=1, **SIZES, **config)
     plain, through = Engine(METHODS[name]), Engine(METHODS[name])
-    tokens, logits = generate(model, ids, mask, plain)  # float64 never goes to a kernel
+    logits, tokens = generate(model, engine=plain, **batch)  # float64 never goes to a kernel
     called = []
     kernel = getattr(ratplus_kernels, name)
     monkeypatch.setattr(
@@ -53,33 +48,17 @@ def test_generates_through_its_kernel_as_without(
     )
     monkeypatch.setattr(Engine, "select_blocks", None)  # nothing may select beside the kernel
     model = model.to(triton_device, torch.float32)
-    tokens_through, logits_through = generate(model, ids, mask, through)
+    logits_through, tokens_through = generate(model, engine=through, **batch)
     assert called
     assert torch.equal(tokens_through, tokens)
     torch.testing.assert_close(logits_through, logits.float(), rtol=1e-4, atol=1e-4)
-    rows = len(lengths)
+    rows = len(batch["ids"])
     torch.testing.assert_close(through.usage.fractions(rows), plain.usage.fractions(rows))
 
 
 @pytest.fixture
 def ratplus(make_model):
     return make_model(num_hidden_layers=1, **SIZES)
-
-
-@torch.no_grad()
-@both_lengths
-@pytest.mark.parametrize("name", METHODS)
-def test_kernels_select_by_the_keys_to_select_by(
-    make_model, make_ids, left_pad, triton_device, name, lengths
-):
-    fixed = {"memory_kind": "ema_fixed", "memory_on": "select", "gate_bias": (1.0, 8.0)}
-    model = make_model(num_hidden_layers=1, **SIZES, **fixed)
-    ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
-    tokens, logits = generate(model, ids, mask, Engine(METHODS[name]))
-    model = model.to(triton_device, torch.float32)
-    tokens_through, logits_through = generate(model, ids, mask, Engine(METHODS[name]))
-    assert torch.equal(tokens_through, tokens)
-    torch.testing.assert_close(logits_through, logits.float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
@@ -97,35 +76,29 @@ def prefills(monkeypatch):
 
 
 @torch.no_grad()
-@both_lengths
 @pytest.mark.parametrize("name", ["quest_decode", "moba_prefill"])
 @pytest.mark.parametrize("kind", ["gate", "ema_fixed"])
 def test_one_pass_of_memory_rope_and_blocks_gives_the_same(
-    make_model, make_ids, left_pad, triton_device, prefills, name, kind, lengths
+    make_model, triton_device, prefills, batch, name, kind
 ):
     lowest = 1.0 if kind == "ema_fixed" else 1.5
     ratplus = make_model(num_hidden_layers=1, memory_kind=kind, gate_bias=(lowest, 8.0), **SIZES)
-    ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
-    tokens, logits = generate(ratplus, ids, mask, Engine(METHODS[name]))
+    logits, tokens = generate(ratplus, engine=Engine(METHODS[name]), **batch)
     assert not prefills
     model = ratplus.to(triton_device, torch.float32)
-    tokens_through, logits_through = generate(model, ids, mask, Engine(METHODS[name]))
+    logits_through, tokens_through = generate(model, engine=Engine(METHODS[name]), **batch)
     assert len(prefills) == 1
     assert torch.equal(tokens_through, tokens)
     torch.testing.assert_close(logits_through, logits.float(), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-@both_lengths
 @pytest.mark.parametrize("name", ["quest_decode", "moba_prefill"])
-def test_one_pass_is_defined_as_the_separate_ones(
-    ratplus, make_ids, left_pad, monkeypatch, prefills, name, lengths
-):
+def test_one_pass_is_defined_as_the_separate_ones(ratplus, monkeypatch, prefills, batch, name):
     """With its torch definition in place of the kernel."""
-    ids, mask = left_pad([make_ids(1, n, seed=n + i)[0] for i, n in enumerate(lengths)])
-    tokens, logits = generate(ratplus, ids, mask, Engine(METHODS[name]))
+    logits, tokens = generate(ratplus, engine=Engine(METHODS[name]), **batch)
     monkeypatch.setattr(forward_pass, "use_triton", lambda *tensors: True)
-    tokens_through, logits_through = generate(ratplus, ids, mask, Engine(METHODS[name]))
+    logits_through, tokens_through = generate(ratplus, engine=Engine(METHODS[name]), **batch)
     assert len(prefills) == 1
     assert torch.equal(tokens_through, tokens)
     torch.testing.assert_close(logits_through, logits)
@@ -148,12 +121,7 @@ def test_one_pass_is_for_blocks_that_it_can_make(ratplus, make_ids, monkeypatch,
 @torch.no_grad()
 @pytest.mark.parametrize(
     "variant",
-    [
-        {"memory_on": "k"},
-        {"shared_gate": False},
-        {"memory_kind": "conv"},
-        {"memory_kind": "ema_fixed", "memory_on": "select"},
-    ],
+    [{"memory_on": "k"}, {"shared_gate": False}, {"memory_kind": "conv"}, SELECT],
     ids=str,
 )
 def test_one_pass_is_for_the_memory_of_the_papers(
@@ -199,20 +167,13 @@ def test_dilated_prefill_in_chunks_is_its_mask(monkeypatch, length, chunk, at_on
     )
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     position = torch.arange(length)
-    seen = torch.tensor(
-        [
-            [
-                j <= t
-                and ((sizes[0] and (j + 1) % sizes[0] == 0) or t - j <= sizes[1] or j < sizes[2])
-                for j in range(length)
-            ]
-            for t in range(length)
-        ]
-    ).bool()
-    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for t in range(length):
+        mask[t, seen(method, None, 0, t)] = True
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     out = method.attend_prefill(States(q, k, v, Step(position[None])))
     torch.testing.assert_close(out, wanted)
-    assert torch.equal(method.attended(position), seen.sum(-1))
+    assert torch.equal(method.attended(position), mask.sum(-1))
     grads = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, wanted)]
     for grad, wanted_grad in zip(*grads, strict=True):
         torch.testing.assert_close(grad, wanted_grad)

@@ -164,7 +164,8 @@ def test_less_than_what_is_always_kept_is_refused(method):
     replace(method, top_k=least).validate()
     with pytest.raises(ValueError, match="raise the budget") as error:
         replace(method, top_k=least - 1).validate()
-    assert f"always keeps {method.forced} {method.unit}s" in str(error.value)
+    problem = f"always keeps {method.forced} {method.unit}s, but its budget gives only {least - 1}:"
+    assert problem in str(error.value)
 
 
 def test_what_selects_nothing_needs_no_budget():
