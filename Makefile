@@ -20,7 +20,7 @@ SWEEP  = $(RUN) experiment=$@ pair=$(PAIR) $(SET)
 # Trainings of the pocket tier (docs/pocket-training.md): three of each model, one of each control.
 SEEDS    := 0 1 3
 MODELS   := attention ratplus
-CONTROLS := ema ema_fixed conv shift
+CONTROLS := ema ema_fixed conv shift joint
 trained   = $(foreach seed,$(SEEDS),$(MODELS:%=pocket_%_$(seed)))
 controls  = $(CONTROLS:%=pocket_%_3) pocket_select_3
 
