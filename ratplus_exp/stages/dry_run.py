@@ -136,8 +136,9 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
 def evaluation(cfg: DictConfig, shape: Shape) -> list[Rows]:
     """Rows of a stage that runs prompts: work and memory of a GPU."""
     method, gpus, length = validate_method(cfg), cfg.cluster, cfg.data.length
-    new, batch = forms_of(cfg).reserve, cfg.data.batch_size
-    examples = cfg.data.examples * len(cfg.data.tasks)
+    one = cfg.stage.name == "look"  # a single prompt
+    new, batch = forms_of(cfg).reserve, 1 if one else cfg.data.batch_size
+    examples = 1 if one else cfg.data.examples * len(cfg.data.tasks)
     prefill = examples * length * shape.forward_flops((length + 1) / 2)
     fraction = float(method.fraction(length)) if method.phase in ("decode", *EVICTING) else 1.0
     read = shape.kv_bytes(length) * fraction
