@@ -43,7 +43,8 @@ class Session:
 
     def source(self, job: Job) -> Samples:
         """One for each kind and data configuration, since it reads RULER's files."""
-        name = str((job.stage.samples, job.path, plain(job.cfg.data), job.cfg.seed))
+        data = plain(job.cfg.data) | {"protocol": None}  # both protocols have the same prompts
+        name = str((job.stage.samples, job.path, data, job.cfg.seed))
         if name not in self.sources:
             self.sources[name] = job.stage.samples(job.cfg, load_tokenizer(job.path))
         return self.sources[name]
