@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +15,7 @@ from ratplus_exp.analysis.bootstrap import Bootstrap
 from ratplus_exp.analysis.means import length_curves, selector_means
 from ratplus_exp.analysis.pattern import compare, scaled
 from ratplus_exp.report.paper import paper_tables
-from ratplus_exp.store import Finished, Store
+from ratplus_exp.store import Cell, Finished, Store
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,17 @@ class Results:
         cls,
         store: Store,
         where: dict[str, Any],
+        like: Iterable[Cell] | None = None,
         scorer: str = "exact",
         first_token: str = "prefill",
         protocol: str = "whole",
     ) -> Results:
-        """where: for `select` on `tidy`; first_token: for methods that it affects.
-        ValueError if no finished cell fits."""
+        """where: for `select` on `tidy`; like: cells in the wanted settings, of any seed (None: all
+        settings); first_token: for methods that it affects. ValueError if no finished cell fits."""
         stored = [x for stage in frame.FIELDS for x in frame.finished(store, stage)]
+        if like is not None:
+            settings = {_without_seed(cell) for cell in like}
+            stored = [x for x in stored if _without_seed(x.cell) in settings]
         every = cls(
             cells=frame.select(frame.tidy(stored), where),
             samples=frame.sample_scores(stored, **where),
@@ -140,3 +146,7 @@ class Results:
     def compared(self, table: str) -> pd.DataFrame:
         """One of the paper's tables beside the measured cells: see `compare`."""
         return compare(self.paper(table), frame.grouped(self.cells), self.scorer)
+
+
+def _without_seed(cell: Cell) -> str:
+    return json.dumps({**cell.key, "seed": None}, sort_keys=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,20 @@ from ratplus_exp.report.results import Results
 from ratplus_exp.report.sections import FIGURES, PAGE
 from ratplus_exp.stages.common import checkpoint_of, composed, job_folder, model_option, resolve
 from ratplus_exp.stages.missing import missing
-from ratplus_exp.store import Finished, Store, remove_drafts, write_atomically
+from ratplus_exp.store import Cell, Finished, Store, remove_drafts, write_atomically
 from ratplus_exp.tracking import tracked
 
 
-def run(cfg: DictConfig) -> None:
+def run(cfg: DictConfig, cells: Sequence[Cell] | None = None) -> None:
     """Print `stage.outputs` and write them (Markdown, CSV, LaTeX, PNG, PDF) with their cells.
 
+    cells: of a sweep, whose settings are shown, with any seed; None: all finished cells.
     An output without cells is left out with a message, or refused if it is the only one.
     """
     outputs = [name for name, on in cfg.stage.outputs.items() if on]
     store = Store(resolve(cfg.results))
     settings = {name: cfg.data[name] for name in ("first_token", "protocol")}
-    results = Results.read(store, _where(cfg), scorer=cfg.stage.scorer, **settings)
+    results = Results.read(store, _where(cfg), cells, scorer=cfg.stage.scorer, **settings)
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     folder.mkdir(parents=True, exist_ok=True)
     remove_drafts(folder)

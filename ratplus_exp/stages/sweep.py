@@ -56,9 +56,10 @@ Outputs = tuple[Table, list[Path]]  # of a stage: its table, its pictures
 
 
 def run(cfg: DictConfig) -> None:
-    """stage=sweep: fill the missing cells, then write `stage.outputs`."""
-    failed = fill_jobs(cfg, [job_of(job) for job in expand(cfg)])
-    report.run(cfg)
+    """stage=sweep: fill the missing cells, then write `stage.outputs` from these settings."""
+    jobs = [job_of(job) for job in expand(cfg)]
+    failed = fill_jobs(cfg, jobs)
+    report.run(cfg, [cell for job in jobs for cell in job.cells.values()])
     raise_if_failed(failed)
 
 

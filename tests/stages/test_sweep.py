@@ -84,6 +84,18 @@ def test_a_sweep_runs_what_is_missing_and_writes_the_report(job, pair, capsys):
     assert len(before) - len(untouched) == 2 * (4 + 15 + 3)  # those of Table 5
 
 
+def test_a_sweep_shows_its_settings_with_every_seed_and_a_report_shows_all(job, pair):
+    model = next(x for x in (job.folder / "conf" / "model").iterdir() if "ratplus" in x.name).stem
+    data = [x for x in pair if not x.startswith("stage.")]
+    job(f"model={model}", "method=tova", "budget=1/4", *data)
+    for seed in (0, 1):
+        job("experiment=table2", *pair, f"seed={seed}")
+    shown = pd.read_csv(job.folder / "reports" / "tiny" / "cells.csv")
+    assert set(shown["method"]) == {"quest", "moba"} and set(shown["seed"]) == {0, 1}
+    job("stage=report", *data)
+    assert "tova" in set(pd.read_csv(job.folder / "job" / "cells.csv")["method"])
+
+
 def test_trainings_are_a_level_of_every_table(job, pair, tiny_models, capsys):
     """Two trainings of either backbone, which differ in their weights."""
     conf = job.folder / "conf"
