@@ -56,11 +56,11 @@ def check(settings: Mapping[str, Any]) -> Config:
         raise ValueError(f"oracle_heads needs selector=oracle, not {config.selector}")
     if config.stage.name == "loss" and config.selector == "oracle":
         raise ValueError("stage=loss has no gold values: use selector=topk or random")
-    golden = config.stage.name == "hit_rate" or config.selector == "oracle"
+    golden = config.stage.name in ("hit_rate", "reads") or config.selector == "oracle"
     if golden and (placeless := [task for task in config.data.tasks if task not in GOLDEN]):
         raise ValueError(
             f"data.tasks has {placeless[0]}, whose answer has no position in the prompt, so no hit "
-            "rate and no oracle: leave it out"
+            "rate, no reads and no oracle: leave it out"
         )
     if config.checkpoint and not isinstance(config.stage, Convert):
         raise ValueError("checkpoint is for stage=convert: set model.path to evaluate a model")

@@ -108,7 +108,7 @@ class Ablation(Grids):
 
 @dataclass(frozen=True, kw_only=True)
 class Loss(Grids):
-    name: Literal["loss"]
+    name: Literal["loss", "reads"]
     cells: dict[Name, Grid]
 
 

@@ -17,6 +17,7 @@ STAGES = {
     "ablation": "sweep.one_table",
     "loss": "sweep.one_table",
     "methods": "sweep.one_table",
+    "reads": "sweep.one_table",
     "look": "look.run",
     "report": "report.run",
     "pretrain": "train.pretrain",

@@ -8,6 +8,7 @@ values. As in generation, with data.first_token=prefill the first token of an an
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,46 +38,36 @@ def run(cfg: DictConfig) -> None:
 class HitRate(MeasuringStage):
     """The measuring stage: gold values hit, by layer and head."""
 
+    name = "hit_rate"
+
     def check(self, method: Method, name: str) -> None:
         """The method must select for decoding steps."""
         if method.phase == "prefill":
             raise ValueError(
-                f"stage=hit_rate can't measure {name}: it selects for prompt tokens and decodes "
+                f"stage={self.name} can't measure {name}: it selects for prompt tokens and decodes "
                 "densely, so decoding steps have no selection; use quest or snapkv"
             )
         if isinstance(method, Layers):
-            raise ValueError(f"stage=hit_rate takes one method for all layers, not {name}")
+            raise ValueError(f"stage={self.name} takes one method for all layers, not {name}")
         if method.phase is None:
-            raise ValueError(f"stage=hit_rate needs a method that selects, not {name}: use quest")
+            raise ValueError(
+                f"stage={self.name} needs a method that selects, not {name}: use quest"
+            )
 
     @torch.inference_mode()
     def measure(
         self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
     ) -> list[dict[str, Any]]:
         """Hits, by layer and head."""
-        ids, lengths = prompts.ids, prompts.mask.sum(1)
-        answers = [golden_answer(sample, tokenizer) for sample in samples]
-        width = max(len(answer.ids) for answer in answers) - 1  # EOS is not fed
-        golden = torch.zeros(len(samples), width, job.cfg.data.length, dtype=torch.bool)
-        forced = torch.full((len(samples), width), tokenizer.pad_token_id)
-        owners = [[-1] * width for _ in answers]
-        for row, answer in enumerate(answers):
-            forced[row, : len(answer.ids) - 1] = torch.tensor(answer.ids[:-1])
-            for token, positions, value in answer.steps(prompts.fed):
-                golden[row, token, positions] = True
-                owners[row][token] = value
-        if all(owner < 0 for tokens in owners for owner in tokens):
-            raise ValueError(
-                f"{samples[0].task}: every answer is one token long, so no decoding step has a "
-                "golden position: set data.first_token=decode"
-            )
+        answers = forced_answers(samples, prompts, tokenizer, job.cfg.data.length)
+        device, lengths = prompts.ids.device, prompts.mask.sum(1)
         layers = prompts.model.config.num_hidden_layers
-        counter = HitCounter(job.method, golden.to(ids.device), lengths, layers)
-        engine = Engine(job.method, selector_of(job.cfg, samples, ids.device), counter)
-        feed(prompts, engine, forced[:, :-1])
-        last = lengths.cpu() + torch.tensor([len(answer.ids) - 3 for answer in answers])
+        counter = HitCounter(job.method, answers.golden, lengths, layers)
+        engine = Engine(job.method, selector_of(job.cfg, samples, device), counter)
+        feed(prompts, engine, answers.forced[:, :-1])
+        last = lengths.cpu() + torch.tensor([answer - 3 for answer in answers.sizes])
         fractions = engine.usage.fractions(len(samples), last)
-        values, hits = counter.values(owners)
+        values, hits = counter.values(answers.owners)
         return [
             {
                 "id": sample.id,
@@ -99,6 +90,45 @@ class HitRate(MeasuringStage):
             "values": values,
             "budget_measured": round(measured, 5),
         }
+
+
+@dataclass
+class Forced:
+    """The gold answers of a batch as input: A tokens, without EOS.
+
+    golden: (B, A, data.length) bool, the golden positions of each token.
+    forced: (B, A) tokens, padded.
+    owners: for each sample and token the gold value that it is part of, or −1.
+    sizes: each answer's tokens, EOS included.
+    """
+
+    golden: Tensor
+    forced: Tensor
+    owners: list[list[int]]
+    sizes: list[int]
+
+
+def forced_answers(
+    samples: list[Sample], prompts: PromptBatch, tokenizer: Any, length: int
+) -> Forced:
+    """ValueError if no token that a decoding step predicts has a golden position."""
+    answers = [golden_answer(sample, tokenizer) for sample in samples]
+    width = max(len(answer.ids) for answer in answers) - 1
+    golden = torch.zeros(len(samples), width, length, dtype=torch.bool)
+    forced = torch.full((len(samples), width), tokenizer.pad_token_id)
+    owners = [[-1] * width for _ in answers]
+    for row, answer in enumerate(answers):
+        forced[row, : len(answer.ids) - 1] = torch.tensor(answer.ids[:-1])
+        for token, positions, value in answer.steps(prompts.fed):
+            golden[row, token, positions] = True
+            owners[row][token] = value
+    if all(owner < 0 for tokens in owners for owner in tokens):
+        raise ValueError(
+            f"{samples[0].task}: every answer is one token long, so no decoding step has a "
+            "golden position: set data.first_token=decode"
+        )
+    sizes = [len(answer.ids) for answer in answers]
+    return Forced(golden.to(prompts.ids.device), forced, owners, sizes)
 
 
 def feed(prompts: PromptBatch, engine: Engine, answers: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Stages that run grids of cells: sweep, ablation, loss, methods, random_selector.
+"""Stages that run grids of cells: sweep, ablation, loss, methods, random_selector, reads.
 
 `stage.cells`, for instance in conf/experiment/table2.yaml, has the grids of a sweep. Every
 combination of a grid's lists is run for all `stage.trainings` of the grid's models, or else of
@@ -35,6 +35,7 @@ from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
 from ratplus_exp.stages.loss import Loss, loss_outputs
 from ratplus_exp.stages.pool import fill_jobs, filled, raise_if_failed
+from ratplus_exp.stages.reads import Reads, reads_table
 from ratplus_exp.store import Finished
 from ratplus_exp.tasks.qa import QA_FILES, no_file
 from ratplus_exp.tracking import tracked
@@ -51,7 +52,12 @@ FIELDS = {
     "initial": "method.initial",
 }
 """Where the configuration has those fields of a grid that need no more than to be set."""
-MEASURING: dict[str, MeasuringStage] = {"eval": Accuracy(), "hit_rate": HitRate(), "loss": Loss()}
+MEASURING: dict[str, MeasuringStage] = {
+    "eval": Accuracy(),
+    "hit_rate": HitRate(),
+    "loss": Loss(),
+    "reads": Reads(),
+}
 Outputs = tuple[Table, list[Path]]  # of a stage: its table, its pictures
 
 
@@ -67,16 +73,17 @@ def one_table(cfg: DictConfig) -> None:
     """The stages of `TABLES`: fill the missing cells, which are all of one length; print, write and
     track the stage's table and pictures, and write its cells.
 
-    The cells of stage=loss are the rows of its table.
+    A stage without accuracies has cells of its own.
     """
     name = cfg.stage.name
     jobs = [job_of(job) for job in expand(cfg)]
     if len({job.cfg.data.length for job in jobs}) > 1:
         raise ValueError(f"stage={name} is of one length: set data.length instead")
-    cells = finished(filled(cfg, jobs), "loss" if name == "loss" else "eval")
+    measuring = name if name in MEASURING else "eval"
+    cells = finished(filled(cfg, jobs), measuring)
     table, pictures = TABLES[name](cfg, cells)
     show(table, name)
-    report.write_cells(cells, job_folder(), {} if name == "loss" else {"cells": tidy(cells)})
+    report.write_cells(cells, job_folder(), {"cells": tidy(cells)} if measuring == "eval" else {})
     for picture in pictures:
         print(f"Figure: {picture}.")
     with tracked(cfg, job_folder()) as tracker:
@@ -125,6 +132,7 @@ TABLES = {
     "loss": loss_outputs,
     "methods": methods,
     "random_selector": random_selector,
+    "reads": reads_table,
 }
 """The table and pictures of each stage, from its finished cells."""
 

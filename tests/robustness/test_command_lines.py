@@ -93,6 +93,7 @@ data.first_token=guess -> use one of prefill, decode
 data.first_token=null -> use one of prefill, decode
 data.protocol=both -> use one of whole, split
 stage=hit_rate data.tasks=[S-1,cwe] -> has no position in the prompt
+stage=reads data.tasks=[cwe] -> has no position in the prompt
 selector=oracle data.tasks=[qa_1] -> has no position in the prompt
 +data.vt.hops=0 -> use at least 1
 data.cwe.repeats=[3] -> use a list of at least 2

@@ -27,6 +27,7 @@ STAGES = {
     "methods": ["experiment=methods"],
     "pretrain": ["experiment=small_ratplus"],
     "random_selector": ["stage=random_selector"],
+    "reads": ["stage=reads"],
     "report": ["stage=report"],
     "sft": ["stage=sft"],
     "sweep": ["experiment=table5"],

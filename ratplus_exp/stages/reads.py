@@ -1,0 +1,142 @@
+"""stage=reads: from which tokens heads read a gold value, and which reads a selection loses.
+
+The gold answer is the input, as for H1 (`stages.hit_rate`). A head reads at a decoding step if more
+than half of its dense attention is on the golden position and the next tokens, up to 1/16 of the
+context: they carry the token's memory. A read is lost if at most a tenth of the attention that the
+selection leaves is on these tokens; it echoes if more than half is on the answer's own tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor
+
+from ratplus_exp.methods import Dense, Engine, States
+from ratplus_exp.methods.selection import grouped
+from ratplus_exp.models.prefill import PromptBatch
+from ratplus_exp.report import Table
+from ratplus_exp.stages.cells import Job, Records, selector_of
+from ratplus_exp.stages.hit_rate import HitRate, feed, forced_answers
+from ratplus_exp.store import Finished
+from ratplus_exp.tasks import Sample
+from ratplus_kernels.selection import inner_products
+
+REACH = 16  # the context over the tokens after a golden position that count as its memory
+COUNTS = ("reads", "on_token", "lost", "echoes")
+
+
+@dataclass
+class Weighing(Engine):
+    """Dense attention that gives its weights (B, H, Q, T) at decoding steps to `take`, by layer."""
+
+    take: Callable[[int, Tensor], None] = field(kw_only=True)
+
+    def decode(self, states: States, layer: int) -> Tensor:
+        q, k = grouped(states.q, states.k.shape[1]), states.k.unsqueeze(2)
+        logits = inner_products(q, k).float().flatten(1, 2) / sqrt(q.shape[-1])
+        later = torch.arange(k.shape[3], device=k.device) > states.step.positions[:, None, :, None]
+        self.take(layer, logits.masked_fill(later, -torch.inf).softmax(-1))
+        return super().decode(states, layer)
+
+
+class Reads(HitRate):
+    """The measuring stage: counts of reads, by layer."""
+
+    name = "reads"
+
+    @torch.inference_mode()
+    def measure(
+        self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
+    ) -> list[dict[str, Any]]:
+        """For each layer, over heads and steps: reads, the sum of their attention that is on the
+        golden position itself, lost reads, and those that echo."""
+        answers = forced_answers(samples, prompts, tokenizer, job.cfg.data.length)
+        first = 0 if prompts.fed else 1  # the first answer token that a step predicts
+        golden, lengths = answers.golden[:, first:], prompts.mask.sum(1)
+        reach = job.cfg.data.length // REACH
+        region = F.max_pool1d(F.pad(golden.float(), (reach, 0)), reach + 1, 1).bool()
+        inside = torch.arange(golden.shape[-1], device=lengths.device) < lengths[:, None]
+        region &= inside[:, None]
+        selections = defaultdict(list)
+
+        def record(layer: int, *selection: Tensor) -> None:
+            selections[layer].append(selection)
+
+        engine = Engine(job.method, selector_of(job.cfg, samples, golden.device), record)
+        feed(prompts, engine, answers.forced[:, :-1])
+        counts = torch.zeros(len(samples), engine.layers, len(COUNTS), dtype=torch.float64)
+
+        def count(layer: int, weights: Tensor) -> None:
+            weights = weights[:, :, -golden.shape[1] :]  # of a question's tokens none
+            room = (0, weights.shape[-1] - golden.shape[-1])
+            at, near = (F.pad(x, room)[:, None] for x in (golden, region))  # (B, 1, A, T)
+            read = (weights * near).sum(-1) > 0.5
+            left = torch.ones_like(weights, dtype=torch.bool)
+            for rows, positions, selected in selections[layer]:
+                steps = positions - lengths[rows, None] + 1 - first  # (R, Q)
+                self._leave(left, job.method, rows, steps, selected)
+            left = weights * left
+            answer = torch.arange(left.shape[-1], device=left.device) >= lengths[:, None]
+            rest = left.sum(-1)
+            lost = read & ((left * near).sum(-1) <= 0.1 * rest)
+            echo = lost & ((left * answer[:, None, None]).sum(-1) > 0.5 * rest)
+            parts = (read, read * (weights * at).sum(-1), lost, echo)
+            counts[:, layer] = torch.stack([x.double().sum((1, 2)) for x in parts], -1).cpu()
+
+        feed(prompts, Weighing(Dense(), take=count), answers.forced[:, :-1])
+        return [
+            {"id": sample.id} | dict(zip(COUNTS, row.T.round(decimals=4).tolist(), strict=True))
+            for sample, row in zip(samples, counts, strict=True)
+        ]
+
+    @staticmethod
+    def _leave(left: Tensor, method: Any, rows: Tensor, steps: Tensor, selected: Tensor) -> None:
+        """Remove from left (B, H, A, T) what a recorded selection leaves out."""
+        heads = selected.flatten(1, 2)  # of evicting methods KV heads
+        heads = heads.repeat_interleave(left.shape[1] // heads.shape[1], 1)
+        tokens = heads.repeat_interleave(method.block_size, -1)[..., : left.shape[-1]]
+        if method.phase == "once":
+            left[rows, :, :, : tokens.shape[-1]] = tokens
+            return
+        for row, step, kept in zip(rows, steps.expand(len(rows), -1), tokens, strict=True):
+            valid = step >= 0
+            left[row, :, step[valid], : kept.shape[-1]] = kept[:, valid]
+
+    def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
+        """Sums over the samples, by layer."""
+        sums = {x: np.sum([r[x] for r in records.values()], axis=0) for x in COUNTS}
+        return {name: values.round(4).tolist() for name, values in sums.items()}
+
+
+def reads_table(cfg: DictConfig, cells: Sequence[Finished]) -> tuple[Table, list[Path]]:
+    """A row for each training, method, budget and selector, over all tasks and layers."""
+    place = ["model", "training", "method", "budget", "selector"]
+    each = pd.DataFrame([x.cell.key | x.metrics for x in cells])
+    each[[*COUNTS]] = each[[*COUNTS]].map(sum)
+    sums = each.groupby(place, sort=False)[[*COUNTS]].sum().reset_index()
+    rows = [
+        (
+            f"{x['model']}/{x['training']}",
+            *(x[name] for name in place[2:]),
+            f"{x['reads']:.0f}",
+            *(100 * x[name] / x["reads"] if x["reads"] else None for name in ("on_token", "lost")),
+            100 * x["echoes"] / x["lost"] if x["lost"] else None,
+        )
+        for x in sums.to_dict("records")
+    ]
+    columns = ("Model", "Method", "Budget", "Selector", "Reads", "On the token", "Lost", "Echo")
+    first = cells[0].cell.key
+    about = {"n": min(x.metrics["n"] for x in cells), "tasks": each["task"].nunique()}
+    reach = first["context_length"] // REACH
+    return Table.described("reads", columns, rows, reach=reach, first=first, **about), []

@@ -1,0 +1,130 @@
+"""stage=reads against attention that is weighed head by head, step by step."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from ratplus_exp.config import forms_of, method_of
+from ratplus_exp.methods import Dense, Engine
+from ratplus_exp.models.loading import load_model, load_tokenizer
+from ratplus_exp.store import Store
+from ratplus_exp.tasks import Ruler
+from ratplus_exp.tasks.sample import golden_answer
+
+LENGTH, REACH = 128, 8
+REPOSITORY = Path(__file__).parents[2]
+
+
+FOLDER = REPOSITORY / "outputs/reference/pocket/models/ratplus/0"  # a random model reads nothing
+
+
+def run(job, method, budget, selector="topk", first="decode"):
+    grid = f"{{method: {method}, budget: {budget}, selector: {selector}}}"
+    fields = {
+        "stage": "reads",
+        "stage.models": "[]",
+        "stage.trainings": "[0]",
+        "stage.workers": 1,
+        "stage.cells.selectors": grid,
+        "method": method,
+        "budget": budget,
+        "data.length": LENGTH,
+        "data.block_size": 8,
+        "data.window": 8,
+        "data.tasks": "[S-1,MV]",
+        "data.examples": 3,
+        "data.batch_size": 2,
+        "data.first_token": first,
+    }
+    return job(*(f"{key}={value}" for key, value in fields.items()))
+
+
+class Spy(Engine):
+    def decode(self, states, layer):
+        self.seen[layer].append((states.q[0], states.k[0]))
+        return super().decode(states, layer)
+
+
+def by_hand(cfg, model, tokenizer, sample):
+    """reads, on_token, lost, echoes of one sample, by layer: one token a step, one row a batch."""
+    answer, calls = golden_answer(sample, tokenizer), []
+    fed = int(cfg.data.first_token == "decode")
+    ids = torch.tensor([[*sample.input_ids, *answer.ids[:-1]]])
+    layers = range(model.config.num_hidden_layers)
+
+    def record(layer, rows, positions, selected):
+        calls.append((layer, int(positions[0, 0]), selected[0].flatten(0, 1)[:, 0]))
+
+    method, spy = method_of(cfg), Spy(Dense())
+    spy.seen = [[] for _ in layers]
+    for engine in (Engine(method, recorder=record), spy):
+        cache, prompt = model.new_cache(engine), sample.length - fed
+        with torch.inference_mode():
+            model(ids[:, :prompt], past_key_values=cache)
+            for t in range(prompt, ids.shape[1] - 1):
+                model(ids[:, t : t + 1], past_key_values=cache)
+    sums = torch.zeros(4, len(layers), dtype=torch.float64)
+    for layer in layers:
+        for token, places, _ in answer.steps(fed):
+            at = sample.length + token - 1
+            q, k = spy.seen[layer][token - 1 + fed]
+            for head in range(len(q)):
+                k_of = k[head * len(k) // len(q), : at + 1].double()
+                weights = (k_of @ q[head, 0].double() / math.sqrt(k.shape[-1])).softmax(0)
+                near = {t for p in places for t in range(p, p + REACH + 1) if t < sample.length}
+                if not near or sum(weights[t] for t in near) <= 0.5:
+                    continue
+                sums[0, layer] += 1
+                sums[1, layer] += sum(weights[p] for p in places)
+                (chosen,) = (
+                    chosen[head]
+                    for where, position, chosen in calls
+                    if where == layer and (method.phase == "once" or position == at)
+                )
+                left = {
+                    t: float(weights[t])
+                    for t in range(at + 1)
+                    if t // method.block_size >= len(chosen) or chosen[t // method.block_size]
+                }
+                rest = sum(left.values())
+                lost = sum(left.get(t, 0) for t in near) <= 0.1 * rest
+                sums[2, layer] += lost
+                answered = sum(x for t, x in left.items() if t >= sample.length)
+                sums[3, layer] += lost and answered > 0.5 * rest
+    return sums
+
+
+@pytest.mark.parametrize(("method", "first"), [("quest", "prefill"), ("snapkv", "decode")])
+def test_reads_are_those_of_a_model_stepped_by_hand(job, method, first):
+    cfg = run(job, method, "1/8", first=first)
+    model, tokenizer = load_model(FOLDER, torch.device("cpu")), load_tokenizer(FOLDER)
+    ruler, total = Ruler(tokenizer, LENGTH, forms=forms_of(cfg)), 0
+    for cell in Store(job.folder / "results").cells("reads"):
+        for index, record in enumerate(cell.records().values()):
+            sample = ruler.sample(cell.key["task"], 0, index)
+            expected = by_hand(cfg, model, tokenizer, sample)
+            for name, row in zip(("reads", "on_token", "lost", "echoes"), expected, strict=True):
+                assert record[name] == pytest.approx(row.tolist(), abs=1e-3), (sample.id, name)
+            total += expected
+    reads, on_token, lost, echoes = total.sum(1).tolist()
+    assert 0 < on_token < reads and 0 < echoes < lost < reads
+    (row,) = pd.read_csv(job.folder / "job" / "reads.csv").to_dict("records")
+    assert row["Reads"] == reads
+    assert row["Lost"] == pytest.approx(100 * lost / reads, abs=0.06)
+
+
+def test_random_selection_loses_reads_and_a_whole_budget_none(job):
+    lost = {}
+    for budget in ("1/4", "1/1"):
+        run(job, "quest", budget, "random")
+        (row,) = pd.read_csv(job.folder / "job" / "reads.csv").to_dict("records")
+        lost[budget] = row["Lost"]
+    assert lost["1/4"] > 5 and lost["1/1"] == 0
+
+
+def test_methods_without_a_selection_while_decoding_are_refused(job):
+    with pytest.raises(ValueError, match="stage=reads can't measure moba: .* decodes densely"):
+        run(job, "moba", "1/4")
