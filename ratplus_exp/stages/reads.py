@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ratplus_exp.methods import Dense, Engine, States
+from ratplus_exp.methods import Dense, Engine, Method, States
 from ratplus_exp.methods.selection import grouped
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
@@ -85,7 +85,7 @@ class Reads(HitRate):
             left = torch.ones_like(weights, dtype=torch.bool)
             for rows, positions, selected in selections[layer]:
                 steps = positions - lengths[rows, None] + 1 - first  # (R, Q)
-                self._leave(left, job.method, rows, steps, selected)
+                _remove(left, job.method, rows, steps, selected)
             left = weights * left
             answer = torch.arange(left.shape[-1], device=left.device) >= lengths[:, None]
             rest = left.sum(-1)
@@ -100,23 +100,27 @@ class Reads(HitRate):
             for sample, row in zip(samples, counts, strict=True)
         ]
 
-    @staticmethod
-    def _leave(left: Tensor, method: Any, rows: Tensor, steps: Tensor, selected: Tensor) -> None:
-        """Remove from left (B, H, A, T) what a recorded selection leaves out."""
-        heads = selected.flatten(1, 2)  # of evicting methods KV heads
-        heads = heads.repeat_interleave(left.shape[1] // heads.shape[1], 1)
-        tokens = heads.repeat_interleave(method.block_size, -1)[..., : left.shape[-1]]
-        if method.phase == "once":
-            left[rows, :, :, : tokens.shape[-1]] = tokens
-            return
-        for row, step, kept in zip(rows, steps.expand(len(rows), -1), tokens, strict=True):
-            valid = step >= 0
-            left[row, :, step[valid], : kept.shape[-1]] = kept[:, valid]
-
     def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
         """Sums over the samples, by layer."""
         sums = {x: np.sum([r[x] for r in records.values()], axis=0) for x in COUNTS}
         return {name: values.round(4).tolist() for name, values in sums.items()}
+
+
+def _remove(left: Tensor, method: Method, rows: Tensor, steps: Tensor, selected: Tensor) -> None:
+    """Set to false in left (B, H, A, T) what a selection of some rows leaves out.
+
+    steps (R or 1, Q): the step, below A, that each query of the selection decodes; of the prompt's
+    queries it is negative.
+    """
+    heads = selected.flatten(1, 2)  # of evicting methods KV heads
+    heads = heads.repeat_interleave(left.shape[1] // heads.shape[1], 1)
+    tokens = heads.repeat_interleave(method.block_size, -1)[..., : left.shape[-1]]
+    if method.phase == "once":
+        left[rows, :, :, : tokens.shape[-1]] = tokens
+        return
+    for row, step, kept in zip(rows, steps.expand(len(rows), -1), tokens, strict=True):
+        decoding = step >= 0
+        left[row][:, step[decoding], : kept.shape[-1]] = kept[:, decoding]
 
 
 def reads_table(cfg: DictConfig, cells: Sequence[Finished]) -> tuple[Table, list[Path]]:

@@ -97,7 +97,9 @@ def by_hand(cfg, model, tokenizer, sample):
     return sums
 
 
-@pytest.mark.parametrize(("method", "first"), [("quest", "prefill"), ("snapkv", "decode")])
+@pytest.mark.parametrize(
+    ("method", "first"), [("quest", "prefill"), ("snapkv", "decode"), ("h2o", "decode")]
+)
 def test_reads_are_those_of_a_model_stepped_by_hand(job, method, first):
     cfg = run(job, method, "1/8", first=first)
     model, tokenizer = load_model(FOLDER, torch.device("cpu")), load_tokenizer(FOLDER)
