@@ -107,7 +107,7 @@ class Ablation(Grids):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss(Grids):
+class Measured(Grids):
     name: Literal["loss", "reads"]
     cells: dict[Name, Grid]
 
@@ -205,7 +205,7 @@ Stage = (
     OneCell
     | RandomSelector
     | Ablation
-    | Loss
+    | Measured
     | MethodsStage
     | Look
     | Sweep

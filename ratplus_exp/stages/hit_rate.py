@@ -35,10 +35,10 @@ def run(cfg: DictConfig) -> None:
     fill_tracked(Job(cfg, HitRate()), _report)
 
 
-class HitRate(MeasuringStage):
-    """The measuring stage: gold values hit, by layer and head."""
+class DecodingStage(MeasuringStage):
+    """A stage that measures what decoding steps select; name: of the stage, for messages."""
 
-    name = "hit_rate"
+    name = ""
 
     def check(self, method: Method, name: str) -> None:
         """The method must select for decoding steps."""
@@ -53,6 +53,12 @@ class HitRate(MeasuringStage):
             raise ValueError(
                 f"stage={self.name} needs a method that selects, not {name}: use quest"
             )
+
+
+class HitRate(DecodingStage):
+    """The measuring stage: gold values hit, by layer and head."""
+
+    name = "hit_rate"
 
     @torch.inference_mode()
     def measure(

@@ -1,9 +1,10 @@
 """stage=reads: from which tokens heads read a gold value, and which reads a selection loses.
 
 The gold answer is the input, as for H1 (`stages.hit_rate`). A head reads at a decoding step if more
-than half of its dense attention is on the golden position and the next tokens, up to 1/16 of the
-context: they carry the token's memory. A read is lost if at most a tenth of the attention that the
-selection leaves is on these tokens; it echoes if more than half is on the answer's own tokens.
+than half of its dense attention is on the golden position and the tokens after it, up to 1/16 of
+the context: a memory of the golden token reaches them. The same attention is then limited to the
+selected tokens. The read is lost if at most a tenth of what remains is on these tokens; it echoes
+if, besides, more than half is on the answer's own tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ratplus_exp.methods.selection import grouped
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
 from ratplus_exp.stages.cells import Job, Records, selector_of
-from ratplus_exp.stages.hit_rate import HitRate, feed, forced_answers
+from ratplus_exp.stages.hit_rate import DecodingStage, feed, forced_answers
 from ratplus_exp.store import Finished
 from ratplus_exp.tasks import Sample
 from ratplus_kernels.selection import inner_products
@@ -50,10 +51,19 @@ class Weighing(Engine):
         return super().decode(states, layer)
 
 
-class Reads(HitRate):
+class Reads(DecodingStage):
     """The measuring stage: counts of reads, by layer."""
 
     name = "reads"
+
+    def check(self, method: Method, name: str) -> None:
+        """Besides, it must attend to its selection alone."""
+        super().check(method, name)
+        if type(method).pattern is not Method.pattern or method.mean_value:
+            raise ValueError(
+                f"stage=reads can't measure {name}: it attends to more than its selection; use "
+                "quest or snapkv"
+            )
 
     @torch.inference_mode()
     def measure(
@@ -65,9 +75,8 @@ class Reads(HitRate):
         first = 0 if prompts.fed else 1  # the first answer token that a step predicts
         golden, lengths = answers.golden[:, first:], prompts.mask.sum(1)
         reach = job.cfg.data.length // REACH
-        region = F.max_pool1d(F.pad(golden.float(), (reach, 0)), reach + 1, 1).bool()
-        inside = torch.arange(golden.shape[-1], device=lengths.device) < lengths[:, None]
-        region &= inside[:, None]
+        inside = torch.arange(golden.shape[-1], device=lengths.device) < lengths[:, None, None]
+        region = F.max_pool1d(F.pad(golden.float(), (reach, 0)), reach + 1, 1).bool() & inside
         selections = defaultdict(list)
 
         def record(layer: int, *selection: Tensor) -> None:
@@ -84,7 +93,7 @@ class Reads(HitRate):
             read = (weights * near).sum(-1) > 0.5
             left = torch.ones_like(weights, dtype=torch.bool)
             for rows, positions, selected in selections[layer]:
-                steps = positions - lengths[rows, None] + 1 - first  # (R, Q)
+                steps = positions - lengths[rows, None] + 1 - first
                 _remove(left, job.method, rows, steps, selected)
             left = weights * left
             answer = torch.arange(left.shape[-1], device=left.device) >= lengths[:, None]
@@ -109,7 +118,7 @@ class Reads(HitRate):
 def _remove(left: Tensor, method: Method, rows: Tensor, steps: Tensor, selected: Tensor) -> None:
     """Set to false in left (B, H, A, T) what a selection of some rows leaves out.
 
-    steps (R or 1, Q): the step, below A, that each query of the selection decodes; of the prompt's
+    steps (R, Q): the step, below A, that each query of the selection decodes; of the prompt's
     queries it is negative.
     """
     heads = selected.flatten(1, 2)  # of evicting methods KV heads
@@ -118,15 +127,23 @@ def _remove(left: Tensor, method: Method, rows: Tensor, steps: Tensor, selected:
     if method.phase == "once":
         left[rows, :, :, : tokens.shape[-1]] = tokens
         return
-    for row, step, kept in zip(rows, steps.expand(len(rows), -1), tokens, strict=True):
+    for row, step, kept in zip(rows, steps, tokens, strict=True):
         decoding = step >= 0
         left[row][:, step[decoding], : kept.shape[-1]] = kept[:, decoding]
 
 
 def reads_table(cfg: DictConfig, cells: Sequence[Finished]) -> tuple[Table, list[Path]]:
-    """A row for each training, method, budget and selector, over all tasks and layers."""
+    """A row for each training, method, budget and selector, over all tasks and layers.
+
+    ValueError for cells of a row that differ in other settings.
+    """
     place = ["model", "training", "method", "budget", "selector"]
     each = pd.DataFrame([x.cell.key | x.metrics for x in cells])
+    if each.duplicated([*place, "task"]).any():
+        raise ValueError(
+            "stage=reads has one row for a method, budget and selector: run cells that differ in "
+            "other settings one after the other"
+        )
     each[[*COUNTS]] = each[[*COUNTS]].map(sum)
     sums = each.groupby(place, sort=False)[[*COUNTS]].sum().reset_index()
     rows = [

@@ -23,16 +23,16 @@ from ratplus_exp.store import Cell, Finished, Store, remove_drafts, write_atomic
 from ratplus_exp.tracking import tracked
 
 
-def run(cfg: DictConfig, cells: Sequence[Cell] | None = None) -> None:
+def run(cfg: DictConfig, like: Sequence[Cell] | None = None) -> None:
     """Print `stage.outputs` and write them (Markdown, CSV, LaTeX, PNG, PDF) with their cells.
 
-    cells: of a sweep, whose settings are shown, with any seed; None: all finished cells.
+    like: the cells of a sweep: their settings are shown, of any seed (None: all finished cells).
     An output without cells is left out with a message, or refused if it is the only one.
     """
     outputs = [name for name, on in cfg.stage.outputs.items() if on]
     store = Store(resolve(cfg.results))
     settings = {name: cfg.data[name] for name in ("first_token", "protocol")}
-    results = Results.read(store, _where(cfg), cells, scorer=cfg.stage.scorer, **settings)
+    results = Results.read(store, _where(cfg), like, scorer=cfg.stage.scorer, **settings)
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     folder.mkdir(parents=True, exist_ok=True)
     remove_drafts(folder)

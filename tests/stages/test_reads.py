@@ -1,6 +1,7 @@
 """stage=reads against attention that is weighed head by head, step by step."""
 
 import math
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -8,27 +9,26 @@ import pytest
 import torch
 
 from ratplus_exp.config import forms_of, method_of
-from ratplus_exp.methods import Dense, Engine
+from ratplus_exp.methods import Dense, Engine, Quest, SnapKV
 from ratplus_exp.models.loading import load_model, load_tokenizer
+from ratplus_exp.stages.reads import _remove
 from ratplus_exp.store import Store
 from ratplus_exp.tasks import Ruler
 from ratplus_exp.tasks.sample import golden_answer
 
 LENGTH, REACH = 128, 8
 REPOSITORY = Path(__file__).parents[2]
-
-
 FOLDER = REPOSITORY / "outputs/reference/pocket/models/ratplus/0"  # a random model reads nothing
 
 
-def run(job, method, budget, selector="topk", first="decode"):
-    grid = f"{{method: {method}, budget: {budget}, selector: {selector}}}"
+def run(job, method, budget, selector="topk", first="decode", more=""):
+    grid = f"{{method: {method}, budget: {budget}, selector: {selector}{more}}}"
     fields = {
         "stage": "reads",
         "stage.models": "[]",
         "stage.trainings": "[0]",
         "stage.workers": 1,
-        "stage.cells.selectors": grid,
+        "+stage.cells.mine": grid,
         "method": method,
         "budget": budget,
         "data.length": LENGTH,
@@ -39,7 +39,7 @@ def run(job, method, budget, selector="topk", first="decode"):
         "data.batch_size": 2,
         "data.first_token": first,
     }
-    return job(*(f"{key}={value}" for key, value in fields.items()))
+    return job("~stage.cells.selectors", *(f"{key}={value}" for key, value in fields.items()))
 
 
 class Spy(Engine):
@@ -80,7 +80,7 @@ def by_hand(cfg, model, tokenizer, sample):
                 sums[0, layer] += 1
                 sums[1, layer] += sum(weights[p] for p in places)
                 (chosen,) = (
-                    chosen[head]
+                    chosen[head * len(chosen) // len(q)]
                     for where, position, chosen in calls
                     if where == layer and (method.phase == "once" or position == at)
                 )
@@ -127,6 +127,36 @@ def test_random_selection_loses_reads_and_a_whole_budget_none(job):
     assert lost["1/4"] > 5 and lost["1/1"] == 0
 
 
-def test_methods_without_a_selection_while_decoding_are_refused(job):
-    with pytest.raises(ValueError, match="stage=reads can't measure moba: .* decodes densely"):
-        run(job, "moba", "1/4")
+@pytest.mark.parametrize("method", ["quest", "snapkv"])
+def test_a_selection_leaves_its_tokens_to_all_heads_of_a_group(method):
+    """Rows 0 and 2 of three, 4 query heads on 2 KV heads, 3 steps, blocks of 2 tokens of 9."""
+    kind, rows = {"quest": Quest(2), "snapkv": SnapKV()}[method], torch.tensor([0, 2])
+    once, generator = method == "snapkv", torch.Generator().manual_seed(0)
+    shape = (2, 2, 1, 1, 7) if once else (2, 2, 2, 4, 5)  # R, K, G, Q, N
+    selected = torch.rand(shape, generator=generator) > 0.5
+    steps = torch.tensor([[-1]] * 2 if once else [[-1, 0, 1, 2], [-2, -1, 0, 1]])
+    left = torch.ones(3, 4, 3, 9, dtype=torch.bool)
+    _remove(left, kind, rows, steps, selected)
+    for row, head, step, token in product(range(3), range(4), range(3), range(9)):
+        number = [0, 2].index(row) if row != 1 else None
+        if number is None or (once and token >= 7) or (not once and step not in steps[number]):
+            expected = True
+        elif once:
+            expected = selected[number, head // 2, 0, 0, token]
+        else:
+            query = steps[number].tolist().index(step)
+            expected = selected[number, head // 2, head % 2, query, token // 2]
+        assert left[row, head, step, token] == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "message"), [("moba", "decodes densely"), ("sparq", "attends to more than")]
+)
+def test_methods_that_attend_to_more_than_a_selection_are_refused(job, method, message):
+    with pytest.raises(ValueError, match=f"stage=reads can't measure {method}: .*{message}"):
+        run(job, method, "1/4")
+
+
+def test_cells_of_one_row_with_different_settings_are_refused(job):
+    with pytest.raises(ValueError, match="one row for a method, budget and selector"):
+        run(job, "quest", "1/4", more=", blocks: [8, 16]")
