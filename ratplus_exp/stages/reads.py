@@ -27,6 +27,7 @@ from ratplus_exp.methods import Dense, Engine, Method, States
 from ratplus_exp.methods.selection import grouped
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
+from ratplus_exp.report.prose import SELECTORS
 from ratplus_exp.stages.cells import Job, Records, selector_of
 from ratplus_exp.stages.hit_rate import DecodingStage, feed, forced_answers
 from ratplus_exp.store import Finished
@@ -149,7 +150,7 @@ def reads_table(cfg: DictConfig, cells: Sequence[Finished]) -> tuple[Table, list
     rows = [
         (
             f"{x['model']}/{x['training']}",
-            *(x[name] for name in place[2:]),
+            *(x["method"], x["budget"], SELECTORS.get(x["selector"], x["selector"])),
             f"{x['reads']:.0f}",
             *(100 * x[name] / x["reads"] if x["reads"] else None for name in ("on_token", "lost")),
             100 * x["echoes"] / x["lost"] if x["lost"] else None,
