@@ -92,6 +92,7 @@ def training():
         "stage.tokens_per_step=128",
         "stage.optimizer.log_every=1",
         "stage.optimizer.checkpoint_every=1",
+        "stage.optimizer.precision=fp32",  # auto may measure another one in a later start
     ]
 
 
