@@ -71,12 +71,12 @@ def fill(jobs: list[Job], task: str, session: Session, done: Callable[[int], Non
     """
     largest = max(jobs, key=lambda job: job.examples)
     source = session.source(largest)
+    model = session.model(largest)  # before anything is written, since loading it may fail
     with _opened(jobs, task) as opened:
         for lacking, indices in from_rank_0(lambda: _lacking(opened, task, source)):
             filled = [opened[i] for i in lacking]
             shares, left = indices[rank() :: world_size()], len(indices)
             source.prefetch(task, shares)
-            model = session.model(largest)  # prompts are made while it is loaded
             shared, size = _sharing(filled, source, task, model, session.workers)
             for start in range(0, len(shares), size):
                 samples = [source(task, index) for index in shares[start : start + size]]
@@ -98,7 +98,7 @@ def fill(jobs: list[Job], task: str, session: Session, done: Callable[[int], Non
                     done(new)
         barrier()
         if rank() == 0 and opened:
-            _finish(opened, task, source, session.model(largest))
+            _finish(opened, task, source, model)
     return len(jobs) - len(opened)
 
 

@@ -147,6 +147,7 @@ def test_weights_that_give_no_numbers_are_refused(job, tiny_models, tmp_path, ch
     _store(model / "model.safetensors", change)
     with pytest.raises(ValueError, match=message):
         job(f"model.path={model}", "model.sha256=null", "data.examples=1", "data.tasks=[S-1]")
+    assert not list((job.folder / "results").rglob("*"))
 
 
 @pytest.mark.parametrize(
