@@ -4,7 +4,9 @@ The gold answer is the input, as for H1 (`stages.hit_rate`). A head reads at a d
 than half of its dense attention is on the golden position and the tokens after it, up to 1/16 of
 the context: a memory of the golden token reaches them. The same attention is then limited to the
 selected tokens. The read is lost if at most a tenth of what remains is on these tokens; it echoes
-if, besides, more than half is on the answer's own tokens.
+if, besides, more than half is on the answer's own tokens. A step is lost if more than half of its
+reads, of all layers and heads, are lost: its token is then likely to be wrong, and with it the
+answer.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Weighing(Engine):
 
 
 class Reads(DecodingStage):
-    """The measuring stage: counts of reads, by layer."""
+    """The measuring stage: counts of reads, by layer and by step."""
 
     name = "reads"
 
@@ -71,7 +73,8 @@ class Reads(DecodingStage):
         self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
     ) -> list[dict[str, Any]]:
         """For each layer, over heads and steps: reads, the sum of their attention that is on the
-        golden position itself, lost reads, and those that echo."""
+        golden position itself, lost reads, and those that echo; for each step, over layers and
+        heads: reads and lost reads."""
         answers = forced_answers(samples, prompts, tokenizer, job.cfg.data.length)
         first = 0 if prompts.fed else 1  # the first answer token that a step predicts
         golden, lengths = answers.golden[:, first:], prompts.mask.sum(1)
@@ -86,6 +89,7 @@ class Reads(DecodingStage):
         engine = Engine(job.method, selector_of(job.cfg, samples, golden.device), record)
         feed(prompts, engine, answers.forced[:, :-1])
         counts = torch.zeros(len(samples), engine.layers, len(COUNTS), dtype=torch.float64)
+        by_step = torch.zeros(2, *golden.shape[:2], dtype=torch.float64)
 
         def count(layer: int, weights: Tensor) -> None:
             weights = weights[:, :, -golden.shape[1] :]  # of a question's tokens none
@@ -103,17 +107,22 @@ class Reads(DecodingStage):
             echo = lost & ((left * answer[:, None, None]).sum(-1) > 0.5 * rest)
             parts = (read, read * (weights * at).sum(-1), lost, echo)
             counts[:, layer] = torch.stack([x.double().sum((1, 2)) for x in parts], -1).cpu()
+            by_step.add_(torch.stack([read, lost]).double().sum(2).cpu())
 
         feed(prompts, Weighing(Dense(), take=count), answers.forced[:, :-1])
         return [
-            {"id": sample.id} | dict(zip(COUNTS, row.T.round(decimals=4).tolist(), strict=True))
-            for sample, row in zip(samples, counts, strict=True)
+            {"id": sample.id, "reads_by_step": reads.tolist(), "lost_by_step": lost.tolist()}
+            | dict(zip(COUNTS, row.T.round(decimals=4).tolist(), strict=True))
+            for sample, row, reads, lost in zip(samples, counts, *by_step, strict=True)
         ]
 
     def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
-        """Sums over the samples, by layer."""
+        """Sums over the samples, by layer; lost_step: the share of samples with a lost step."""
         sums = {x: np.sum([r[x] for r in records.values()], axis=0) for x in COUNTS}
-        return {name: values.round(4).tolist() for name, values in sums.items()}
+        steps = [(r["reads_by_step"], r["lost_by_step"]) for r in records.values()]
+        lost = [any(2 * y > x for x, y in zip(*sample, strict=True)) for sample in steps]
+        counts = {name: values.round(4).tolist() for name, values in sums.items()}
+        return counts | {"lost_step": float(np.mean(lost))}
 
 
 def _remove(left: Tensor, method: Method, rows: Tensor, steps: Tensor, selected: Tensor) -> None:
@@ -146,7 +155,8 @@ def reads_table(cfg: DictConfig, cells: Sequence[Finished]) -> tuple[Table, list
             "other settings one after the other"
         )
     each[[*COUNTS]] = each[[*COUNTS]].map(sum)
-    sums = each.groupby(place, sort=False)[[*COUNTS]].sum().reset_index()
+    how = dict.fromkeys(COUNTS, "sum") | {"lost_step": "mean"}
+    sums = each.groupby(place, sort=False).agg(how).reset_index()
     rows = [
         (
             f"{x['model']}/{x['training']}",
@@ -154,10 +164,12 @@ def reads_table(cfg: DictConfig, cells: Sequence[Finished]) -> tuple[Table, list
             f"{x['reads']:.0f}",
             *(100 * x[name] / x["reads"] if x["reads"] else None for name in ("on_token", "lost")),
             100 * x["echoes"] / x["lost"] if x["lost"] else None,
+            100 * x["lost_step"],
         )
         for x in sums.to_dict("records")
     ]
-    columns = ("Model", "Method", "Budget", "Selector", "Reads", "On the token", "Lost", "Echo")
+    shares = ("On the token", "Lost", "Echo", "Step lost")
+    columns = ("Model", "Method", "Budget", "Selector", "Reads", *shares)
     first = cells[0].cell.key
     about = {"n": min(x.metrics["n"] for x in cells), "tasks": each["task"].nunique()}
     reach = first["context_length"] // REACH
