@@ -37,9 +37,11 @@ class MeasuringStage(Protocol):
     """Measures a model under a method, sample by sample.
 
     samples: the class of its samples, which determines the tasks.
+    version: of its records and metrics; increase it when they change.
     """
 
     samples: type[Samples] = Samples
+    version: int = 1
 
     def check(self, method: Method, name: str) -> None:
         """ValueError, with the remedy, for a method (of this name) that it can't measure."""
@@ -97,8 +99,10 @@ class Job:
         digest = checkpoint_of(cfg.model)
         check_context(cfg)
         method.check_layers(load_config(self.path).num_hidden_layers)
-        rope = rope_of(cfg)
-        return ({"rope": rope} if rope else {}) | {
+        rope, version = rope_of(cfg), self.stage.version
+        optional: dict[str, Any] = {"rope": rope} if rope else {}
+        optional |= {"version": version} if version > 1 else {}
+        return optional | {
             "stage": cfg.stage.name,
             "tier": cfg.model.tier,
             "model": cfg.model.name,

@@ -5,8 +5,7 @@ than half of its dense attention is on the golden position and the tokens after 
 the context: a memory of the golden token reaches them. The same attention is then limited to the
 selected tokens. The read is lost if at most a tenth of what remains is on these tokens; it echoes
 if, besides, more than half is on the answer's own tokens. A step is lost if more than half of its
-reads, of all layers and heads, are lost: its token is then likely to be wrong, and with it the
-answer.
+reads, of all layers and heads, are lost.
 """
 
 from __future__ import annotations
@@ -58,6 +57,7 @@ class Reads(DecodingStage):
     """The measuring stage: counts of reads, by layer and by step."""
 
     name = "reads"
+    version = 2
 
     def check(self, method: Method, name: str) -> None:
         """Besides, it must attend to its selection alone."""
@@ -73,8 +73,8 @@ class Reads(DecodingStage):
         self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
     ) -> list[dict[str, Any]]:
         """For each layer, over heads and steps: reads, the sum of their attention that is on the
-        golden position itself, lost reads, and those that echo; for each step, over layers and
-        heads: reads and lost reads."""
+        golden position itself, lost reads, and those that echo. steps: for each gold value and
+        each of its steps, over layers and heads: reads and lost reads."""
         answers = forced_answers(samples, prompts, tokenizer, job.cfg.data.length)
         first = 0 if prompts.fed else 1  # the first answer token that a step predicts
         golden, lengths = answers.golden[:, first:], prompts.mask.sum(1)
@@ -89,7 +89,7 @@ class Reads(DecodingStage):
         engine = Engine(job.method, selector_of(job.cfg, samples, golden.device), record)
         feed(prompts, engine, answers.forced[:, :-1])
         counts = torch.zeros(len(samples), engine.layers, len(COUNTS), dtype=torch.float64)
-        by_step = torch.zeros(2, *golden.shape[:2], dtype=torch.float64)
+        by_step = torch.zeros(*golden.shape[:2], 2, dtype=torch.int64)
 
         def count(layer: int, weights: Tensor) -> None:
             weights = weights[:, :, -golden.shape[1] :]  # of a question's tokens none
@@ -107,22 +107,34 @@ class Reads(DecodingStage):
             echo = lost & ((left * answer[:, None, None]).sum(-1) > 0.5 * rest)
             parts = (read, read * (weights * at).sum(-1), lost, echo)
             counts[:, layer] = torch.stack([x.double().sum((1, 2)) for x in parts], -1).cpu()
-            by_step.add_(torch.stack([read, lost]).double().sum(2).cpu())
+            by_step.add_(torch.stack([read, lost], -1).sum(1).cpu())
 
         feed(prompts, Weighing(Dense(), take=count), answers.forced[:, :-1])
         return [
-            {"id": sample.id, "reads_by_step": reads.tolist(), "lost_by_step": lost.tolist()}
+            {"id": sample.id, "steps": _by_value(steps, torch.tensor(owners[first:]))}
             | dict(zip(COUNTS, row.T.round(decimals=4).tolist(), strict=True))
-            for sample, row, reads, lost in zip(samples, counts, *by_step, strict=True)
+            for sample, row, steps, owners in zip(
+                samples, counts, by_step, answers.owners, strict=True
+            )
         ]
 
     def metrics(self, records: Records, first: PromptBatch) -> dict[str, Any]:
-        """Sums over the samples, by layer; lost_step: the share of samples with a lost step."""
-        sums = {x: np.sum([r[x] for r in records.values()], axis=0) for x in COUNTS}
-        steps = [(r["reads_by_step"], r["lost_by_step"]) for r in records.values()]
-        lost = [any(2 * y > x for x, y in zip(*sample, strict=True)) for sample in steps]
-        counts = {name: values.round(4).tolist() for name, values in sums.items()}
-        return counts | {"lost_step": float(np.mean(lost))}
+        """Sums over the samples, by layer. Shares of gold values: with a lost step, with a lost
+        first and with a lost last step."""
+        stored = records.values()
+        sums = {x: np.sum([r[x] for r in stored], axis=0).round(4).tolist() for x in COUNTS}
+        values = [[2 * lost > reads for reads, lost in v] for r in stored for v in r["steps"]]
+        shares = {
+            "first_lost": [steps[0] for steps in values],
+            "last_lost": [steps[-1] for steps in values],
+            "value_lost": [any(steps) for steps in values],
+        }
+        return sums | {name: float(np.mean(lost)) for name, lost in shares.items()}
+
+
+def _by_value(steps: Tensor, owners: Tensor) -> list[list[list[int]]]:
+    """The rows of steps (A, 2) of each gold value; owners (A): the value of each row, or −1."""
+    return [steps[owners == value].tolist() for value in owners.unique() if value >= 0]
 
 
 def _remove(left: Tensor, method: Method, rows: Tensor, steps: Tensor, selected: Tensor) -> None:
@@ -155,8 +167,9 @@ def reads_table(cfg: DictConfig, cells: Sequence[Finished]) -> tuple[Table, list
             "other settings one after the other"
         )
     each[[*COUNTS]] = each[[*COUNTS]].map(sum)
-    how = dict.fromkeys(COUNTS, "sum") | {"lost_step": "mean"}
-    sums = each.groupby(place, sort=False).agg(how).reset_index()
+    lost = ["first_lost", "last_lost", "value_lost"]
+    functions = dict.fromkeys(COUNTS, "sum") | dict.fromkeys(lost, "mean")
+    sums = each.groupby(place, sort=False).agg(functions).reset_index()
     rows = [
         (
             f"{x['model']}/{x['training']}",
@@ -164,11 +177,11 @@ def reads_table(cfg: DictConfig, cells: Sequence[Finished]) -> tuple[Table, list
             f"{x['reads']:.0f}",
             *(100 * x[name] / x["reads"] if x["reads"] else None for name in ("on_token", "lost")),
             100 * x["echoes"] / x["lost"] if x["lost"] else None,
-            100 * x["lost_step"],
+            *(100 * x[name] for name in lost),
         )
         for x in sums.to_dict("records")
     ]
-    shares = ("On the token", "Lost", "Echo", "Step lost")
+    shares = ("On the token", "Lost", "Echo", "First step", "Last step", "Any step")
     columns = ("Model", "Method", "Budget", "Selector", "Reads", *shares)
     first = cells[0].cell.key
     about = {"n": min(x.metrics["n"] for x in cells), "tasks": each["task"].nunique()}

@@ -1,7 +1,7 @@
 """stage=reads against attention that is weighed head by head, step by step."""
 
 import math
-from itertools import product, zip_longest
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -49,8 +49,8 @@ class Spy(Engine):
 
 
 def by_hand(cfg, model, tokenizer, sample):
-    """reads, on_token, lost, echoes of one sample, by layer, and reads and lost reads by step: one
-    token a step, one row a batch."""
+    """reads, on_token, lost, echoes of one sample, by layer; and of each value, by step, reads and
+    lost reads. One token a step, one row a batch."""
     answer, calls = golden_answer(sample, tokenizer), []
     fed = int(cfg.data.first_token == "decode")
     ids = torch.tensor([[*sample.input_ids, *answer.ids[:-1]]])
@@ -68,9 +68,10 @@ def by_hand(cfg, model, tokenizer, sample):
             for t in range(prompt, ids.shape[1] - 1):
                 model(ids[:, t : t + 1], past_key_values=cache)
     sums = torch.zeros(4, len(layers), dtype=torch.float64)
-    by_step = torch.zeros(2, len(answer.ids) - 1 + fed)
+    steps = {}
     for layer in layers:
-        for token, places, _ in answer.steps(fed):
+        for token, places, value in answer.steps(fed):
+            step = steps.setdefault(value, {}).setdefault(token, [0, 0])
             at = sample.length + token - 1
             q, k = spy.seen[layer][token - 1 + fed]
             for head in range(len(q)):
@@ -80,7 +81,7 @@ def by_hand(cfg, model, tokenizer, sample):
                 if not near or sum(weights[t] for t in near) <= 0.5:
                     continue
                 sums[0, layer] += 1
-                by_step[0, token - 1 + fed] += 1
+                step[0] += 1
                 sums[1, layer] += sum(weights[p] for p in places)
                 (chosen,) = (
                     chosen[head * len(chosen) // len(q)]
@@ -95,10 +96,10 @@ def by_hand(cfg, model, tokenizer, sample):
                 rest = sum(left.values())
                 lost = sum(left.get(t, 0) for t in near) <= 0.1 * rest
                 sums[2, layer] += lost
-                by_step[1, token - 1 + fed] += lost
+                step[1] += int(lost)
                 answered = sum(x for t, x in left.items() if t >= sample.length)
                 sums[3, layer] += lost and answered > 0.5 * rest
-    return sums, by_step
+    return sums, [[*steps[value].values()] for value in sorted(steps) if value >= 0]
 
 
 @pytest.mark.parametrize(
@@ -107,24 +108,29 @@ def by_hand(cfg, model, tokenizer, sample):
 def test_reads_are_those_of_a_model_stepped_by_hand(job, method, first):
     cfg = run(job, method, "1/8", first=first)
     model, tokenizer = load_model(FOLDER, torch.device("cpu")), load_tokenizer(FOLDER)
-    ruler, total, steps_lost = Ruler(tokenizer, LENGTH, forms=forms_of(cfg)), 0, []
+    ruler, total, shares = Ruler(tokenizer, LENGTH, forms=forms_of(cfg)), 0, []
     for cell in Store(job.folder / "results").cells("reads"):
+        values = []
         for index, record in enumerate(cell.records().values()):
             sample = ruler.sample(cell.key["task"], 0, index)
-            expected, by_step = by_hand(cfg, model, tokenizer, sample)
-            for name, row in zip(("reads_by_step", "lost_by_step"), by_step, strict=True):
-                pairs = zip_longest(record[name], row.tolist(), fillvalue=0)
-                assert all(x == y for x, y in pairs), (sample.id, name)
-            steps_lost.append(bool((by_step[1] > by_step[0] / 2).any()))
+            expected, steps = by_hand(cfg, model, tokenizer, sample)
+            assert record["steps"] == steps, sample.id
+            values += [[2 * lost > reads for reads, lost in value] for value in steps]
             for name, row in zip(("reads", "on_token", "lost", "echoes"), expected, strict=True):
                 assert record[name] == pytest.approx(row.tolist(), abs=1e-3), (sample.id, name)
             total += expected
+        ends = ([v[0] for v in values], [v[-1] for v in values], [any(v) for v in values])
+        shares.append([100 * sum(x) / len(x) for x in ends])
     reads, on_token, lost, echoes = total.sum(1).tolist()
     assert 0 < on_token < reads and 0 < echoes < lost < reads
     (row,) = pd.read_csv(job.folder / "job" / "reads.csv").to_dict("records")
     assert row["Reads"] == reads
-    assert row["Step lost"] == pytest.approx(100 * sum(steps_lost) / len(steps_lost), abs=0.06)
     assert row["Lost"] == pytest.approx(100 * lost / reads, abs=0.06)
+    means = [sum(x) / len(x) for x in zip(*shares, strict=True)]
+    assert [row[x] for x in ("First step", "Last step", "Any step")] == pytest.approx(
+        means, abs=0.06
+    )
+    assert 0 < means[2] < 100
 
 
 def test_random_selection_loses_reads_and_a_whole_budget_none(job):
