@@ -3,8 +3,8 @@
 Samples are drawn with replacement. Trainings are too few for that: of three, the lowest and the
 highest would be the ends of a 95 % interval, which then covers 75 %. Their mean is moved by its
 standard error times a draw from Student's distribution instead. Groups with the same samples or
-trainings share these draws, so differences are paired by prompt and training; draws of different
-trainings are independent.
+trainings share these draws, so differences are paired by prompt and training. A training that one
+of two groups lacks does not count in their difference.
 """
 
 from __future__ import annotations
@@ -65,48 +65,59 @@ class Bootstrap:
         self._cache: dict[tuple[str, bytes], np.ndarray] = {}
 
     def count(self, task: str, groups: Iterable[Group]) -> int:
-        """The number of a task's samples that all trainings of all groups have."""
-        return int(self._common(task, groups).sum())
+        """The number of a task's samples that the groups share in all their common trainings."""
+        groups = set(groups)
+        return int(self._common(task, groups, self._trainings([task], groups)).sum())
 
     def mean(
         self, group: Group, tasks: Iterable[str] | None = None, among: Iterable[Group] = ()
     ) -> np.ndarray:
         """(n_boot + 1,): the mean over trainings, samples and tasks (default: all), in the unit
-        of the score; NaN if the group lacks a task.
+        of the score; NaN if the group lacks a task. A training without one of the tasks is left
+        out.
 
-        among: use only the samples that these groups have as well.
+        among: use only the samples and trainings that these groups have as well.
         """
         groups = {group, *among}
-        tasks = self.tasks if tasks is None else tasks
-        means = [self._of_task(group, task, groups) for task in tasks]
+        tasks = self.tasks if tasks is None else tuple(tasks)
+        trainings = self._trainings(tasks, groups)
+        means = [self._of_task(group, task, groups, trainings) for task in tasks]
         return np.mean(means, axis=0) if means else np.full(self.n_boot + 1, np.nan)
 
     def gain(self, first: Group, second: Group, tasks: Iterable[str] | None = None) -> Estimate:
-        """The first group minus the second in points, over the samples that both have."""
+        """The first group minus the second in points, over the samples and trainings of both."""
         tasks = self.tasks if tasks is None else tuple(tasks)
         a, b = (self.mean(x, tasks, (first, second)) for x in (first, second))
         return Estimate.of(100 * (a - b))
 
-    def _common(self, task: str, groups: Iterable[Group]) -> np.ndarray:
-        """Which rows of a task's samples all groups have; none if a group lacks the task."""
+    def _trainings(self, tasks: Iterable[str], groups: Iterable[Group]) -> set[int]:
+        """The trainings that all groups have in all tasks."""
+        columns = [self._columns.get(t, {}).get(g, ()) for t in tasks for g in groups]
+        numbers = [{number for _, number in x} for x in columns]
+        return set.intersection(*numbers) if numbers else set()
+
+    def _common(self, task: str, groups: Iterable[Group], trainings: set[int]) -> np.ndarray:
+        """Which rows of a task's samples all groups have in these trainings; none without any."""
         scores = self._scores.get(task, np.empty((0, 0)))
-        common = np.full(len(scores), True)
-        for group in groups:
-            columns = [i for i, _ in self._columns.get(task, {}).get(group, ())]
-            common &= bool(columns) & ~np.isnan(scores[:, columns]).any(axis=1)
+        common = np.full(len(scores), bool(trainings))
+        for group in groups if trainings else ():
+            columns = [i for i, number in self._columns[task][group] if number in trainings]
+            common &= ~np.isnan(scores[:, columns]).any(axis=1)
         return common
 
-    def _of_task(self, group: Group, task: str, groups: Iterable[Group]) -> np.ndarray:
-        rows = self._common(task, groups)
+    def _of_task(
+        self, group: Group, task: str, groups: Iterable[Group], trainings: set[int]
+    ) -> np.ndarray:
+        rows = self._common(task, groups, trainings)
         if not rows.any():
             return np.full(self.n_boot + 1, np.nan)
         key = (task, rows.tobytes())
         if key not in self._cache:  # all columns together; NaN if a column lacks some of the rows
             counts = sample_counts(task, int(rows.sum()), self.n_boot)
             self._cache[key] = counts @ self._scores[task][rows] / rows.sum()
-        columns, numbers = zip(*self._columns[task][group], strict=True)
-        means = self._cache[key][:, list(columns)]
-        return over_trainings(means, numbers)
+        kept = [x for x in self._columns[task][group] if x[1] in trainings]
+        columns, numbers = zip(*kept, strict=True)
+        return over_trainings(self._cache[key][:, list(columns)], numbers)
 
 
 def sample_counts(task: str, n: int, n_boot: int = RESAMPLES) -> np.ndarray:

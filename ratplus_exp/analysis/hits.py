@@ -12,7 +12,16 @@ import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import RESAMPLES, Estimate, over_trainings, sample_counts
-from ratplus_exp.analysis.frame import BACKBONES, SETTING, Cells, LeftOut, finished, select, tidy
+from ratplus_exp.analysis.frame import (
+    BACKBONES,
+    SETTING,
+    Cells,
+    LeftOut,
+    backbones_of,
+    finished,
+    select,
+    tidy,
+)
 
 STAGE = "hit_rate"
 MEAN = "mean"  # in the task column: the mean over tasks
@@ -60,7 +69,8 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
     Returns:
         SETTING, task (or MEAN, over the tasks that all models have), rank, and for Attention,
         RAT+ and difference (RAT+ minus Attention) the value at this rank and UP_TO it, and "… low"
-        and "… high", NaN where it was not measured; n is the number of samples of a task.
+        and "… high", NaN where it was not measured; n is the number of the task's samples, of MEAN
+        the smallest. Trainings and samples that only one backbone has do not count.
     """
     curves = [f"{x}{kind}" for x in (*BACKBONES, "difference") for kind in ("", UP_TO)]
     bounds = [f"{x}{end}" for x in curves for end in ENDS]
@@ -72,24 +82,25 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
                 f"several models or seeds share {' '.join(map(str, setting))}: choose one of each "
                 "backbone with stage.where"
             )
-        of_backbone = (rows.loc[rows["backbone"] == b, "training"] for b in BACKBONES)
-        trainings = [sorted(numbers.unique()) for numbers in of_backbone]
-        rates = {}
-        for task, of_task in rows.groupby("task"):
+        backbones = backbones_of(rows)
+        of_backbone = (set(rows.loc[rows["backbone"] == b, "training"]) for b in backbones)
+        trainings = sorted(set.intersection(*of_backbone))
+        rates, n = {}, {}
+        for task, of_task in select(rows, {"training": trainings}).groupby("task"):
             by_training, shared = _rates(str(task), of_task, n_boot)
-            if len(by_training) == sum(map(len, trainings)):
-                rates[str(task)], n = by_training, shared
+            if len(by_training) == len(backbones) * len(trainings):
+                rates[str(task)], n[str(task)] = by_training, shared
         if rates:
             groups = next(iter(rates.values()))
             rates[MEAN] = {g: np.mean([x[g] for x in rates.values()], axis=0) for g in groups}
+            n[MEAN] = min(n.values())
         for task, of_task in rates.items():
             sides = {}
-            for backbone, numbers in zip(BACKBONES, trainings, strict=True):
-                if numbers:
-                    heads = np.stack([of_task[backbone, i] for i in numbers], 1)
-                    ranked = -np.sort(-heads, axis=-1)  # (n_boot + 1, trainings, heads)
-                    sides[backbone] = over_trainings(ranked, numbers)
-            place = dict(zip(SETTING, setting, strict=True)) | {"task": task, "n": n}
+            for backbone in backbones:
+                heads = np.stack([of_task[backbone, i] for i in trainings], 1)
+                ranked = -np.sort(-heads, axis=-1)  # (n_boot + 1, trainings, heads)
+                sides[backbone] = over_trainings(ranked, trainings)
+            place = dict(zip(SETTING, setting, strict=True)) | {"task": task, "n": n[task]}
             frames.append(_curve(sides).assign(**place))
     return pd.concat(frames[1:] or frames, ignore_index=True)[list(frames[0].columns)]
 

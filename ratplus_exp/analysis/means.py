@@ -79,7 +79,7 @@ def method_means(cells: Sequence[Finished], scorer: str) -> tuple[pd.DataFrame, 
     draws = Bootstrap(sample_scores(cells), scorer, [*place, "selector", "backbone"])
     backbones = backbones_of(by_cell)
     groups = {kind: [g for g in draws.groups if g[2] == kind] for kind in ("topk", "random")}
-    tasks = [t for t in draws.tasks if all(draws.count(t, x) for x in groups.values())]
+    tasks = [t for t in draws.tasks if all(draws.count(t, x) for x in groups.values() if x)]
     if not tasks:
         raise LeftOut("no task was answered by all methods")
     n = min(draws.count(task, groups["topk"]) for task in tasks)

@@ -1,6 +1,6 @@
 """Cells that the tables and figures of a report need and that are not finished."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -16,7 +16,7 @@ Grid = Mapping[str, Any]
 
 
 def missing(results: Results, cells: Mapping[str, Mapping[str, Grid]]) -> list[str]:
-    """One sentence for each setting without all its tasks or seeds. cells: `stage.cells` of each
+    """One sentence for each setting without all its trainings, tasks or seeds. cells: `stage.cells` of each
     output's experiment (conf/experiment/table3.yaml)."""
     labels: dict[str, list[str]] = {}
     for output in sorted(cells, key=lambda name: (name not in PAPER_TABLES, name)):
@@ -27,7 +27,7 @@ def missing(results: Results, cells: Mapping[str, Mapping[str, Grid]]) -> list[s
                 frame, measured = results.rates, "hit rates of "
             for setting in _settings(grid, results):
                 of_setting = frame[(frame[[*SETTING, "selector"]] == list(setting)).all(axis=1)]
-                for backbone, lack in _lacking(of_setting, grid):
+                for backbone, lack in _lacking(of_setting, grid, results.trainings):
                     sentence = f"{backbone}, {measured}{setting_name(*setting)}{lack}"
                     labels.setdefault(sentence, []).append(label)
     return [f"{text} ({', '.join(dict.fromkeys(names))})." for text, names in labels.items()]
@@ -47,15 +47,28 @@ def _settings(grid: Grid, results: Results) -> Iterator[tuple[str, int, str, str
             yield method, size if method in of_blocks else 1, budget, selector
 
 
-def _lacking(cells: pd.DataFrame, grid: Grid) -> Iterator[tuple[str, str]]:
-    """Each backbone whose cells lack some of a grid's tasks, or seeds of its selector, and what."""
+def _lacking(
+    cells: pd.DataFrame, grid: Grid, trainings: Sequence[int]
+) -> Iterator[tuple[str, str]]:
+    """Each backbone whose cells lack some of a grid's tasks, or seeds of its selector, and what, in
+    which trainings."""
+    for backbone in BACKBONES:
+        lacks: dict[str, list[int]] = {}
+        for training in trainings:
+            of = cells[(cells["backbone"] == backbone) & (cells["training"] == training)]
+            for lack in _lacks(of, grid):
+                lacks.setdefault(lack, []).append(training)
+        for lack, numbers in lacks.items():
+            some = f", training {', '.join(map(str, numbers))}"
+            yield backbone, (some if len(numbers) < len(trainings) else "") + lack
+
+
+def _lacks(cells: pd.DataFrame, grid: Grid) -> Iterator[str]:
+    """What the cells of one training lack of a grid's tasks and of the seeds of its selector."""
     tasks = grid.get("tasks", TASKS)
     needed = len({entry.get("selector_seed") for entry in multiply(grid)})
-    for backbone in BACKBONES:
-        seeds = cells[cells["backbone"] == backbone].groupby("task")["selector_seed"].nunique()
-        seeds = seeds.reindex(list(tasks), fill_value=0)
-        for lacking in (seeds[seeds == 0], seeds[(seeds > 0) & (seeds < needed)]):
-            on = f", on {', '.join(lacking.index)}" if len(lacking) < len(tasks) else ""
-            if len(lacking):
-                few = f": {lacking.min()} of {needed} seeds" if lacking.min() else ""
-                yield backbone, few + on
+    seeds = cells.groupby("task")["selector_seed"].nunique().reindex(list(tasks), fill_value=0)
+    for lacking in (seeds[seeds == 0], seeds[(seeds > 0) & (seeds < needed)]):
+        on = f", on {', '.join(lacking.index)}" if len(lacking) < len(tasks) else ""
+        if len(lacking):
+            yield (f": {lacking.min()} of {needed} seeds" if lacking.min() else "") + on

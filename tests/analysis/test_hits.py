@@ -85,3 +85,14 @@ def test_samples_pair_by_id_and_models_do_not_mix(store):
     with pytest.raises(ValueError, match="choose one of each backbone"):
         rank_curves(sample_scores(store, STAGE))
     assert len(hit_rates(store, checkpoint="another")) == 1
+
+
+def test_a_training_that_one_backbone_lacks_does_not_count_and_n_is_each_tasks(store):
+    for backbone in ("attention", "ratplus"):
+        add_hits(store, backbone, "S-1", [[[2]], [[0]]])
+        add_hits(store, backbone, "MV", [[[1]]])
+    add_hits(store, "ratplus", "S-1", [[[0]], [[0]]], training=1)
+    add_hits(store, "ratplus", "MV", [[[0]]], training=1)
+    curves = rank_curves(sample_scores(store, STAGE), n_boot=50).set_index("task")
+    assert dict(curves["n"]) == {"S-1": 2, "MV": 1, MEAN: 1}
+    assert dict(curves["RAT+"]) == dict(curves["Attention"]) == {"S-1": 50, "MV": 50, MEAN: 50}

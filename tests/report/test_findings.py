@@ -120,7 +120,7 @@ def everything() -> tuple[pd.DataFrame, pd.DataFrame]:
         for b in BACKBONES
         for t in TASKS
     ]
-    dense = pd.DataFrame(dense).assign(block_size=1, top_k=0, selector_seed=0)
+    dense = pd.DataFrame(dense).assign(block_size=1, top_k=0, selector_seed=0, training=0)
     cells = pd.concat([cells, oracle.assign(selector="oracle"), dense], ignore_index=True)
     rates = cells[cells["method"].isin(["quest", "snapkv"]) & (cells["selector"] == "topk")]
     return cells, rates
@@ -176,3 +176,12 @@ def test_missing_hit_rates_are_named_by_budget(everything):
     (line,) = missing(results(cells, rates=rates), planned())
     assert all(word in line for word in ("RAT+", "hit rates", "SnapKV at 1/16", "on MQ"))
     assert line.endswith(" (Figure 3, Figure 4).")
+
+
+def test_a_training_that_a_setting_lacks_is_named(everything):
+    cells, rates = (pd.concat([x, x.assign(training=3)]) for x in everything)
+    cells = cells.reset_index(drop=True)
+    gone = "training == 3 and method == 'moba' and budget == '1/4' and backbone == 'RAT+'"
+    cells = cells.drop(cells.query(f"{gone} and selector == 'topk'").index)
+    (line,) = missing(results(cells, rates=rates), planned())
+    assert line.startswith("RAT+, MoBA at 1/4 with block size 64, training 3 (Table 3")
