@@ -1,10 +1,12 @@
-"""Checks of results: implausible differences."""
+"""Checks of results: cells that do not belong together, and implausible differences."""
 
 from itertools import pairwise
 from typing import NamedTuple
 
+import pandas as pd
+
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, Group
-from ratplus_exp.analysis.frame import DENSE, TASKS
+from ratplus_exp.analysis.frame import DENSE, GROUP, SETTING, TASKS, LeftOut
 from ratplus_exp.budget import Budget
 
 LEVEL = 0.999
@@ -46,3 +48,36 @@ def anomalies(draws: Bootstrap) -> list[Anomaly]:
         if gain.low > 0:
             result.append(Anomaly(group, than, task, gain.value, gain.low))
     return result
+
+
+def check_unmixed(cells: pd.DataFrame) -> None:
+    """LeftOut if cells of different models or data would share a place, or be compared.
+
+    cells: rows of `tidy` with the columns of GROUP.
+    """
+    origin = ["backbone", "training", "seed", "selector_seed"]
+    scopes = {
+        "context_length": ["tier"],
+        "model": ["backbone"],
+        "checkpoint": origin,
+        "variant": [*SETTING, "task"],
+        "cell": [*origin, *GROUP[:-1], "task"],
+        "training": ["backbone", "checkpoint"],
+    }
+    for column, scope in scopes.items():
+        for _, group in cells.groupby(scope, dropna=False):
+            _refuse(group, column, group[column])
+    common = cells["variant"].str.extract(r"\b(dtype=.*)", expand=False)
+    for _, group in cells.groupby("task"):  # of all methods
+        _refuse(group, "variant", common[group.index])
+
+
+def _refuse(group: pd.DataFrame, column: str, values: pd.Series) -> None:
+    """LeftOut if the values of a group's rows differ; column: to choose them by."""
+    if values.nunique(dropna=False) > 1:
+        names, first = sorted(map(str, group[column].unique())), group.iloc[0]
+        raise LeftOut(
+            f"the table would mix results of several {column}s ({', '.join(names)}; "
+            f"{first['backbone']} {first['method']}, seed {first['seed']}): choose which, "
+            f"as in stage.where={{{column}: [{names[0]}, …]}}, one for each backbone"
+        )

@@ -11,7 +11,6 @@ from ratplus_exp.analysis.frame import (
     ALL_TASKS,
     BACKBONES,
     DENSE,
-    GROUP,
     SETTING,
     LeftOut,
     backbones_of,
@@ -41,7 +40,6 @@ def accuracy_table(results: Results, name: str) -> Table:
     cells = cells[cells["selector"].isin([selector, "dense"])]
     if cells.empty:
         raise LeftOut(f"no finished cells for {name}: run make {name}")
-    check_unmixed(cells)
     of_paper, measured = (
         x[SETTING].drop_duplicates().itertuples(index=False, name=None) for x in (paper, cells)
     )
@@ -90,8 +88,6 @@ def tasks_table(results: Results) -> Table:
     cells = results.of_protocols
     if cells.empty:
         raise LeftOut("no finished cells for tasks: run make ruler13 or make protocols")
-    for _, of_protocol in cells.groupby("protocol"):
-        check_unmixed(of_protocol)
     tasks = [task for task in ALL_TASKS if task in set(cells["task"])]
     place = [*SETTING, "selector", "protocol"]
     rows: list[tuple[Any, ...]] = []
@@ -122,26 +118,3 @@ def _sides(
         means = (MISSING if x is None else plus_minus(*spread(x, scorer)[:2]) for x in parts)
         kept = number(side["budget_measured"].mean(), digits=3)
         yield backbone, (kept, backbone, *means), span(side["n"]), side
-
-
-def check_unmixed(cells: pd.DataFrame) -> None:
-    """LeftOut if cells of different models or data would share a row or a place."""
-    origin = ["backbone", "training", "seed", "selector_seed"]
-    scopes = {
-        "context_length": ["tier"],
-        "model": origin,
-        "checkpoint": origin,
-        "variant": [*SETTING, "task"],
-        "cell": [*origin, *GROUP[:-1], "task"],
-        "training": ["backbone", "checkpoint"],
-    }
-    for column, scope in scopes.items():
-        for _, group in cells.groupby(scope, dropna=False):
-            values = sorted(map(str, group[column].unique()))
-            if len(values) > 1:
-                first = group.iloc[0]
-                raise LeftOut(
-                    f"the table would mix results of several {column}s ({', '.join(values)}; "
-                    f"{first['backbone']} {first['method']}, seed {first['seed']}): choose which, "
-                    f"as in stage.where={{{column}: [{values[0]}, …]}}, one for each backbone"
-                )

@@ -16,6 +16,7 @@ from ratplus_exp.analysis.frame import (
     ALL_TASKS,
     BACKBONES,
     DENSE,
+    SETTING,
     TASKS,
     backbones_of,
     grouped,
@@ -183,16 +184,19 @@ def heads_by_task(results: Results, folder: Path) -> Path | None:
 
 
 def selectors(results: Results, folder: Path) -> Path | None:
-    """Mean accuracy by selector: a panel a method, a bar a backbone."""
+    """Mean accuracy by selector: a panel a method, in its setting with the most selectors, a bar a
+    backbone."""
     means = results.selector_means
     backbones = backbones_of(means, "side")
     sides = means.groupby(["method", "selector"])["side"].agg(set)
     names = _names(sides[sides >= set(backbones)].index.get_level_values("method"))
     if not names:
         return None
-    first = means.drop_duplicates(["method", "side", "selector"])
-    frames = {method: first[first["method"] == method] for method in names}
-    names = {m: f"{name}, budget {frames[m]['budget'].iloc[0]}" for m, name in names.items()}
+    of_settings = means[means["method"].isin(names)].groupby(SETTING)
+    sizes = of_settings.size().sort_values(ascending=False, kind="stable")
+    most = {method: (method, *rest) for method, *rest in reversed(sizes.index)}
+    frames = {method: of_settings.get_group(most[method]) for method in names}
+    names = {m: f"{name}, budget {most[m][2]}" for m, name in names.items()}
     title = sentence("selectors_title", r=results)
     with drawing(folder / "selectors", title, names, ACCURACY, width=3.6) as panels:
         for method, panel in panels.items():

@@ -12,6 +12,7 @@ import pandas as pd
 
 from ratplus_exp.analysis import frame, hits
 from ratplus_exp.analysis.bootstrap import Bootstrap
+from ratplus_exp.analysis.checks import check_unmixed
 from ratplus_exp.analysis.means import length_curves, selector_means
 from ratplus_exp.analysis.pattern import compare, scaled
 from ratplus_exp.report.paper import paper_tables
@@ -53,11 +54,12 @@ class Results:
         if like is not None:
             settings = {_without_seed(cell) for cell in like}
             stored = [x for x in stored if _without_seed(x.cell) in settings]
+        own = {"selector": "topk", **where}  # hit rates are of the methods' own selections
         every = cls(
             cells=frame.select(frame.tidy(stored), where),
             samples=frame.sample_scores(stored, **where),
-            rates=hits.hit_rates(stored, **where),
-            hit_samples=frame.sample_scores(stored, hits.STAGE, **where),
+            rates=hits.hit_rates(stored, **own),
+            hit_samples=frame.sample_scores(stored, hits.STAGE, **own),
             stored={x.cell.id: x for x in stored},
             scorer=scorer,
             first_token=first_token,
@@ -128,7 +130,8 @@ class Results:
 
     @cached_property
     def draws(self) -> Bootstrap:
-        """All accuracies, resampled by `GROUP`."""
+        """All accuracies, resampled by `GROUP`. LeftOut if they do not belong together."""
+        check_unmixed(frame.grouped(self.cells))
         return Bootstrap(frame.grouped(self.samples), self.scorer, frame.GROUP)
 
     @cached_property

@@ -10,7 +10,7 @@ from ratplus_exp.analysis import checks
 from ratplus_exp.analysis.frame import TASKS, LeftOut, select
 from ratplus_exp.analysis.hits import ranked_heads
 from ratplus_exp.report import figures, tables
-from ratplus_exp.report.accuracy import accuracy_table, check_unmixed, tasks_table
+from ratplus_exp.report.accuracy import accuracy_table, tasks_table
 from ratplus_exp.report.paper import PAPER_TABLES
 from ratplus_exp.report.prose import paragraphs, render, sentence
 from ratplus_exp.report.results import Results
@@ -155,8 +155,6 @@ def _figure(results: Results, name: str, folder: Path) -> Section:
 
 
 def _lengths(results: Results, folder: Path) -> Section:
-    for part in results.by_length.values():
-        check_unmixed(part.cells)
     picture = figures.accuracy_by_length(results, folder)
     if picture is None:
         raise LeftOut("no finished cells of several lengths: run make lengths")

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, spread
-from ratplus_exp.analysis.frame import BACKBONES, SETTING, TASKS, backbones_of, select
-from ratplus_exp.analysis.hits import MEAN, UP_TO, estimate, ranked_heads
+from ratplus_exp.analysis.frame import BACKBONES, SETTING, TASKS, LeftOut, backbones_of, select
+from ratplus_exp.analysis.hits import MEAN, UP_TO, estimate, rank_curves, ranked_heads
 from ratplus_exp.analysis.means import GAP
 from ratplus_exp.analysis.pattern import DECISIVE, FEWEST, SOLVED, patterns, rank_agreement
 from ratplus_exp.report.paper import PAPER_TABLES
@@ -50,7 +50,11 @@ def findings_table(results: Results) -> Table:
                 rows.append((question, group[0], group[2], *both, *change))
 
     add("accuracy (Table 3)", "table3", TASKS)
-    curves = select(results.curves, {"task": MEAN})
+    try:
+        curves = results.curves
+    except LeftOut:  # the figures of hit rates give the reason
+        curves = rank_curves(results.hit_samples[:0])
+    curves = select(curves, {"task": MEAN})
     last = curves.groupby(SETTING)["rank"].transform("max")
     heads = {"the best head": curves["rank"] == 1, f"the {TOP} best heads": curves["rank"] == TOP}
     heads["all heads"] = (curves["rank"] == last) & (last > TOP)

@@ -16,8 +16,10 @@ Grid = Mapping[str, Any]
 
 
 def missing(results: Results, cells: Mapping[str, Mapping[str, Grid]]) -> list[str]:
-    """One sentence for each setting without all its trainings, tasks or seeds. cells: `stage.cells` of each
-    output's experiment (conf/experiment/table3.yaml)."""
+    """One sentence for each setting without all its trainings, tasks or seeds.
+
+    cells: `stage.cells` of each output's experiment (conf/experiment/table3.yaml).
+    """
     labels: dict[str, list[str]] = {}
     for output in sorted(cells, key=lambda name: (name not in PAPER_TABLES, name)):
         label = f"{'Table' if output in PAPER_TABLES else 'Figure'} {output[-1]}"

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from ratplus_exp.analysis.frame import BACKBONES, LeftOut
+from ratplus_exp.analysis.checks import check_unmixed
+from ratplus_exp.analysis.frame import BACKBONES, LeftOut, grouped
 from ratplus_exp.config import plain
 from ratplus_exp.report import sections
 from ratplus_exp.report.paper import PAPER_TABLES
@@ -27,12 +28,15 @@ def run(cfg: DictConfig, like: Sequence[Cell] | None = None) -> None:
     """Print `stage.outputs` and write them (Markdown, CSV, LaTeX, PNG, PDF) with their cells.
 
     like: the cells of a sweep: their settings are shown, of any seed (None: all finished cells).
-    An output without cells is left out with a message, or refused if it is the only one.
+    An output without cells is left out with a message, or refused if it is the only one. LeftOut,
+    before anything is written, if accuracies do not belong together.
     """
     outputs = [name for name, on in cfg.stage.outputs.items() if on]
     store = Store(resolve(cfg.results))
     settings = {name: cfg.data[name] for name in ("first_token", "protocol")}
     results = Results.read(store, _where(cfg), like, scorer=cfg.stage.scorer, **settings)
+    for of_length in results.by_length.values():
+        check_unmixed(grouped(of_length.cells))
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     folder.mkdir(parents=True, exist_ok=True)
     remove_drafts(folder)

@@ -1,8 +1,10 @@
 """What is doubted in a filled store."""
 
+import pytest
 from accuracy_cells import DENSE, add, add_all
 
 from ratplus_exp.analysis.checks import anomalies
+from ratplus_exp.analysis.frame import LeftOut
 from ratplus_exp.report.results import Results
 
 
@@ -17,3 +19,20 @@ def test_more_accuracy_from_less_attention_is_an_anomaly(store):
     assert [(x.than, x.task) for x in found] == [("dense", None), ("dense", "MK-2"), ("1/16", None)]
     assert [round(x.gain) for x in found] == [30, 30, 40]
     assert all(0 < x.bound < x.gain for x in found)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": "pocket_conv", "training": 3},  # another model of one backbone
+        {"dtype": "bfloat16", **DENSE},  # another precision than the sparse cells'
+        {"data": {"essay": "other"}, **DENSE},
+    ],
+)
+def test_cells_that_do_not_belong_together_give_no_mean(store, other):
+    common = {"dtype": "float32", "data": {"essay": "one"}}
+    add_all(store, 4, 7, **common)
+    assert len(Results.read(store, {}).draws.groups) == 2
+    add(store, "ratplus", "S-1", 5, **common | other)
+    with pytest.raises(LeftOut, match="would mix"):
+        _ = Results.read(store, {}).draws

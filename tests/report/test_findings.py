@@ -21,7 +21,8 @@ def paper_cells(*tables: str) -> pd.DataFrame:
     """The paper's cells with the columns of `tidy`; random ones with five seeds."""
     cells = paper_tables().query("table in @tables").drop(columns=["std", "inferred"])
     cells = cells.assign(n=40, budget_measured=0.3, selector_seed=0, exact=50.0, seed=0, training=0)
-    cells = cells.assign(context_length=4096, tier="paper", cell="c")
+    cells = cells.assign(context_length=4096, tier="paper", model=cells["backbone"])
+    cells = cells.assign(checkpoint=cells["model"], variant="", cell="c")
     random = cells[cells["selector"] == "random"]
     return pd.concat([cells, *(random.assign(selector_seed=i) for i in range(1, 5))])
 
