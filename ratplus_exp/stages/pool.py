@@ -45,8 +45,7 @@ def fill_tracked(job: Job, report: Callable[[Job], dict[str, Any]]) -> None:
 def filled(cfg: DictConfig, jobs: list[Job]) -> list[Cell]:
     """The jobs' cells, all filled; ValueError if some can't be."""
     raise_if_failed(fill_jobs(cfg, jobs))
-    if from_rank_0(lambda: any(job.missing() for job in jobs)):
-        raise ValueError("another process still writes some of the cells: run this again after it")
+    raise_if_busy(jobs)
     return list({cell.id: cell for job in jobs for cell in job.cells.values()}.values())
 
 
@@ -103,6 +102,12 @@ def raise_if_failed(failed: list[str]) -> None:
             f"{len(failed)} cells failed; run this again for them once the cause is gone. The "
             f"first: {failed[0]}"
         )
+
+
+def raise_if_busy(jobs: list[Job]) -> None:
+    """ValueError if another process still fills some of the jobs' cells."""
+    if from_rank_0(lambda: any(job.missing() for job in jobs)):
+        raise ValueError("another process still writes some of the cells: run this again after it")
 
 
 def _workers(cfg: DictConfig) -> int:

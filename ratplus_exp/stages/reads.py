@@ -155,17 +155,9 @@ def _remove(left: Tensor, method: Method, rows: Tensor, steps: Tensor, selected:
 
 
 def reads_table(cfg: DictConfig, cells: Sequence[Finished]) -> tuple[Table, list[Path]]:
-    """A row for each training, method, budget and selector, over all tasks and layers.
-
-    ValueError for cells of a row that differ in other settings.
-    """
+    """A row for each training, method, budget and selector, over all tasks and layers."""
     place = ["model", "training", "method", "budget", "selector"]
     each = pd.DataFrame([x.cell.key | x.metrics for x in cells])
-    if each.duplicated([*place, "task"]).any():
-        raise ValueError(
-            "stage=reads has one row for a method, budget and selector: run cells that differ in "
-            "other settings one after the other"
-        )
     each[[*COUNTS]] = each[[*COUNTS]].map(sum)
     lost = ["first_lost", "last_lost", "value_lost"]
     functions = dict.fromkeys(COUNTS, "sum") | dict.fromkeys(lost, "mean")

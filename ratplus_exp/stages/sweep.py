@@ -27,6 +27,7 @@ from ratplus_exp.stages.common import (
     command_line_fields,
     job_folder,
     model_name,
+    model_option,
     multiply,
     option,
     show,
@@ -34,7 +35,7 @@ from ratplus_exp.stages.common import (
 from ratplus_exp.stages.evaluate import Accuracy
 from ratplus_exp.stages.hit_rate import HitRate
 from ratplus_exp.stages.loss import Loss, loss_outputs
-from ratplus_exp.stages.pool import fill_jobs, filled, raise_if_failed
+from ratplus_exp.stages.pool import fill_jobs, filled, raise_if_busy, raise_if_failed
 from ratplus_exp.stages.reads import Reads, reads_table
 from ratplus_exp.store import Finished
 from ratplus_exp.tasks.qa import QA_FILES, no_file
@@ -67,6 +68,7 @@ def run(cfg: DictConfig) -> None:
     failed = fill_jobs(cfg, jobs)
     report.run(cfg, [cell for job in jobs for cell in job.cells.values()])
     raise_if_failed(failed)
+    raise_if_busy(jobs)
 
 
 def one_table(cfg: DictConfig) -> None:
@@ -79,6 +81,7 @@ def one_table(cfg: DictConfig) -> None:
     jobs = [job_of(job) for job in expand(cfg)]
     if len({job.cfg.data.length for job in jobs}) > 1:
         raise ValueError(f"stage={name} is of one length: set data.length instead")
+    refuse_mixtures(name, jobs)
     measuring = name if name in MEASURING else "eval"
     cells = finished(filled(cfg, jobs), measuring)
     table, pictures = TABLES[name](cfg, cells)
@@ -98,7 +101,8 @@ def ablation(cfg: DictConfig, cells: Sequence[Finished]) -> Outputs:
     setting = {name: cfg[name] for name in ("budget", "seed")} | {"tier": cfg.model.tier}
     setting |= {name: cfg.data[name] for name in ("first_token", "protocol")}
     lengths = tidy(cells).groupby("model")["effective_memory_length"].mean()
-    models, scorer = list(cfg.stage.models), cfg.stage.scorer
+    models = [model_option(cfg, name, cfg.stage.trainings[0]).name for name in cfg.stage.models]
+    scorer = cfg.stage.scorer
     return model_table(sample_scores(cells), lengths, models, scorer, **setting), []
 
 
@@ -168,6 +172,25 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
     order = [*dict.fromkeys(map(_model, entries))]
     entries.sort(key=lambda entry: order.index(_model(entry)))
     return [configuration(cfg, entry) for entry in entries]
+
+
+def refuse_mixtures(stage: str, jobs: list[Job]) -> None:
+    """ValueError if cells that differ in more than task and seed would share a place in a stage's
+    table."""
+    if stage == "loss":  # its table has a row for each cell
+        return
+    place = ["model", "training", "method", "budget", "selector"]
+    averaged = {"task", "data"} | ({"selector_seed"} if stage != "reads" else set())
+    first: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for job in jobs:
+        key = next(iter(job.cells.values())).key
+        other = first.setdefault(tuple(key[x] for x in place), key)
+        if differ := [x for x in key if key[x] != other.get(x) and x not in averaged]:
+            raise ValueError(
+                f"stage={stage} has one place for a {', '.join(place)}: cells that differ in "
+                f"{', '.join(differ)} ({key['model']}, {key['method']}, {key['budget']}) need a "
+                "run each"
+            )
 
 
 def refuse_unused(cfg: DictConfig, entries: list[dict[str, Any]]) -> None:

@@ -1,5 +1,7 @@
 """stage=ablation: models side by side; and the variants of the small tier's RAT+."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -49,6 +51,35 @@ def test_models_stand_side_by_side(job, pair, capsys, monkeypatch):
     capsys.readouterr()
     job("stage=ablation", "budget=1/4", *settings)
     assert "nothing to run" in capsys.readouterr().out
+
+
+def test_an_option_need_not_be_named_as_its_model(job, pair):
+    """Such as pocket_ratplus_trained, whose model is named pocket_ratplus."""
+    attention, ratplus = sorted((job.folder / "conf" / "model").iterdir())
+    shutil.copy(ratplus, ratplus.with_name("mine.yaml"))
+    models = f"stage.models=[{attention.stem},mine]"
+    job("stage=ablation", "budget=1/4", *pair, models, "stage.methods=[dense]")
+    table = pd.read_csv(job.folder / "job" / "ablation.csv")
+    assert list(table["Model"]) == [attention.stem, ratplus.stem]
+
+
+@pytest.mark.parametrize(
+    ("cells", "fields"),
+    [
+        ("{method: quest, blocks: [8, 16]}", "block_size"),
+        ("{method: quest, protocol: [whole, split]}", "first_token"),
+    ],
+)
+def test_cells_that_differ_in_more_than_a_column_shows_are_refused(job, pair, cells, fields):
+    with pytest.raises(ValueError, match=f"stage=ablation has one place .*differ in .*{fields}"):
+        job(
+            "stage=ablation",
+            "stage.methods=[dense]",
+            "budget=1/4",
+            *pair,
+            f"+stage.cells.mine={cells}",
+        )
+    assert not any(Store(job.folder / "results").cells())
 
 
 def test_only_samples_that_all_models_answered_count():

@@ -172,6 +172,14 @@ def test_methods_that_attend_to_more_than_a_selection_are_refused(job, method, m
         run(job, method, "1/4")
 
 
-def test_cells_of_one_row_with_different_settings_are_refused(job):
-    with pytest.raises(ValueError, match="one row for a method, budget and selector"):
-        run(job, "quest", "1/4", more=", blocks: [8, 16]")
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        (", blocks: [8, 16]", "block_size"),
+        (", selector_seed: [0, 1]", "selector_seed"),
+    ],
+)
+def test_cells_of_one_row_are_refused_before_they_are_measured(job, more, field):
+    with pytest.raises(ValueError, match=f"stage=reads has one place .*differ in .*{field}"):
+        run(job, "quest", "1/4", "random", more=more)
+    assert not any(Store(job.folder / "results").cells())

@@ -149,10 +149,13 @@ def test_random_selection_has_five_seeds_and_leaves_cells_for_the_tables(job, pa
 def test_a_table_of_all_cells_waits_for_those_of_another_process(job, pair):
     model = next(x for x in (job.folder / "conf" / "model").iterdir() if "ratplus" in x.name).stem
     line = ["stage=random_selector", f"model={model}", "method=snapkv", "budget=1/4", *pair]
+    sweep_of_it = ["experiment=fig1", *pair]
     with job.ready("method=snapkv", f"model={model}", "budget=1/4", *pair[:-1]) as cfg:
         (cell,) = sweep.job_of(cfg).cells.values()
-    with cell.open({}), pytest.raises(ValueError, match="another process still writes"):
-        job(*line)
+    for waiting in (line, sweep_of_it):
+        with cell.open({}), pytest.raises(ValueError, match="another process still writes"):
+            job(*waiting)
+    assert (job.folder / "reports" / "tiny" / "fig1.png").exists()  # of what there is
     job(*line)
 
 
