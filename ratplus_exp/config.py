@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
@@ -24,6 +25,7 @@ from ratplus_exp.tasks import GOLDEN, Forms, Others
 if TYPE_CHECKING:
     from ratplus_exp.methods import Method
 
+CONF = Path(__file__).parent / "conf"  # a link to the checkout's conf/; in a wheel, a copy
 COMMON = [field.name for field in fields(MethodConfig)]
 
 ConfigStore.instance().store(name="schema", node=asdict(Config()))
@@ -66,12 +68,25 @@ def check(settings: Mapping[str, Any]) -> Config:
         raise ValueError("checkpoint is for stage=convert: set model.path to evaluate a model")
     for method in methods:
         _method(method)
+        _own_name(method)
     return config
 
 
 def _method(settings: Mapping[str, Any]) -> Method:
     sizes = {name: value for name, value in settings.items() if name not in COMMON}
     return build(_class(settings["target"]), sizes, "method")
+
+
+def _own_name(method: Mapping[str, Any]) -> None:
+    """ValueError for a class under the name of another one in conf/method, since results are stored
+    under the name."""
+    file = CONF / "method" / f"{method.get('name')}.yaml"
+    target = OmegaConf.select(OmegaConf.load(file), "target") if file.is_file() else None
+    if target and target != method.get("target"):
+        raise ValueError(
+            f"method.name={method['name']} is {target}: name {method.get('target')} otherwise, "
+            "as in method.name=mine"
+        )
 
 
 def by_layer(method: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -107,10 +122,11 @@ def _one_method(cfg: DictConfig, settings: dict[str, Any]) -> Method:
     if not settings.get("top_k"):
         method = method.with_budget(Budget.parse(cfg.budget), cfg.data.length)
     method.validate()
-    if method.fraction(cfg.data.length) > 1:
+    most = method.k(0, 2) * method.block_size  # of layers that differ the first has the most
+    if max(most, method.fraction(cfg.data.length) * cfg.data.length) > cfg.data.length:
         raise ValueError(
-            f"method.top_k={method.top_k} is more than a context of {cfg.data.length} tokens has: "
-            "leave it at 0 and set the budget"
+            f"method.top_k={method.top_k} is more than a context of {cfg.data.length} tokens has, "
+            f"in the first layer {most}: set method.top_k=0 and a lower budget"
         )
     return method
 

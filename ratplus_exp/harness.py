@@ -17,8 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from ratplus_exp.config import method_of, validate
-from ratplus_exp.main import CONF
+from ratplus_exp.config import CONF, method_of, validate
 from ratplus_exp.methods import Engine
 from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.models.prefill import PromptBatch

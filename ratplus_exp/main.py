@@ -17,9 +17,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ratplus_exp.config import validate
+from ratplus_exp.config import CONF, validate
 
-CONF = Path(__file__).parent / "conf"  # a link to the checkout's conf/; in a wheel, a copy
 WAIT = 3.0  # seconds; torchrun polls its processes ten times a second
 
 

@@ -13,6 +13,10 @@ def inner_products(q: Tensor, candidates: Tensor) -> Tensor:
     """Scores q · candidate of q (..., Q, D) and candidates (..., N, D), in fp32 at least, as in the
     kernels: in bf16 scores of nearly one size would round to ties."""
     wide = torch.promote_types(q.dtype, torch.float32)
+    if q.dim() == 5 and q.shape[2] > candidates.shape[2] == 1:
+        # A group's heads as more queries: matmul would copy the candidates for each head.
+        scores = q.flatten(2, 3).to(wide) @ candidates[:, :, 0].to(wide).mT
+        return scores.unflatten(2, q.shape[2:4])
     return q.to(wide) @ candidates.to(wide).transpose(-1, -2)
 
 

@@ -1,13 +1,11 @@
 """TOVA and H2O: a cache of constant size; every decoding step evicts one token."""
 
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
 import ratplus_kernels
-from ratplus_exp.budget import Budget
 from ratplus_exp.methods.base import EVERY, Method
 from ratplus_exp.settings import Whole
 
@@ -53,13 +51,12 @@ class H2O(TOVA):
     observed = EVERY
     window: Whole = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window", self.window or self.top_k // 2)
+
     @property
     def forced(self) -> int:
         return self.window
 
     def observe(self, mass: Tensor, new: Tensor) -> Tensor:
         return mass + new
-
-    def with_budget(self, budget: Budget, length: int) -> Self:
-        method = super().with_budget(budget, length)
-        return replace(method, window=self.window or method.top_k // 2)

@@ -2,14 +2,13 @@
 variants that share a budget between heads (AdaKV) or layers (PyramidKV)."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 import ratplus_kernels
-from ratplus_exp.budget import Budget
 from ratplus_exp.methods.base import Method
 from ratplus_exp.settings import Odd, Positive, Share
 
@@ -70,15 +69,6 @@ class PyramidKV(SnapKV):
 
     paper = "Cai et al., 2024, arXiv 2406.02069"
     beta: Annotated[float, Field(ge=1, le=1e6)] = 20.0
-
-    def with_budget(self, budget: Budget, length: int) -> Self:
-        method = super().with_budget(budget, length)
-        if method.k(0, 2) > length:
-            raise ValueError(
-                f"budget {budget} gives the first layer {method.k(0, 2)} of {length} tokens: lower "
-                "the budget or method.beta"
-            )
-        return method
 
     def k(self, layer: int, layers: int) -> int:
         rest = self.top_k - self.window

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ratplus_exp.methods.exact import TopKTokens
+from ratplus_kernels.selection import inner_products
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,11 @@ class SparQ(TopKTokens):
     mean_value: bool = True
 
     def score(self, queries: Tensor, representatives: Tensor) -> Tensor:
-        wide, dim = torch.promote_types(queries.dtype, torch.float32), queries.shape[-1]
-        q, keys = queries.to(wide), representatives.to(wide).unsqueeze(2)
+        q, dim = queries.to(torch.promote_types(queries.dtype, torch.float32)), queries.shape[-1]
         largest = q.abs().topk(int(self.numbers(dim)), dim=-1).indices
         few = torch.zeros_like(q).scatter(-1, largest, q.gather(-1, largest))
         share = few.abs().sum(-1, keepdim=True) / q.abs().sum(-1, keepdim=True)
-        return few @ keys.mT / (dim * share).sqrt()
+        return inner_products(few, representatives.unsqueeze(2)) / (dim * share).sqrt()
 
     def numbers(self, dim: int, layer: int = 0) -> float:
         return max(1, round(self.channels * dim))

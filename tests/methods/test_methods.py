@@ -11,6 +11,7 @@ from brute_force_evicting import kept
 from engine_runs import attend, attend_by_hand, states
 from plain_python import rows_of
 
+from ratplus_exp.budget import Budget
 from ratplus_exp.methods import Dense, Dilated, Engine, MoBA, Quest, SnapKV
 from ratplus_exp.methods import engine as engine_module
 from ratplus_exp.methods.evicting import H2O, TOVA
@@ -26,6 +27,7 @@ from ratplus_exp.methods.union import MoBADilated, QuestDilated
 from ratplus_exp.methods.vertical_slash import VerticalSlash
 from ratplus_exp.methods.xattention import XAttention
 from ratplus_exp.models.cache_layer import ROOM
+from ratplus_kernels.selection import inner_products
 
 # A new method adds its line here. Its definition in brute_force.py makes these tests independent of
 # its own score; a method that selects tokens or has a pattern needs one.
@@ -239,3 +241,17 @@ def test_what_follows_a_query_never_matters(method):
     changed, _ = attend(Engine(method), q, k2, v2, [30, 9, 17], 0)
     for b, end in enumerate([22, 5, 15]):
         torch.testing.assert_close(changed[b, :, :end], out[b, :, :end])
+
+
+def test_h2o_keeps_half_of_its_size_for_the_newest_unless_a_window_is_set():
+    assert H2O(top_k=12).window == 6 and H2O(top_k=12, window=4).window == 4
+    assert H2O().with_budget(Budget.parse("1/4"), 64).window == 8
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_scores_of_a_group_are_those_of_its_heads(heads):
+    q, k = torch.randn(2, 2, heads, 5, 8).bfloat16(), torch.randn(2, 2, 1, 7, 8).bfloat16()
+    found = inner_products(q, k)
+    by_head = torch.einsum("bkgqd,bkxnd->bkgqn", q.double(), k.double())
+    assert found.dtype == torch.float32 and found.shape == by_head.shape
+    torch.testing.assert_close(found.double(), by_head, rtol=1e-5, atol=1e-5)
