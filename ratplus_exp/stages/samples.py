@@ -37,7 +37,9 @@ class Samples:
         def data(task: str) -> dict[str, Any]:
             if files:
                 file = _digest(files[task], "data.path")
-                return {"file": file, "reserve": others.reserve(task, forms)}
+                key = {"file": file, "reserve": others.reserve(task, forms)}
+                split = cfg.data.protocol == "split"  # its questions begin after the context
+                return key | ({"question": _question(task, forms, others)} if split else {})
             return _niah(forms, cfg.data.essay) if task in TASKS else _beyond(task, others, forms)
 
         seed = 0 if files else cfg.seed
@@ -58,8 +60,7 @@ class Samples:
 
     def __call__(self, task: str, index: int) -> Sample:
         sample = self.read[task][index] if self.read else self.prompts(task, index)
-        if index == 0:
-            self._check(sample)
+        self._check(sample)
         return sample
 
     def _check(self, sample: Sample) -> None:
@@ -84,9 +85,8 @@ class Samples:
 
     def question_tokens(self, sample: Sample) -> int:
         """How many of the prompt's last tokens are its question."""
-        source = self.source
-        texts = source.forms if sample.task in TASKS else source.others.of(sample.task)
-        return question_tokens(sample, texts.template.rpartition("{context}")[2], self.tokenizer)
+        text = _question(sample.task, self.source.forms, self.source.others)
+        return question_tokens(sample, text, self.tokenizer)
 
     def by_suffix_length(
         self, samples: list[Sample], first_token: str
@@ -122,6 +122,12 @@ def _workers(device: torch.device) -> int:
     if device.type != "cuda" or parent_process() is not None:
         return 0
     return min(MAX_WORKERS, cores() - 1)
+
+
+def _question(task: str, forms: Forms, others: Others) -> str:
+    """The template of a task's question, which follows the context."""
+    texts = forms if task in TASKS else others.of(task)
+    return texts.template.rpartition("{context}")[2]
 
 
 def _niah(forms: Forms, essay: str | None) -> dict[str, Any]:

@@ -32,6 +32,15 @@ Sentence = Annotated[
 Reserve = Annotated[int, Field(ge=1, le=10**6)]  # tokens that a prompt leaves for the answer
 
 
+def check_fields(name: str, found: set[str], required: set[str], optional: set[str]) -> None:
+    """ValueError, with the remedy, if a text lacks a required field or has an unknown one."""
+    if missing := required - found:
+        raise ValueError(f"{name} lacks {{{min(missing)}}}: add it to the text")
+    if unknown := found - required - optional:
+        known = ", ".join(f"{{{field}}}" for field in sorted(required | optional))
+        raise ValueError(f"{name} has the unknown field {{{min(unknown)}}}: use only {known}")
+
+
 @dataclass(frozen=True)
 class Forms(Settings):
     """Texts and value formats of the NIAH tasks; `Forms()` is RULER.
@@ -73,13 +82,7 @@ class Forms(Settings):
                     f"{name} is not a format string ({error}): double literal braces"
                 ) from error
             fields = {field for _, field, _, _ in parts if field is not None}
-            if missing := required - fields:
-                raise ValueError(f"{name} lacks {{{min(missing)}}}: add it to the text")
-            if unknown := fields - required - optional:
-                raise ValueError(
-                    f"{name} has the unknown field {{{min(unknown)}}}: use only"
-                    f" {', '.join(f'{{{field}}}' for field in sorted(required | optional))}"
-                )
+            check_fields(name, fields, required, optional)
         if self.key_count is not None:
             if self.key_words != "noun":
                 raise ValueError("key_count counts nouns: set key_words to noun or drop it")

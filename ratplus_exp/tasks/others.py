@@ -8,34 +8,43 @@ The pocket tier's forms are in conf/data/pocket.yaml.
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import pi
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
 from ratplus_exp.settings import Positive, Settings
-from ratplus_exp.tasks.forms import Reserve, Words, wordlist
+from ratplus_exp.tasks.forms import Reserve, Words, check_fields, wordlist
 from ratplus_exp.tasks.niah import Draft, Draw, in_list, seeded_random
 
 if TYPE_CHECKING:
     from ratplus_exp.tasks.ruler import Ruler
 
+ASKED = {"query", "count"}  # fields of `Texts.ask`
+
 
 @dataclass(frozen=True)
 class Texts(Settings):
-    """Texts of a task; a prompt is `template` + `answer_prefix`, filled in."""
+    """Texts of a task; a prompt is `template` + `answer_prefix`, filled in.
 
+    fields: of each text the required and the optional ones. Raises ValueError, with the remedy, for
+    a text without a required field or with another one.
+    """
+
+    fields: ClassVar[dict[str, tuple[set[str], set[str]]]] = {"template": ({"context"}, ASKED)}
     template: Words
     answer_prefix: Words
     reserve: Reserve
 
     def __post_init__(self) -> None:
-        if "{context}" not in self.template:
-            raise ValueError("template lacks {context}: add it to the text")
+        for name, (required, optional) in {"answer_prefix": (set(), ASKED), **self.fields}.items():
+            fields = set(re.findall(r"\{(\w*)[^{}]*\}", getattr(self, name)))
+            check_fields(name, fields, required, optional)
 
     def draft(self, draw: Draw, name: str, source: Ruler) -> Draft:
         raise NotImplementedError
@@ -54,6 +63,11 @@ class VT(Texts):
     example: tokens of a worked example in front, whose variables have two letters less; 0: none.
     """
 
+    fields = {
+        "template": ({"context", "query"}, ASKED),
+        "start": ({"name", "value"}, set()),
+        "hop": ({"name", "value"}, set()),
+    }
     template: Words = (
         "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
         "{context}\nQuestion: Find all variables that are assigned the value {query} in the text"
@@ -108,6 +122,7 @@ class CWE(Texts):
         below 4096 tokens.
     """
 
+    fields = {"template": ({"context"}, ASKED), "item": ({"word"}, {"number"})}
     template: Words = (
         "Below is a numbered list of words. In these words, some appear more often than others."
         " Memorize the ones that appear most often.\n{context}\nQuestion: What are the 10 most"

@@ -16,8 +16,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from ratplus_exp import main as program
-from ratplus_exp.config import validate
-from ratplus_exp.main import CONF, message_of
+from ratplus_exp.config import CONF, validate
+from ratplus_exp.main import message_of
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 REMEDY = re.compile("use |set |write |choose |give |take |leave |needs |must |add |none|lacks")
@@ -98,6 +98,11 @@ selector=oracle data.tasks=[qa_1] -> has no position in the prompt
 +data.vt.hops=0 -> use at least 1
 data.cwe.repeats=[3] -> use a list of at least 2
 data.fwe.template=x -> lacks {context}: add it to the text
+'data.vt.template="{context}"' -> lacks {query}: add it to the text
+'data.vt.hop="VAR {name}"' -> lacks {value}: add it to the text
+'data.vt.start="{foo} {name} {value}"' -> has the unknown field {foo}: use only {name}, {value}
+'data.cwe.item="{number}."' -> lacks {word}: add it to the text
+'data.qa.document="{number}"' -> lacks {text}: add it to the text
 stage=hit_rate data.batch_size=-5 -> use at least 1
 stage=random_selector stage.selector_seeds=[] -> at least 1
 stage=random_selector stage.selector_seeds=3 -> use a list

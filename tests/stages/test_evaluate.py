@@ -1,4 +1,6 @@
+import json
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -164,10 +166,40 @@ def test_rulers_own_files_can_be_evaluated(job, tiny_models, tmp_path):
     answers = [record["answers"] for record in cell.records().values()]
     assert answers == [list(sample.answers) for sample in samples]
 
+    # Where a question begins is determined by its template, which is not in the file.
+    split = [*overrides, "data.protocol=split"]
+    job(*split)
+    job(*split, 'data.forms.template="{context} of {query}"')
+    keys = [cell.key["data"] for cell in Store(job.folder / "results").cells("eval")]
+    assert len(keys) == 3 and sum("question" in key for key in keys) == 2
+
     text = (folder / "validation.jsonl").read_text().splitlines()
     (folder / "validation.jsonl").write_text("\n".join([text[0], "{broken", text[2]]))
     with pytest.raises(ValueError, match=r"validation\.jsonl.*2"):
         job(*overrides)
+
+
+def test_an_answer_longer_than_its_room_is_refused_wherever_it_is(job, tiny_models, monkeypatch):
+    make = Ruler.sample
+
+    def sample(self, task, seed, index, *rest):
+        made = make(self, task, seed, index, *rest)
+        return replace(made, answers=("1234 " * 99,)) if index == 2 else made
+
+    monkeypatch.setattr(Ruler, "sample", sample)
+    monkeypatch.setattr(prompts, "_kept", {})
+    with pytest.raises(ValueError, match=r"S-1/\S*/2: the answer has .* raise it"):
+        job(*small(tiny_models, **{"data.tasks": "[S-1]"}))
+
+
+def test_an_invalid_value_in_a_cell_names_the_folder(job, tiny_models, capsys):
+    overrides = small(tiny_models, **{"data.tasks": "[S-1,S-2]"})
+    job(*overrides)
+    file = next((job.folder / "results").rglob("metrics.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"exact": "x"}))
+    with pytest.raises(ValueError, match="1 of the cells have invalid values: delete the folders"):
+        job(*overrides)
+    assert f"{file} has an invalid value" in capsys.readouterr().err
 
 
 def test_prompts_are_made_once_and_only_where_they_are_needed(job, tiny_models, monkeypatch):
