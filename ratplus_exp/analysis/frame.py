@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -56,6 +56,17 @@ def finished(cells: Cells, stage: str) -> list[Finished]:
     listed = cells.cells(stage) if isinstance(cells, Store) else cells
     read = (x if isinstance(x, Finished) else x.finished() for x in listed)
     return [x for x in read if x and x.cell.key["stage"] == stage and _is_valid(x)]
+
+
+def all_finished(cells: Collection[Cell], stage: str) -> list[Finished]:
+    """`finished` of cells that are; ValueError if some have values of a wrong type."""
+    read = finished(cells, stage)
+    if len(read) < len(cells):
+        raise ValueError(
+            f"{len(cells) - len(read)} of the cells have invalid values: delete the folders that "
+            "the warnings name, and run this again"
+        )
+    return read
 
 
 def tidy(cells: Cells, stage: str = "eval") -> pd.DataFrame:

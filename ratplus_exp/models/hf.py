@@ -68,6 +68,9 @@ def attention(
 AttentionInterface.register(ATTENTION, attention)
 
 
+UNSUPPORTED = ("output_hidden_states", "output_attentions", "inputs_embeds")
+
+
 class EngineDecoder:
     """Mixin for decoders (causal models without their heads), whose layers attend by a ForwardPass.
 
@@ -90,8 +93,10 @@ class EngineDecoder:
 
         attention_mask (B, tokens so far) may be zero at the left of a prompt. `engine`: for a pass
         without a cache, or for a new cache. Positions count from each row's first token;
-        position_ids, which `generate` passes, are ignored.
+        position_ids, which `generate` passes, are ignored. ValueError for UNSUPPORTED arguments.
         """
+        if asked := [name for name in UNSUPPORTED if kwargs.get(name) not in (None, False)]:
+            raise ValueError(f"this model has last hidden states and logits alone: drop {asked[0]}")
         model: Any = self
         cache, length = past_key_values, input_ids.shape[1]
         if cache is not None and not isinstance(cache, SparseCache):

@@ -136,11 +136,13 @@ def check_length(
 
 
 def end_tokens(path: Path, name: str = "generation_config.json") -> list[int]:
-    """The tokens that end an answer: eos_token_id of the named file, if a model's folder has it, or
-    of config.json."""
-    config = read_config(path, name if (path / name).exists() else "config.json")
-    ends = config.get("eos_token_id")
-    return [ends] if isinstance(ends, int) else ends or []
+    """The tokens that end an answer: eos_token_id of the named file, or where a model's folder has
+    none there, of config.json."""
+    for file in (name, "config.json"):
+        ends = read_config(path, file).get("eos_token_id") if (path / file).exists() else None
+        if ends is not None:
+            return [ends] if isinstance(ends, int) else list(ends)
+    return []
 
 
 def interface_digest(path: Path) -> str:

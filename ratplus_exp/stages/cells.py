@@ -69,9 +69,9 @@ class Job:
         self.examples: int = cfg.data.examples  # of each task
         self.method = validate_method(cfg)
         stage.check(self.method, cfg.method.name)
-        self.store = store_of(cfg)
         self.path = resolve(cfg.model.path)
         setting = self._setting()
+        self.store = store_of(cfg)
         self.cells = {
             task: self.store.cell(setting | {"task": task} | key)
             for task, key in stage.samples.keys(cfg).items()

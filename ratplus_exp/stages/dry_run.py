@@ -60,6 +60,8 @@ def shape_of(cfg: DictConfig) -> Shape:
         config = load_config(folder)
     elif "hidden_size" in architecture:
         config = config_for(architecture, memory)
+    elif "init" not in cfg.stage:
+        raise ValueError(f"there is no model in {folder}: set model.path")
     else:
         start = load_config(model_folder(cfg))
         config = memory_config(start, **architecture) if memory else start
@@ -136,9 +138,9 @@ def training(cfg: DictConfig, shape: Shape) -> list[Rows]:
 def evaluation(cfg: DictConfig, shape: Shape) -> list[Rows]:
     """Rows of a stage that runs prompts: work and memory of a GPU."""
     method, gpus, length = validate_method(cfg), cfg.cluster, cfg.data.length
-    one = cfg.stage.name == "look"  # a single prompt
-    new, batch = forms_of(cfg).reserve, 1 if one else cfg.data.batch_size
-    examples = 1 if one else cfg.data.examples * len(cfg.data.tasks)
+    one, answers = cfg.stage.name == "look", cfg.stage.name != "loss"  # a single prompt; documents
+    new, batch = forms_of(cfg).reserve * answers, 1 if one else cfg.data.batch_size
+    examples = 1 if one else cfg.data.examples * (len(cfg.data.tasks) if answers else 1)
     prefill = examples * length * shape.forward_flops((length + 1) / 2)
     fraction = float(method.fraction(length)) if method.phase in ("decode", *EVICTING) else 1.0
     read = shape.kv_bytes(length) * fraction
@@ -147,12 +149,14 @@ def evaluation(cfg: DictConfig, shape: Shape) -> list[Rows]:
     sizes = {"examples": examples, "batch": batch, "new_tokens": new}
     decode = cost.decode_hours(shape, **sizes, read=read, bandwidth=gpus.bandwidth_tb)
     first = cost.hours(prefill, gpus.gpus, gpus.peak_tflops, gpus.mfu)
+    answered = f", up to {new} of them answered" if answers else ""
     work = [
-        ("Examples", f"{examples} of {length} tokens, up to {new} of them answered"),
+        ("Examples", f"{examples} of {length} tokens{answered}"),
         ("FLOPs of the prompts", f"{prefill:.3g}"),
         ("Hours for the prompts", f"{first:.3g}"),
-        ("Hours for the answers", f"{decode / gpus.gpus:.3g} at most"),
     ]
+    if answers:
+        work.append(("Hours for the answers", f"{decode / gpus.gpus:.3g} at most"))
     memory = {
         "weights (bf16)": 2.0 * shape.parameters,
         f"keys and values of {batch} sequences": float(batch * shape.kv_bytes(length)),

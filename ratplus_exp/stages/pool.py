@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from ratplus_exp.analysis.frame import all_finished
 from ratplus_exp.distributed import cores, from_rank_0, process_group, rank
 from ratplus_exp.stages.cells import Job
 from ratplus_exp.stages.common import device_of, job_folder
@@ -36,6 +37,7 @@ def fill_tracked(job: Job, report: Callable[[Job], dict[str, Any]]) -> None:
         missing = from_rank_0(job.missing)
         filled(cfg, [job])
     if rank() == 0:
+        all_finished(job.cells.values(), cfg.stage.name)
         values = report(job)
         if missing:
             with tracked(cfg, job_folder()) as tracker:

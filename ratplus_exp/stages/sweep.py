@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ratplus_exp.analysis import sample_scores, tidy
-from ratplus_exp.analysis.frame import finished
+from ratplus_exp.analysis.frame import all_finished
 from ratplus_exp.analysis.means import method_means
 from ratplus_exp.config import method_of, plain, validate
 from ratplus_exp.report import Table
@@ -83,7 +83,7 @@ def one_table(cfg: DictConfig) -> None:
         raise ValueError(f"stage={name} is of one length: set data.length instead")
     refuse_mixtures(name, jobs)
     measuring = name if name in MEASURING else "eval"
-    cells = finished(filled(cfg, jobs), measuring)
+    cells = all_finished(filled(cfg, jobs), measuring)
     table, pictures = TABLES[name](cfg, cells)
     show(table, name)
     report.write_cells(cells, job_folder(), {"cells": tidy(cells)} if measuring == "eval" else {})

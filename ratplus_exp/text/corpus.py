@@ -28,24 +28,29 @@ class Corpus:
                 f"there is no finished corpus in {folder}: run stage=tokenize with the same "
                 "corpus and stage.init"
             ) from None
-        index = json.loads(text)
-        if index["tokenizer"] != tokenizer:
+        try:
+            index = json.loads(text)
+            name, self.tokens, shards = index["tokenizer"], int(index["tokens"]), index["shards"]
+            sizes = [(folder / shard["file"], int(shard["tokens"])) for shard in shards]
+            dtype = np.dtype(index["dtype"])
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"{folder / 'index.json'} is damaged: delete {folder} and run stage=tokenize"
+            ) from None
+        if name != tokenizer:
             raise ValueError(
                 f"the corpus in {folder} was made with another tokenizer: set corpus.folder and "
                 "run stage=tokenize"
             )
         self.id = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.tokens: int = index["tokens"]
         self._shards = []
-        for shard in index["shards"]:
-            file, size = folder / shard["file"], shard["tokens"]
-            itemsize = np.dtype(index["dtype"]).itemsize
-            if not file.exists() or file.stat().st_size != size * itemsize:
+        for file, size in sizes:
+            if not file.exists() or file.stat().st_size != size * dtype.itemsize:
                 raise ValueError(
                     f"{file} is not {size} tokens long: delete {folder} and run stage=tokenize"
                 )
             if size:  # an empty file cannot be mapped
-                self._shards.append(np.memmap(file, index["dtype"], "r", shape=(size,)))
+                self._shards.append(np.memmap(file, dtype, "r", shape=(size,)))
         self._starts = np.cumsum([0, *map(len, self._shards)])
 
     def windows(self, length: int) -> int:

@@ -146,7 +146,7 @@ def _name_file(source: Source, count: int, index: int) -> Iterator[None]:
     """Errors name the file of a shard, or the data set if the shard has several files."""
     try:
         yield
-    except ValueError as error:  # datasets and tokenizers name no file
+    except (ValueError, TypeError) as error:  # datasets and tokenizers name no file
         files = _files(source)
         where = files[index] if len(files) == count else source.path
         text = " ".join(str(error).split())[:200]

@@ -90,3 +90,10 @@ def test_same_logits_and_same_measured_budget(twins, make_ids, left_pad, memory,
         # Llama computes its norms and angles in fp32.
         assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert type(method) is Dense or found[0][2].max() < 0.9
+
+
+@pytest.mark.parametrize("argument", ["output_hidden_states", "output_attentions"])
+def test_what_a_model_does_not_return_is_refused(twins, argument):
+    for model in twins[True]:
+        with pytest.raises(ValueError, match=f"drop {argument}"):
+            model(torch.ones(1, 4, dtype=torch.long), **{argument: True})

@@ -95,6 +95,8 @@ def test_converted_equal_within_quantisation_and_evaluated(job, model, file, tmp
         if wanted.ndim == 2:
             assert not torch.equal(found[name], wanted)
     assert end_tokens(folder) == [END] == [load_tokenizer(folder).eos_token_id]
+    (folder / "generation_config.json").write_text('{"temperature": 0.6}')  # no EOS: config.json's
+    assert end_tokens(folder) == [END]
     settings = ("data=ruler", "data.length=256", "data.tasks=[S-1]", "data.examples=1")
     job("model=hf", f"model.path={folder}", "model.name=tiny", "budget=1/2", *settings)
     (cell,) = Store(job.folder / "results").cells("eval")

@@ -162,6 +162,10 @@ def test_a_folder_keeps_to_its_source(tmp_path):
         Corpus(tmp_path / "corpus", "letters")
     with pytest.raises(ValueError, match="run stage=tokenize"):
         Corpus(tmp_path, "letters")
+    for damaged in ('{"tok', "{}", "[]"):
+        (tmp_path / "corpus" / "index.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"index\.json is damaged: delete"):
+            Corpus(tmp_path / "corpus", "letters")
 
 
 def make_corpus(folder, parts):
