@@ -195,15 +195,16 @@ def refuse_mixtures(stage: str, jobs: list[Job]) -> None:
 
 def refuse_unused(cfg: DictConfig, entries: list[dict[str, Any]]) -> None:
     """ValueError for a field of the model or method on the command line if every entry names
-    another one."""
+    another one, or another training."""
     for group, remedy in (
-        ("model", "set stage.trainings, or stage.models=[] for the configured model"),
+        ("model", "set stage.trainings, and stage.models=[] for the configured model"),
         ("method", "copy the method's file in conf/method, change it, and name it in the cells"),
     ):
+        named = {x: all(x in entry for entry in entries) for x in (group, "training")}
         fields = command_line_fields(group)
-        if fields and all(group in entry for entry in entries):
+        if unused := [x for x in fields if named[group] or (x == "training" and named[x])]:
             raise ValueError(
-                f"{group}.{fields[0]} has no effect, since stage={cfg.stage.name} names its "
+                f"{group}.{unused[0]} has no effect, since stage={cfg.stage.name} names its "
                 f"{group}s itself: {remedy}"
             )
 

@@ -50,6 +50,10 @@ REPOSITORY = Path(__file__).parents[2]
         (["method.target=foo.Bar"], "is no Method"),
         (["stage=sft"], "set stage.init"),
         (["stage=report"], "evaluate first"),
+        (
+            ["stage=reads", "pair=pocket", "stage.models=[]", "model.training=1"],
+            "model.training has no effect.*set stage.trainings",
+        ),
         (["experiment=fig1"], r"model.path has no effect.*stage.models=\[\]"),
         (
             ["experiment=fig1", "stage.models=[]", "method=snapkv", "method.pooling=max"],
