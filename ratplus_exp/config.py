@@ -82,7 +82,7 @@ def _own_name(method: Mapping[str, Any]) -> None:
     under the name."""
     file = CONF / "method" / f"{method.get('name')}.yaml"
     target = OmegaConf.select(OmegaConf.load(file), "target") if file.is_file() else None
-    if target and target != method.get("target"):
+    if target and _class(target) is not _class(method["target"]):
         raise ValueError(
             f"method.name={method['name']} is {target}: name {method.get('target')} otherwise, "
             "as in method.name=mine"
@@ -122,12 +122,11 @@ def _one_method(cfg: DictConfig, settings: dict[str, Any]) -> Method:
     if not settings.get("top_k"):
         method = method.with_budget(Budget.parse(cfg.budget), cfg.data.length)
     method.validate()
-    most = method.k(0, 2) * method.block_size  # of layers that differ the first has the most
-    if max(most, method.fraction(cfg.data.length) * cfg.data.length) > cfg.data.length:
-        raise ValueError(
-            f"method.top_k={method.top_k} is more than a context of {cfg.data.length} tokens has, "
-            f"in the first layer {most}: set method.top_k=0 and a lower budget"
-        )
+    length = cfg.data.length
+    of_first = method.k(0, 2) * method.block_size  # where layers differ, the first has the most
+    if (most := max(of_first, method.fraction(length) * length)) > length:
+        size = "method.top_k" if settings.get("top_k") else "the budget"
+        raise ValueError(f"{most} of {length} tokens cannot be selected: lower {size}")
     return method
 
 

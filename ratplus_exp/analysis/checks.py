@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, Group
-from ratplus_exp.analysis.frame import DENSE, GROUP, SETTING, TASKS, LeftOut
+from ratplus_exp.analysis.frame import DENSE, GROUP, SETTING, TASKS, LeftOut, part_of_variant
 from ratplus_exp.budget import Budget
 
 LEVEL = 0.999
@@ -60,24 +60,26 @@ def check_unmixed(cells: pd.DataFrame) -> None:
         "context_length": ["tier"],
         "model": ["backbone"],
         "checkpoint": origin,
-        "variant": [*SETTING, "task"],
-        "cell": [*origin, *GROUP[:-1], "task"],
         "training": ["backbone", "checkpoint"],
     }
     for column, scope in scopes.items():
         for _, group in cells.groupby(scope, dropna=False):
             _refuse(group, column, group[column])
-    common = cells["variant"].str.extract(r"\b(dtype=.*)", expand=False)
-    for _, group in cells.groupby("task"):  # of all methods
-        _refuse(group, "variant", common[group.index])
+    for name in sorted(set(cells["variant"].str.findall(r"\b(\w+)=").explode().dropna())):
+        common = name in ("dtype", "rope", "data")  # to all methods
+        for _, group in cells.groupby([*(() if common else SETTING), "task"]):
+            _refuse(group, name, part_of_variant(group, name))
+    for _, group in cells.groupby([*origin, *GROUP[:-1], "task"], dropna=False):
+        _refuse(group, "cell", group["cell"])
 
 
 def _refuse(group: pd.DataFrame, column: str, values: pd.Series) -> None:
     """LeftOut if the values of a group's rows differ; column: to choose them by."""
-    if values.nunique(dropna=False) > 1:
-        names, first = sorted(map(str, group[column].unique())), group.iloc[0]
+    if values.nunique() > 1:
+        names, first = sorted(map(str, values.dropna().unique())), group.iloc[0]
+        each = ", one for each backbone" if column in ("model", "checkpoint") else ""
         raise LeftOut(
             f"the table would mix results of several {column}s ({', '.join(names)}; "
-            f"{first['backbone']} {first['method']}, seed {first['seed']}): choose which, "
-            f"as in stage.where={{{column}: [{names[0]}, …]}}, one for each backbone"
+            f"{first['backbone']} {first['method']}, {first['task']}, seed {first['seed']}): "
+            f"choose which, as in stage.where={{{column}: {names[0]}}}{each}"
         )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -109,13 +110,27 @@ def sample_scores(cells: Cells, stage: str = "eval", **where: Any) -> pd.DataFra
 
 
 def select(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
-    """Rows whose columns have the given value, or one of a list of values."""
+    """Rows whose columns have the given value, or one of a list of values.
+
+    A part of the variants (dtype, data, a method's setting) can stand for a column; rows without
+    it stay.
+    """
     for column, value in where.items():
-        if column not in frame:
+        values = [*value] if isinstance(value, list | tuple | set) else [value]
+        if column in frame:
+            frame = frame[frame[column].isin(values)]
+            continue
+        parts = part_of_variant(frame, column) if "variant" in frame else pd.Series(dtype=object)
+        if len(frame) and parts.isna().all():
             raise ValueError(f"no column {column!r} to select by; choose from {list(frame)}")
-        values = value if isinstance(value, list | tuple | set) else [value]
-        frame = frame[frame[column].isin(list(values))]
+        frame = frame[parts.isna() | parts.isin(map(str, values))]
     return frame
+
+
+def part_of_variant(frame: pd.DataFrame, name: str) -> pd.Series:
+    """The value of name in each row's variant, NaN without it."""
+    found = frame["variant"].str.extract(rf"\b{re.escape(name)}=(.*?)(?: \w+=|$)")
+    return found[0].astype(object)
 
 
 def accuracies(records: Mapping[Any, Mapping[str, Any]]) -> dict[str, float]:

@@ -82,9 +82,7 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
                 f"several models or seeds share {' '.join(map(str, setting))}: choose one of each "
                 "backbone with stage.where"
             )
-        backbones = backbones_of(rows)
-        of_backbone = (set(rows.loc[rows["backbone"] == b, "training"]) for b in backbones)
-        trainings = sorted(set.intersection(*of_backbone))
+        backbones, trainings = backbones_of(rows), common_trainings(rows)
         rates, n = {}, {}
         for task, of_task in select(rows, {"training": trainings}).groupby("task"):
             by_training, shared = _rates(str(task), of_task, n_boot)
@@ -103,6 +101,11 @@ def rank_curves(samples: pd.DataFrame, n_boot: int = RESAMPLES) -> pd.DataFrame:
             place = dict(zip(SETTING, setting, strict=True)) | {"task": task, "n": n[task]}
             frames.append(_curve(sides).assign(**place))
     return pd.concat(frames[1:] or frames, ignore_index=True)[list(frames[0].columns)]
+
+
+def common_trainings(rows: pd.DataFrame) -> list[int]:
+    """The trainings that all backbones of a frame have."""
+    return sorted(set.intersection(*map(set, rows.groupby("backbone")["training"].unique())))
 
 
 def estimate(row: Any, name: str) -> Estimate:

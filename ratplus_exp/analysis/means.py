@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate
@@ -50,6 +51,8 @@ def selector_means(draws: Bootstrap) -> pd.DataFrame:
         if not tasks:
             continue
         means = {x: 100 * draws.mean(g, tasks, groups.values()) for x, g in groups.items()}
+        if np.isnan(next(iter(means.values()))[0]):  # no training has them all
+            continue
         for kind in SELECTORS:
             if all((side, kind) in groups for side in BACKBONES):
                 attention, ratplus = (means[side, kind] for side in BACKBONES)

@@ -95,7 +95,7 @@ class EngineDecoder:
         without a cache, or for a new cache. Positions count from each row's first token;
         position_ids, which `generate` passes, are ignored. ValueError for UNSUPPORTED arguments.
         """
-        if asked := [name for name in UNSUPPORTED if kwargs.get(name) not in (None, False)]:
+        if asked := [x for x in UNSUPPORTED if not (kwargs.get(x) is None or kwargs[x] is False)]:
             raise ValueError(f"this model has last hidden states and logits alone: drop {asked[0]}")
         model: Any = self
         cache, length = past_key_values, input_ids.shape[1]

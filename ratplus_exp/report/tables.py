@@ -8,7 +8,14 @@ import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, spread
 from ratplus_exp.analysis.frame import BACKBONES, SETTING, TASKS, LeftOut, backbones_of, select
-from ratplus_exp.analysis.hits import MEAN, UP_TO, estimate, rank_curves, ranked_heads
+from ratplus_exp.analysis.hits import (
+    MEAN,
+    UP_TO,
+    common_trainings,
+    estimate,
+    rank_curves,
+    ranked_heads,
+)
 from ratplus_exp.analysis.means import GAP
 from ratplus_exp.analysis.pattern import DECISIVE, FEWEST, SOLVED, patterns, rank_agreement
 from ratplus_exp.report.paper import PAPER_TABLES
@@ -141,8 +148,10 @@ def heads_table(results: Results, method: str) -> Table:
         by_task = group.set_index("task").reindex([*TASKS, MEAN])
         mean = by_task.loc[MEAN]
         gap = estimate(mean, "difference")
+        of_setting = ranked[(ranked[SETTING] == list(setting)).all(axis=1)]
+        of_setting = select(of_setting, {"training": common_trainings(of_setting)})
         for backbone in backbones:
-            heads = ranked[(ranked[[*SETTING, "backbone"]] == [*setting, backbone]).all(axis=1)]
+            heads = of_setting[of_setting["backbone"] == backbone]
             best = heads[heads["rank"] == 1].sort_values("training")
             best_mean = plus_minus(mean[backbone], best["hit_rate"].std())
             gains = (number(gap.value, sign="+"), bounds(gap)) if backbone == "RAT+" else ("", "")

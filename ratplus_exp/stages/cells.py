@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from omegaconf import DictConfig
 
-from ratplus_exp.config import oracle_heads, rope_of, validate_method
+from ratplus_exp.config import forms_of, oracle_heads, others_of, rope_of, validate_method
 from ratplus_exp.methods import Method, Oracle, Random, Selector, TopK
 from ratplus_exp.methods.base import EVICTING
 from ratplus_exp.models.loading import dtype_on, interface_digest, load_config
@@ -24,7 +24,7 @@ from ratplus_exp.stages.common import (
     resolve,
     store_of,
 )
-from ratplus_exp.stages.samples import Samples
+from ratplus_exp.stages.samples import Samples, question_of
 from ratplus_exp.tasks import Sample
 
 Records = Mapping[Any, Mapping[str, Any]]
@@ -73,7 +73,7 @@ class Job:
         setting = self._setting()
         self.store = store_of(cfg)
         self.cells = {
-            task: self.store.cell(setting | {"task": task} | key)
+            task: self.store.cell(setting | {"task": task} | key | self._question(task))
             for task, key in stage.samples.keys(cfg).items()
         }
 
@@ -121,6 +121,12 @@ class Job:
             "selector_seed": cfg.selector_seed if cfg.selector == "random" else 0,
             "context_length": cfg.data.length,
         }
+
+    def _question(self, task: str) -> dict[str, str]:
+        """Where a method selects before the question of a file's prompts: how to find that."""
+        if not self.cfg.data.path or self.first_token != "split":
+            return {}
+        return {"question": question_of(task, forms_of(self.cfg), others_of(self.cfg))}
 
     def _oracle_heads(self) -> str:
         """The heads with an oracle, as in ":1-0,1-3"; ValueError for one that doesn't exist."""

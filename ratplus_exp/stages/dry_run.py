@@ -139,7 +139,8 @@ def evaluation(cfg: DictConfig, shape: Shape) -> list[Rows]:
     """Rows of a stage that runs prompts: work and memory of a GPU."""
     method, gpus, length = validate_method(cfg), cfg.cluster, cfg.data.length
     one, answers = cfg.stage.name == "look", cfg.stage.name != "loss"  # a single prompt; documents
-    new, batch = forms_of(cfg).reserve * answers, 1 if one else cfg.data.batch_size
+    new = forms_of(cfg).reserve if answers else 0
+    batch = 1 if one else cfg.data.batch_size
     examples = 1 if one else cfg.data.examples * (len(cfg.data.tasks) if answers else 1)
     prefill = examples * length * shape.forward_flops((length + 1) / 2)
     fraction = float(method.fraction(length)) if method.phase in ("decode", *EVICTING) else 1.0

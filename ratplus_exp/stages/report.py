@@ -35,8 +35,9 @@ def run(cfg: DictConfig, like: Sequence[Cell] | None = None) -> None:
     store = Store(resolve(cfg.results))
     settings = {name: cfg.data[name] for name in ("first_token", "protocol")}
     results = Results.read(store, _where(cfg), like, scorer=cfg.stage.scorer, **settings)
-    for of_length in results.by_length.values():
-        check_unmixed(grouped(of_length.cells))
+    for each in results.protocols.values() if "tasks" in outputs else [results]:
+        for of_length in each.by_length.values() if outputs else ():
+            check_unmixed(grouped(of_length.cells))
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     folder.mkdir(parents=True, exist_ok=True)
     remove_drafts(folder)

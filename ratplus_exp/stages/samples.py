@@ -37,9 +37,7 @@ class Samples:
         def data(task: str) -> dict[str, Any]:
             if files:
                 file = _digest(files[task], "data.path")
-                key = {"file": file, "reserve": others.reserve(task, forms)}
-                split = cfg.data.protocol == "split"  # its questions begin after the context
-                return key | ({"question": _question(task, forms, others)} if split else {})
+                return {"file": file, "reserve": others.reserve(task, forms)}
             return _niah(forms, cfg.data.essay) if task in TASKS else _beyond(task, others, forms)
 
         seed = 0 if files else cfg.seed
@@ -57,9 +55,13 @@ class Samples:
             self.read[task] = read_jsonl(file, tokenizer, longest, task)
             if (size := len(self.read[task])) < cfg.data.examples:
                 raise ValueError(f"{file} has {size} samples: set data.examples={size}")
+            for sample in self.read[task][: cfg.data.examples]:
+                self._check(sample)
 
     def __call__(self, task: str, index: int) -> Sample:
-        sample = self.read[task][index] if self.read else self.prompts(task, index)
+        if self.read:
+            return self.read[task][index]
+        sample = self.prompts(task, index)
         self._check(sample)
         return sample
 
@@ -67,7 +69,8 @@ class Samples:
         """ValueError for a sample that no model with this tokenizer could answer."""
         answer = len(self.tokenizer(target(sample), add_special_tokens=False).input_ids)
         if answer > (reserve := self.reserve[sample.task]):
-            where = sample.task if sample.task in ("vt", "cwe", "fwe") else "forms"
+            where = "qa" if sample.task in QA_FILES else sample.task
+            where = "forms" if sample.task in TASKS else where
             raise ValueError(
                 f"{sample.id}: the answer has {answer} tokens, but data.{where}.reserve keeps "
                 f"{reserve} free for it: raise it"
@@ -85,7 +88,7 @@ class Samples:
 
     def question_tokens(self, sample: Sample) -> int:
         """How many of the prompt's last tokens are its question."""
-        text = _question(sample.task, self.source.forms, self.source.others)
+        text = question_of(sample.task, self.source.forms, self.source.others)
         return question_tokens(sample, text, self.tokenizer)
 
     def by_suffix_length(
@@ -124,7 +127,7 @@ def _workers(device: torch.device) -> int:
     return min(MAX_WORKERS, cores() - 1)
 
 
-def _question(task: str, forms: Forms, others: Others) -> str:
+def question_of(task: str, forms: Forms, others: Others) -> str:
     """The template of a task's question, which follows the context."""
     texts = forms if task in TASKS else others.of(task)
     return texts.template.rpartition("{context}")[2]

@@ -65,6 +65,12 @@ Outputs = tuple[Table, list[Path]]  # of a stage: its table, its pictures
 def run(cfg: DictConfig) -> None:
     """stage=sweep: fill the missing cells, then write `stage.outputs` from these settings."""
     jobs = [job_of(job) for job in expand(cfg)]
+    models = {(job.cfg.model.backbone, job.cfg.model.name) for job in jobs}
+    if any(cfg.stage.outputs.values()) and len(models) > len({backbone for backbone, _ in models}):
+        raise ValueError(
+            "stage.outputs compare one model of each backbone, not "
+            f"{', '.join(sorted(name for _, name in models))}: use stage=ablation for several"
+        )
     failed = fill_jobs(cfg, jobs)
     report.run(cfg, [cell for job in jobs for cell in job.cells.values()])
     raise_if_failed(failed)
@@ -197,16 +203,17 @@ def refuse_unused(cfg: DictConfig, entries: list[dict[str, Any]]) -> None:
     """ValueError for a field of the model or method on the command line if every entry names
     another one, or another training."""
     for group, remedy in (
-        ("model", "set stage.trainings, and stage.models=[] for the configured model"),
+        ("model", "set stage.trainings, or stage.models=[] for the configured model"),
         ("method", "copy the method's file in conf/method, change it, and name it in the cells"),
     ):
-        named = {x: all(x in entry for entry in entries) for x in (group, "training")}
         fields = command_line_fields(group)
-        if unused := [x for x in fields if named[group] or (x == "training" and named[x])]:
+        if fields and all(group in entry for entry in entries):
             raise ValueError(
-                f"{group}.{unused[0]} has no effect, since stage={cfg.stage.name} names its "
+                f"{group}.{fields[0]} has no effect, since stage={cfg.stage.name} names its "
                 f"{group}s itself: {remedy}"
             )
+    if "training" in command_line_fields("model") and all("training" in x for x in entries):
+        raise ValueError("model.training has no effect here: set stage.trainings=[N]")
 
 
 def _model(entry: dict[str, Any]) -> tuple[Any, Any]:

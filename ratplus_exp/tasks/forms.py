@@ -19,7 +19,8 @@ from pydantic import Field
 from ratplus_exp.settings import Positive, Settings, matching
 from ratplus_exp.tasks import prose
 
-_FIELDS = {  # of each text: the required and the optional ones
+Fields = tuple[set[str], set[str]]  # of a text: the required and the optional ones
+_FIELDS: dict[str, Fields] = {
     "needle": ({"key", "value"}, {"type_needle_v"}),
     "template": ({"context", "query"}, {"type_needle_v"}),
     "answer_prefix": (set(), {"type_needle_v", "query"}),
@@ -32,13 +33,26 @@ Sentence = Annotated[
 Reserve = Annotated[int, Field(ge=1, le=10**6)]  # tokens that a prompt leaves for the answer
 
 
-def check_fields(name: str, found: set[str], required: set[str], optional: set[str]) -> None:
+def fields_of(name: str, text: str) -> set[str]:
+    """The fields of a format string; ValueError if it is none."""
+    try:
+        parts = [*string.Formatter().parse(text)]
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is not a format string ({error}): double literal braces"
+        ) from error
+    return {field for _, field, _, _ in parts if field is not None}
+
+
+def check_fields(name: str, found: set[str], fields: Fields) -> None:
     """ValueError, with the remedy, if a text lacks a required field or has an unknown one."""
+    required, optional = fields
     if missing := required - found:
         raise ValueError(f"{name} lacks {{{min(missing)}}}: add it to the text")
     if unknown := found - required - optional:
         known = ", ".join(f"{{{field}}}" for field in sorted(required | optional))
-        raise ValueError(f"{name} has the unknown field {{{min(unknown)}}}: use only {known}")
+        remedy = f"use only {known}" if known else "leave it out"
+        raise ValueError(f"{name} has the unknown field {{{min(unknown)}}}: {remedy}")
 
 
 @dataclass(frozen=True)
@@ -74,15 +88,8 @@ class Forms(Settings):
     reserve: Reserve = 128
 
     def __post_init__(self) -> None:
-        for name, (required, optional) in _FIELDS.items():
-            try:
-                parts = [*string.Formatter().parse(getattr(self, name))]
-            except ValueError as error:
-                raise ValueError(
-                    f"{name} is not a format string ({error}): double literal braces"
-                ) from error
-            fields = {field for _, field, _, _ in parts if field is not None}
-            check_fields(name, fields, required, optional)
+        for name, fields in _FIELDS.items():
+            check_fields(name, fields_of(name, getattr(self, name)), fields)
         if self.key_count is not None:
             if self.key_words != "noun":
                 raise ValueError("key_count counts nouns: set key_words to noun or drop it")

@@ -19,32 +19,35 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from ratplus_exp.settings import Positive, Settings
-from ratplus_exp.tasks.forms import Reserve, Words, check_fields, wordlist
+from ratplus_exp.tasks.forms import Fields, Reserve, Words, check_fields, fields_of, wordlist
 from ratplus_exp.tasks.niah import Draft, Draw, in_list, seeded_random
 
 if TYPE_CHECKING:
     from ratplus_exp.tasks.ruler import Ruler
 
-ASKED = {"query", "count"}  # fields of `Texts.ask`
+NOTHING: Fields = (set(), set())
 
 
 @dataclass(frozen=True)
 class Texts(Settings):
     """Texts of a task; a prompt is `template` + `answer_prefix`, filled in.
 
-    fields: of each text the required and the optional ones. Raises ValueError, with the remedy, for
-    a text without a required field or with another one.
+    asked, formats: fields of `template` and `answer_prefix`, and of the other texts, which are
+    format strings. Raises ValueError, with the remedy, for a text without a required field or with
+    an unknown one.
     """
 
-    fields: ClassVar[dict[str, tuple[set[str], set[str]]]] = {"template": ({"context"}, ASKED)}
+    asked: ClassVar[dict[str, Fields]] = {"template": ({"context"}, set())}
+    formats: ClassVar[dict[str, Fields]] = {}
     template: Words
     answer_prefix: Words
     reserve: Reserve
 
     def __post_init__(self) -> None:
-        for name, (required, optional) in {"answer_prefix": (set(), ASKED), **self.fields}.items():
-            fields = set(re.findall(r"\{(\w*)[^{}]*\}", getattr(self, name)))
-            check_fields(name, fields, required, optional)
+        for name, fields in ({"answer_prefix": NOTHING} | self.asked).items():
+            check_fields(name, set(re.findall(r"\{(\w+)\}", getattr(self, name))), fields)
+        for name, fields in self.formats.items():
+            check_fields(name, fields_of(name, getattr(self, name)), fields)
 
     def draft(self, draw: Draw, name: str, source: Ruler) -> Draft:
         raise NotImplementedError
@@ -63,11 +66,11 @@ class VT(Texts):
     example: tokens of a worked example in front, whose variables have two letters less; 0: none.
     """
 
-    fields = {
-        "template": ({"context", "query"}, ASKED),
-        "start": ({"name", "value"}, set()),
-        "hop": ({"name", "value"}, set()),
+    asked = {
+        "template": ({"context", "query"}, set()),
+        "answer_prefix": (set(), {"query", "count"}),
     }
+    formats = {"start": ({"name", "value"}, set()), "hop": ({"name", "value"}, set())}
     template: Words = (
         "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
         "{context}\nQuestion: Find all variables that are assigned the value {query} in the text"
@@ -122,7 +125,7 @@ class CWE(Texts):
         below 4096 tokens.
     """
 
-    fields = {"template": ({"context"}, ASKED), "item": ({"word"}, {"number"})}
+    formats = {"item": ({"word"}, {"number"})}
     template: Words = (
         "Below is a numbered list of words. In these words, some appear more often than others."
         " Memorize the ones that appear most often.\n{context}\nQuestion: What are the 10 most"

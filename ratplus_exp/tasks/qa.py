@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ratplus_exp.settings import Text
 from ratplus_exp.tasks.forms import Reserve, Words
 from ratplus_exp.tasks.niah import QA_FILES, Draft, Draw, seeded_random, split_of
-from ratplus_exp.tasks.others import ASKED, Texts
+from ratplus_exp.tasks.others import Texts
 
 if TYPE_CHECKING:
     from ratplus_exp.tasks.ruler import Ruler
@@ -27,10 +27,8 @@ class QA(Texts):
     """squad, hotpotqa: the files, SQuAD's dev-v2.0.json (qa_1) and HotpotQA's
     hotpot_dev_distractor_v1.json (qa_2)."""
 
-    fields = {
-        "template": ({"context", "query"}, ASKED),
-        "document": ({"text"}, {"number"}),
-    }
+    asked = {"template": ({"context", "query"}, set()), "answer_prefix": (set(), {"query"})}
+    formats = {"document": ({"text"}, {"number"})}
     template: Words = (
         "Answer the question based on the given documents. Only give me the answer and do not"
         " output any other words.\n\nThe following are given documents.\n\n{context}\n\nAnswer the"

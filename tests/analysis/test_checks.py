@@ -1,5 +1,7 @@
 """What is doubted in a filled store."""
 
+import re
+
 import pytest
 from accuracy_cells import DENSE, add, add_all
 
@@ -27,12 +29,15 @@ def test_more_accuracy_from_less_attention_is_an_anomaly(store):
         {"model": "pocket_conv", "training": 3},  # another model of one backbone
         {"dtype": "bfloat16", **DENSE},  # another precision than the sparse cells'
         {"data": {"essay": "other"}, **DENSE},
+        {"settings": {"pooling": "max"}},
     ],
 )
 def test_cells_that_do_not_belong_together_give_no_mean(store, other):
-    common = {"dtype": "float32", "data": {"essay": "one"}}
+    common = {"dtype": "float32", "data": {"essay": "one"}, "settings": {"pooling": "avg"}}
     add_all(store, 4, 7, **common)
     assert len(Results.read(store, {}).draws.groups) == 2
     add(store, "ratplus", "S-1", 5, **common | other)
-    with pytest.raises(LeftOut, match="would mix"):
+    with pytest.raises(LeftOut, match=r"would mix .*stage.where={(\w+): ") as error:
         _ = Results.read(store, {}).draws
+    name, value = re.search(r"where={(\w+): (.*)}", str(error.value)).groups()
+    assert Results.read(store, {name: value}).draws.groups  # the remedy works

@@ -92,8 +92,9 @@ def test_same_logits_and_same_measured_budget(twins, make_ids, left_pad, memory,
     assert type(method) is Dense or found[0][2].max() < 0.9
 
 
-@pytest.mark.parametrize("argument", ["output_hidden_states", "output_attentions"])
-def test_what_a_model_does_not_return_is_refused(twins, argument):
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "inputs_embeds"])
+def test_what_a_model_does_not_do_is_refused(twins, name):
+    value = torch.zeros(1, 4, 32) if name == "inputs_embeds" else True
     for model in twins[True]:
-        with pytest.raises(ValueError, match=f"drop {argument}"):
-            model(torch.ones(1, 4, dtype=torch.long), **{argument: True})
+        with pytest.raises(ValueError, match=f"drop {name}"):
+            model(torch.ones(1, 4, dtype=torch.long), **{name: value})

@@ -102,7 +102,7 @@ data.fwe.template=x -> lacks {context}: add it to the text
 'data.vt.hop="VAR {name}"' -> lacks {value}: add it to the text
 'data.vt.start="{foo} {name} {value}"' -> has the unknown field {foo}: use only {name}, {value}
 'data.cwe.item="{number}."' -> lacks {word}: add it to the text
-'data.qa.document="{number}"' -> lacks {text}: add it to the text
+'+data.qa.document="{number}"' -> lacks {text}: add it to the text
 stage=hit_rate data.batch_size=-5 -> use at least 1
 stage=random_selector stage.selector_seeds=[] -> at least 1
 stage=random_selector stage.selector_seeds=3 -> use a list

@@ -170,8 +170,11 @@ def test_rulers_own_files_can_be_evaluated(job, tiny_models, tmp_path):
     split = [*overrides, "data.protocol=split"]
     job(*split)
     job(*split, 'data.forms.template="{context} of {query}"')
-    keys = [cell.key["data"] for cell in Store(job.folder / "results").cells("eval")]
+    keys = [cell.key for cell in Store(job.folder / "results").cells("eval")]
     assert len(keys) == 3 and sum("question" in key for key in keys) == 2
+    for protocol in ("whole", "split"):  # which dense attention shares
+        job(*overrides, "method=dense", f"data.protocol={protocol}")
+    assert len([*Store(job.folder / "results").cells("eval")]) == 4
 
     text = (folder / "validation.jsonl").read_text().splitlines()
     (folder / "validation.jsonl").write_text("\n".join([text[0], "{broken", text[2]]))

@@ -29,8 +29,8 @@ REPOSITORY = Path(__file__).parents[2]
         (["selector=random", "method=dense"], "needs a method that selects"),
         (["selector=oracle", "method=vertical_slash"], "selects distances, too"),
         (["method=shared", "selector=oracle", "oracle_heads=[1-0]"], "reuses .* of layer 0"),
-        (["method=pyramidkv", "budget=1"], "in the first layer 1982: .* a lower budget"),
-        (["method=pyramidkv", "method.top_k=900"], "in the first layer"),
+        (["method=pyramidkv", "budget=1"], "1982 of 1024 tokens cannot .* lower the budget"),
+        (["method=pyramidkv", "method.top_k=900"], "of 1024 tokens .* lower method.top_k"),
         (["method=quest", "method.name=snapkv"], "method.name=snapkv is .*SnapKV: name .*Quest"),
         (
             ["model=hf", "model.path=nowhere", "dry_run=true"],
@@ -40,7 +40,7 @@ REPOSITORY = Path(__file__).parents[2]
         (["selector=oracle", "oracle_heads=[9-0]"], "there is no 9-0"),
         (["data.essay=nowhere.txt"], "nowhere.txt cannot be read .* set data.essay"),
         (["model.path=nowhere"], "set model.path"),
-        (["method.top_k=100000"], "more than a context of 1024 tokens has"),
+        (["method.top_k=100000"], "of 1024 tokens .* lower method.top_k"),
         (["data.length=2048"], "more than the 1024 positions"),
         (["data.forms.reserve=1"], "the answer has . tokens.* raise it"),
         (
