@@ -32,9 +32,9 @@ def test_two_variants_of_a_method_must_be_told_apart(store):
     for pooling in ("avg", "max"):
         settings = {"top_k": 64, "pooling": pooling}
         add_all(store, 4, 7, method="snapkv", block_size=1, budget="1/8", settings=settings)
-    with pytest.raises(ValueError, match=r"several variants \(pooling=avg, pooling=max; .* snapkv"):
+    with pytest.raises(ValueError, match=r"several poolings \(avg, max; .* snapkv"):
         make(store)
-    table = make(store, variant="pooling=max")
+    table = make(store, pooling="max")
     assert lines(table, Method="snapkv", Budget="1/8")[1]["Mean"] == "70.0"
 
 

@@ -98,10 +98,10 @@ def test_a_sweep_shows_its_settings_with_every_seed_and_a_report_shows_all(job, 
 
 def test_outputs_of_two_models_of_one_backbone_are_refused_before_they_are_measured(job, pair):
     attention, ratplus = sorted((job.folder / "conf" / "model").iterdir())
-    text = ratplus.read_text().replace(f"name: {ratplus.stem}", "name: mine")
-    ratplus.with_name("mine.yaml").write_text(text)
-    models = f"stage.models=[{attention.stem},{ratplus.stem},mine]"
-    with pytest.raises(ValueError, match="one model of each backbone, not .*mine"):
+    text = ratplus.read_text().replace(f"name: {ratplus.stem}", "name: another")
+    ratplus.with_name("another.yaml").write_text(text)
+    models = f"stage.models=[{attention.stem},{ratplus.stem},another]"
+    with pytest.raises(ValueError, match="one model of each backbone, not another,"):
         job("experiment=fig1", *pair, models)
     assert not any(Store(job.folder / "results").cells())
 
