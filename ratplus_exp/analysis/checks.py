@@ -6,7 +6,16 @@ from typing import NamedTuple
 import pandas as pd
 
 from ratplus_exp.analysis.bootstrap import Bootstrap, Estimate, Group
-from ratplus_exp.analysis.frame import DENSE, GROUP, SETTING, TASKS, LeftOut, part_of_variant
+from ratplus_exp.analysis.frame import (
+    COMMON,
+    DENSE,
+    GROUP,
+    SETTING,
+    TASKS,
+    LeftOut,
+    part_of_variant,
+    parts_of_variants,
+)
 from ratplus_exp.budget import Budget
 
 LEVEL = 0.999
@@ -65,10 +74,11 @@ def check_unmixed(cells: pd.DataFrame) -> None:
     for column, scope in scopes.items():
         for _, group in cells.groupby(scope, dropna=False):
             _refuse(group, column, group[column])
-    for name in sorted(set(cells["variant"].str.findall(r"\b(\w+)=").explode().dropna())):
-        common = name in ("dtype", "rope", "data")  # to all methods
+    for name in sorted(parts_of_variants(cells)):
+        common = name in (*COMMON, "question")  # to all methods
         for _, group in cells.groupby([*(() if common else SETTING), "task"]):
-            _refuse(group, name, part_of_variant(group, name))
+            values = part_of_variant(group, name)  # methods without a question share its cells
+            _refuse(group, name, values if name == "question" else values.fillna("none"))
     for _, group in cells.groupby([*origin, *GROUP[:-1], "task"], dropna=False):
         _refuse(group, "cell", group["cell"])
 
@@ -81,5 +91,5 @@ def _refuse(group: pd.DataFrame, column: str, values: pd.Series) -> None:
         raise LeftOut(
             f"the table would mix results of several {column}s ({', '.join(names)}; "
             f"{first['backbone']} {first['method']}, {first['task']}, seed {first['seed']}): "
-            f"choose which, as in stage.where={{{column}: {names[0]}}}{each}"
+            f'choose which, as in stage.where={{{column}: "{names[0]}"}}{each}'
         )

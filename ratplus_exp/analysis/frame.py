@@ -35,6 +35,8 @@ _ORDER = (
     *("variant", "selector", "selector_seed", "task", "seed"),
 )
 
+COMMON = ("dtype", "rope", "data")  # parts of a variant that are not of the method
+
 FIELDS: dict[str, dict[str, Any]] = {  # of a stage's samples, for `sample_scores`
     "eval": dict.fromkeys(SCORERS, int | float),
     "hit_rate": {"hits": list, "values": int},
@@ -112,19 +114,27 @@ def sample_scores(cells: Cells, stage: str = "eval", **where: Any) -> pd.DataFra
 def select(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
     """Rows whose columns have the given value, or one of a list of values.
 
-    A part of the variants (dtype, data, a method's setting) can stand for a column; rows without
-    it stay.
+    A part of the variants (dtype, data, a method's setting) can stand for a column. Rows without
+    a setting stay; without one of COMMON they have "none".
     """
     for column, value in where.items():
         values = [*value] if isinstance(value, list | tuple | set) else [value]
         if column in frame:
             frame = frame[frame[column].isin(values)]
             continue
-        parts = part_of_variant(frame, column) if "variant" in frame else pd.Series(dtype=object)
-        if len(frame) and parts.isna().all():
+        if len(frame) and column not in parts_of_variants(frame):
             raise ValueError(f"no column {column!r} to select by; choose from {list(frame)}")
-        frame = frame[parts.isna() | parts.isin(map(str, values))]
+        parts = part_of_variant(frame, column)
+        chosen = parts.fillna("none").isin([*map(str, values)])
+        frame = frame[chosen if column in COMMON else chosen | parts.isna()]
     return frame
+
+
+def parts_of_variants(frame: pd.DataFrame) -> set[str]:
+    """The names in the variants of a frame."""
+    if "variant" not in frame:
+        return set()
+    return set(frame["variant"].str.findall(r"\b(\w+)=").explode().dropna())
 
 
 def part_of_variant(frame: pd.DataFrame, name: str) -> pd.Series:
@@ -186,6 +196,8 @@ def _variant(key: Mapping[str, Any]) -> str:
     settings = key.get("settings", {})
     parts = [f"{k}={v}" for k, v in sorted(settings.items()) if k not in ("block_size", "top_k")]
     parts += [f"{name}={key[name]}" for name in ("dtype", "rope") if name in key]
+    if "question" in key:
+        parts.append(f"question={hashlib.sha256(key['question'].encode()).hexdigest()[:6]}")
     if "data" in key:
         text = json.dumps(key["data"], sort_keys=True)
         parts.append(f"data={hashlib.sha256(text.encode()).hexdigest()[:6]}")

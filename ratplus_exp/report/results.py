@@ -54,10 +54,17 @@ class Results:
         if like is not None:
             settings = {_without_seed(cell) for cell in like}
             stored = [x for x in stored if _without_seed(x.cell) in settings]
-        own = {"selector": "topk", **where}  # hit rates are of the methods' own selections
+        parts = {x: frame.parts_of_variants(frame.tidy(stored, x)) for x in frame.FIELDS}
+        if unknown := set(where).difference(frame.COLUMNS, *parts.values()):
+            raise ValueError(f"no column {min(unknown)!r} to select by: see stage.where")
+        of_eval, of_hits = (
+            {x: value for x, value in where.items() if x in frame.COLUMNS or x in parts[stage]}
+            for stage in ("eval", hits.STAGE)
+        )
+        own = {"selector": "topk", **of_hits}  # hit rates are of the methods' own selections
         every = cls(
-            cells=frame.select(frame.tidy(stored), where),
-            samples=frame.sample_scores(stored, **where),
+            cells=frame.select(frame.tidy(stored), of_eval),
+            samples=frame.sample_scores(stored, **of_eval),
             rates=hits.hit_rates(stored, **own),
             hit_samples=frame.sample_scores(stored, hits.STAGE, **own),
             stored={x.cell.id: x for x in stored},

@@ -29,7 +29,10 @@ from ratplus_exp.tasks import Sample
 
 Records = Mapping[Any, Mapping[str, Any]]
 DECODING = ("decode", *EVICTING)  # phases of methods that select after the prompt
-PROMPTS = ("checkpoint", "interface", "dtype", "rope", "task", "seed", "data", "context_length")
+PROMPTS = (
+    *("checkpoint", "interface", "dtype", "rope", "task", "seed", "data", "question"),
+    "context_length",
+)
 """The part of a cell's key that determines its prompts and their dense prefill."""
 
 

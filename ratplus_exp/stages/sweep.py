@@ -66,7 +66,8 @@ def run(cfg: DictConfig) -> None:
     """stage=sweep: fill the missing cells, then write `stage.outputs` from these settings."""
     jobs = [job_of(job) for job in expand(cfg)]
     models = {(job.cfg.model.backbone, job.cfg.model.name) for job in jobs}
-    if any(cfg.stage.outputs.values()) and len(models) > len({backbone for backbone, _ in models}):
+    chosen = "model" in (cfg.stage.where or {}) or not any(cfg.stage.outputs.values())
+    if not chosen and len(models) > len({backbone for backbone, _ in models}):
         raise ValueError(
             "stage.outputs compare one model of each backbone, not "
             f"{', '.join(sorted(name for _, name in models))}: use stage=ablation for several"

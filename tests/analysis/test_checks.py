@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from accuracy_cells import DENSE, add, add_all
+from accuracy_cells import DENSE, QUEST, add, add_all
 
 from ratplus_exp.analysis.checks import anomalies
 from ratplus_exp.analysis.frame import LeftOut
@@ -30,6 +30,7 @@ def test_more_accuracy_from_less_attention_is_an_anomaly(store):
         {"dtype": "bfloat16", **DENSE},  # another precision than the sparse cells'
         {"data": {"essay": "other"}, **DENSE},
         {"settings": {"pooling": "max"}},
+        {"rope": {"factor": 4.0}, **DENSE},
     ],
 )
 def test_cells_that_do_not_belong_together_give_no_mean(store, other):
@@ -39,5 +40,18 @@ def test_cells_that_do_not_belong_together_give_no_mean(store, other):
     add(store, "ratplus", "S-1", 5, **common | other)
     with pytest.raises(LeftOut, match=r"would mix .*stage.where={(\w+): ") as error:
         _ = Results.read(store, {}).draws
-    name, value = re.search(r"where={(\w+): (.*)}", str(error.value)).groups()
+    name, value = re.search(r"where={(\w+): \"(.*)\"}", str(error.value)).groups()
     assert Results.read(store, {name: value}).draws.groups  # the remedy works
+
+
+def test_a_setting_chooses_among_accuracies_though_hit_rates_lack_it(store):
+    for pooling in ("avg", "max"):
+        add_all(store, 4, 7, settings={"pooling": pooling})
+    cell = store.cell({**QUEST, "stage": "hit_rate", "task": "S-1", "backbone": "ratplus"})
+    with cell.open({}):
+        cell.append([{"id": "S-1/0", "values": 1, "hits": [[1]]}])
+        cell.finish({"hit_rate": [[100.0]], "values": 1, "budget_measured": 0.1})
+    chosen = Results.read(store, {"pooling": "avg"})
+    assert len(chosen.draws.groups) == 2 and len(chosen.rates) == 1
+    with pytest.raises(ValueError, match="no column 'poling'"):
+        Results.read(store, {"poling": "avg"})
