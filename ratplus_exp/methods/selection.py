@@ -49,15 +49,17 @@ class Selection:
         q (B, H, Q, D), representatives (B, K, N, *), positions (B or 1, Q). The first and the local
         candidate are forced; later ones are never selected.
         """
-        method = self.method
+        method, block = self.method, positions // self.method.block_size
         candidate = torch.arange(representatives.shape[2], device=q.device)
-        local = (positions // method.block_size)[:, None, None, :, None]  # (B, 1, 1, Q, 1)
+        local = block[:, None, None, :, None]  # (B, 1, 1, Q, 1)
         if method.anchor(layer) == layer:
             allowed, forced = candidate <= local, (candidate == 0) | (candidate == local)
             queries = grouped(q, representatives.shape[1])
             scores = method.score(queries, representatives)
             scores = method.rank(scores, queries, representatives, allowed)
-            self.last = self._select(scores, layer, positions, allowed, forced)
+            # A random selection is drawn by position.
+            drawn = block * method.block_size if method.by_query_block else positions
+            self.last = self._select(scores, layer, drawn, allowed, forced)
         assert self.last is not None and self.last.shape[-1] == len(candidate)
         self._record(layer, positions, self.last)
         return self.last

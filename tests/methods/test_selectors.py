@@ -12,6 +12,7 @@ from plain_python import rows_of
 
 from ratplus_exp.methods import Engine, MoBA, Oracle, Quest, Random, SnapKV, TopK
 from ratplus_exp.methods.selectors import Candidates
+from ratplus_exp.methods.xattention import XAttention
 from ratplus_kernels.selection import select
 
 QUEST = Quest(block_size=4, top_k=6)
@@ -20,10 +21,10 @@ PICKS = 4
 
 
 def draw(seeds, layer=0, positions=(N * 4 - 1,), heads=4, kv_heads=2, method=QUEST):
-    """What Random selects for Quest: (B, heads, Q, N) bool."""
-    representatives = torch.zeros(len(seeds), kv_heads, N, 8)
-    q = torch.zeros(len(seeds), heads, len(positions), 4)
+    """What Random selects: (B, heads, Q, N) bool."""
     engine = Engine(method, Random(torch.as_tensor(seeds)))
+    representatives = engine.block_representatives(torch.zeros(len(seeds), kv_heads, N * 4, 4))
+    q = torch.zeros(len(seeds), heads, len(positions), 4)
     positions = torch.tensor(positions).expand(len(seeds), -1)
     return engine.select_blocks(q, representatives, positions, layer).flatten(1, 2)
 
@@ -80,6 +81,12 @@ def test_random_draws_anew_for_another(what):
     wanted = PICKS * PICKS / (N - 2)
     variance = wanted * (1 - PICKS / (N - 2)) * (N - 2 - PICKS) / (N - 3)  # hypergeometric
     assert abs(float(shared.mean()) - wanted) < 5 * math.sqrt(variance / shared.numel())
+
+
+def test_random_draws_once_for_queries_that_select_together():
+    selected = draw(range(50), positions=range(40, 48), method=XAttention(4, 6, stride=2))
+    assert torch.equal(selected[:, :, :4], selected[:, :, :1].expand(-1, -1, 4, -1))
+    assert not torch.equal(selected[:, :, 4], selected[:, :, 3])
 
 
 def test_random_ignores_scores():
