@@ -55,6 +55,12 @@ AIMS = [
         ("MoBA prefill, random queries", f"{SPARSE.format(n)} k={n // 1024}", *DENSE)
         for n in (32_768, 131_072)
     ),
+    # 55 % of the matrix peak.
+    ("MoBA prefill, random queries", f"{SPARSE.format(32_768)} k=32", "kernel", "floor", 1.8),
+    *(
+        (f"SnapKV {part}", f"{SPARSE.format(131_072)} window=64 kept=8192", "kernel", "floor", 1.4)
+        for part in ("scores", "gather", "selection, all of it")
+    ),
 ]
 
 

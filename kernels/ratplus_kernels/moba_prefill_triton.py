@@ -7,7 +7,7 @@
 4. Queries attend to block 0 and their own, and add their partial outputs.
 
 Partial outputs take T · k · D elements per head, so steps 2 to 4 process as many heads at a time as
-fit into ROOM, or a span of one head's queries.
+fit into `Plan.room`, or a span of one head's queries.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from ratplus_kernels.selection_triton import select_blocks
 
 ROWS = 16  # queries that a program gates at a time
 SEGMENT = 128  # blocks up to which gates over fewer blocks are not faster (a multiple of 32)
-ROOM = 1 << 30  # bytes of partial outputs at a time
 TILE = 64  # queries that a program lists, and whose outputs it adds, at a time
 SHARES = 4  # programs among which a block's list is divided
 
 
 class Plan(NamedTuple):
-    """tile: queries of a block's list that are handled together."""
+    """tile: queries of a block's list that are handled together; room: bytes of partial outputs at
+    a time."""
 
     tile: int
     warps: int
     stages: int
+    room: int = 1 << 30
 
 
 PLAN = Plan(64, 4, 3)
@@ -57,7 +58,7 @@ def moba_prefill_triton(
     padded_dim = max(16, triton.next_power_of_2(dim))  # 16: the least that tl.dot takes
     half = q.dtype.itemsize == 2
     # fp32 is for tests: its exact products take no tensor cores, and much shared memory.
-    plan, tile = (plan, TILE) if half else (Plan(32, 4, 1), 32)
+    plan, tile = (plan, TILE) if half else (Plan(32, 4, 1, plan.room), 32)
 
     words = triton.cdiv(blocks, 32)
     bits = torch.empty(sequences, length, words, dtype=torch.int32, device=q.device)
@@ -75,7 +76,7 @@ def moba_prefill_triton(
         start, reach = end, 2 * reach
 
     picks = max(0, min(top_k, blocks) - 2)  # besides the forced
-    most = max(tile, ROOM // (max(1, picks) * dim * q.dtype.itemsize))  # queries at a time
+    most = max(tile, plan.room // (max(1, picks) * dim * q.dtype.itemsize))  # queries at a time
     count = min(sequences, max(1, most // length))
     span = min(triton.cdiv(length, tile), most // tile) * tile
     parts = q.new_empty(count, picks, span, dim)
