@@ -89,7 +89,7 @@ def _refuse(group: pd.DataFrame, column: str, values: pd.Series) -> None:
         names, first = sorted(map(str, values.dropna().unique())), group.iloc[0]
         each = ", one for each backbone" if column in ("model", "checkpoint") else ""
         raise LeftOut(
-            f"the table would mix results of several {column}s ({', '.join(names)}; "
+            f"the table would mix results that differ in {column} ({', '.join(names)}; "
             f"{first['backbone']} {first['method']}, {first['task']}, seed {first['seed']}): "
             f'choose which, as in stage.where={{{column}: "{names[0]}"}}{each}'
         )

@@ -22,7 +22,7 @@ def test_tiers_and_selectors_do_not_mix(store):
 def test_two_checkpoints_must_be_told_apart(store):
     add_all(store, 4, 7)
     add(store, "ratplus", "S-1", 9, checkpoint="newer")
-    with pytest.raises(ValueError, match=r"several checkpoints \(digest-ratplus, newer; .*RAT\+"):
+    with pytest.raises(ValueError, match=r"differ in checkpoint \(digest-ratplus, newer; .*RAT\+"):
         make(store)
     table = make(store, checkpoint=["digest-attention", "digest-ratplus"])
     assert lines(table, Method="quest", Budget="1/16")[1]["S-1"] == "70.0"
@@ -32,7 +32,7 @@ def test_two_variants_of_a_method_must_be_told_apart(store):
     for pooling in ("avg", "max"):
         settings = {"top_k": 64, "pooling": pooling}
         add_all(store, 4, 7, method="snapkv", block_size=1, budget="1/8", settings=settings)
-    with pytest.raises(ValueError, match=r"several poolings \(avg, max; .* snapkv"):
+    with pytest.raises(ValueError, match=r"differ in pooling \(avg, max; .* snapkv"):
         make(store)
     table = make(store, pooling="max")
     assert lines(table, Method="snapkv", Budget="1/8")[1]["Mean"] == "70.0"
