@@ -1,5 +1,6 @@
 """New models: with random weights, or trained attention with new gates."""
 
+from copy import deepcopy
 from dataclasses import fields
 from typing import Any
 
@@ -77,6 +78,7 @@ def add_memory(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
     for module in ratplus.modules():
         if isinstance(module, Memory):
             module.initialize(0.0, config.gate_bias)
+    ratplus.generation_config = deepcopy(model.generation_config)  # its end-of-text tokens
     return ratplus
 
 

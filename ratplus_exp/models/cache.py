@@ -36,10 +36,16 @@ class SparseCache(Cache):
         super().__init__(layers=[SparseLayer() for _ in range(num_layers)])
         self.engine = engine or Engine()
         self.engine.layers = num_layers
+        self.engine.parts.clear()  # of another number of layers
         self.room = room
-        self.reset()
+        self._empty()
 
     def reset(self) -> None:
+        self.engine.usage = Usage()
+        self.engine.parts.clear()
+        self._empty()
+
+    def _empty(self) -> None:
         self.layers = [SparseLayer() for _ in self.layers]
         self.processed: Tensor | None = None  # (B,) real tokens processed
         self.prompt: Tensor | None = None  # (B,) those of the prompt
@@ -130,7 +136,7 @@ class SparseCache(Cache):
         """An empty cache for some rows of the batch, for `join`."""
         assert self.is_empty
         part = copy(self)
-        part.reset()
+        part._empty()
         part.engine = replace(self.engine.for_rows(rows), usage=Usage())
         return part
 

@@ -147,6 +147,8 @@ class SparseGeneration:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError("prefill_chunk_size is not supported: a method takes a prompt whole")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = self.new_cache()
         return super()._prepare_cache_for_generation(  # type: ignore[misc]

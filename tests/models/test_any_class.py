@@ -98,3 +98,9 @@ def test_what_a_model_does_not_do_is_refused(twins, name):
     for model in twins[True]:
         with pytest.raises(ValueError, match=f"drop {name}"):
             model(torch.ones(1, 4, dtype=torch.long), **{name: value})
+
+
+def test_a_prompt_in_chunks_is_refused(twins):
+    for model in twins[True]:
+        with pytest.raises(ValueError, match="prefill_chunk_size is not supported"):
+            model.generate(torch.ones(1, 8, dtype=torch.long), prefill_chunk_size=4)

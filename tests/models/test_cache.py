@@ -9,7 +9,8 @@ from tiny_models import backbones, heads
 from torch.testing import assert_close
 from transformers import DynamicCache
 
-from ratplus_exp.methods import Dense, Engine, Quest, SnapKV
+from ratplus_exp.methods import Dense, Engine, Layers, Quest, SnapKV
+from ratplus_exp.methods.snapkv import PyramidKV
 from ratplus_exp.models.cache_layer import ROOM
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -115,12 +116,19 @@ def test_a_cache_decodes_with_its_own_engine_only(make_model, make_ids):
 
 
 def test_a_reset_cache_starts_over(make_model, make_ids):
-    model, ids = make_model(), make_ids(2, 10)
-    cache = model.new_cache()
-    first = model(ids, past_key_values=cache).logits
-    cache.reset()
-    assert cache.get_seq_length() == 0
-    assert torch.equal(model(ids, past_key_values=cache).logits, first)
+    model, ids = make_model(), make_ids(2, 30)
+    engine = Engine(layers := Layers(layers=(PyramidKV(top_k=12, window=4),), names=("pyramidkv",)))
+    engine.for_layer(0)  # before a cache sets the number of layers
+    cache, runs = model.new_cache(engine), []
+    for rows in (2, 2, 1):  # another batch
+        out = [model(part, past_key_values=cache).logits for part in ids[:rows].split(29, 1)]
+        runs.append((*out, cache.engine.usage.fractions(rows)))
+        slots = torch.stack(cache.engine.usage.slots)[:, 0].tolist()
+        assert slots == [layers.layers[0].k(i, len(slots)) for i in range(len(slots))]
+        cache.reset()
+        assert cache.get_seq_length() == 0
+    torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=0)
+    torch.testing.assert_close(runs[2], tuple(x[:1] for x in runs[0]))
 
 
 @pytest.mark.parametrize("how", ["forward", "generate"])

@@ -44,7 +44,10 @@ def test_the_class_without_memory_is_the_stock_model_bitwise(make_ids, family):
 @families
 def test_stock_weights_keep_their_names_and_gates_start_at_minus_four(family):
     stock = stock_model(family)
-    weights = add_memory(stock).state_dict()
+    stock.generation_config.eos_token_id = [3, 5]
+    twin = add_memory(stock)
+    assert twin.generation_config.eos_token_id == [3, 5]
+    weights = twin.state_dict()
     assert all(torch.equal(weights[name], x) for name, x in stock.state_dict().items())
     new = {name: x for name, x in weights.items() if name not in stock.state_dict()}
     assert sorted(new) == [
