@@ -127,6 +127,11 @@ def _one_method(cfg: DictConfig, settings: dict[str, Any]) -> Method:
     if (most := max(of_first, method.fraction(length) * length)) > length:
         size = "method.top_k" if settings.get("top_k") else "the budget"
         raise ValueError(f"{most} of {length} tokens cannot be selected: lower {size}")
+    if cfg.selector == "oracle" and method.phase == "prefill" and method.unit == "token":
+        raise ValueError(
+            f"selector=oracle is for positions, but {settings['name']} selects distances, too: use "
+            "topk or random"
+        )
     return method
 
 
@@ -187,11 +192,6 @@ def validate_method(cfg: DictConfig) -> Method:
         raise ValueError(
             f"selector={cfg.selector} needs a method that selects, not {cfg.method.name}: "
             "use quest, moba or snapkv"
-        )
-    if cfg.selector == "oracle" and method.phase == "prefill" and method.unit == "token":
-        raise ValueError(
-            f"selector=oracle is for positions, but {cfg.method.name} selects distances, too: use "
-            "topk or random"
         )
     return method
 

@@ -27,14 +27,24 @@ class Layers(Method):
     def for_layer(self, layer: int) -> Method:
         return self.layers[layer % len(self.layers)]
 
+    def anchor(self, layer: int) -> int:
+        return self.for_layer(layer).anchor(layer)
+
     def check_layers(self, count: int) -> None:
         if count % len(self.layers):
             raise ValueError(
                 f"the method lists {len(self.layers)} layers, but the model has {count}: list as "
                 "many, or a divisor of them"
             )
+        methods = [self.for_layer(layer) for layer in range(count)]
+        excess = sum(method.k(i, count) - method.top_k for i, method in enumerate(methods))
+        if abs(excess) >= count:
+            raise ValueError(
+                "the layers of a method that selects more in some than in others, as pyramidkv, "
+                "must be as many in both halves of the model: change the list"
+            )
         for layer in range(count):
-            anchor = self.for_layer(layer).anchor(layer)
+            anchor = self.anchor(layer)
             if self.for_layer(anchor) != self.for_layer(layer):
                 raise ValueError(
                     f"layer {layer} reuses the selection of layer {anchor}, which has another "

@@ -101,7 +101,6 @@ class Job:
         cfg, method = self.cfg, self.method
         digest = checkpoint_of(cfg.model)
         check_context(cfg)
-        method.check_layers(load_config(self.path).num_hidden_layers)
         rope, version = rope_of(cfg), self.stage.version
         optional: dict[str, Any] = {"rope": rope} if rope else {}
         optional |= {"version": version} if version > 1 else {}
@@ -137,9 +136,9 @@ class Job:
         if not heads:
             return ""
         model = load_config(self.path)
-        shared = self.method.phase in EVICTING
-        count = model.num_key_value_heads if shared else model.num_attention_heads
         for layer, head in heads:
+            shared = self.method.for_layer(layer).phase in EVICTING
+            count = model.num_key_value_heads if shared else model.num_attention_heads
             if layer >= model.num_hidden_layers or head >= count:
                 raise ValueError(
                     f"oracle_heads: there is no {layer}-{head}: {self.cfg.model.name} has layers "

@@ -18,9 +18,15 @@ from omegaconf import DictConfig, open_dict
 from transformers import PreTrainedModel
 
 from ratplus_exp import provenance
-from ratplus_exp.config import expected_sha256, forms_of, others_of, rope_of
+from ratplus_exp.config import expected_sha256, forms_of, method_of, others_of, rope_of
 from ratplus_exp.distributed import local_rank, world_size
-from ratplus_exp.models.loading import check_length, check_model, load_model, weight_files
+from ratplus_exp.models.loading import (
+    check_length,
+    check_model,
+    load_config,
+    load_model,
+    weight_files,
+)
 from ratplus_exp.report import Table
 from ratplus_exp.store import Store
 from ratplus_exp.tasks import Ruler
@@ -80,8 +86,11 @@ def _digest(path: Path, sha256: str | None, backbone: str, stamp: Any) -> str:
 
 
 def check_context(cfg: DictConfig) -> None:
-    """ValueError if data.length is more than the configured model has positions."""
-    check_length(resolve(cfg.model.path), cfg.data.length, rope_of(cfg), cfg.positions)
+    """ValueError if data.length is more than the configured model has positions, or the method is
+    not for as many layers."""
+    path = resolve(cfg.model.path)
+    check_length(path, cfg.data.length, rope_of(cfg), cfg.positions)
+    method_of(cfg).check_layers(load_config(path).num_hidden_layers)
 
 
 def model_of(cfg: DictConfig) -> PreTrainedModel:

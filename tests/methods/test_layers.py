@@ -10,6 +10,7 @@ from ratplus_exp.methods import Dense, Dilated, Engine, Layers, MoBA, Quest, Sna
 from ratplus_exp.methods.evicting import TOVA
 from ratplus_exp.methods.exact import TopKTokens
 from ratplus_exp.methods.kascade import Shared
+from ratplus_exp.methods.snapkv import PyramidKV
 
 EVERY = (
     *(Dense(), Dilated(dilation=4, local=2), Quest(4, 4), MoBA(4, 3), SnapKV(top_k=12, window=4)),
@@ -71,4 +72,8 @@ def test_lists_that_do_not_fit_a_model_are_refused():
         hybrid.check_layers(2)
     with pytest.raises(ValueError, match="lists 2 layers, but the model has 3"):
         hybrid.check_layers(3)
+    pyramid, snapkv = PyramidKV(top_k=12, window=4), SnapKV(top_k=12, window=4)
+    with pytest.raises(ValueError, match="as many in both halves"):
+        layers(pyramid, pyramid, snapkv, snapkv).check_layers(4)
+    layers(snapkv, pyramid, pyramid, snapkv).check_layers(4)
     layers(Shared(top_k=8, every=2), Shared(top_k=8, every=2), Dense(), Dense()).check_layers(8)

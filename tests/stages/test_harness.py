@@ -161,6 +161,10 @@ def test_a_method_changes_log_likelihoods_and_rolling_ones_are_sums(samples):
         ({"cut": "right"}, "use left or middle"),
         ({"batch_size": "auto"}, "batch_size=auto: use a number"),
         ({"budget": "1/7"}, "1/7"),
+        (
+            {"method": "layers", "method.layers": "[quest,quest,moba]"},
+            "lists 3 layers, but the model has 4",
+        ),
         ({"data": "ruler"}, "data.length=4096 is more than the 1024 positions"),
     ],
 )
