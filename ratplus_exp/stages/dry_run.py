@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from ratplus_exp import cost
 from ratplus_exp.config import build, forms_of, plain, validate_method
 from ratplus_exp.cost import Shape
-from ratplus_exp.methods.base import EVICTING
+from ratplus_exp.methods import Method
 from ratplus_exp.methods.dilated import PREFIXES, DilatedAfterPrefix
 from ratplus_exp.models.building import config_for, memory_config, new_model
 from ratplus_exp.models.loading import load_config
@@ -143,10 +143,8 @@ def evaluation(cfg: DictConfig, shape: Shape) -> list[Rows]:
     batch = 1 if one else cfg.data.batch_size
     examples = 1 if one else cfg.data.examples * (len(cfg.data.tasks) if answers else 1)
     prefill = examples * length * shape.forward_flops((length + 1) / 2)
-    fraction = float(method.fraction(length)) if method.phase in ("decode", *EVICTING) else 1.0
-    read = shape.kv_bytes(length) * fraction
-    if method.phase == "decode":  # also the blocks' representatives: min and max of the keys
-        read += shape.kv_bytes(length) / method.block_size
+    parts = [_read(method.for_layer(i), length, shape.head_dim, i) for i in range(shape.layers)]
+    read = shape.kv_bytes(length) * sum(parts) / shape.layers
     sizes = {"examples": examples, "batch": batch, "new_tokens": new}
     decode = cost.decode_hours(shape, **sizes, read=read, bandwidth=gpus.bandwidth_tb)
     first = cost.hours(prefill, gpus.gpus, gpus.peak_tflops, gpus.mfu)
@@ -164,6 +162,14 @@ def evaluation(cfg: DictConfig, shape: Shape) -> list[Rows]:
         "activations of the prompts": 2.0 * batch * length * (6 * shape.hidden + 2 * shape.ffn),
     }
     return [work, _memory(memory, cfg)]
+
+
+def _read(method: Method, length: int, dim: int, layer: int) -> float:
+    """The fraction of a context's keys and values that a decoding step reads in a layer."""
+    if "decode" not in method.sparse_in:
+        return 1.0
+    choosing = method.choosing(torch.tensor(length - 1), dim, layer)
+    return float(method.fraction(length) + (0 if choosing is None else choosing.item() / length))
 
 
 def _memory(parts: dict[str, float], cfg: DictConfig) -> Rows:

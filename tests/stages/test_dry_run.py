@@ -124,6 +124,22 @@ def test_the_papers_training_of_a_7b_model(job, capsys):
     assert number(ignored, "FLOPs") == number(dense, "FLOPs")
 
 
+def test_a_decoding_step_reads_as_each_layers_method_does(job, capsys):
+    def hours(*words):
+        text = estimate(job, capsys, "data=ruler", "cluster.bandwidth_tb=1e-5", *words)
+        return number(text, "Hours for the answers")
+
+    def layers(names):
+        return "method=layers", f"method.layers=[{names}]"
+
+    dense, quest = hours("method=dense"), hours("method=quest")
+    assert hours(*layers("quest,quest")) == quest < dense / 5
+    assert hours(*layers("dense,quest")) == pytest.approx((dense + quest) / 2, rel=0.01)
+    assert hours("method=moba") == dense
+    assert quest < hours("method=sparq") < dense / 2
+    assert hours("method=streaming") < quest
+
+
 def test_what_the_job_would_refuse_the_estimate_refuses(job):
     with pytest.raises(ValueError, match="cannot be shared by 5 processes"):
         job(*P2_7B, "cluster.gpus=5", "dry_run=true")
