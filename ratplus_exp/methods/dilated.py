@@ -24,8 +24,8 @@ Position = TypeVar("Position", int, Tensor)
 class Dilated(DilatedSettings, Method):
     """Query t sees position j <= t when (j + 1) mod D = 0, or t − j <= W, or j < I.
 
-    By default a query sees itself and every D-th position, as in P2's joint training: the memory
-    must provide the tokens between.
+    P2's joint training has W = I = 0, so that the memory must provide the tokens between;
+    `method=dilated` has D and W of a block and I = 1. It has no budget but D.
     """
 
     paper = "Wei and Gulcehre, 2026, arXiv 2602.18196"

@@ -1,9 +1,11 @@
 """Twilight over Quest: of Quest's candidates, the smallest set with enough attention mass."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from ratplus_exp.methods.exact import TopKTokens
@@ -26,7 +28,7 @@ class Twilight(TopKTokens):
     reads = "minima and maxima of all blocks, keys of the candidates"
     pooled = True
     page: Positive = 64
-    candidates: Positive = 4
+    candidates: Annotated[int, Field(ge=2, le=10**6)] = 4  # with 1 a partial block has too few
 
     def rank(
         self, scores: Tensor, queries: Tensor, representatives: Tensor, allowed: Tensor

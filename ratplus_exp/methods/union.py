@@ -33,6 +33,11 @@ class WithDilation(BlockMethod):
         left = budget.fraction - Fraction(1, self.dilation)
         if left <= 0:
             raise ValueError(f"budget {budget} leaves no room besides method.dilation: raise one")
+        if (left * length / self.block_size).denominator != 1:
+            raise ValueError(
+                f"budget {budget} less 1/{self.dilation} of {length} tokens is not a whole number "
+                f"of blocks of {self.block_size}: change the budget or method.dilation"
+            )
         return replace(self, top_k=Budget(left).blocks(length, self.block_size))
 
 

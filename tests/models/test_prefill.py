@@ -39,7 +39,7 @@ IN_PIECES = [
     H2O(top_k=12, window=4),
     Shared(top_k=8),
     SparQ(top_k=8),
-    Twilight(top_k=8, page=4, candidates=1),
+    Twilight(top_k=8, page=4, candidates=2),
     XAttention(block_size=4, top_k=3, stride=2),
     VerticalSlash(top_k=12, window=8),
 ]

@@ -28,6 +28,26 @@ REPOSITORY = Path(__file__).parents[2]
         (["data.length=40", "budget=1/1", "method=snapkv"], "shorter than the observation window"),
         (["selector=random", "method=dense"], "needs a method that selects"),
         (["selector=oracle", "method=vertical_slash"], "selects distances, too"),
+        (
+            [
+                *("selector=oracle", "method=layers", "method.layers=[quest,vertical_slash]"),
+                "+method@method.methods.vertical_slash=vertical_slash",
+            ],
+            "vertical_slash selects distances, too",
+        ),
+        (["method=layers", "method.layers=[quest,quest,moba]"], "lists 3 layers, .* has 2"),
+        (
+            [
+                *("selector=oracle", "method=layers", "method.layers=[shared,shared]"),
+                "oracle_heads=[1-0]",
+            ],
+            "reuses .* of layer 0",
+        ),
+        (
+            ["method=quest_dilated", "method.dilation=128", "budget=1/8"],
+            "budget 1/8 less 1/128 .* change the budget or method.dilation",
+        ),
+        (["method=twilight", "method.candidates=1"], "candidates"),
         (["method=shared", "selector=oracle", "oracle_heads=[1-0]"], "reuses .* of layer 0"),
         (["method=pyramidkv", "budget=1"], "1982 of 1024 tokens cannot .* lower the budget"),
         (["method=pyramidkv", "method.top_k=900"], "of 1024 tokens .* lower method.top_k"),
