@@ -77,11 +77,21 @@ def _method(settings: Mapping[str, Any]) -> Method:
     return build(_class(settings["target"]), sizes, "method")
 
 
+def _named(method: Mapping[str, Any]) -> str | None:
+    """The class of a method's name in conf/method."""
+    file = CONF / "method" / f"{method.get('name')}.yaml"
+    return OmegaConf.select(OmegaConf.load(file), "target") if file.is_file() else None
+
+
+def unnamed_classes(cfg: DictConfig) -> list[str]:
+    """The classes of methods whose name is not in conf/method: another class may take the name."""
+    return [x["target"] for x in by_layer(plain(cfg.method)) if not _named(x)]
+
+
 def _own_name(method: Mapping[str, Any]) -> None:
     """ValueError for a class under the name of another one in conf/method, since results are stored
     under the name."""
-    file = CONF / "method" / f"{method.get('name')}.yaml"
-    target = OmegaConf.select(OmegaConf.load(file), "target") if file.is_file() else None
+    target = _named(method)
     if target and _class(target) is not _class(method["target"]):
         raise ValueError(
             f"method.name={method['name']} is {target}: name {method.get('target')} otherwise, "

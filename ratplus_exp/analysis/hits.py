@@ -42,7 +42,7 @@ def hit_rates(cells: Cells, **where: Any) -> pd.DataFrame:
     columns = [
         *("layer", "head", "task", "backbone", "training", "method", "block_size", "budget"),
         *("budget_measured", "hit_rate", "n", "values", "selector", "selector_seed", "first_token"),
-        *("seed", "model", "checkpoint", "context_length", "tier", "cell"),
+        *("seed", "model", "checkpoint", "variant", "context_length", "tier", "cell"),
     ]
     return pd.DataFrame(rows, columns=columns)
 

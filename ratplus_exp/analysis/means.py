@@ -34,8 +34,8 @@ def selector_means(draws: Bootstrap) -> pd.DataFrame:
 
     Returns:
         SETTING, side (a backbone, or GAP), selector (or "selection": oracle minus topk), estimate
-        (percent or points), over the tasks and samples that all of a setting's groups have; n is
-        the smallest number of samples of a task.
+        (percent or points), over the tasks (a list) and samples that all of a setting's groups
+        have; n is the smallest number of samples of a task.
     """
     settings = sorted({group[:3] for group in draws.groups if group[3] == "random"})
     rows = []
@@ -61,8 +61,8 @@ def selector_means(draws: Bootstrap) -> pd.DataFrame:
             if (side, "oracle") in groups and (side, "topk") in groups:
                 means[side, "selection"] = means[side, "oracle"] - means[side, "topk"]
         n = min(counts[task] for task in tasks)
-        rows += [(*setting, *x, Estimate.of(values), n) for x, values in means.items()]
-    return pd.DataFrame(rows, columns=[*SETTING, "side", "selector", "estimate", "n"])
+        rows += [(*setting, *x, Estimate.of(values), tasks, n) for x, values in means.items()]
+    return pd.DataFrame(rows, columns=[*SETTING, "side", "selector", "estimate", "tasks", "n"])
 
 
 def method_means(cells: Sequence[Finished], scorer: str) -> tuple[pd.DataFrame, list[str]]:

@@ -89,6 +89,11 @@ class Method(Settings):
         """The method of a layer."""
         return self
 
+    @property
+    def parts(self) -> "tuple[Method, ...]":
+        """The methods of layers; of a method for all layers itself."""
+        return (self,)
+
     def check_layers(self, count: int) -> None:
         """ValueError if a model of `count` layers can't have the method."""
 

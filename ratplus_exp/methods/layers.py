@@ -27,6 +27,10 @@ class Layers(Method):
     def for_layer(self, layer: int) -> Method:
         return self.layers[layer % len(self.layers)]
 
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return self.layers
+
     def anchor(self, layer: int) -> int:
         return self.for_layer(layer).anchor(layer)
 

@@ -145,8 +145,8 @@ def accuracy_by_read(frame: pd.DataFrame, phases: dict[str, str | None], folder:
 
 def ranked_heads(results: Results, method: str, folder: Path, name: str) -> Path | None:
     """Hit rate by rank of the head, mean of the tasks, at most 32 heads: a panel a budget, a line a
-    backbone. Bands are 95 % bootstrap intervals."""
-    curves = select(results.curves, {"method": method, "task": MEAN})
+    backbone. Bands are 95 % bootstrap intervals. Only the most frequent block size is drawn."""
+    curves = _of_main_blocks(select(results.curves, {"method": method, "task": MEAN}))
     curves = curves[curves["rank"] <= 32]
     names = {budget: f"budget {budget}" for budget in by_size(curves["budget"])}
     if not names:
@@ -166,9 +166,9 @@ def ranked_heads(results: Results, method: str, folder: Path, name: str) -> Path
 
 def heads_by_task(results: Results, folder: Path) -> Path | None:
     """Hit rate of the best head at the smallest budget, task by task: a panel a method, a bar a
-    backbone."""
+    backbone. Only a method's most frequent block size is drawn."""
     budgets = by_size(results.curves["budget"])
-    best = select(results.curves, {"rank": 1, "budget": budgets[-1:]})
+    best = _of_main_blocks(select(results.curves, {"rank": 1, "budget": budgets[-1:]}))
     names = _names(best["method"])
     if not names:
         return None
@@ -181,6 +181,12 @@ def heads_by_task(results: Results, folder: Path) -> Path | None:
             sides = backbones_of(results.rates)
             draw_bars(panel, tasks, {b: [estimate(row, b) for row in rows] for b in sides})
     return folder / "fig4.png"
+
+
+def _of_main_blocks(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each method's most frequent block size."""
+    main = frame.groupby("method")["block_size"].agg(lambda sizes: sizes.mode()[0])
+    return frame[frame["block_size"] == frame["method"].map(main)]
 
 
 def selectors(results: Results, folder: Path) -> Path | None:

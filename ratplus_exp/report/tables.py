@@ -141,24 +141,27 @@ def against_table(results: Results, name: str) -> Table:
 
 def heads_table(results: Results, method: str) -> Table:
     """The best head, and the mean of all heads, of both backbones: setting × (tasks and mean)."""
-    curves = select(results.curves, {"method": method, "rank": 1})
-    ranked, rows = ranked_heads(results.rates), []
+    every = select(results.curves, {"method": method})
+    curves, means, rows = select(every, {"rank": 1}), select(every, {"task": MEAN}), []
     backbones = backbones_of(results.rates)
     for setting, group in curves.groupby(SETTING, sort=False):
         by_task = group.set_index("task").reindex([*TASKS, MEAN])
         mean = by_task.loc[MEAN]
         gap = estimate(mean, "difference")
-        of_setting = ranked[(ranked[SETTING] == list(setting)).all(axis=1)]
-        of_setting = select(of_setting, {"training": common_trainings(of_setting)})
+        rates = results.rates
+        rates = rates[(rates[SETTING] == list(setting)).all(axis=1)]
+        rates = rates[rates["task"].isin(group["task"])]
+        heads = ranked_heads(select(rates, {"training": common_trainings(rates)}))
+        last = means[(means[SETTING] == list(setting)).all(axis=1)].sort_values("rank").iloc[-1]
         for backbone in backbones:
-            heads = of_setting[of_setting["backbone"] == backbone]
-            best = heads[heads["rank"] == 1].sort_values("training")
+            best = heads[(heads["backbone"] == backbone) & (heads["rank"] == 1)]
+            best = best.sort_values("training")
             best_mean = plus_minus(mean[backbone], best["hit_rate"].std())
             gains = (number(gap.value, sign="+"), bounds(gap)) if backbone == "RAT+" else ("", "")
             names = ", ".join(f"{head.layer}.{head.head}" for head in best.itertuples())
-            tail = (names, heads["hit_rate"].mean(), int(mean["n"]))
-            rates = by_task.loc[list(TASKS), backbone]
-            rows.append((*setting, backbone, *rates, best_mean, *gains, *tail))
+            tail = (names, last[backbone + UP_TO], int(mean["n"]))
+            of_tasks = by_task.loc[list(TASKS), backbone]
+            rows.append((*setting, backbone, *of_tasks, best_mean, *gains, *tail))
     columns = (*_PLACE, *TASKS, "Best of mean", "Δ", "Δ 95 %", "Head", "All heads", "n")
     table = Table.described("heads", columns, rows, r=results)
     return table if len(backbones) > 1 else table.without(("Δ", "Δ 95 %"))
@@ -188,6 +191,7 @@ def selector_table(results: Results) -> Table:
         estimates = group.set_index(["side", "selector"])["estimate"].to_dict()
         for side in (side for side in (*BACKBONES, GAP) if side in shown):
             cells = random[(random[[*SETTING, "backbone"]] == [*setting, side]).all(axis=1)]
+            cells = cells[cells["task"].isin(group["tasks"].iloc[0])]
             row: list[Any] = [*setting, side]
             for kind in SELECTORS:
                 x = estimates.get((side, kind))

@@ -11,7 +11,14 @@ from typing import Any, Protocol
 import torch
 from omegaconf import DictConfig
 
-from ratplus_exp.config import forms_of, oracle_heads, others_of, rope_of, validate_method
+from ratplus_exp.config import (
+    forms_of,
+    oracle_heads,
+    others_of,
+    rope_of,
+    unnamed_classes,
+    validate_method,
+)
 from ratplus_exp.methods import Method, Oracle, Random, Selector, TopK
 from ratplus_exp.methods.base import EVICTING
 from ratplus_exp.models.loading import dtype_on, interface_digest, load_config
@@ -104,6 +111,9 @@ class Job:
         rope, version = rope_of(cfg), self.stage.version
         optional: dict[str, Any] = {"rope": rope} if rope else {}
         optional |= {"version": version} if version > 1 else {}
+        optional |= {"target": targets} if (targets := unnamed_classes(cfg)) else {}
+        if cfg.selector == "random" and any(m.by_query_block for m in method.parts):
+            optional |= {"draws": 2}  # 1: one for each query
         return optional | {
             "stage": cfg.stage.name,
             "tier": cfg.model.tier,

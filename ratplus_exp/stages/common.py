@@ -131,7 +131,7 @@ def model_folder(cfg: DictConfig) -> Path:
 
 def store_of(cfg: DictConfig) -> Store:
     """The results store; OSError, before any work, if its folder can't be written."""
-    root = Path(cfg.results)
+    root = Path(cfg.results).expanduser()
     root.mkdir(parents=True, exist_ok=True)
     if not os.access(root, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(root))

@@ -142,10 +142,11 @@ def loss_outputs(cfg: DictConfig, cells: Sequence[Finished]) -> tuple[Table, lis
     kind = KINDS[any(x["recallable_loss"] is not None for x in results)]
     first = results[0]
     about = {"kind": kind, "length": first["context_length"]}
+    chosen = {"topk": "", "random": "random"}
     rows = [
         (
             f"{x['model']}/{x['training']}",
-            f"{x['method']} {_sizes(x['settings'])}".strip(),
+            " ".join(filter(None, (x["method"], _sizes(x["settings"]), chosen[x["selector"]]))),
             number(x["budget_measured"], 3),
             *(number(x[f"all_{name}"], 2) for name in ("loss", "perplexity")),
             *(number(x[f"recallable_{name}"], 2) for name in ("loss", "accuracy")),

@@ -29,7 +29,7 @@ def run(cfg: DictConfig, like: Sequence[Cell] | None = None) -> None:
 
     like: the cells of a sweep: their settings are shown, of any seed (None: all finished cells).
     An output without cells is left out with a message, or refused if it is the only one. LeftOut,
-    before anything is written, if accuracies do not belong together.
+    before anything is written, if some do not belong together.
     """
     outputs = [name for name, on in cfg.stage.outputs.items() if on]
     store = Store(resolve(cfg.results))
@@ -37,7 +37,8 @@ def run(cfg: DictConfig, like: Sequence[Cell] | None = None) -> None:
     results = Results.read(store, _where(cfg), like, scorer=cfg.stage.scorer, **settings)
     for each in results.protocols.values() if "tasks" in outputs else [results]:
         for of_length in each.by_length.values() if outputs else ():
-            check_unmixed(grouped(of_length.cells))
+            for cells in (of_length.cells, of_length.rates.drop_duplicates("cell")):
+                check_unmixed(grouped(cells))
     folder = Path(cfg.stage.folder) if cfg.stage.folder else job_folder()
     folder.mkdir(parents=True, exist_ok=True)
     remove_drafts(folder)

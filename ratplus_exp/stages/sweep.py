@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ratplus_exp.analysis import sample_scores, tidy
 from ratplus_exp.analysis.frame import all_finished
 from ratplus_exp.analysis.means import method_means
-from ratplus_exp.config import method_of, plain, validate
+from ratplus_exp.config import plain, validate
 from ratplus_exp.report import Table
 from ratplus_exp.report.figures import accuracy_by_read
 from ratplus_exp.report.tables import methods_table, model_table, random_table
@@ -90,6 +91,12 @@ def one_table(cfg: DictConfig) -> None:
         raise ValueError(f"stage={name} is of one length: set data.length instead")
     refuse_mixtures(name, jobs)
     measuring = name if name in MEASURING else "eval"
+    counts = {max(cell.done(), job.examples) for job in jobs for cell in job.cells.values()}
+    if measuring != "eval" and len(counts) > 1:  # accuracies are paired by sample
+        raise ValueError(
+            f"the cells of stage={name} would have {min(counts)} to {max(counts)} samples: set "
+            f"data.examples={max(counts)}"
+        )
     cells = all_finished(filled(cfg, jobs), measuring)
     table, pictures = TABLES[name](cfg, cells)
     show(table, name)
@@ -118,7 +125,7 @@ def methods(cfg: DictConfig, cells: Sequence[Finished]) -> Outputs:
     fractions that attention and selection read, and random selection of equal size (H2)."""
     means, left_out = method_means(cells, cfg.stage.scorer)
     phases: dict[str, str | None] = {
-        name: method_of(configuration(cfg, {"method": name})).phase for name in set(means["method"])
+        name: get_class(option("method", name).target).phase for name in set(means["method"])
     }
     picture = accuracy_by_read(means, phases, job_folder())
     trainings = sorted(map(int, tidy(cells)["training"].unique()))

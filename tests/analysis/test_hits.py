@@ -7,6 +7,8 @@ import pytest
 from accuracy_cells import QUEST
 
 from ratplus_exp.analysis import sample_scores
+from ratplus_exp.analysis.checks import check_unmixed
+from ratplus_exp.analysis.frame import grouped
 from ratplus_exp.analysis.hits import MEAN, STAGE, UP_TO, hit_rates, rank_curves, ranked_heads
 from ratplus_exp.report.figures import heads_by_task
 from ratplus_exp.report.figures import ranked_heads as ranked_heads_figure
@@ -74,6 +76,33 @@ def test_heads_of_a_model_without_the_other_backbone(store, tmp_path):
     assert [row[3] for row in top_heads_table(results, "quest").rows] == ["Attention"]
     assert ranked_heads_figure(results, "quest", tmp_path, "fig2").exists()
     assert heads_by_task(results, tmp_path).exists()
+
+
+def test_a_figure_shows_one_block_size_and_a_table_the_tasks_of_both_backbones(store, tmp_path):
+    for backbone in ("attention", "ratplus"):
+        for task in ("S-1", "MK-3"):
+            add_hits(store, backbone, task, [[[2, 0]]], block_size=16, top_k=2)
+            add_hits(store, backbone, task, [[[2, 0]]], block_size=16, top_k=4, budget="1/8")
+        add_hits(store, backbone, "S-1", [[[0, 1]]])
+    add_hits(store, "attention", "MK-1", [[[2, 2]]])
+    results = Results.read(store, {})
+    assert ranked_heads_figure(results, "quest", tmp_path, "fig2").exists()
+    assert heads_by_task(results, tmp_path).exists()
+    table = heads_table(results, "quest")
+    every = {(row[1], row[3]): row[table.columns.index("All heads")] for row in table.rows}
+    assert every == {
+        (size, side): rate
+        for size, rate in (("8", "25.0"), ("16", "50.0"))
+        for side in ("Attention", "RAT+")
+    }
+
+
+def test_hit_rates_of_unlike_cells_are_not_compared(store):
+    for backbone, kernel in (("attention", 3), ("ratplus", 63)):
+        settings = {"top_k": 4, "kernel": kernel}
+        add_hits(store, backbone, "S-1", [[[2]]], settings=settings)
+    with pytest.raises(ValueError, match=r"differ in kernel \(3, 63"):
+        check_unmixed(grouped(hit_rates(store).drop_duplicates("cell")))
 
 
 def test_samples_pair_by_id_and_models_do_not_mix(store):

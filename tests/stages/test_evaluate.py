@@ -111,6 +111,8 @@ def test_a_changed_setting_is_another_cell(job, tiny_models):
         {"selector": "random", "selector_seed": 1},
         {"data.first_token": "decode"},
         {"method.block_size": 16},
+        {"method.name": "mine"},
+        {"method.name": "mine", "method.target": "ratplus_exp.methods.exact.TopKBlocks"},
     ):
         before = len(frame(job))
         job(*small(tiny_models, **one, **change))

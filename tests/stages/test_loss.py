@@ -114,6 +114,12 @@ def test_a_killed_run_goes_on_at_the_next_document(job, pair, monkeypatch):
     job(*words)
     assert all(cell.done() == 2 for cell in store.cells("loss"))
     assert (begun.path / "samples.jsonl").read_text() == lines
+    with pytest.raises(ValueError, match="would have 1 to 2 samples: set data.examples=2"):
+        job("stage=loss", *pair, CELLS, "+stage.cells.more={method: dense}", "data.examples=1")
+    both = "+stage.cells={a: {method: moba, selector: [topk, random]}}"
+    job("stage=loss", *pair, "data.examples=1", "budget=1/4", both)
+    methods = pd.read_csv(job.folder / "job" / "loss.csv")["Method"]
+    assert methods.tolist() == 2 * ["moba top_k=16", "moba top_k=16 random"]
 
 
 def test_a_corpus_and_layers_of_their_own(job, tiny_models, tmp_path, capsys):

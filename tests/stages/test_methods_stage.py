@@ -44,5 +44,7 @@ def test_methods_stand_in_one_table(job, pair, monkeypatch):
     assert sorted(written["cell"]) == sorted(cells["cell"])
     provenance = json.loads((job.folder / "job" / "provenance.json").read_text())
     assert {x for entry in provenance for x in entry["cells"].values()} == {*cells["cell"]}
+    own = ["budget=1/64", "stage.selecting=[quest]", "stage.budgets=[1/4]"]  # 1/64 is too small
+    job("stage=methods", *pair, "data.tasks=[S-1,MV]", *CHOICE, *own)
     for _, rows in table.groupby("Budget"):
         assert rows["RAT+"].astype(float).is_monotonic_decreasing
