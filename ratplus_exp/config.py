@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
@@ -216,6 +217,18 @@ def _class(target: str) -> type[Method]:
     if not issubclass(cls, Method):
         raise ValueError(f"method.target={target} is no Method: see CONTRIBUTING.md")
     return cls
+
+
+def command_line_fields(group: str) -> list[str]:
+    """The fields of a group, as in "model.architecture", that the command line sets."""
+    fields: list[str] = []
+    for override in HydraConfig.get().overrides.task:
+        name, _, value = override.lstrip("+~").partition("=")
+        if name.startswith(f"{group}."):
+            fields.append(name.removeprefix(f"{group}."))
+        elif name == group and value.startswith("{"):
+            fields += map(str, OmegaConf.create(value))
+    return fields
 
 
 def plain(cfg: Any) -> dict[str, Any]:

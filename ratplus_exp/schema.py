@@ -68,7 +68,6 @@ class Architecture(Settings):
     hidden_act: Name | None = None
     tie_word_embeddings: bool | None = None
     attention_bias: bool | None = None
-    attention_dropout: Share | None = None
     mlp_bias: bool | None = None
     sliding_window: Positive | None = None
     use_sliding_window: bool | None = None

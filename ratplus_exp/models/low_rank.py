@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -46,14 +46,21 @@ def save_trained(model: nn.Module, weights: Mapping[str, Tensor], file: Path, or
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     trained = {name: weights[name].to(DTYPE).contiguous() for name in names}
     partial = file.with_suffix(".partial")
-    save_file(trained, partial, {"origin": origin})
+    try:
+        save_file(trained, partial, {"origin": origin})
+    except SafetensorError as error:  # not an OSError, even of a full disk
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write {file} ({error}): make room") from None
     partial.replace(file)
 
 
 def origin_of(file: Path) -> str | None:
-    """The origin of a file of `save_trained`."""
-    with safe_open(file, framework="pt") as opened:
-        return (opened.metadata() or {}).get("origin")
+    """The origin of a file of `save_trained`; ValueError if it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("origin")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): copy it again, or delete it") from None
 
 
 def merge_trained(wrapper: Any, file: Path) -> nn.Module:

@@ -6,7 +6,7 @@ import torch
 from hydra.utils import get_method
 from omegaconf import DictConfig
 
-from ratplus_exp.config import validate_method
+from ratplus_exp.config import command_line_fields, validate_method
 from ratplus_exp.distributed import world_size
 
 STAGES = {
@@ -42,6 +42,12 @@ def run(cfg: DictConfig) -> None:
         )
     if cfg.stage.name in ("eval", "hit_rate"):  # the others set method and budget of each job
         validate_method(cfg)  # before the seconds of imports
+    measures = STAGES[cfg.stage.name].partition(".")[0] in ("evaluate", "hit_rate", "sweep", "look")
+    if measures and not cfg.dry_run and (fields := command_line_fields("model.architecture")):
+        raise ValueError(
+            f"model.architecture.{fields[0]} has no effect, since stage={cfg.stage.name} measures "
+            "a trained model: leave it out, or train one with it (docs/pocket-training.md)"
+        )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     function = "dry_run.run" if cfg.dry_run else STAGES[cfg.stage.name]

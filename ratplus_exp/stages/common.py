@@ -44,12 +44,6 @@ def option(group: str, name: str) -> DictConfig:
     return composed(f"{group}={name}")[group]
 
 
-def command_line_fields(group: str) -> list[str]:
-    """The fields of a group, as in "model.architecture", that the command line sets."""
-    names = [x.lstrip("+~").partition("=")[0] for x in HydraConfig.get().overrides.task]
-    return [x.removeprefix(f"{group}.") for x in names if x.startswith(f"{group}.")]
-
-
 def multiply(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """An entry for every combination of the grid's lists; tasks stay a list."""
     axes = {k: v if isinstance(v, list) and k != "tasks" else [v] for k, v in grid.items()}

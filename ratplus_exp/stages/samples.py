@@ -20,7 +20,7 @@ from ratplus_exp.tasks import RULER_NAMES, TASKS, Forms, Others, Sample, read_js
 from ratplus_exp.tasks.niah import sample_name
 from ratplus_exp.tasks.prompts import prompts_of
 from ratplus_exp.tasks.qa import QA_FILES, no_file
-from ratplus_exp.tasks.sample import question_tokens, target
+from ratplus_exp.tasks.sample import check_known, question_tokens, target
 
 MAX_WORKERS = 4  # a prompt of 4096 tokens takes 15 ms, less than its evaluation on a GPU
 
@@ -75,12 +75,7 @@ class Samples:
                 f"{sample.id}: the answer has {answer} tokens, but data.{where}.reserve keeps "
                 f"{reserve} free for it: raise it"
             )
-        unknown = sample.input_ids.count(self.tokenizer.unk_token_id)
-        if unknown > 0.05 * sample.length:
-            raise ValueError(
-                f"{sample.id}: {unknown} of {sample.length} tokens are unknown to the model's "
-                "tokenizer: choose the data of the model's tier, for instance data=pocket"
-            )
+        check_known(sample, self.tokenizer)
 
     def id(self, task: str, index: int) -> str:
         """The sample's id; does not make the sample."""

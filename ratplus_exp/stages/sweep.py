@@ -18,14 +18,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ratplus_exp.analysis import sample_scores, tidy
 from ratplus_exp.analysis.frame import all_finished
 from ratplus_exp.analysis.means import method_means
-from ratplus_exp.config import plain, validate
+from ratplus_exp.config import command_line_fields, plain, validate
 from ratplus_exp.report import Table
 from ratplus_exp.report.figures import accuracy_by_read
 from ratplus_exp.report.tables import methods_table, model_table, random_table
 from ratplus_exp.stages import report
 from ratplus_exp.stages.cells import Job, MeasuringStage
 from ratplus_exp.stages.common import (
-    command_line_fields,
     job_folder,
     model_name,
     model_option,
@@ -113,7 +112,11 @@ def ablation(cfg: DictConfig, cells: Sequence[Finished]) -> Outputs:
     """Models side by side at one budget, dense and under each method; and in the other settings of
     `stage.cells`."""
     setting = {name: cfg[name] for name in ("budget", "seed")} | {"tier": cfg.model.tier}
-    setting |= {name: cfg.data[name] for name in ("first_token", "protocol")}
+    tokens = {x.cell.key["first_token"] for x in cells} - {None}
+    if len(tokens) > 1:
+        raise ValueError("stage=ablation has one protocol for all of its cells: drop the others")
+    token = min(tokens, default=cfg.data.first_token)
+    setting |= {"first_token": token, "protocol": "split" if token == "split" else "whole"}
     lengths = tidy(cells).groupby("model")["effective_memory_length"].mean()
     models = [model_option(cfg, name, cfg.stage.trainings[0]).name for name in cfg.stage.models]
     scorer = cfg.stage.scorer
@@ -124,9 +127,10 @@ def methods(cfg: DictConfig, cells: Sequence[Finished]) -> Outputs:
     """Every method on both backbones at the same budgets, by accuracy within each, with the
     fractions that attention and selection read, and random selection of equal size (H2)."""
     means, left_out = method_means(cells, cfg.stage.scorer)
-    phases: dict[str, str | None] = {
-        name: get_class(option("method", name).target).phase for name in set(means["method"])
+    classes: dict[str, Any] = {
+        name: get_class(option("method", name).target) for name in set(means["method"])
     }
+    phases = {name: cls.phase for name, cls in classes.items()}
     picture = accuracy_by_read(means, phases, job_folder())
     trainings = sorted(map(int, tidy(cells)["training"].unique()))
     return methods_table(means, cfg.stage.scorer, left_out, trainings), [picture]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from ratplus_exp.config import plain
-from ratplus_exp.models.loading import load_tokenizer
+from ratplus_exp.models.loading import load_tokenizer, read_tokenizer
 from ratplus_exp.provenance import sha256
 from ratplus_exp.stages.common import model_folder
 from ratplus_exp.store import locked
@@ -33,6 +34,8 @@ def corpus_of(cfg: DictConfig, model: Path) -> Corpus:
 
 def _place(cfg: DictConfig, model: Path) -> tuple[Path, str]:
     """The folder of the tokens, one below corpus.folder for each tokenizer, and the tokenizer's
-    digest."""
-    name = sha256(model / "tokenizer.json")
+    digest; that of a model whose texts end otherwise than the tokenizer's is another one."""
+    name, end = sha256(model / "tokenizer.json"), load_tokenizer(model).eos_token_id
+    if end != read_tokenizer(model).eos_token_id:
+        name = hashlib.sha256(f"{name} {end}".encode()).hexdigest()
     return Path(cfg.corpus.folder) / name[:12], name

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ratplus_exp import provenance
-from ratplus_exp.config import build, forms_of, plain, reserve_of
+from ratplus_exp.config import build, command_line_fields, forms_of, plain, reserve_of
 from ratplus_exp.cost import Shape
 from ratplus_exp.distributed import barrier, from_rank_0, process_group, rank, world_size
 from ratplus_exp.methods import Dilated
@@ -33,7 +33,6 @@ from ratplus_exp.models.loading import (
 )
 from ratplus_exp.models.saving import cast, refuse_target, save_model
 from ratplus_exp.stages.common import (
-    command_line_fields,
     device_of,
     model_folder,
     resolve,
@@ -119,11 +118,18 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
     _refuse_other_settings(cfg, folder)
     with locked(folder) if rank() == 0 else nullcontext():
         if weight_files(target)[0].exists():
+            _refuse_other_rates(cfg, folder)
             print(f"Already trained: {target}. Delete the folder to train again.")
             return
         refuse_target(target)
         with process_group(device):
             model = _model(cfg, tokenizer)
+            longest = max(length for _, length in cfg.stage.schedule)
+            if longest > (limit := model.config.max_position_embeddings):
+                raise ValueError(
+                    f"stage.schedule has contexts of {longest} tokens, but the model has {limit} "
+                    "positions: shorten them, or start from a model with more"
+                )
             if cfg.stage.low_rank:
                 add_updates(model)
             settings = _start(cfg, model, device)
@@ -276,6 +282,18 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
         )
 
 
+def _refuse_other_rates(cfg: DictConfig, folder: Path) -> None:
+    """ValueError if a finished training ended with other learning rates."""
+    for past in _past(folder)[-1:]:
+        for name in ("lr", "memory_lr"):
+            rate = past["config"]["stage"]["optimizer"].get(name)
+            if rate != cfg.stage.optimizer[name]:
+                raise ValueError(
+                    f"{folder} holds a training with stage.optimizer.{name}={rate}: set "
+                    "stage.folder for another one"
+                )
+
+
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     """What does not change when a training resumes."""
     free = ("folder", "optimizer", "workers")
@@ -283,8 +301,8 @@ def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     stage = {"alternate": False, "prefix": None, "low_rank": 0} | stage  # begun before these
     data = {k: config["data"][k] for k in ("length", "forms", "essay")}
     if "mixture" in stage:
-        trained = [task for task, weight in stage["mixture"].items() if weight]
-        texts = {"qa" if task in QA_FILES else task for task in trained} - TASKS.keys()
+        stage["mixture"] = {task: weight for task, weight in stage["mixture"].items() if weight}
+        texts = {"qa" if task in QA_FILES else task for task in stage["mixture"]} - TASKS.keys()
         data |= {k: config["data"].get(k) for k in ("path", *texts)}
     stage |= {k: x for k, x in config["stage"]["optimizer"].items() if k not in CHANGEABLE}
     model = {k: config["model"].get(k) for k in ("backbone", "architecture", "tokenizer")}

@@ -63,6 +63,16 @@ def target_ids(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
     return (*ids[sample.length :], tokenizer.eos_token_id)
 
 
+def check_known(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError if more than 5 % of a prompt are unknown to the tokenizer."""
+    unknown = sample.input_ids.count(tokenizer.unk_token_id)
+    if unknown > 0.05 * sample.length:
+        raise ValueError(
+            f"{sample.id}: {unknown} of {sample.length} tokens are unknown to the model's "
+            "tokenizer: choose the data of the model's tier, for instance data=pocket"
+        )
+
+
 def question_tokens(sample: Sample, template: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """The number of tokens of a prompt's question, which follows `template`, the part of the
     texts' template after "{context}". A token shared with the context counts.

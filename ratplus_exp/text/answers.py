@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ratplus_exp.tasks.ruler import Ruler
-from ratplus_exp.tasks.sample import Sample, target_ids
+from ratplus_exp.tasks.sample import Sample, check_known, target_ids
 from ratplus_exp.training.settings import IGNORE, Batch
 
 
@@ -38,6 +38,7 @@ class Answers:
                 sample = samples[int(rng.integers(len(samples)))]
             else:
                 sample = source.sample(task, seed, step * batch + row, "train")
+            check_known(sample, tokenizer)
             answer = target_ids(sample, tokenizer)
             end = sample.length + len(answer)
             if end > length:

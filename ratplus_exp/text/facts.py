@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # (key, value, weight) of the facts of a document; pairs of uuids are learnt last (MK-3).
 _KINDS = (("word", "number", 5), ("word", "uuid", 2), ("uuid", "uuid", 3))
 _HAYSTACKS = (("needle", 5), ("essay", 4), ("noise", 1))
+CHARACTERS = 5  # of a token, rather too many, so that one call mostly suffices
 Piece = tuple[str, str]  # a text, and "fact" or "answer" if it can be recalled, else ""
 
 
@@ -97,16 +98,26 @@ class Facts:
         token can be recalled."""
         tokens: list[int] = []
         marks: list[bool] = []
-        for start in range(0, len(pieces), 16):  # documents are longer than needed
-            texts, kinds = zip(*pieces[start : start + 16], strict=True)
-            encoded = self.tokenizer(list(texts), add_special_tokens=False)
-            for piece, kind in zip(encoded.input_ids, kinds, strict=True):
-                piece += [self.tokenizer.eos_token_id] * (kind == "answer")
-                tokens += piece
-                marks += [bool(kind)] * len(piece)
-            if len(tokens) >= count:
-                break
-        assert len(tokens) >= count
+        while len(tokens) < count:
+            sizes = np.cumsum([len(text) for text, _ in pieces])
+            enough = int(np.searchsorted(sizes, CHARACTERS * (count - len(tokens)))) + 1
+            segments: list[list[Piece]] = [[]]  # each up to an answer
+            for piece in pieces[:enough]:
+                if segments[-1] and segments[-1][-1][1] == "answer":
+                    segments.append([])
+                segments[-1].append(piece)
+            pieces = pieces[enough:]
+            # Not piece by piece, since some tokenizers begin every text with a space.
+            joined = ["".join(text for text, _ in segment) for segment in segments]
+            encoded = self.tokenizer(joined, add_special_tokens=False, return_offsets_mapping=True)
+            every = zip(segments, encoded.input_ids, encoded.offset_mapping, strict=True)
+            for segment, ids, offsets in every:
+                ends = np.cumsum([len(text) for text, _ in segment])
+                last = np.maximum(np.array(offsets)[:, 1] - 1, 0)  # characters of the tokens
+                recallable = np.array([bool(kind) for _, kind in segment])
+                answered = segment[-1][1] == "answer"
+                tokens += ids + [self.tokenizer.eos_token_id] * answered
+                marks += [*recallable[np.searchsorted(ends, last, "right")], *[True] * answered]
         return tokens[:count], marks[:count]
 
     def _sequence(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -65,6 +66,14 @@ def test_two_tokenizations_do_not_share_a_folder(job, tiny_models, corpus):
     folder = job.folder / "corpus/local" / sha256(init / "tokenizer.json")[:12]
     with locked(folder), pytest.raises(StoreBusy, match="is being written by process"):
         job("stage=tokenize", *corpus, f"stage.init={init}", "stage.workers=0")
+
+
+def test_models_that_end_texts_otherwise_do_not_share_a_corpus(job, tiny_models, corpus, tmp_path):
+    shutil.copytree(tiny_models["attention"], tmp_path / "other")
+    (tmp_path / "other/generation_config.json").write_text('{"eos_token_id": 7}')
+    for init in (tiny_models["attention"], tmp_path / "other"):
+        job("stage=tokenize", *corpus, f"stage.init={init}", "stage.workers=0")
+    assert len(list((job.folder / "corpus/local").iterdir())) == 2
 
 
 def test_a_corpus_that_is_read_several_times_is_told_so(job, tiny_models, corpus, capsys):

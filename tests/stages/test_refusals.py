@@ -80,6 +80,7 @@ REPOSITORY = Path(__file__).parents[2]
             "method.pooling has no effect.*conf/method",
         ),
         (["stage=look", "method.block_size=32"], "method.block_size has no effect"),
+        (["model.architecture.memory_kind=shift"], "memory_kind has no effect.* trained model"),
         (["experiment=table2", "stage.models=[]", "data.tasks=[S-1]"], "no cell .* has a task of"),
     ],
 )

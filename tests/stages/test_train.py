@@ -71,6 +71,14 @@ def test_a_trained_model_is_not_trained_again(job, capsys):
     train(job, "pocket_attention")
     train(job, "pocket_attention")
     assert "Already trained" in capsys.readouterr().out
+    for name in ("lr", "memory_lr"):
+        with pytest.raises(ValueError, match=f"holds a training with stage.optimizer.{name}="):
+            train(job, "pocket_attention", f"stage.optimizer.{name}=0.123")
+
+
+def test_contexts_longer_than_the_model_are_refused(job):
+    with pytest.raises(ValueError, match="of 2048 tokens, but the model has 128 positions"):
+        train(job, "pocket_attention", tokens_per_step=2048, length=2048, steps=16)
 
 
 def test_other_settings_do_not_go_on_from_a_checkpoint(job):
@@ -107,6 +115,16 @@ def test_sizes_other_than_those_of_the_model_to_start_from_are_refused(job, tiny
     how = ["experiment=pocket_attention_sft", "model=pocket_attention"]
     with pytest.raises(ValueError, match=f"{field} has no effect: the model in .* leave it out"):
         job(*how, f"stage.init={tiny_models['attention']}", f"model.architecture.{field}")
+    together = "model.architecture={" + field.replace("=", ": ") + "}"
+    with pytest.raises(ValueError, match=f"{field} has no effect"):
+        job(*how, f"stage.init={tiny_models['attention']}", together)
+
+
+def test_prompts_that_the_tokenizer_does_not_have_are_not_trained_on(job, tiny_models):
+    how = ["experiment=pocket_attention_sft", "model=pocket_attention", "data=ruler", *TINY[:-1]]
+    how.append("stage.tokens_per_step=1024")
+    with pytest.raises(ValueError, match="tokens are unknown to the model's tokenizer"):
+        job(*how, f"stage.init={tiny_models['attention']}", "stage.schedule=[[2048,1024]]")
 
 
 SELECT = ["memory_kind=ema_fixed", "memory_on=select", "gate_bias=[1,16]"]
@@ -225,6 +243,8 @@ def test_sft_learns_from_rulers_files(job, tiny_models, tmp_path):
     with pytest.raises(ValueError, match=r"there is no .*niah_single_2/validation\.jsonl"):
         job(*settings)
     only = "stage.mixture={S-1:1,S-2:0,S-3:0,MK-1:0,MK-2:0,MK-3:0,MV:0,MQ:0}"
+    with pytest.raises(ValueError, match=r"there is no .*/vt/validation\.jsonl"):
+        job(*settings, only, "stage.mixture.vt=1")
     job(*settings, only)
     folder = job.folder / "training/pocket_attention_0_sft"
     assert (folder / "model/model.safetensors").exists()

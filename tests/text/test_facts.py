@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import yaml
+from transformers import PreTrainedTokenizerFast
 
 from ratplus_exp.models.loading import read_tokenizer
 from ratplus_exp.tasks import Forms, pocket_tokenizer
@@ -35,6 +37,22 @@ def test_the_pocket_pair_can_be_trained_again_on_the_same_tokens():
         for array in facts.batch(0, step, 3, length):
             digest.update(np.ascontiguousarray(array).tobytes())
     assert digest.hexdigest()[:16] == "4fe170a0b8f11ec8"
+
+
+@pytest.mark.parametrize("forms", [RULER, LIST])
+def test_a_tokenizer_that_begins_texts_with_a_space_adds_none_within(tokenizer, forms):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    changes = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    backend.normalizer = tokenizers.normalizers.Sequence(changes)  # as Llama-2's
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
+    backend.decoder = tokenizers.decoders.Metaspace(prepend_scheme="always")
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"])
+    backend.train_from_iterator([tokenizer.decode(range(len(tokenizer)))], trainer)
+    like_llama = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    for step in range(4):
+        [ids], _ = Facts(like_llama, forms, other_rate=0.0).batch(0, step, 1, 2048)
+        for text in like_llama.decode(ids).split("</s>"):
+            assert not re.search(r"  | \n", text.strip())
 
 
 @pytest.mark.parametrize("forms", [RULER, LIST])
