@@ -15,7 +15,7 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
 def test_a_sweep_over_lengths_draws_each_method_at_equal_budget(job, pair):
     few = ["data.tasks=[S-1]", "stage.cells.dense.length=[128,256]"]
     job("experiment=lengths", *pair, *few, "stage.cells.blocks.blocks=32")
-    folder = job.folder / "reports" / "tiny"
+    folder = job.folder / "reports" / "tiny" / "lengths"
     assert (folder / "lengths.png").stat().st_size and (folder / "lengths.pdf").stat().st_size
     curves = pd.read_csv(folder / "lengths.csv", keep_default_na=False)
     lines = {

@@ -90,7 +90,7 @@ def test_a_sweep_shows_its_settings_with_every_seed_and_a_report_shows_all(job, 
     job(f"model={model}", "method=tova", "budget=1/4", *data)
     for seed in (0, 1):
         job("experiment=table2", *pair, f"seed={seed}")
-    shown = pd.read_csv(job.folder / "reports" / "tiny" / "cells.csv")
+    shown = pd.read_csv(job.folder / "reports" / "tiny" / "table2" / "cells.csv")
     assert set(shown["method"]) == {"quest", "moba"} and set(shown["seed"]) == {0, 1}
     job("stage=report", *data)
     assert "tova" in set(pd.read_csv(job.folder / "job" / "cells.csv")["method"])
@@ -129,12 +129,14 @@ def test_trainings_are_a_level_of_every_table(job, pair, tiny_models, capsys):
         (backbone, training) for backbone in ("Attention", "RAT+") for training in (0, 1)
     }
     assert cells["checkpoint"].nunique() == 4
-    table = pd.read_csv(job.folder / "reports" / "tiny" / "table5.csv")
+    table = pd.read_csv(job.folder / "reports" / "tiny" / "table5" / "table5.csv")
     assert set(table.loc[table["Method"] == "quest", "trainings"]) == {2}
-    ranked = pd.read_csv(job.folder / "reports" / "tiny" / "fig2_ranked_heads.csv")
+    ranked = pd.read_csv(job.folder / "reports" / "tiny" / "fig2" / "fig2_ranked_heads.csv")
     assert (ranked[ranked["rank"] == 1].groupby(["budget", "backbone"]).size() == 2).all()
     capsys.readouterr()
     job("experiment=fig2", *settings)
+    cells = pd.read_csv(job.folder / "reports" / "tiny" / "table5" / "cells.csv")
+    assert set(cells["selector"]) == {"random", "topk", "oracle"}  # still those of Table 5
     assert "nothing to run" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"model.training=2 is unknown: .* has 0, 1;"):
         job("experiment=fig2", *pair, "stage.trainings=[2]")
@@ -165,7 +167,7 @@ def test_a_table_of_all_cells_waits_for_those_of_another_process(job, pair):
     for waiting in (line, sweep_of_it):
         with cell.open({}), pytest.raises(ValueError, match="another process still writes"):
             job(*waiting)
-    assert (job.folder / "reports" / "tiny" / "fig1.png").exists()  # of what there is
+    assert (job.folder / "reports" / "tiny" / "fig1" / "fig1.png").exists()  # of what there is
     job(*line)
 
 
@@ -178,7 +180,7 @@ def test_a_cell_that_fails_stops_no_other(job, pair):
     with pytest.raises(ValueError, match=f"1 cells failed.*{cells[0].path.name}"):
         job(*overrides)
     assert [cell.done() for cell in cells] == [0, *[2] * (len(cells) - 1)]
-    assert (job.folder / "reports" / "tiny" / "fig3.png").stat().st_size
+    assert (job.folder / "reports" / "tiny" / "fig3" / "fig3.png").stat().st_size
     (cells[0].path / "lock").rmdir()
     job(*overrides)
     assert cells[0].done() == 2
@@ -269,6 +271,6 @@ def test_a_model_without_its_twin_is_ranked_beside_the_paper(job, pair, tmp_path
         "~stage.cells.small_blocks",
         "+stage.outputs.report=true",
     )
-    ranks = pd.read_csv(job.folder / "reports/tiny/ranks.csv")
+    ranks = pd.read_csv(job.folder / "reports/tiny/table4/ranks.csv")
     assert list(ranks["Over"]) == ["settings", "tasks"]  # a random model solves no task
     assert list(ranks["Count"]) == [11, 2] and ranks["Tasks"][0] == "S-1, MV"
