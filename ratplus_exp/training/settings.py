@@ -60,7 +60,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class TrainSettings(Settings):
-    """Optimizer and execution; conf/optimizer has the defaults.
+    """Optimizer and execution; conf/stage/common/training.yaml has the defaults.
 
     lr: of all parameters but the memory's, which have memory_lr.
     rows_per_pass: rows of a process in one forward pass; gradients accumulate over its share of a

@@ -35,7 +35,6 @@ JOBS = [
     *(f"experiment=table3 pair={name}" for name in options("pair")),
     *(f"experiment=[{name},small_trial_training]" for name in ("small_ratplus", "small_attention")),
     *(f"stage=tokenize corpus={name}" for name in options("corpus")),
-    *(f"stage=pretrain optimizer@stage.optimizer={name}" for name in options("optimizer")),
     *(f"budget=1/{part}" for part in (1, 4, 16, 64)),
 ]
 

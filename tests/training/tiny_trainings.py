@@ -13,7 +13,8 @@ from ratplus_exp.settings import build
 from ratplus_exp.training.loop import Trainer
 from ratplus_exp.training.settings import Schedule, TrainSettings
 
-ADAMW = yaml.safe_load((Path(__file__).parents[2] / "conf/optimizer/adamw.yaml").read_text())
+TRAINING = Path(__file__).parents[2] / "conf/stage/common/training.yaml"
+ADAMW = yaml.safe_load(TRAINING.read_text())["optimizer"]
 DILATED = Dilated(dilation=4)
 SCHEDULE = Schedule([(6 * 48, 12), (4 * 48, 16)], 48)  # 6 steps of 4 × 12 tokens, 4 of 3 × 16
 ONE_STEP = Schedule([(48, 12)], 48)
@@ -29,7 +30,7 @@ def batch(step, rows, length):
 
 
 def settings(**changed):
-    """Those of conf/optimizer with others for a few steps, in fp32."""
+    """Those of conf/stage/common with others for a few steps, in fp32."""
     few = {"lr": 3e-3, "memory_lr": 1e-2, "warmup": 0.02, "log_every": 1, "checkpoint_every": 4}
     return build(TrainSettings, ADAMW | few | {"precision": "fp32"} | changed)
 
