@@ -30,6 +30,7 @@ from ratplus_exp.settings import (
     Selector,
     Settings,
     Share,
+    Source,
     Text,
     Threads,
     Whole,
@@ -124,15 +125,8 @@ class DataConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusConfig(Settings):
-    """Text to train on: `text.shards.Source`, and the folder of its tokens."""
-
-    path: Text
-    subset: Name | None = None
-    split: Text = "train"
-    field: Name = "text"
-    tokens: Positive | None = None
-    folder: Text
+class CorpusConfig(Source):
+    folder: Text  # of its tokens
 
 
 @dataclass(frozen=True, kw_only=True)

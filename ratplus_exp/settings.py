@@ -118,6 +118,24 @@ class DilatedSettings(Settings):
     initial: Whole = 0
 
 
+@dataclass(frozen=True)
+class Source(Settings):
+    """Text to train on.
+
+    path: a data set of the Hugging Face hub, or a folder of .parquet, .jsonl or .txt files (one
+        kind; a .txt file is one document).
+    subset, split: of a hub data set.
+    field: the column with the text.
+    tokens: how many to keep, from the start; None: all.
+    """
+
+    path: Text
+    subset: Name | None = None
+    split: Text = "train"
+    field: Name = "text"
+    tokens: Positive | None = None
+
+
 def build(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:
     """A settings class from the mapping at `where` in the configuration; ValueError, in one line
     with the remedy, for the first field of a wrong type or out of bounds."""

@@ -13,7 +13,8 @@ from ratplus_exp.provenance import sha256
 from ratplus_exp.stages.common import model_folder
 from ratplus_exp.store import locked
 from ratplus_exp.text.corpus import Corpus
-from ratplus_exp.text.shards import Source, write_shards
+from ratplus_exp.settings import Source
+from ratplus_exp.text.shards import write_shards
 
 
 def run(cfg: DictConfig) -> None:

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,31 +24,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ratplus_exp.settings import Source
 from ratplus_exp.store import naming, write_atomically
 from ratplus_exp.workers import Workers
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}  # of the datasets package
 MAX_SHARDS = 256
 DOCUMENTS = 512  # tokenised and written at a time
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where text comes from.
-
-    Args:
-        path: a data set of the Hugging Face hub, or a folder of .parquet, .jsonl or .txt files (one
-            kind; a .txt file is one document).
-        subset, split: of a hub data set.
-        field: the column with the text.
-        tokens: how many to keep, from the start; None: all.
-    """
-
-    path: str
-    subset: str | None = None
-    split: str = "train"
-    field: str = "text"
-    tokens: int | None = None
 
 
 def write_shards(source: Source, tokenizer: Any, name: str, folder: Path, workers: int) -> None:
