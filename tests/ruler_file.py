@@ -9,10 +9,10 @@ def write_jsonl(samples, path, reserve=128):
         for index, sample in enumerate(samples):
             record = {
                 "index": index,
-                "input": sample.prompt.removesuffix(sample.answer_prefix),
+                "input": sample.prompt,
                 "outputs": list(sample.answers),
                 "length": sample.length + reserve,
                 "length_w_model_temp": sample.length + reserve,
-                "answer_prefix": sample.answer_prefix,
+                "answer_prefix": "",
             }
             file.write(json.dumps(record) + "\n")

@@ -51,7 +51,7 @@ class Documents(Samples):
         (ids,), (labels,) = self._batch(index)
         places = (np.flatnonzero(labels[:-1] != IGNORE) + 1).tolist()
         spans = {"recallable": tuple((i, i + 1) for i in places)}
-        return Sample(self.id(task, index), task, "", tuple(ids.tolist()), (), spans, len(ids))
+        return Sample(self.id(task, index), task, "", tuple(ids.tolist()), (), spans)
 
     @cached_property
     def _batch(self) -> Callable[[int], Batch]:

@@ -134,7 +134,7 @@ class Forms(Settings):
         return self.needle.format(key=key, value=value, type_needle_v=f"{kind}s")
 
     def ask(self, text: str, keys: Sequence[str], kind: str, answers: int) -> str:
-        """A template or answer prefix that asks for the values of this kind of some keys, in the
+        """A text that asks for the values of this kind of some keys, in the
         singular for one answer; `{context}` stays."""
         *others, last = keys
         query = ", ".join(others) + self.query_joiner + last if others else last

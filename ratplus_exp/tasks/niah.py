@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
 class Draft(NamedTuple):
     """A sample before its haystack has a size: a prompt is the template, with the context of n
-    units of the haystack instead of "{context}", and the prefix."""
+    units of the haystack instead of "{context}"."""
 
     template: str
-    prefix: str
     context: Callable[[int], str]
     answers: Sequence[str]
     least: int = 0  # units that the task needs
@@ -34,7 +33,7 @@ class Draft(NamedTuple):
     groups: Sequence[Sequence[str]] = ()  # of answers, each in the order of the prompt; () as given
 
     def prompt(self, n: int) -> str:
-        return self.template.replace("{context}", self.context(n)) + self.prefix
+        return self.template.replace("{context}", self.context(n))
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class TaskSpec:
         groups = [values[i] for i in queried]
         answers = [value for group in groups for value in group]
         asked = [keys[i] for i in queried], self.value, len(answers)
-        template, prefix = forms.ask(forms.template, *asked), forms.ask(forms.answer_prefix, *asked)
+        template = forms.ask(forms.template + forms.answer_prefix, *asked)
         more = self._haystack(draw, source.essay)
         units: list[str] = []
 
@@ -77,7 +76,7 @@ class TaskSpec:
             return in_list(units[:n], needles, places, forms.separator)
 
         order = {"creation": [], "document": [answers], "question": groups}
-        return Draft(template, prefix, context, answers, groups=order[forms.answer_order])
+        return Draft(template, context, answers, groups=order[forms.answer_order])
 
     def _haystack(self, draw: Draw, essay: str | None) -> Iterator[str]:
         """Its units, without end."""

@@ -52,10 +52,10 @@ class Texts(Settings):
     def draft(self, draw: Draw, name: str, source: Ruler) -> Draft:
         raise NotImplementedError
 
-    def ask(self, query: str = "", count: int = 0) -> tuple[str, str]:
-        """Template and prefix of a draft."""
-        prefix = self.answer_prefix.replace("{query}", query).replace("{count}", str(count))
-        return self.template.replace("{query}", query), prefix
+    def ask(self, query: str = "", count: int = 0) -> str:
+        """The template of a draft."""
+        text = self.template + self.answer_prefix
+        return text.replace("{query}", query).replace("{count}", str(count))
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class VT(Texts):
             noise, places = [draw.forms.noise] * n, seeded_random(f"{name}/{n}")
             return in_list(noise, chain[::-1], places, draw.forms.separator)
 
-        return Draft(*self.ask(value, len(names)), context, names, least=len(names))
+        return Draft(self.ask(value, len(names)), context, names, least=len(names))
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,12 @@ class CWE(Texts):
         words: Sequence[str] = draw.forms.nouns
         if draw.forms.key_words == "pair":  # RULER's lists
             words = sorted({*wordlist("noun"), *wordlist("adjective"), *wordlist("verb")})
-        template, prefix = self.ask()
+        template = self.ask()
         if self.example:
             size, times = (40, (10, 3)) if long else (20, (3, 1))
             chosen = draw.rng.sample(words, size)
             items = self._list(chosen, times, f"{name}/example")
-            worked = template.replace("{context}", items) + prefix
+            worked = template.replace("{context}", items)
             template = f"{worked} {self._items(chosen[: self.common])}\n{template}"
         repeats = tuple(self.repeats or ((30, 3) if long else (6, 1)))
         order = draw.rng.sample(words, len(words))
@@ -157,7 +157,7 @@ class CWE(Texts):
             return self._list(order[: self.common + n], repeats, f"{name}/{n}")
 
         answers, most = order[: self.common], len(order) - self.common
-        return Draft(template, prefix, context, answers, most=most)
+        return Draft(template, context, answers, most=most)
 
     def _list(self, words: Sequence[str], repeats: Sequence[int], name: str) -> str:
         often, seldom = repeats
@@ -207,7 +207,7 @@ class FWE(Texts):
 
         answers = [word.strip() for word in words[1:4]]
         # From 74 words on, rank 4 is more frequent than rank 5.
-        return Draft(*self.ask(), context, answers, least=74, most=2 * source.length)
+        return Draft(self.ask(), context, answers, least=74, most=2 * source.length)
 
 
 def _code(draw: Draw, kind: str, alphabet: str, letters: int) -> str:

@@ -67,7 +67,7 @@ class QA(Texts):
             texts = (self.document.format(number=i, text=d) for i, d in enumerate(chosen, start=1))
             return "\n\n".join(texts)
 
-        return Draft(*self.ask(question.query), context, question.answers)
+        return Draft(self.ask(question.query), context, question.answers)
 
 
 class Question(NamedTuple):

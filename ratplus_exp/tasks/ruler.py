@@ -94,8 +94,8 @@ class Ruler:
                 f"{name}: there are too few words to fill the prompt: shorten data.length or raise"
                 f" data.{task}.repeats"
             )
-        text, prefix = style(draft.prompt(units)), style(draft.prefix)
-        sample = make_sample(name, task, text, draft.answers, self.tokenizer, prefix)
+        text = style(draft.prompt(units))
+        sample = make_sample(name, task, text, draft.answers, self.tokenizer)
         if draft.groups:
             place = sample.gold_spans.__getitem__
             ordered = (value for group in draft.groups for value in sorted(group, key=place))

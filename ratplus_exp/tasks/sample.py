@@ -24,12 +24,14 @@ class Sample:
 
     id: str  # 'MK-2/validation/0/17': task, split, seed, index
     task: str
-    prompt: str  # ends with `answer_prefix`
+    prompt: str
     input_ids: tuple[int, ...]  # of the prompt; no BOS or other special token
     answers: tuple[str, ...]  # gold values, in the order of the answer
     gold_spans: dict[str, tuple[tuple[int, int], ...]]  # value -> all its spans [start, end)
-    length: int  # len(input_ids)
-    answer_prefix: str = ""
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
 
     @property
     def one_of(self) -> bool:
@@ -96,12 +98,7 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def make_sample(
-    name: str,
-    task: str,
-    prompt: str,
-    answers: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    answer_prefix: str = "",
+    name: str, task: str, prompt: str, answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> Sample:
     """Tokenise a prompt and find every occurrence of its gold values, if the task has `GOLDEN`
     places.
@@ -119,8 +116,7 @@ def make_sample(
         )
         if not spans[value]:
             raise ValueError(f"{name}: the prompt does not contain the answer {value!r}")
-    ids = tuple(encoded.input_ids)
-    return Sample(name, task, prompt, ids, tuple(answers), spans, len(ids), answer_prefix)
+    return Sample(name, task, prompt, tuple(encoded.input_ids), tuple(answers), spans)
 
 
 @dataclass(frozen=True)
@@ -212,9 +208,8 @@ def read_jsonl(
                     f"the prompt has {size} characters, too many for the model's length {length}: "
                     "generate the file for at most that length"
                 )
-            name, prefix = f"{task}/{path.stem}/ruler/{i}", record.answer_prefix
-            prompt = record.input + prefix
-            sample = make_sample(name, task, prompt, record.outputs, tokenizer, prefix)
+            name, prompt = f"{task}/{path.stem}/ruler/{i}", record.input + record.answer_prefix
+            sample = make_sample(name, task, prompt, record.outputs, tokenizer)
             if sample.length > length:
                 raise ValueError(
                     f"{sample.id}: the prompt has {sample.length} tokens, more than the model's"

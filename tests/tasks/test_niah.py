@@ -141,12 +141,9 @@ def test_ruler_prompt_word_for_word_with_one_answer(ruler):
     )
     assert set(lines) == {Forms().noise, needle}
     assert lines.count(needle) == 1
-    assert sample.answer_prefix == (
-        f" The special magic number for {key} mentioned in the provided text is"
-    )
     assert last == (
         f"What is the special magic number for {key} mentioned in the provided text?"
-        + sample.answer_prefix
+        f" The special magic number for {key} mentioned in the provided text is"
     )
 
 
