@@ -22,8 +22,8 @@ MAY_IMPORT = {
         "workers",
     },
     "store": {"store"},
-    "analysis": {"store", "analysis", "budget", "tasks"},
-    "report": {"store", "analysis", "report", "budget"},
+    "analysis": {"store", "analysis", "tasks"},
+    "report": {"store", "analysis", "report"},
 }
 COMMANDS = {"main.py", "harness.py"}
 HYDRA = {"config.py", "tracking.py", "stages"} | COMMANDS

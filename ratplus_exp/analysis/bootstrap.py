@@ -189,8 +189,5 @@ def spread(cells: pd.DataFrame, accuracy: str) -> Spread:
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Spearman's, of each row of a (R, S) with b (S,) or with the same row of b (R, S); ties have
     their mean rank; NaN if one side is constant."""
-    ranks = [pd.DataFrame(np.atleast_2d(x)).rank(axis=1).to_numpy() for x in (a, b)]
-    first, second = (x - x.mean(axis=1, keepdims=True) for x in ranks)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        scale = np.sqrt((first**2).sum(1) * (second**2).sum(1))
-        return (first * second).sum(1) / scale
+    first, second = (pd.DataFrame(np.broadcast_to(x, a.shape)).rank(axis=1) for x in (a, b))
+    return first.corrwith(second, axis=1).to_numpy()

@@ -1,5 +1,6 @@
 """Checks of results: cells that do not belong together, and implausible differences."""
 
+from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ from ratplus_exp.analysis.frame import (
     part_of_variant,
     parts_of_variants,
 )
-from ratplus_exp.budget import Budget
 
 LEVEL = 0.999
 """Of the one-sided bootstrap bound; high, since a report makes some two hundred comparisons."""
@@ -47,7 +47,7 @@ def anomalies(draws: Bootstrap) -> list[Anomaly]:
         compared += [(group, (*DENSE, group[-1]), "dense", task) for task in (None, *TASKS)]
         by_budget.setdefault((*group[:2], *group[3:]), []).append(group)
     for groups in by_budget.values():
-        groups.sort(key=lambda group: Budget.parse(group[2]).fraction)
+        groups.sort(key=lambda group: Fraction(group[2]))
         compared += [(small, large, large[2], None) for small, large in pairwise(groups)]
     result = []
     for group, other, than, task in compared:

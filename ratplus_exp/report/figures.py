@@ -24,7 +24,6 @@ from ratplus_exp.analysis.frame import (
 )
 from ratplus_exp.analysis.hits import MEAN, estimate
 from ratplus_exp.analysis.pattern import DECISIVE
-from ratplus_exp.budget import Budget
 from ratplus_exp.report.drawing import COLORS, draw_bars, draw_line, drawing
 from ratplus_exp.report.prose import METHODS, SELECTORS, sentence
 from ratplus_exp.report.results import Results
@@ -291,7 +290,7 @@ def _labelled(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, dict[str, An
 
 def by_size(budgets: Iterable[str]) -> list[str]:
     """Distinct budgets, the largest first."""
-    return sorted(set(budgets), key=lambda b: -Budget.parse(b).fraction)
+    return sorted(set(budgets), key=Fraction, reverse=True)
 
 
 def _names(methods: Iterable[str]) -> dict[str, str]:
