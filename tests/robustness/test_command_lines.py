@@ -63,6 +63,7 @@ data.cwe.repeats=[3] -> use a list of at least 2
 data.fwe.template=x -> lacks {context}: add it to the text
 'data.vt.start="{foo} {name} {value}"' -> has the unknown field {foo}: use only {name}, {value}
 '+data.qa.document="{number}"' -> lacks {text}: add it to the text
+stage=random_selector stage.selector_seeds=[-1] -> use at least 0
 stage=ablation -> use a list of at least 2
 stage=ablation stage.models=[a,a] -> use each of them once
 stage=sweep -> choose what it runs, as in experiment=table3
@@ -70,16 +71,19 @@ experiment=table3 stage.cells.budgets.budget=[2] -> write it as 1/16
 experiment=table3 +stage.cells.budgets.colour=red -> no field 'colour': use one of stage, model
 experiment=table3 stage.cells=x -> use fields
 experiment=table3 +stage.outputs.table9=true -> use one of table2
+experiment=table3 stage.outputs.table3=yes_please -> use true or false
 stage=report stage.outputs=[table3] -> stage.outputs
+stage=report stage.where=x -> use fields
 model=none -> choose one of attention_1b
 model=hf -> model.path is missing: set model.path
 model.name='"=1+1"' -> use letters, digits
 model.name='"../x"' -> use letters, digits
 model.sha256=x -> use a sha256
 model.architecture.rope_theta=0 -> use more than 0
-model.architecture.gate_bias=[1] -> gate_bias
 rope={rope_type:longrope} -> use one of default, linear, yarn, llama3
 rope={factor:2} -> rope.rope_type is missing: set it
+rope={rope_type:yarn,factor:0.5} -> use at least 1
+model.architecture.gate_bias=[1] -> gate_bias
 data=english -> choose one of pocket, ruler, ruler1024, small
 data.length=1e3 -> use a whole number
 data.tasks=S-1 -> use a list
@@ -108,12 +112,18 @@ stage=tokenize corpus=local -> corpus.path is missing
 stage=pretrain stage.schedule=[] -> at least 1
 stage=pretrain stage.schedule=[[512]] -> missing
 stage=pretrain stage.schedule=[[512,64,3]] -> stage.schedule
+stage=pretrain stage.schedule=[[0,64]] -> use at least 1
 stage=pretrain stage.schedule=[[a,b]] -> use a whole number
+stage=pretrain stage.joint={local:-1} -> use at least 0
+stage=pretrain +stage.styles=x -> use a list
 stage=pretrain +stage.styles=[{colour:red}] -> no field 'colour'
 stage=pretrain +stage.styles=[{needle:x}] -> add it to the text
 stage=pretrain stage.optimizer.warmup=1 -> use less than 1
+stage=pretrain stage.optimizer.betas=[0.9,1] -> use less than 1
+stage=pretrain stage.optimizer.betas=0.9 -> use a list
 stage=pretrain stage.optimizer.checkpoint_every=3 -> must be a multiple
 stage=sft stage.mixture=x -> use fields
+stage=sft stage.mixture.S-1=-1 -> use at least 0
 stage=sft +stage.mixture.S-9=1 -> use one of S-1
 methd=quest -> no field 'methd': use one of model, method
 quest -> write name=value
