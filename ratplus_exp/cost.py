@@ -7,14 +7,13 @@ an addition as two, and exclude the recomputation of activation checkpointing, a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from ratplus_exp.memory import Memory
-from ratplus_exp.methods import Method
+from ratplus_exp.methods import Dense, Method
 
 # Dense bf16 TFLOP/s from data sheets, for the first key that is part of the device's name.
 PEAK_TFLOPS = {
@@ -96,17 +95,9 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim * tokens * itemsize
 
 
-@cache
 def attended_keys(method: Method | None, length: int) -> float:
-    """Keys that a query of a training context sees, on average: those of a method's fixed pattern,
-    or (length + 1) / 2 for dense causal attention."""
-    key, pairs = torch.arange(length), 0
-    for query in key.split(1024):
-        seen = method.pattern(query[:, None], key) if method else None
-        if seen is None:
-            return (length + 1) / 2
-        pairs += int((seen & (key <= query[:, None])).sum())
-    return pairs / length
+    """Keys that a query of a training context attends to, on average; None: dense attention."""
+    return float((method or Dense()).attended(torch.arange(length)).double().mean())
 
 
 def training_memory(
