@@ -130,7 +130,7 @@ def pair(tiny_models, tmp_path):
         text = (CONF / "model" / f"pocket_{backbone}.yaml").read_text()
         lines = [x for x in text.splitlines() if not x.startswith(("name:", "path:", "sha256:"))]
         names.append(f"{tmp_path.name.replace('-', '_')}_{backbone}")
-        lines += [f"name: {names[-1]}", f"path: {path}"]
+        lines += [f"name: {names[-1]}", f"path: {path}", "sha256: null"]
         (conf / "model" / f"{names[-1]}.yaml").write_text("\n".join(lines))
     text = (CONF / "pair" / "pocket.yaml").read_text()
     for backbone, name in zip(tiny_models, names, strict=True):
