@@ -26,7 +26,7 @@ class SnapKV(Method):
     paper = "Li et al., 2024, arXiv 2404.14469"
     reads = "the last queries and all keys, once"
     window: Positive = 64
-    pooling: Literal["avg", "max", "none"] = "avg"
+    pooling: Literal["avg", "max"] = "avg"
     kernel: Odd = 5
 
     @property
@@ -37,7 +37,7 @@ class SnapKV(Method):
         """Queries of the window (B, K, G, window, D), keys (B, K, N, D) -> (B, K, 1, 1, N)."""
         before = representatives.shape[2] - queries.shape[3]
         mass = ratplus_kernels.attention_mass(queries.flatten(1, 2), representatives)  # (B, K, N)
-        if self.pooling != "none" and before:  # with zeros beyond the ends
+        if before:  # with zeros beyond the ends
             pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
             mass[..., :before] = pool(mass[..., :before], self.kernel, 1, self.kernel // 2)
         return mass[:, :, None, None]

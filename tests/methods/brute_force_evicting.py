@@ -84,9 +84,7 @@ def _(method: SnapKV, row, kv_head):
     pooled = []
     for i in range(prefix):
         near = mass[max(0, i - reach) : i + reach + 1]
-        pooled.append(
-            {"avg": sum(near) / method.kernel, "max": max(near), "none": mass[i]}[method.pooling]
-        )
+        pooled.append({"avg": sum(near) / method.kernel, "max": max(near)}[method.pooling])
     return pooled
 
 
