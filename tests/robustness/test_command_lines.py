@@ -124,6 +124,9 @@ stage=pretrain stage.optimizer.betas=0.9 -> use a list
 stage=pretrain stage.optimizer.checkpoint_every=3 -> must be a multiple
 stage=sft stage.mixture=x -> use fields
 stage=sft stage.mixture.S-1=-1 -> use at least 0
+stage=sft stage.mixture.S-1=nan -> use a finite number
+stage=sft ~stage.mixture '+stage.mixture={S-1:0}' -> give some task a positive weight
+stage=sft ~stage.mixture '+stage.mixture={}' -> give some task a positive weight
 stage=sft +stage.mixture.S-9=1 -> use one of S-1
 methd=quest -> no field 'methd': use one of model, method
 quest -> write name=value

@@ -56,7 +56,6 @@ REPOSITORY = Path(__file__).parents[2]
             ["model=hf", "model.path=nowhere", "dry_run=true"],
             "there is no model in .*nowhere: set model.path",
         ),
-        (["method=streaming", "+method.local=5"], "no field 'local'"),
         (["selector=oracle", "oracle_heads=[9-0]"], "there is no 9-0"),
         (["data.essay=nowhere.txt"], "nowhere.txt cannot be read .* set data.essay"),
         (["model.path=nowhere"], "set model.path"),
@@ -115,20 +114,6 @@ def test_an_essay_without_end_is_refused(job, tiny_models, stage):
     train = ["experiment=pocket_attention_sft", f"stage.init={tiny_models['attention']}"]
     with pytest.raises(ValueError, match="/dev/zero cannot be read .*it is not a file"):
         job(*(train if stage == "sft" else model), "model=pocket_attention", "data.essay=/dev/zero")
-
-
-@pytest.mark.parametrize("mixture", ["{S-1: -1}", "{S-1: .nan}", "{S-1: 0}", "{S-9: 1}", "{}"])
-def test_no_nonsense_is_tuned(job, tiny_models, mixture):
-    how = [
-        "experiment=pocket_attention_sft",
-        "model=pocket_attention",
-        f"stage.init={tiny_models['attention']}",
-    ]
-    cfg = job.compose(*how)
-    only = {f"~stage.mixture.{task}" for task in cfg.stage.mixture}
-    with pytest.raises(ValueError, match="mixture.*(use one of S-1|at least 0|a number|give some)"):
-        job(*how, *only, f"+stage.mixture={mixture}" if mixture != "{}" else "seed=0")
-    assert not list(job.folder.rglob("training"))
 
 
 def test_a_corrupt_weight_file_is_named(job, tiny_models):
