@@ -172,9 +172,9 @@ def others_of(cfg: DictConfig) -> Others:
     return build(Others, {name: plain(cfg.data[name]) for name in names}, "data")
 
 
-def reserve_of(cfg: DictConfig, task: str) -> int:
-    """Tokens that a task's prompts reserve for the answer."""
-    return others_of(cfg).reserve(task, forms_of(cfg))
+def texts_of(cfg: DictConfig, task: str) -> Any:
+    """The texts of a task, with its `template` and `reserve`."""
+    return others_of(cfg).of(task, forms_of(cfg))
 
 
 def rope_of(cfg: DictConfig) -> dict[str, Any] | None:
@@ -191,7 +191,7 @@ def oracle_heads(cfg: DictConfig) -> tuple[tuple[int, int], ...]:
 def validate_method(cfg: DictConfig) -> Method:
     """The method, after checks of budget, selector and prompt length."""
     method = method_of(cfg)
-    reserve = max(reserve_of(cfg, task) for task in cfg.data.tasks)
+    reserve = max(texts_of(cfg, task).reserve for task in cfg.data.tasks)
     prompt = cfg.data.length - reserve
     if method.phase in ("once", "step") and prompt < method.forced:
         raise ValueError(

@@ -11,14 +11,7 @@ from typing import Any, Protocol
 import torch
 from omegaconf import DictConfig
 
-from ratplus_exp.config import (
-    forms_of,
-    oracle_heads,
-    others_of,
-    rope_of,
-    unnamed_classes,
-    validate_method,
-)
+from ratplus_exp.config import oracle_heads, rope_of, unnamed_classes, validate_method
 from ratplus_exp.methods import Method, Oracle, Random, Selector, TopK
 from ratplus_exp.methods.base import EVICTING
 from ratplus_exp.models.loading import dtype_on, interface_digest, load_config
@@ -138,7 +131,7 @@ class Job:
         """Where a method selects before the question of a file's prompts: how to find that."""
         if not self.cfg.data.path or self.first_token != "split":
             return {}
-        return {"question": question_of(task, forms_of(self.cfg), others_of(self.cfg))}
+        return {"question": question_of(self.cfg, task)}
 
     def _oracle_heads(self) -> str:
         """The heads with an oracle, as in ":1-0,1-3"; ValueError for one that doesn't exist."""

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ratplus_exp.analysis.frame import COLUMNS, SCORERS, accuracies, finished, tidy
-from ratplus_exp.config import reserve_of
+from ratplus_exp.config import texts_of
 from ratplus_exp.methods import Engine, Usage
 from ratplus_exp.models.decoding import cuda_graphs, greedy
 from ratplus_exp.models.loading import end_tokens
@@ -74,7 +74,7 @@ def generate(
 ) -> tuple[list[str], Usage, Tensor]:
     """Greedy answers to a batch of prompts, what was read, and each one's last position (B,)."""
     engine = Engine(job.method, selector_of(job.cfg, samples, prompts.ids.device))
-    room = reserve_of(job.cfg, samples[0].task)
+    room = texts_of(job.cfg, samples[0].task).reserve
     out, last = answers(prompts, engine, room, tokenizer, job.cfg)
     return tokenizer.batch_decode(out, skip_special_tokens=True), engine.usage, last
 

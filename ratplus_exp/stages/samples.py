@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ratplus_exp import provenance
-from ratplus_exp.config import forms_of, others_of, reserve_of
+from ratplus_exp.config import forms_of, others_of, texts_of
 from ratplus_exp.distributed import cores
 from ratplus_exp.stages.common import device_of, resolve, source_of
 from ratplus_exp.tasks import RULER_NAMES, TASKS, Forms, Others, Sample, read_jsonl
@@ -37,7 +37,7 @@ class Samples:
         def data(task: str) -> dict[str, Any]:
             if files:
                 file = _digest(files[task], "data.path")
-                return {"file": file, "reserve": others.reserve(task, forms)}
+                return {"file": file, "reserve": others.of(task, forms).reserve}
             return _niah(forms, cfg.data.essay) if task in TASKS else _beyond(task, others, forms)
 
         seed = 0 if files else cfg.seed
@@ -47,7 +47,7 @@ class Samples:
         self.cfg, self.seed, self.tokenizer = cfg, cfg.seed, tokenizer
         self.device = device_of(cfg)
         self.source = source_of(cfg, tokenizer)
-        self.reserve = {task: reserve_of(cfg, task) for task in RULER_NAMES}
+        self.reserve = {task: texts_of(cfg, task).reserve for task in RULER_NAMES}
         self.prompts = prompts_of(self.source, cfg.seed, _workers(self.device))
         self.read: dict[str, list[Sample]] = {}
         for task, file in ruler_files(cfg, cfg.data.tasks).items():
@@ -83,8 +83,7 @@ class Samples:
 
     def question_tokens(self, sample: Sample) -> int:
         """How many of the prompt's last tokens are its question."""
-        text = question_of(sample.task, self.source.forms, self.source.others)
-        return question_tokens(sample, text, self.tokenizer)
+        return question_tokens(sample, question_of(self.cfg, sample.task), self.tokenizer)
 
     def by_suffix_length(
         self, samples: list[Sample], first_token: str
@@ -122,10 +121,9 @@ def _workers(device: torch.device) -> int:
     return min(MAX_WORKERS, cores() - 1)
 
 
-def question_of(task: str, forms: Forms, others: Others) -> str:
+def question_of(cfg: DictConfig, task: str) -> str:
     """The template of a task's question, which follows the context."""
-    texts = forms if task in TASKS else others.of(task)
-    return texts.template.rpartition("{context}")[2]
+    return str(texts_of(cfg, task).template.rpartition("{context}")[2])
 
 
 def _niah(forms: Forms, essay: str | None) -> dict[str, Any]:
@@ -139,7 +137,7 @@ def _niah(forms: Forms, essay: str | None) -> dict[str, Any]:
 
 def _beyond(task: str, others: Others, forms: Forms) -> dict[str, Any]:
     """What determines the generated samples of another task."""
-    texts = asdict(others.of(task))
+    texts = asdict(others.of(task, forms))
     files = {name: texts.pop(name) for name in QA_FILES.values() if name in texts}
     data = {"texts": texts, "with": asdict(forms), "reserve": texts["reserve"]}
     if name := QA_FILES.get(task):

@@ -10,10 +10,10 @@ from omegaconf import DictConfig
 from ratplus_exp.config import plain
 from ratplus_exp.models.loading import load_tokenizer, read_tokenizer
 from ratplus_exp.provenance import sha256
+from ratplus_exp.settings import Source
 from ratplus_exp.stages.common import model_folder
 from ratplus_exp.store import locked
 from ratplus_exp.text.corpus import Corpus
-from ratplus_exp.settings import Source
 from ratplus_exp.text.shards import write_shards
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ratplus_exp import provenance
-from ratplus_exp.config import build, command_line_fields, forms_of, plain, reserve_of
+from ratplus_exp.config import build, command_line_fields, forms_of, plain, texts_of
 from ratplus_exp.cost import Shape
 from ratplus_exp.distributed import barrier, from_rank_0, process_group, rank, world_size
 from ratplus_exp.methods import Dilated
@@ -97,7 +97,7 @@ def sft(cfg: DictConfig) -> None:
     mixture = {task: weight for task, weight in plain(cfg.stage.mixture).items() if weight}
     shortest = min(length for _, length in cfg.stage.schedule)
     read = {
-        task: read_jsonl(file, tokenizer, shortest - reserve_of(cfg, task), task)
+        task: read_jsonl(file, tokenizer, shortest - texts_of(cfg, task).reserve, task)
         for task, file in ruler_files(cfg, mixture).items()
     }
     answers = Answers(source_of(cfg, tokenizer), mixture, read)

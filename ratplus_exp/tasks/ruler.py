@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ratplus_exp.settings import Settings
 from ratplus_exp.tasks import prose
@@ -18,7 +18,7 @@ from ratplus_exp.tasks.niah import (
     sample_name,
     seeded_random,
 )
-from ratplus_exp.tasks.others import CWE, FWE, VT, Texts
+from ratplus_exp.tasks.others import CWE, FWE, VT
 from ratplus_exp.tasks.qa import QA
 from ratplus_exp.tasks.sample import Sample, make_sample
 
@@ -35,14 +35,9 @@ class Others(Settings):
     fwe: FWE = field(default_factory=FWE)
     qa: QA = field(default_factory=QA)
 
-    def of(self, task: str) -> Texts:
-        """The texts of a task beyond NIAH."""
-        texts: Texts = getattr(self, "qa" if task in QA_FILES else task)
-        return texts
-
-    def reserve(self, task: str, forms: Forms) -> int:
-        """Tokens that a task's prompts leave free for the answer."""
-        return forms.reserve if task in TASKS else self.of(task).reserve
+    def of(self, task: str, forms: Forms) -> Any:
+        """The texts of a task; those of NIAH are `forms`."""
+        return forms if task in TASKS else getattr(self, "qa" if task in QA_FILES else task)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +77,10 @@ class Ruler:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: use train or validation")
         name, forms = sample_name(task, seed, index, split), self.forms
-        texts = TASKS.get(task) or self.others.of(task)
-        draft = texts.draft(Draw(forms, split, seeded_random(name)), name, self)
+        texts = self.others.of(task, forms)
+        draft = TASKS.get(task, texts).draft(Draw(forms, split, seeded_random(name)), name, self)
         style = str.lower if forms.lowercase else str
-        capacity = self.length - self.others.reserve(task, forms)
+        capacity = self.length - texts.reserve
         units = self.fit(lambda n: style(draft.prompt(n)), capacity, name, draft.most)
         if units < draft.least:
             raise ValueError(f"{name}: the context is too short for the task: raise data.length")

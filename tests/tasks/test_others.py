@@ -12,7 +12,7 @@ import yaml
 
 from ratplus_exp.models.loading import read_tokenizer
 from ratplus_exp.settings import build
-from ratplus_exp.tasks import RULER_NAMES, TASKS, Forms, Others, Ruler
+from ratplus_exp.tasks import RULER_NAMES, Forms, Others, Ruler
 from ratplus_exp.tasks.forms import wordlist
 from ratplus_exp.tasks.niah import split_of
 from ratplus_exp.tasks.sample import question_tokens, target, target_ids
@@ -47,7 +47,7 @@ def source(request):
 
 @pytest.mark.parametrize("task", OTHERS)
 def test_prompts_fill_the_length_and_nothing_is_unknown(source, task):
-    capacity = source.length - source.others.of(task).reserve
+    capacity = source.length - source.others.of(task, source.forms).reserve
     unit = source.count(source.forms.noise) + 1 if task == "vt" else 36  # cwe: a word thrice
     for index in range(3):
         sample = source.sample(task, 0, index)
@@ -151,7 +151,7 @@ def test_pocket_forms_are_short(small):
 @pytest.mark.parametrize("task", OTHERS)
 def test_a_short_context_is_refused(small, task):
     with pytest.raises(ValueError, match=r"raise (data\.)?length"):
-        replace(small, length=small.others.of(task).reserve + 60).sample(task, 0, 0)
+        replace(small, length=small.others.of(task, small.forms).reserve + 60).sample(task, 0, 0)
 
 
 def test_too_few_words_are_refused(small):
@@ -170,7 +170,7 @@ def test_mistakes_name_the_remedy(small):
 @pytest.mark.parametrize("task", ["S-1", "S-2", "MQ", *OTHERS])
 def test_the_question_is_what_follows_the_context(source, task):
     sample = source.sample(task, 0, 1)
-    texts = source.forms if task in TASKS else source.others.of(task)
+    texts = source.others.of(task, source.forms)
     template = texts.template.rpartition("{context}")[2]
     count = question_tokens(sample, template, source.tokenizer)
     text = source.tokenizer.decode(sample.input_ids[-count:])
