@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ratplus_exp.methods.base import Method
+from ratplus_exp.methods.selectors import any_in_block
 
 
 class HitCounter:
@@ -29,7 +29,8 @@ class HitCounter:
     def __call__(self, layer: int, rows: Tensor, positions: Tensor, selected: Tensor) -> None:
         """See `Engine.recorder`. Under GQA an evicting method has one selection per KV head."""
         selected = selected.flatten(1, 2)  # (R, H, Q, N)
-        golden = self._candidates(selected.shape[-1])[rows]  # (R, A, N)
+        size = self.method.block_size
+        golden = any_in_block(self.golden, size, selected.shape[-1])[rows]  # (R, A, N)
         answers = golden.shape[1]
         if self.hits is None:
             shape = (len(self.golden), answers, self.layers, selected.shape[1])
@@ -40,12 +41,6 @@ class HitCounter:
             predicting = self.lengths.to(hit.device)[rows.to(hit.device)][:, None] + token - 1
             hit = hit & (positions[:, None] == predicting[..., None])[..., None]  # (R, A, Q, 1)
         self.hits[rows.cpu(), :, layer] |= hit.any(2).cpu()
-
-    def _candidates(self, count: int) -> Tensor:
-        """(B, A, T) gold tokens as (B, A, count) gold candidates."""
-        size = self.method.block_size
-        room = count * size - self.golden.shape[-1]
-        return F.pad(self.golden, (0, room)).unflatten(-1, (count, size)).any(-1)
 
     def values(self, owners: Sequence[Sequence[int]]) -> tuple[list[int], list[list[list[int]]]]:
         """Counts (B) of the gold values of each sample, and the number of them that each head hits

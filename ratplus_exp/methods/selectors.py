@@ -83,9 +83,8 @@ class Oracle(Selector):
     def __call__(self, scores: Tensor, candidates: Candidates) -> Tensor:
         layer, _, size, tokens = candidates
         if tokens is None:
-            missing = scores.shape[-1] * size - self.gold.shape[1]
-            blocks = F.pad(self.gold, (0, missing)).unflatten(1, (-1, size))
-            gold = blocks.any(-1).to(scores.device)[:, None, None, None]
+            blocks = any_in_block(self.gold, size, scores.shape[-1])
+            gold = blocks.to(scores.device)[:, None, None, None]
         else:
             padded = F.pad(self.gold, (0, 1)).to(scores.device)  # answer tokens are not gold
             index = tokens.clamp(max=padded.shape[1] - 1)
@@ -101,6 +100,11 @@ class Oracle(Selector):
 
     def rows(self, index: Tensor) -> Self:
         return replace(self, gold=self.gold[index.to(self.gold.device)])
+
+
+def any_in_block(tokens: Tensor, size: int, count: int) -> Tensor:
+    """Whether each of `count` blocks of `size` has a true token: tokens (..., T) bool."""
+    return F.pad(tokens, (0, count * size - tokens.shape[-1])).unflatten(-1, (-1, size)).any(-1)
 
 
 _MASK = 0xFFFFFFFF

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from ratplus_exp.methods.exact import TopKTokens
 from ratplus_exp.methods.quest import Quest
+from ratplus_exp.methods.selection import Selection
+from ratplus_exp.methods.selectors import any_in_block
 from ratplus_exp.settings import Positive
 from ratplus_kernels.selection import select
 
@@ -43,11 +44,9 @@ class Twilight(TopKTokens):
 
     def _quest(self, queries: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:
         """The tokens of Quest's blocks, a bool of the shape of the scores."""
-        padding = -keys.shape[2] % self.page
         quest = Quest(self.page, max(2, -(-self.candidates * self.top_k // self.page)))
-        blocks = F.pad(keys, (0, 0, 0, padding)).unflatten(2, (-1, self.page))
-        scores = quest.score(queries, quest.represent(blocks))
-        allowed_blocks = F.pad(allowed, (0, padding)).unflatten(-1, (-1, self.page)).any(-1)
+        scores = quest.score(queries, Selection(quest).block_representatives(keys))
+        allowed_blocks = any_in_block(allowed, self.page, scores.shape[-1])
         block = torch.arange(scores.shape[-1], device=keys.device)
         forced = (block == 0) | (block == allowed_blocks.sum(-1, True) - 1)
         selected = select(scores, quest.top_k, allowed=allowed_blocks, forced=forced)
