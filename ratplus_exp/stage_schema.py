@@ -79,7 +79,7 @@ class OneCell(Settings):
 class Grids(Settings):
     """A stage that fills grids of cells for every training of `models`.
 
-    Subclasses end with `cells`, which repeat other fields by interpolation: of several errors the
+    Subclasses declare `cells` last: it is interpolated from other fields, and of several errors the
     first field's is reported.
     """
 

@@ -19,7 +19,7 @@ from ratplus_exp.report import Table
 from ratplus_exp.store import warn
 
 T = TypeVar("T")
-PATIENCE = 20  # seconds to wait for the server; the folder has the complete run in any case
+SERVER_TIMEOUT = 20  # seconds to wait for the server; the folder has the complete run in any case
 
 
 class Tracker:
@@ -61,7 +61,10 @@ def tracked(cfg: DictConfig, folder: Path) -> Iterator[Tracker]:
         dir=folder,
         config=plain(cfg),
         settings=wandb.Settings(
-            silent=True, console="off", init_timeout=PATIENCE, finish_timeout=6 * PATIENCE
+            silent=True,
+            console="off",
+            init_timeout=SERVER_TIMEOUT,
+            finish_timeout=6 * SERVER_TIMEOUT,
         ),
     )
     tracker = Tracker(start, cfg.tracking.mode if rank() == 0 else "disabled")

@@ -49,8 +49,8 @@ class Workers(ProcessPoolExecutor):
     ) -> None:
         self._count = count
         # The pipe closes with `stop`, or when this process ends for any reason.
-        lifeline, self._lifeline = context().Pipe(duplex=False)
-        super().__init__(count, context(), _start, (lifeline, initialize, state))
+        parent_pipe, self._parent_pipe = context().Pipe(duplex=False)
+        super().__init__(count, context(), _start, (parent_pipe, initialize, state))
 
     def call(self, function: Callable[..., T], *args: Any) -> Future[T]:
         """Submit function(*state, *args), with the process's own state."""
@@ -59,7 +59,7 @@ class Workers(ProcessPoolExecutor):
     def stop(self) -> None:
         """End the processes immediately."""
         self.shutdown(wait=False, cancel_futures=True)
-        self._lifeline.close()
+        self._parent_pipe.close()
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         if kind is not None:
@@ -67,7 +67,7 @@ class Workers(ProcessPoolExecutor):
         super().__exit__(kind, *rest)
         if kind is not None and issubclass(kind, BrokenExecutor):
             raise ValueError(
-                "a worker process was killed, probably for memory: run again with "
+                "a worker process was killed, probably because memory ran out: run again with "
                 f"stage.workers={self._count // 2}"
             ) from None
 
@@ -80,18 +80,18 @@ def _call(function: Callable[..., T], *args: Any) -> T:
 
 
 def _start(
-    lifeline: Connection, initialize: Callable[[], object] | None, state: tuple[Any, ...]
+    parent_pipe: Connection, initialize: Callable[[], object] | None, state: tuple[Any, ...]
 ) -> None:
     global _state
     _state = state
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the process that stops them
 
-    def end_with_lifeline() -> None:
-        wait([lifeline])  # nothing is ever sent
+    def exit_with_parent() -> None:
+        wait([parent_pipe])  # nothing is ever sent
         os._exit(1)
 
-    threading.Thread(target=end_with_lifeline, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     if initialize is not None:
         initialize()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which a broken pool ends them

@@ -114,8 +114,8 @@ def sample_scores(cells: Cells, stage: str = "eval", **where: Any) -> pd.DataFra
 def select(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
     """Rows whose columns have the given value, or one of a list of values.
 
-    A part of the variants (dtype, data, a method's setting) can stand for a column. Rows without
-    a setting stay; without one of COMMON they have "none".
+    A part of the variants (dtype, data, a method's setting) can stand for a column. Rows whose
+    method lacks the setting stay; a missing one of COMMON counts as "none".
     """
     for column, value in where.items():
         values = [*value] if isinstance(value, list | tuple | set) else [value]

@@ -174,7 +174,11 @@ def _read(method: Method, length: int, dim: int, layer: int) -> float:
 
 def _memory(parts: dict[str, float], cfg: DictConfig) -> Rows:
     total = sum(parts.values())
-    fits = "fits" if total < 0.9e9 * cfg.cluster.memory_gb else "too much: more GPUs or less a pass"
+    fits = (
+        "fits"
+        if total < 0.9e9 * cfg.cluster.memory_gb
+        else "too much: use more GPUs, or less per pass"
+    )
     return [
         *_gigabytes("GPU memory", parts),
         ("GPU memory in all", f"{total / 1e9:.2f} GB of {cfg.cluster.memory_gb:g} ({fits})"),

@@ -65,7 +65,7 @@ class HitRate(DecodingStage):
         self, job: Job, samples: list[Sample], prompts: PromptBatch, tokenizer: Any
     ) -> list[dict[str, Any]]:
         """Hits, by layer and head."""
-        answers = forced_answers(samples, prompts, tokenizer, job.cfg.data.length)
+        answers = teacher_forced(samples, prompts, tokenizer, job.cfg.data.length)
         device, lengths = prompts.ids.device, prompts.mask.sum(1)
         layers = prompts.model.config.num_hidden_layers
         counter = HitCounter(job.method, answers.golden, lengths, layers)
@@ -99,7 +99,7 @@ class HitRate(DecodingStage):
 
 
 @dataclass
-class Forced:
+class TeacherForced:
     """The gold answers of a batch as input: A tokens, without EOS.
 
     golden: (B, A, data.length) bool, the golden positions of each token.
@@ -114,9 +114,9 @@ class Forced:
     sizes: list[int]
 
 
-def forced_answers(
+def teacher_forced(
     samples: list[Sample], prompts: PromptBatch, tokenizer: Any, length: int
-) -> Forced:
+) -> TeacherForced:
     """ValueError if no token that a decoding step predicts has a golden position."""
     answers = [golden_answer(sample, tokenizer) for sample in samples]
     width = max(len(answer.ids) for answer in answers) - 1
@@ -134,7 +134,7 @@ def forced_answers(
             "golden position: set data.first_token=decode"
         )
     sizes = [len(answer.ids) for answer in answers]
-    return Forced(golden.to(prompts.ids.device), forced, owners, sizes)
+    return TeacherForced(golden.to(prompts.ids.device), forced, owners, sizes)
 
 
 def feed(prompts: PromptBatch, engine: Engine, answers: Tensor) -> None:

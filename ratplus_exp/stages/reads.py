@@ -30,7 +30,7 @@ from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
 from ratplus_exp.report.prose import SELECTORS
 from ratplus_exp.stages.cells import Job, Records, selector_of
-from ratplus_exp.stages.hit_rate import DecodingStage, feed, forced_answers
+from ratplus_exp.stages.hit_rate import DecodingStage, feed, teacher_forced
 from ratplus_exp.store import Finished
 from ratplus_exp.tasks import Sample
 from ratplus_kernels.selection import inner_products
@@ -75,7 +75,7 @@ class Reads(DecodingStage):
         """For each layer, over heads and steps: reads, the sum of their attention that is on the
         golden position itself, lost reads, and those that echo. steps: for each gold value and
         each of its steps, over layers and heads: reads and lost reads."""
-        answers = forced_answers(samples, prompts, tokenizer, job.cfg.data.length)
+        answers = teacher_forced(samples, prompts, tokenizer, job.cfg.data.length)
         first = 0 if prompts.fed else 1  # the first answer token that a step predicts
         golden, lengths = answers.golden[:, first:], prompts.mask.sum(1)
         reach = job.cfg.data.length // REACH

@@ -193,8 +193,8 @@ def expand(cfg: DictConfig) -> list[DictConfig]:
 
 
 def refuse_mixtures(stage: str, jobs: list[Job]) -> None:
-    """ValueError if cells that differ in more than task and seed would share a place in a stage's
-    table."""
+    """ValueError if a row of a stage's table would be the mean of cells that differ in more than
+    task and seed."""
     if stage == "loss":  # its table has a row for each cell
         return
     place = ["model", "training", "method", "budget", "selector"]
@@ -203,9 +203,10 @@ def refuse_mixtures(stage: str, jobs: list[Job]) -> None:
     for job in jobs:
         key = next(iter(job.cells.values())).key
         other = first.setdefault(tuple(key[x] for x in place), key)
-        if differ := [x for x in key if key[x] != other.get(x) and x not in averaged]:
+        names = sorted((key.keys() | other.keys()) - averaged)
+        if differ := [x for x in names if key.get(x) != other.get(x)]:
             raise ValueError(
-                f"stage={stage} has one place for a {', '.join(place)}: cells that differ in "
+                f"stage={stage} averages all cells of a {', '.join(place)}: those that differ in "
                 f"{', '.join(differ)} ({key['model']}, {key['method']}, {key['budget']}) need a "
                 "run each"
             )

@@ -34,7 +34,7 @@ def batches(
             yield step, batch(step, *size)
         return
     workers = min(workers, cores())
-    with Workers(workers, batch, initialize=_defer_to_the_training) as pool:
+    with Workers(workers, batch, initialize=_lower_priority) as pool:
         submitted = ((step, pool.call(operator.call, step, *size)) for step, *size in steps)
         pending = deque(islice(submitted, 2 * workers))
         while pending:
@@ -44,8 +44,8 @@ def batches(
             yield step, result
 
 
-def _defer_to_the_training() -> None:
-    """Low priority for a worker; signals to the process group are for the training alone."""
+def _lower_priority() -> None:
+    """For a worker, which also ignores signals to the process group: the training handles them."""
     os.nice(NICE)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

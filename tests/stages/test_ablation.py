@@ -22,7 +22,7 @@ VARIANTS = {
 
 
 def test_models_stand_side_by_side(job, pair, capsys, monkeypatch):
-    # Untrained models are never right, but they are not equally talkative.
+    # Untrained models never answer right, so the score is made from the answer's length.
     monkeypatch.setattr(evaluate, "exact", lambda text, *_: len(text) % 5 / 4)
     settings = [*pair, "data.tasks=[S-1,MV]", "data.examples=3", "stage.methods=[dense,moba]"]
     settings += ["+stage.cells.random={method: moba, budget: 1/2, selector: random, examples: 2}"]
