@@ -70,7 +70,7 @@ def test_a_form_that_fails_is_a_row_without_a_number():
         (40e9, 40e9, 80e9, 1),
     ],
 )
-def test_inputs_go_round_until_the_cache_has_forgotten_them(inputs, touched, held, wanted):
+def test_inputs_rotate_until_none_is_in_the_l2_cache(inputs, touched, held, wanted):
     assert timing.copies(inputs, touched, held) == wanted
 
 

@@ -173,7 +173,7 @@ def test_padding_is_held_from_a_given_state_too(settings):
     ],
 )
 @pytest.mark.parametrize("family", ["ratplus", "olmo2"])
-def test_variants_that_there_are_not_are_refused(family, settings, problem):
+def test_unknown_or_exclusive_settings_are_refused(family, settings, problem):
     with pytest.raises(ValueError, match=problem):
         config_for({"model_type": family} | settings, memory=True)
 

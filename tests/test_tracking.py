@@ -11,7 +11,7 @@ from ratplus_exp.tracking import Tracker
 
 
 @pytest.fixture(autouse=True)
-def unsaid():
+def clear_warnings():
     warn.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""Random and oracle selection, and what the recorder is told."""
+"""Random and oracle selection, and what the recorder gets."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_a_stock_model_with_an_engine_is_saved_as_the_stock_model(make_ids, tmp_
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_carrying_twice_changes_nothing(make_model):
+def test_attaching_an_engine_twice_changes_nothing(make_model):
     model = attach_engine(stock_model("llama"))
     assert attach_engine(model) is model
     ours = make_model()

@@ -188,7 +188,7 @@ def test_every_stage_is_checked():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_no_field_is_taken_that_nobody_knows(stage):
+def test_unknown_fields_are_refused(stage):
     settings = base(stage)
     nodes = {path[:-1] for path, _ in leaves(Config, settings)} | {("method",)}
     for path in nodes:

@@ -1,4 +1,4 @@
-"""scripts/gpu.py runs pieces within limits and records them; gpu_collect.py lays what came back."""
+"""scripts/gpu.py runs pieces within limits and records them; gpu_collect.py copies the results."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_weights_are_joined_of_their_parts(gpu, monkeypatch, tmp_path):
     assert "model.path=outputs/models/smollm2_135m " in join and "smollm2_ratplus" in train
 
 
-def test_what_came_back_is_laid_and_shown(gpu, monkeypatch, tmp_path):
+def test_results_are_copied_and_shown(gpu, monkeypatch, tmp_path):
     collect = importlib.import_module("gpu_collect")
     about = {"device": "Card 1", "date": "2026-01-02T03", "commit": "abc", "dtype": "bfloat16",
              "copy_bytes_per_second": 3e12, "matmul_flop_per_second": 8e14}  # fmt: skip

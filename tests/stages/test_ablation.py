@@ -71,7 +71,7 @@ def test_an_option_need_not_be_named_as_its_model(job, pair):
     ],
 )
 def test_cells_that_differ_in_more_than_a_column_shows_are_refused(job, pair, cells, fields):
-    with pytest.raises(ValueError, match=f"stage=ablation has one place .*differ in .*{fields}"):
+    with pytest.raises(ValueError, match=f"stage=ablation averages .*differ in .*{fields}"):
         job(
             "stage=ablation",
             "stage.methods=[dense]",

@@ -180,6 +180,6 @@ def test_methods_that_attend_to_more_than_a_selection_are_refused(job, method, m
     ],
 )
 def test_cells_of_one_row_are_refused_before_they_are_measured(job, more, field):
-    with pytest.raises(ValueError, match=f"stage=reads has one place .*differ in .*{field}"):
+    with pytest.raises(ValueError, match=f"stage=reads averages .*differ in .*{field}"):
         run(job, "quest", "1/4", "random", more=more)
     assert not any(Store(job.folder / "results").cells())

@@ -1,4 +1,4 @@
-"""The pocket tokenizer knows every pocket prompt and gives text back as it was."""
+"""The pocket tokenizer has no unknown tokens in pocket prompts, and decodes them back."""
 
 import random
 import re
