@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
@@ -222,12 +223,13 @@ def _class(target: str) -> type[Method]:
 def command_line_fields(group: str) -> list[str]:
     """The fields of a group, as in "model.architecture", that the command line sets."""
     fields: list[str] = []
-    for override in HydraConfig.get().overrides.task:
-        name, _, value = override.lstrip("+~").partition("=")
+    parser = OverridesParser.create()
+    for override in parser.parse_overrides(list(HydraConfig.get().overrides.task)):
+        name = override.key_or_group
         if name.startswith(f"{group}."):
             fields.append(name.removeprefix(f"{group}."))
-        elif name == group and value.startswith("{"):
-            fields += map(str, OmegaConf.create(value))
+        elif name == group and isinstance(value := override.value(), dict):
+            fields += map(str, value)
     return fields
 
 

@@ -196,6 +196,8 @@ def _variant(key: Mapping[str, Any]) -> str:
     settings = key.get("settings", {})
     parts = [f"{k}={v}" for k, v in sorted(settings.items()) if k not in ("block_size", "top_k")]
     parts += [f"{name}={key[name]}" for name in ("dtype", "rope") if name in key]
+    if "target" in key:
+        parts.append(f"target={'+'.join(key['target'])}")
     if "question" in key:
         parts.append(f"question={hashlib.sha256(key['question'].encode()).hexdigest()[:6]}")
     if "data" in key:

@@ -41,11 +41,12 @@ class Layers(Method):
                 "many, or a divisor of them"
             )
         methods = [self.for_layer(layer) for layer in range(count)]
-        excess = sum(method.k(i, count) - method.top_k for i, method in enumerate(methods))
-        if abs(excess) >= count:
+        budget = sum(method.top_k for method in methods)
+        selected = sum(method.k(i, count) for i, method in enumerate(methods))
+        if abs(selected - budget) > budget / 20:
             raise ValueError(
-                "the layers of a method that selects more in some than in others, as pyramidkv, "
-                "must be as many in both halves of the model: change the list"
+                f"all layers together select {selected} instead of {budget} candidates: list "
+                "pyramidkv in as many layers of the first half as of the second"
             )
         for layer in range(count):
             anchor = self.anchor(layer)

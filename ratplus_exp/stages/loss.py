@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from ratplus_exp.analysis.frame import LABELS
 from ratplus_exp.config import forms_of
 from ratplus_exp.methods import Engine, Method
+from ratplus_exp.models.loading import load_tokenizer
 from ratplus_exp.models.prefill import PromptBatch
 from ratplus_exp.report import Table
 from ratplus_exp.report.figures import losses
@@ -30,7 +31,7 @@ from ratplus_exp.store import Finished
 from ratplus_exp.tasks import Sample
 from ratplus_exp.tasks.niah import sample_name
 from ratplus_exp.text.corpus import Corpus
-from ratplus_exp.text.facts import Facts
+from ratplus_exp.text.facts import Facts, begins_with_space
 from ratplus_exp.training.settings import IGNORE, Batch
 
 BINS = 8  # equal parts of the context
@@ -43,7 +44,12 @@ class Documents(Samples):
     @staticmethod
     def keys(cfg: DictConfig) -> dict[str, dict[str, Any]]:
         corpus = _corpus(cfg)
-        data = {"corpus": corpus.id} if corpus else {"forms": asdict(forms_of(cfg))}
+        if corpus:
+            data: dict[str, Any] = {"corpus": corpus.id}
+        else:
+            data = {"forms": asdict(forms_of(cfg))}
+            if begins_with_space(load_tokenizer(resolve(cfg.model.path))):
+                data["text"] = 2  # 1: with spaces between its pieces
         return {"documents": {"seed": cfg.seed, "data": data}}
 
     def __call__(self, task: str, index: int) -> Sample:

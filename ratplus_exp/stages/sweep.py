@@ -89,6 +89,9 @@ def one_table(cfg: DictConfig) -> None:
     if len({job.cfg.data.length for job in jobs}) > 1:
         raise ValueError(f"stage={name} is of one length: set data.length instead")
     refuse_mixtures(name, jobs)
+    protocols = {cell.key["first_token"] for job in jobs for cell in job.cells.values()} - {None}
+    if name == "ablation" and len(protocols) > 1:
+        raise ValueError("stage=ablation has one protocol for all of its cells: drop the others")
     measuring = name if name in MEASURING else "eval"
     counts = {max(cell.done(), job.examples) for job in jobs for cell in job.cells.values()}
     if measuring != "eval" and len(counts) > 1:  # accuracies are paired by sample
@@ -112,10 +115,7 @@ def ablation(cfg: DictConfig, cells: Sequence[Finished]) -> Outputs:
     """Models side by side at one budget, dense and under each method; and in the other settings of
     `stage.cells`."""
     setting = {name: cfg[name] for name in ("budget", "seed")} | {"tier": cfg.model.tier}
-    tokens = {x.cell.key["first_token"] for x in cells} - {None}
-    if len(tokens) > 1:
-        raise ValueError("stage=ablation has one protocol for all of its cells: drop the others")
-    token = min(tokens, default=cfg.data.first_token)
+    token = next(filter(None, (x.cell.key["first_token"] for x in cells)), cfg.data.first_token)
     setting |= {"first_token": token, "protocol": "split" if token == "split" else "whole"}
     lengths = tidy(cells).groupby("model")["effective_memory_length"].mean()
     models = [model_option(cfg, name, cfg.stage.trainings[0]).name for name in cfg.stage.models]

@@ -25,6 +25,7 @@ from ratplus_exp.models import low_rank
 from ratplus_exp.models.building import MEMORY_SETTINGS, add_memory, config_for, new_model
 from ratplus_exp.models.loading import (
     check_model,
+    load_config,
     load_model,
     load_tokenizer,
     read_tokenizer,
@@ -115,6 +116,7 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
     add_updates = partial(low_rank.add_low_rank, rank=cfg.stage.low_rank, seed=cfg.seed)
     schedule_of(cfg).check(world_size())
     device = device_of(cfg)
+    _refuse_long_contexts(cfg)
     _refuse_other_settings(cfg, folder)
     with locked(folder) if rank() == 0 else nullcontext():
         if weight_files(target)[0].exists():
@@ -124,12 +126,6 @@ def _train(cfg: DictConfig, tokenizer: Tokenizer, batch: BatchOf, data: str = ""
         refuse_target(target)
         with process_group(device):
             model = _model(cfg, tokenizer)
-            longest = max(length for _, length in cfg.stage.schedule)
-            if longest > (limit := model.config.max_position_embeddings):
-                raise ValueError(
-                    f"stage.schedule has contexts of {longest} tokens, but the model has {limit} "
-                    "positions: shorten them, or start from a model with more"
-                )
             if cfg.stage.low_rank:
                 add_updates(model)
             settings = _start(cfg, model, device)
@@ -282,16 +278,31 @@ def _refuse_other_settings(cfg: DictConfig, folder: Path) -> None:
         )
 
 
+def _refuse_long_contexts(cfg: DictConfig) -> None:
+    """ValueError for contexts longer than `positions`, by default those of the model."""
+    longest = max(length for _, length in cfg.stage.schedule)
+    if cfg.stage.init:
+        limit, remedy = load_config(resolve(cfg.stage.init)).max_position_embeddings, "positions=N"
+    else:
+        limit = cfg.model.architecture.get("max_position_embeddings") or cfg.data.length
+        remedy = "data.length, of which a new model has as many"
+    if longest > (cfg.positions or limit):
+        raise ValueError(
+            f"stage.schedule has contexts of {longest} tokens, but the model has {limit} "
+            f"positions: shorten them, or set {remedy}"
+        )
+
+
 def _refuse_other_rates(cfg: DictConfig, folder: Path) -> None:
-    """ValueError if a finished training ended with other learning rates."""
-    for past in _past(folder)[-1:]:
-        for name in ("lr", "memory_lr"):
-            rate = past["config"]["stage"]["optimizer"].get(name)
-            if rate != cfg.stage.optimizer[name]:
-                raise ValueError(
-                    f"{folder} holds a training with stage.optimizer.{name}={rate}: set "
-                    "stage.folder for another one"
-                )
+    """ValueError if no start of a finished training had these learning rates."""
+    past = [start["config"]["stage"]["optimizer"] for start in _past(folder)]
+    for name in ("lr", "memory_lr"):
+        rates = [start[name] for start in past if name in start]
+        if rates and cfg.stage.optimizer[name] not in rates:
+            raise ValueError(
+                f"{folder} holds a training with stage.optimizer.{name}={rates[-1]}: set "
+                "stage.folder for another one"
+            )
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class Facts:
         tokens: list[int] = []
         marks: list[bool] = []
         while len(tokens) < count:
+            assert pieces
             sizes = np.cumsum([len(text) for text, _ in pieces])
             enough = int(np.searchsorted(sizes, CHARACTERS * (count - len(tokens)))) + 1
             segments: list[list[Piece]] = [[]]  # each up to an answer
@@ -195,6 +196,12 @@ class Facts:
             pieces += [(text, ""), (" " + ", ".join(answers), "answer")]
             size += max(6 + 4 * len(queried), len(text.split()) + len(answers))
         return pieces
+
+
+def begins_with_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts a space before every text, even one that begins with a space."""
+    once, twice = tokenizer([" a", " a a"], add_special_tokens=False).input_ids
+    return bool(twice != once + once)
 
 
 def _restate(rng: random.Random, pieces: list[Piece], fact: str, value: str) -> None:

@@ -73,7 +73,8 @@ def test_lists_that_do_not_fit_a_model_are_refused():
     with pytest.raises(ValueError, match="lists 2 layers, but the model has 3"):
         hybrid.check_layers(3)
     pyramid, snapkv = PyramidKV(top_k=12, window=4), SnapKV(top_k=12, window=4)
-    with pytest.raises(ValueError, match="as many in both halves"):
+    with pytest.raises(ValueError, match="select 59 instead of 48"):
         layers(pyramid, pyramid, snapkv, snapkv).check_layers(4)
     layers(snapkv, pyramid, pyramid, snapkv).check_layers(4)
+    layers(*(PyramidKV(top_k=256, window=w) for w in (8, 16))).check_layers(4)
     layers(Shared(top_k=8, every=2), Shared(top_k=8, every=2), Dense(), Dense()).check_layers(8)

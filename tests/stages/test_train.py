@@ -1,3 +1,4 @@
+import copy
 import json
 from typing import ClassVar
 
@@ -74,11 +75,19 @@ def test_a_trained_model_is_not_trained_again(job, capsys):
     for name in ("lr", "memory_lr"):
         with pytest.raises(ValueError, match=f"holds a training with stage.optimizer.{name}="):
             train(job, "pocket_attention", f"stage.optimizer.{name}=0.123")
+    file = job.folder / "training/pocket_attention_0/provenance.json"
+    starts = json.loads(file.read_text())
+    starts.append(copy.deepcopy(starts[0]))
+    starts[-1]["config"]["stage"]["optimizer"]["lr"] = 0.123  # as after a divergence
+    file.write_text(json.dumps(starts))
+    for rate in ([], ["stage.optimizer.lr=0.123"]):
+        train(job, "pocket_attention", *rate)
 
 
 def test_contexts_longer_than_the_model_are_refused(job):
     with pytest.raises(ValueError, match="of 2048 tokens, but the model has 128 positions"):
         train(job, "pocket_attention", tokens_per_step=2048, length=2048, steps=16)
+    assert not (job.folder / "training").exists()
 
 
 def test_other_settings_do_not_go_on_from_a_checkpoint(job):
@@ -115,9 +124,10 @@ def test_sizes_other_than_those_of_the_model_to_start_from_are_refused(job, tiny
     how = ["experiment=pocket_attention_sft", "model=pocket_attention"]
     with pytest.raises(ValueError, match=f"{field} has no effect: the model in .* leave it out"):
         job(*how, f"stage.init={tiny_models['attention']}", f"model.architecture.{field}")
-    together = "model.architecture={" + field.replace("=", ": ") + "}"
-    with pytest.raises(ValueError, match=f"{field} has no effect"):
-        job(*how, f"stage.init={tiny_models['attention']}", together)
+    for sign in (": ", ":"):
+        together = "model.architecture={" + field.replace("=", sign) + "}"
+        with pytest.raises(ValueError, match=f"{field} has no effect"):
+            job(*how, f"stage.init={tiny_models['attention']}", together)
 
 
 def test_prompts_that_the_tokenizer_does_not_have_are_not_trained_on(job, tiny_models):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from ratplus_exp.models.loading import read_tokenizer
 from ratplus_exp.tasks import Forms, pocket_tokenizer
 from ratplus_exp.tasks.niah import split_of
-from ratplus_exp.text.facts import Facts
+from ratplus_exp.text.facts import Facts, begins_with_space
 
 ROOT = Path(__file__).parents[2]
 RULER = Forms()
@@ -49,6 +49,7 @@ def test_a_tokenizer_that_begins_texts_with_a_space_adds_none_within(tokenizer, 
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"])
     backend.train_from_iterator([tokenizer.decode(range(len(tokenizer)))], trainer)
     like_llama = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert begins_with_space(like_llama) and not begins_with_space(tokenizer)
     for step in range(4):
         [ids], _ = Facts(like_llama, forms, other_rate=0.0).batch(0, step, 1, 2048)
         for text in like_llama.decode(ids).split("</s>"):
