@@ -284,8 +284,9 @@ def _refuse_long_contexts(cfg: DictConfig) -> None:
     if cfg.stage.init:
         limit, remedy = load_config(resolve(cfg.stage.init)).max_position_embeddings, "positions=N"
     else:
-        limit = cfg.model.architecture.get("max_position_embeddings") or cfg.data.length
-        remedy = "data.length, of which a new model has as many"
+        own = cfg.model.architecture.get("max_position_embeddings")
+        limit = own or cfg.data.length  # of a new model
+        remedy = "model.architecture.max_position_embeddings" if own else "data.length"
     if longest > (cfg.positions or limit):
         raise ValueError(
             f"stage.schedule has contexts of {longest} tokens, but the model has {limit} "

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from ratplus_exp.analysis import tidy
 from ratplus_exp.models.building import add_memory
 from ratplus_exp.models.loading import load_model
-from ratplus_exp.models.low_rank import add_low_rank, merge_trained, save_trained
+from ratplus_exp.models.low_rank import add_low_rank, merge_trained, origin_of, save_trained
 from ratplus_exp.store import Store
 from ratplus_exp.training.loop import Trainer
 
@@ -123,3 +123,15 @@ def test_the_merged_model_computes_what_was_trained(stock_model, tmp_path, outpu
         save_trained(trained, trained.state_dict(), file, "origin")
         merged = merge_trained(wrapped(), file)
         torch.testing.assert_close(merged(ids).logits, trained(ids).logits)
+
+
+def test_a_damaged_file_of_trained_weights_is_named(tmp_path):
+    file = tmp_path / "trained.safetensors"
+    save_trained(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4).state_dict(), file, "here")
+    assert origin_of(file) == "here"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="trained.safetensors is damaged .* copy it again"):
+        origin_of(file)
+    full = tmp_path / "nowhere" / "trained.safetensors"
+    with pytest.raises(OSError, match="cannot write .*trained.safetensors .*make room"):
+        save_trained(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4).state_dict(), full, "here")
